@@ -1,0 +1,54 @@
+"""Without a GPU, Triton's interpreter runs the kernels on the CPU: the variable has to be set before Triton is imported."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device (bf16, speed, bit equality on the card)")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreted_only_in_kernel_tests(request):
+    """tests/test_X.py interprets Triton if kernels/X.py exists; elsewhere CPU tensors take the plain torch definitions,
+    as they do for users (the interpreter is a thousand times slower, and tests one kernel at a time well enough)."""
+    name = Path(request.module.__file__).stem.removeprefix("test_")
+    kernel_files = {path.stem for path in (Path(__file__).resolve().parents[1] / "kernels").glob("*.py")}
+    with pytest.MonkeyPatch.context() as patch:
+        if not HAS_GPU and name not in kernel_files | {"kernels"}:
+            for module in [m for n, m in sys.modules.items() if n.startswith("kernels.") and hasattr(m, "INTERPRETED")]:
+                patch.setattr(module, "INTERPRETED", False)
+        yield
+
+
+@pytest.fixture
+def device():
+    """Where kernels run: the GPU if there is one, else the CPU under the interpreter."""
+    return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture
+def nan_empty(monkeypatch):
+    """Fresh memory from torch.empty and torch.empty_like holds NaN, or the lowest integer, so that a gap shows."""
+    def filled(make):
+        def fresh(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min)
+        return fresh
+    monkeypatch.setattr(torch, "empty", filled(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))

@@ -1,0 +1,233 @@
+"""kernels.frames against upstream's recorded numbers: drawn canvases, resized crops, normalised pixels."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kernels import frames
+from weights.media import read_events, read_video
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+SAMPLES = SHARED / "data" / "event_samples"
+PREPROCESS = SHARED / "fixtures" / "video_llava_tiny" / "preprocess"
+NAMES = ["sample1.npy", "interlaken_00_d_000074.npy", "interlaken_00_d_000079.npy", "interlaken_00_d_000089.npy",
+         "interlaken_00_d_000099.npy"]
+
+
+def expected(folder):
+    path = folder / "expected.json"
+    if not path.exists():
+        pytest.skip(f"needs {path}, which is not here")
+    return json.loads(path.read_text())
+
+
+def sha256(tensor):
+    return hashlib.sha256(bytes(tensor.contiguous().flatten().tolist())).hexdigest()
+
+
+def events(x, y, p):
+    return SimpleNamespace(x=torch.as_tensor(x), y=torch.as_tensor(y), p=torch.as_tensor(p))
+
+
+def chosen(recording, keep, shift_x=0, shift_y=0):
+    return events(recording.x[keep] - shift_x, recording.y[keep] - shift_y, recording.p[keep])
+
+
+def check_frames(drawn, wanted):
+    """Canvas and crop bytes, counts and means of each frame, as far as the recorded frame names them."""
+    assert len(drawn) == len(wanted)
+    pixels = frames.clip_pixels(drawn, 336)
+    for frame, pixel, want in zip(drawn, pixels, wanted, strict=True):
+        height, width = frame.shape[:2]
+        assert [height, width] == want["canvas_hw"]
+        assert sha256(frame) == want["canvas_sha256"]
+        assert (frame == torch.tensor([255, 0, 0])).all(-1).sum() == want["red"]
+        assert (frame == torch.tensor([0, 0, 255])).all(-1).sum() == want["blue"]
+        assert list(frames.resized_hw(height, width, 336)) == want["resized_hw"]
+        assert sha256(frames.crop_u8(frame, 336).permute(1, 2, 0)) == want["resize_u8_sha256"]
+        # recorded with six digits
+        assert abs(pixel.double().mean().item() - want["normalised_mean"]) <= 1e-6
+        if "bf16_mean" in want:
+            assert abs(pixel.bfloat16().double().mean().item() - want["bf16_mean"]) <= 1e-6
+        for place, value in want.get("probe_values", {}).items():
+            assert abs(pixel[tuple(map(int, place.split(",")))].item() - value) <= 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_real_recordings_give_upstreams_canvases_crops_and_means(name):
+    want = expected(SAMPLES)["samples"][name]
+    check_frames(frames.draw_events(read_events(SAMPLES / name), 5), want["frames"])
+
+
+EDGE_CASES = {
+    "portrait": (5, lambda e: chosen(e, (e.x >= 300) & (e.x <= 511) & (e.y >= 100) & (e.y <= 479), 300, 100)),
+    "small_upscaled": (5, lambda e: chosen(e, (e.x <= 99) & (e.y <= 59))),
+    "wide": (5, lambda e: chosen(e, (e.y >= 400) & (e.x <= 633), 0, 400)),
+    "remainder": (5, lambda e: chosen(e, slice(0, 23))),
+    "sample1_one_frame": (1, lambda e: e),
+    "sample1_three_frames": (3, lambda e: e),
+}
+
+
+@pytest.mark.parametrize("case", EDGE_CASES)
+def test_edge_cases_give_upstreams_canvases_and_crops(case):
+    want = expected(SAMPLES)["edge_cases"][case]
+    num_frames, choose = EDGE_CASES[case]
+    recording = choose(read_events(SAMPLES / "sample1.npy"))
+    assert recording.x.numel() == want["num_events"]
+    check_frames(frames.draw_events(recording, num_frames), want["frames"])
+
+
+@pytest.mark.parametrize("case", ["overwrite_rule", "signed_polarity"])
+def test_last_event_wins_and_only_zero_is_negative(case):
+    want = expected(SAMPLES)["edge_cases"][case]
+    drawn = frames.draw_events(events(want["x"], want["y"], want["p"]), 1)[0]
+    assert drawn.tolist() == want["image_hwc"]
+
+
+def crowded(num_events, seed):
+    seeded = torch.Generator().manual_seed(seed)
+    draw = [torch.randint(0, top, (num_events,), generator=seeded, dtype=torch.int32) for top in (9, 7, 2)]
+    return events(*draw)
+
+
+@pytest.mark.parametrize("num_events, num_frames", [(1, 1), (5, 5), (23, 5), (997, 4)])
+def test_drawing_equals_one_event_at_a_time(num_events, num_frames):
+    recording = crowded(num_events, seed=num_events)
+    spans = frames.split_by_count(num_events, num_frames)
+    for (begin, end), drawn in zip(spans, frames.draw_events(recording, num_frames), strict=True):
+        x, y, p = (v[begin:end] for v in (recording.x, recording.y, recording.p))
+        plain = frames.draw_ref(x, y, p, y.max().item() + 1, x.max().item() + 1)
+        assert torch.equal(drawn, plain)
+
+
+def test_split_covers_every_event_once_and_the_last_frame_takes_the_rest():
+    assert [end - begin for begin, end in frames.split_by_count(23, 5)] == [4, 4, 4, 4, 7]
+    for num_events in range(5, 60):
+        spans = frames.split_by_count(num_events, 5)
+        assert [i for begin, end in spans for i in range(begin, end)] == list(range(num_events))
+
+
+def test_fixed_canvas_sizes_every_frame_and_keeps_the_drawing():
+    recording = crowded(50, seed=1)
+    own = frames.draw_events(recording, 5)
+    for frame, fixed in zip(own, frames.draw_events(recording, 5, canvas=(12, 10)), strict=True):
+        height, width = frame.shape[:2]
+        assert fixed.shape == (12, 10, 3) and torch.equal(fixed[:height, :width], frame)
+        assert fixed.sum() - frame.sum() == 255 * 3 * (120 - height * width)     # the rest is white
+
+
+@pytest.mark.parametrize("x, y, num_frames, canvas, words", [
+    ([], [], 5, None, "0 events"),
+    ([1, 2, 3, 4], [1, 2, 3, 4], 5, None, "4 events cannot fill 5 frames"),
+    ([1, 2], [1, 2], 0, None, "0 frames"),
+    ([1, 9], [1, 2], 1, (5, 5), "outside the canvas"),
+    ([1, -1], [1, 2], 1, None, "outside the canvas"),
+])
+def test_events_that_cannot_be_drawn_raise_a_clear_sentence(x, y, num_frames, canvas, words):
+    recording = events(torch.tensor(x, dtype=torch.int32), torch.tensor(y, dtype=torch.int32), torch.ones(len(x)))
+    with pytest.raises(ValueError, match=words):
+        frames.draw_events(recording, num_frames, canvas)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_draws_the_same_bytes():
+    recording = crowded(100_000, seed=2)
+    on_gpu = events(recording.x.cuda(), recording.y.cuda(), recording.p.cuda())
+    for a, b in zip(frames.draw_events(recording, 5), frames.draw_events(on_gpu, 5), strict=True):
+        assert torch.equal(a, b.cpu())
+
+
+# ---- resize, crop, normalise -----------------------------------------------------------------------------------------
+
+def test_video_crops_equal_hugging_face():
+    want = expected(PREPROCESS)
+    clip = read_video(PREPROCESS / want["video"])
+    crops = frames.crops_u8(clip, 224)
+    assert torch.equal(crops, load_file(PREPROCESS / "expected.safetensors")["crop_uint8"])
+    assert sha256(crops) == want["slow"]["sha256_crop_uint8_TCHW"]
+    assert frames.resized_hw(240, 320, 224) == tuple(want["resized_hw"])
+
+
+def test_video_pixels_equal_hugging_face():
+    want = expected(PREPROCESS)["slow"]
+    pixels = frames.clip_pixels(read_video(PREPROCESS / "shapes_320x240_25fps.mp4"), 224)
+    assert list(pixels.shape) == want["shape"] and pixels.dtype == torch.float32
+    assert abs(pixels.double().mean().item() - want["mean"]) <= 1e-6
+    means = pixels.double().mean((2, 3))
+    assert (means - torch.tensor(want["per_frame_channel_mean"])).abs().max() <= 1e-5      # recorded with five digits
+    assert len(want["samples"]) == 36
+    for sample in want["samples"]:
+        value = pixels[sample["frame"], sample["c"], sample["y"], sample["x"]].item()
+        assert abs(value - sample["value"]) <= 1e-6
+
+
+@pytest.mark.parametrize("case", ["portrait_up", "landscape_odd"])
+def test_resize_cases_equal_hugging_face(case):
+    path = PREPROCESS / "resize_cases.safetensors"
+    if not path.exists():
+        pytest.skip(f"needs {path}, which is not here")
+    tensors = load_file(path)
+    given = next(v for k, v in tensors.items() if case in k and v.shape[-1] == 3)
+    wanted = next(v for k, v in tensors.items() if case in k and v.shape[0] == 3)
+    assert torch.equal(frames.crop_u8(given, 224), wanted)
+
+
+def test_table_equals_rescale_in_double_and_normalise_in_float32():
+    numpy = pytest.importorskip("numpy")
+    mean, std = (numpy.array(v, dtype=numpy.float32)[:, None] for v in (frames.CLIP_MEAN, frames.CLIP_STD))
+    unit = (numpy.arange(256).astype(numpy.float64) * 0.00392156862745098).astype(numpy.float32)
+    table = frames.clip_table()
+    assert numpy.array_equal(table.numpy(), (unit - mean) / std)
+    # the end points that the specification writes out, to its eight digits
+    assert (table[:, 0] - torch.tensor([-1.7922626, -1.7520971, -1.4802198])).abs().max() <= 1e-7
+    assert (table[:, 255] - torch.tensor([1.9303361, 2.0748837, 2.1458969])).abs().max() <= 2.5e-7
+
+
+def test_pixels_are_the_table_of_the_crop():
+    given = torch.randint(0, 256, (31, 47, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    crop, table = frames.crop_u8(given, 28), frames.clip_table()
+    wanted = torch.stack([table[c][crop[c].long()] for c in range(3)])
+    assert torch.equal(frames.clip_pixels([given], 28)[0], wanted)
+
+
+def test_many_frames_on_threads_equal_one_at_a_time():
+    seeded = torch.Generator().manual_seed(4)
+    given = [torch.randint(0, 256, (40 + i, 90 - 9 * i, 3), dtype=torch.uint8, generator=seeded) for i in range(9)]
+    together = frames.clip_pixels(given, 56)
+    assert torch.equal(together, torch.cat([frames.clip_pixels([frame], 56) for frame in given]))
+
+
+def test_smaller_crop_is_the_centre_of_the_larger():
+    given = torch.randint(0, 256, (40, 60, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(frames.crop_u8(given, 32, crop=28), frames.crop_u8(given, 32)[:, 2:30, 2:30])
+
+
+def test_a_view_with_other_strides_is_read_by_its_values():
+    given = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(6))
+    assert torch.equal(frames.crop_u8(given.permute(1, 2, 0), 28), frames.crop_u8(given.permute(1, 2, 0).clone(), 28))
+
+
+def test_a_sliver_is_refused_before_it_grows():
+    with pytest.raises(ValueError, match="1 x 150000|150000 x 1"):
+        frames.crop_u8(torch.zeros(1, 150_000, 3, dtype=torch.uint8), 336)
+
+
+def test_no_frames_are_refused():
+    with pytest.raises(ValueError, match="no frames"):
+        frames.clip_pixels([], 224)
+
+
+def test_self_check_passes():
+    command = [sys.executable, "-m", "kernels.frames"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "equal to the plain loop" in done.stdout, done.stderr

@@ -1,0 +1,793 @@
+"""weights.media: real files read right, bad files refused in one line that names them, nothing ever unpickled or run."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zipfile
+import zlib
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from weights import InputError, media
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+SAMPLES = SHARED / "data" / "event_samples"
+PUBLIC = SHARED / "data" / "events_public"
+PREPROCESS = SHARED / "fixtures" / "video_llava_tiny" / "preprocess"
+SAMPLE_NAMES = ["sample1.npy", "interlaken_00_d_000074.npy", "interlaken_00_d_000079.npy",
+                "interlaken_00_d_000089.npy", "interlaken_00_d_000099.npy"]
+
+
+def needs(path):
+    if not path.exists():
+        pytest.skip(f"needs {path}, which is not here")
+    return path
+
+
+def refused(read, path, words=()):
+    """The message of the InputError that `read(path)` raises: one line, with the path, within a second."""
+    begin = time.perf_counter()
+    with pytest.raises(InputError) as caught:
+        read(path)
+    seconds, message = time.perf_counter() - begin, str(caught.value)
+    assert seconds <= 1.0, f"took {seconds:.2f} s"
+    assert message.startswith(f"{path}: ") and "; " in message and message.isprintable(), message
+    assert len(message) <= 400 + len(str(path)), message
+    for word in words:
+        assert word in message, message
+    return message
+
+
+# ---- events: files that are right ------------------------------------------------------------------------------------
+
+def small_events(num_events=20, **types):
+    seeded = numpy.random.default_rng(num_events)
+    kinds = {"x": "u2", "y": "u2", "t": "i8", "p": "u1"} | types
+    tops = {"x": 32, "y": 24, "t": 100, "p": 2}
+    return {key: numpy.sort(seeded.integers(0, tops[key], num_events)).astype(kind) if key == "t" else
+            seeded.integers(0, tops[key], num_events).astype(kind) for key, kind in kinds.items()}
+
+
+def npy_of_pickle(pickled):
+    """An .npy file as numpy.save writes one for objects, around any pickle."""
+    header = b"{'descr': '|O', 'fortran_order': False, 'shape': (), }"
+    header += b" " * (-(len(header) + 11) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + pickled
+
+
+def npy_of_dict(content, protocol=4):
+    return npy_of_pickle(pickle.dumps(numpy.array(content, dtype=object), protocol=protocol))
+
+
+def npy_of_array(array):
+    buffer = io.BytesIO()
+    numpy.save(buffer, array)
+    return buffer.getvalue()
+
+
+def npz_of(compressed=False, **arrays):
+    buffer = io.BytesIO()
+    (numpy.savez_compressed if compressed else numpy.savez)(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def saved(folder, blob, name="events.npy"):
+    path = folder / name
+    path.write_bytes(blob)
+    return path
+
+
+def assert_same(events, content):
+    assert [v.dtype for v in events] == [torch.int32, torch.int32, torch.int64, torch.uint8]
+    for key in "xyt":
+        assert getattr(events, key).tolist() == content[key].astype("i8").tolist(), key
+    assert events.p.tolist() == (content["p"] != 0).astype("u1").tolist()
+
+
+@pytest.mark.parametrize("name", SAMPLE_NAMES)
+def test_real_recordings_are_read_right(name):
+    want = json.loads(needs(SAMPLES / "expected.json").read_text())["samples"][name]
+    events = media.read_events(SAMPLES / name)
+    assert events.x.numel() == want["num_events"]
+    for key, field in want["fields"].items():
+        values = getattr(events, key)
+        found = (values.min().item(), values.max().item(), values.sum(dtype=torch.int64).item())
+        assert found == (field["min"], field["max"], field["sum"]), key
+
+
+@pytest.mark.parametrize("name", SAMPLE_NAMES)
+def test_real_recordings_equal_the_unpickled_arrays(name):
+    content = numpy.load(needs(SAMPLES / name), allow_pickle=True).item()     # these five were checked by hand
+    assert_same(media.read_events(SAMPLES / name), content)
+
+
+@pytest.mark.parametrize("folder", ["davis346_traffic", "plane_sim_rgb"])
+def test_public_npz_is_read_right(folder):
+    path = needs(PUBLIC / folder / "events.npz")
+    assert_same(media.read_events(path), numpy.load(path))
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("inner", [2, 5])
+def test_every_pickle_protocol_is_read(tmp_path, protocol, inner):
+    content = small_events(300)
+    blob = npy_of_dict(content, protocol)
+    if inner == 5:      # the dict itself pickled, without the object array around it
+        blob = npy_of_pickle(pickle.dumps(content, protocol=protocol))
+    assert_same(media.read_events(saved(tmp_path, blob)), content)
+
+
+def test_extra_keys_and_scalars_are_ignored(tmp_path):
+    content = small_events()
+    extra = {"time_start": 0.5, "time_end": numpy.float64(2.5), "duration_ms": 2**70, "num_events": numpy.int64(20),
+             "note": "fish", "nested": {"a": [1, (2, 3)], 5: None}, "on": True, "names": numpy.array(["a", "b"])}
+    assert_same(media.read_events(saved(tmp_path, npy_of_dict(extra | content))), content)
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", ">u2", ">i8"])
+def test_every_integer_type_and_byte_order_is_read(tmp_path, kind):
+    content = small_events(x=kind, y=kind, t=kind, p=kind)
+    assert_same(media.read_events(saved(tmp_path, npy_of_dict(content))), content)
+    assert_same(media.read_events(saved(tmp_path, npz_of(**content), "e.npz")), content)
+
+
+@pytest.mark.parametrize("p", [numpy.array([0, 1, 255], "u1"), numpy.array([-1, 1, 0], "i1"), numpy.array([True, False, True])])
+def test_polarity_zero_is_negative_and_anything_else_positive(tmp_path, p):
+    content = small_events(3) | {"p": p}
+    assert_same(media.read_events(saved(tmp_path, npy_of_dict(content))), content)
+
+
+@pytest.mark.parametrize("align", [False, True])
+def test_structured_array_is_read(tmp_path, align):
+    content = small_events(50)
+    fields = numpy.dtype([("p", "?"), ("t", ">i8"), ("x", "<u2"), ("pad", "f4"), ("y", "<i4")], align=align)
+    rows = numpy.zeros(50, fields)
+    for key in "xytp":
+        rows[key] = content[key]
+    assert_same(media.read_events(saved(tmp_path, npy_of_array(rows))), content)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_npz_stored_and_deflated_are_read(tmp_path, compressed):
+    content = small_events(200)
+    blob = npz_of(compressed, width=numpy.int64(32), label=numpy.array(["car"]), **content)
+    assert_same(media.read_events(saved(tmp_path, blob, "e.npz")), content)
+
+
+def test_file_order_is_kept_when_time_runs_backwards(tmp_path):
+    content = small_events()
+    content["t"] = content["t"][::-1].copy()
+    assert_same(media.read_events(saved(tmp_path, npy_of_dict(content))), content)
+
+
+def test_canvas_limit_is_the_callers(tmp_path):
+    path = saved(tmp_path, npy_of_dict(small_events() | {"x": numpy.arange(5000, 5020)}))
+    refused(media.read_events, path, ["5019", "4096 x 4096"])
+    assert media.read_events(path, max_canvas=(24, 5020)).x.max() == 5019
+    refused(lambda p: media.read_events(p, max_canvas=(24, 5019)), path, ["5019 x 24"])
+
+
+def test_strings_work_as_paths(tmp_path):
+    path = saved(tmp_path, npy_of_dict(small_events()))
+    assert torch.equal(media.read_events(str(path)).x, media.read_events(path).x)
+
+
+# ---- events: files that attack ---------------------------------------------------------------------------------------
+
+class RunsCommand:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_pickle_that_runs_a_command_is_refused_by_name_and_not_run(tmp_path):
+    canary = tmp_path / "canary"
+    content = small_events() | {"note": RunsCommand(f"touch {canary}")}
+    blob = npy_of_dict(content)
+    message = refused(media.read_events, saved(tmp_path, blob), [f"{os.system.__module__}.system", "refused"])
+    assert "allow_pickle" not in message
+    assert not canary.exists()
+    numpy.load(io.BytesIO(blob), allow_pickle=True)      # the trap is armed: upstream's loader does run it
+    assert canary.exists()
+
+
+ATTACKS = {
+    "eval": (b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.", ["builtins.eval"]),
+    "f2py": (b"\x80\x02cnumpy.f2py\ncompile\nX\x01\x00\x00\x001\x85R.", ["numpy.f2py.compile"]),
+    "stack global": (b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x01a\x85R.", ["posix.system"]),
+    "newline in a name": (b"\x80\x04\x8c\x05po\nix\x8c\x06system\x93.", ["system"]),
+    "INST": (b"\x80\x02(X\x01\x00\x00\x001iposix\nsystem\n.", ["INST"]),
+    "NEWOBJ": (b"\x80\x02cnumpy\nndarray\n)\x81.", ["NEWOBJ"]),
+    "extension registry": (b"\x80\x02\x82\x01.", ["EXT1"]),
+    "persistent id": (b"\x80\x02Pabc\n.", ["PERSID"]),
+    "ndarray called": (b"\x80\x02cnumpy\nndarray\nK\x05\x85R.", ["damaged pickle"]),
+    "memo bomb": (b"\x80\x02Nr\xff\xff\xff\x0f.", ["no dict"]),
+    "1 TB of bytes": (b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"abc", ["announces 1099511627776 bytes", "3 left"]),
+    "2 GB integer": (b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"abc", ["damaged pickle"]),
+    "deep nesting": (b"\x80\x02" + b"(" * 2_000_000 + b"t" * 2_000_000 + b".", ["10000 steps"]),
+    "self reference": (b"\x80\x02]q\x00h\x00a.", ["no dict"]),
+    "deep key": (b"\x80\x02}N" + b"\x85" * 9000 + b"Ns.", ["x, y, t, p"]),
+    "stack underflow": (b"\x80\x02\x87.", ["damaged pickle"]),
+    "string expanded again and again": (
+        b"\x80\x02c_codecs\nencode\nX\xe8\x03\x00\x00" + b"a" * 1000 + b"q\x01X\x06\x00\x00\x00latin1q\x020"
+        + b"c_codecs\nencode\nh\x01h\x02\x86R0" * 50 + b".", ["expands"]),
+    "ends early": (b"\x80\x02}", ["damaged pickle"]),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_hostile_pickles_are_refused(tmp_path, attack):
+    pickled, words = ATTACKS[attack]
+    refused(media.read_events, saved(tmp_path, npy_of_pickle(pickled)), words)
+
+
+def test_memory_bombs_stay_small(tmp_path):
+    """The hostile pickles, read by a process that may not grow by more than 64 MB."""
+    for number, (pickled, _) in enumerate(ATTACKS.values()):
+        saved(tmp_path, npy_of_pickle(pickled), f"{number}.npy")
+    script = (
+        "import resource, sys\nfrom weights import InputError, media\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for number in range(int(sys.argv[2])):\n"
+        "    try: media.read_events(f'{sys.argv[1]}/{number}.npy')\n"
+        "    except InputError: pass\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(len(ATTACKS))], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 64 * 1024      # kilobytes
+
+
+def zip_with_method(method):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for key, values in small_events().items():
+            archive.writestr(f"{key}.npy", npy_of_array(values))
+    return buffer.getvalue()
+
+
+def without(key):
+    content = small_events()
+    del content[key]
+    return content
+
+
+def object_array(values):
+    array = numpy.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+GOOD = npy_of_dict(small_events(2000))
+BAD_EVENTS = {     # name: (file content, words of the message)
+    "empty": (b"", ["0 bytes"]),
+    "text": (b"1,2,3,4\n" * 9, ["not an .npy", "1,2,3"]),
+    "web page": (b"<!DOCTYPE html><html>\n", ["web page", "fetch"]),
+    "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ["Git LFS"]),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(40), ["HDF5", "h5py"]),
+    "AEDAT4": (b"#!AER-DAT4.0\r\n" + bytes(40), ["AEDAT", "faery"]),
+    "Prophesee": (b"% evt 3.0\n" + bytes(40), ["Prophesee"]),
+    "Event Stream": (b"Event Stream\x02\x00\x00", ["Event Stream"]),
+    "bare pickle": (pickle.dumps(small_events()), ["bare pickle"]),
+    "random": (bytes(range(200, 255)), ["c8 c9"]),
+    "truncated in an array": (GOOD[:9000], ["announces", "left"]),
+    "truncated in the header": (GOOD[:40], ["header of"]),
+    "huge header": (b"\x93NUMPY\x02\x00\xff\xff\xff\xff{", ["4294967295"]),
+    "header without shape": (b"\x93NUMPY\x01\x00\x05\x00{'a'}", ["no shape"]),
+    "missing key": (npy_of_dict(without("t")), ["x, y, t, p", "missing: t", "'x'"]),
+    "no dict": (npy_of_dict([1, 2]), ["no dict"]),
+    "other names": (npz_of(xs=numpy.arange(3)), ["'xs'", "missing: x, y, t, p"]),
+    "unequal lengths": (npy_of_dict(small_events() | {"p": numpy.zeros(7, "u1")}), ["x 20", "p 7"]),
+    "no events": (npy_of_dict(small_events(0)), ["no events"]),
+    "no events npz": (npz_of(**small_events(0)), ["no events"]),
+    "float coordinates": (npy_of_dict(small_events(x="f4")), ["x has type 'f4'", "integers"]),
+    "NaN time": (npy_of_dict(small_events() | {"t": numpy.full(20, numpy.nan)}), ["t has type 'f8'"]),
+    "stray coordinate": (npy_of_dict(small_events() | {"x": numpy.full(20, 65535, "u2")}), ["65535", "4096 x 4096"]),
+    "negative x": (npy_of_dict(small_events() | {"x": numpy.arange(-1, 19, dtype="i2")}), ["x is negative", "-1"]),
+    "negative y": (npz_of(**small_events() | {"y": numpy.arange(-5, 15)}), ["y is negative", "-5"]),
+    "beyond int64": (npz_of(**small_events() | {"t": numpy.full(20, 2**63, "u8")}), ["2^63"]),
+    "two dimensions": (npy_of_dict(small_events() | {"x": numpy.zeros((4, 5), "u2")}), ["(4, 5)", "one dimension"]),
+    "complex": (npz_of(**small_events() | {"x": numpy.zeros(20, "c8")}), ["x has type 'c8'"]),
+    "a list for x": (npy_of_dict(small_events() | {"x": [1, 2, 3]}), ["x has type 'list'"]),
+    "objects for x": (npy_of_dict(small_events() | {"x": object_array(range(20))}), ["x has type 'O8'"]),
+    "object array in npz": (npz_of(**small_events() | {"x": object_array(range(20))}), ["x has type 'O'"]),
+    "plain array": (npy_of_array(numpy.zeros((9, 4), "i8")), ["one plain array", "(9, 4)"]),
+    "object array of two": (npy_of_array(object_array([{}, {}])), ["no dict"]),
+    "structured without p": (npy_of_array(numpy.zeros(3, [("x", "u2"), ("y", "u2"), ("t", "i8")])), ["missing: p"]),
+    "structured and cut": (npy_of_array(numpy.zeros(99, [("x", "u2"), ("y", "u2"), ("t", "i8"), ("p", "u1")]))[:700],
+                           ["announces 99 events"]),
+    "nested fields": (npy_of_array(numpy.zeros(3, [("x", "u2", (2,)), ("y", "u2")])), ["wanted a dict or fields"]),
+    "bzip2 npz": (zip_with_method(zipfile.ZIP_BZIP2), ["compressed by method 12"]),
+    "truncated npz": (npz_of(**small_events())[:400], ["damaged .npz"]),
+    "npz checksum": (npz_of(**small_events()).replace(small_events()["t"].tobytes(), bytes(160)), ["damaged .npz"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_EVENTS)
+def test_bad_event_files_are_refused_in_one_line(tmp_path, name):
+    blob, words = BAD_EVENTS[name]
+    refused(media.read_events, saved(tmp_path, blob), words)
+
+
+READERS = [(media.read_events, "e.npy"), (media.read_image, "e.png"), (media.read_video, "e.mp4")]
+
+
+@pytest.mark.parametrize("read, name", READERS)
+def test_paths_that_are_no_files_are_refused(tmp_path, read, name):
+    refused(read, tmp_path, ["is a folder"])
+    refused(read, tmp_path / "none" / name, ["no such file", "does not exist"])
+    (tmp_path / f"f{name}").write_bytes(b"a")
+    refused(read, tmp_path / name, ["no such file", f"did you mean f{name}?"])
+    refused(read, f"https://example.org/{name}", ["is an address", "local files"])
+    os.mkfifo(tmp_path / "pipe")
+    refused(read, tmp_path / "pipe", ["not a regular file"])
+    (tmp_path / "zero").touch()
+    refused(read, tmp_path / "zero", ["0 bytes"])
+    with pytest.raises(InputError, match="cannot be opened"):
+        read("nul\0inside")
+    with pytest.raises(InputError) as caught:
+        read(tmp_path / "line\nbreak")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("read, name", READERS)
+def test_files_without_permission_are_refused(tmp_path, read, name):
+    path = saved(tmp_path, b"a", name)
+    path.chmod(0)
+    refused(read, path, ["Permission denied"])
+
+
+def test_file_beyond_the_limit_is_refused_unread(tmp_path):
+    path = tmp_path / "big.npy"
+    with open(path, "wb") as file:
+        file.truncate(2**31)      # sparse: 2 GB that take no room
+    refused(media.read_events, path, ["2147483648 bytes", "limit"])
+
+
+def test_npz_that_unpacks_beyond_the_limit_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(media, "MAX_EVENT_BYTES", 100_000)
+    blob = npz_of(compressed=True, **{key: numpy.zeros(50_000, "u2") for key in "xytp"})
+    assert len(blob) < 100_000
+    refused(media.read_events, saved(tmp_path, blob, "e.npz"), ["unpacks to more than 100000"])
+
+
+# ---- damage at random ------------------------------------------------------------------------------------------------
+
+def damaged(blob, chance):
+    """One seeded mutation: bytes changed, cut off, taken out, doubled, or a length field blown up."""
+    data, kind = bytearray(blob), chance.randrange(6)
+    at = chance.randrange(len(data))
+    if kind == 0:
+        for _ in range(chance.randrange(1, 9)):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+    elif kind == 1:
+        del data[at:]
+    elif kind == 2:
+        del data[at:at + chance.randrange(1, 40)]
+    elif kind == 3:
+        data[at:at] = data[at:at + chance.randrange(1, 40)]
+    elif kind == 4:
+        data[at:at + 4] = chance.choice([b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\0"])
+    else:
+        other = chance.randrange(len(data))
+        data[at:at + 8] = data[other:other + 8]
+    return bytes(data)
+
+
+def survive(read, blobs, folder, suffix, rounds, check):
+    """Reads `rounds` damaged copies; returns (read, refused). Anything but a checked result or InputError is a failure."""
+    good = bad = 0
+    for seed in range(rounds):
+        chance = random.Random(seed)
+        path = saved(folder, damaged(blobs[seed % len(blobs)], chance), f"damaged{suffix}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")       # a warning would be a second line on the user's screen
+            try:
+                check(read(path))
+                good += 1
+            except InputError as error:
+                assert str(error).startswith(f"{path}: ") and str(error).isprintable(), seed
+                bad += 1
+    return good, bad
+
+
+def check_events(events):
+    assert len({v.numel() for v in events}) == 1 and events.x.numel() > 0
+    assert 0 <= events.x.min() and events.x.max() < 4096 and 0 <= events.y.min() and events.y.max() < 4096
+    assert events.p.max() <= 1
+
+
+def check_image(frame):
+    assert frame.dtype == torch.uint8 and frame.ndim == 3 and frame.shape[2] == 3 and frame.numel() > 0
+
+
+def check_clip(clip):
+    assert len(clip) == 8
+    for frame in clip:
+        check_image(frame)
+
+
+def test_damaged_event_pickles_only_raise_input_error(tmp_path):
+    blobs = [npy_of_dict(small_events(12) | {"time_start": numpy.float64(1)}, protocol) for protocol in (2, 3, 4, 5)]
+    good, bad = survive(media.read_events, blobs, tmp_path, ".npy", 500, check_events)
+    assert good >= 10 and bad >= 100      # both sides of the reader were reached
+
+
+def test_damaged_structured_arrays_and_npz_only_raise_input_error(tmp_path):
+    rows = numpy.zeros(12, [("x", "u2"), ("y", "u2"), ("t", "i8"), ("p", "u1")])
+    blobs = [npz_of(**small_events(12)), npz_of(True, **small_events(12)), npy_of_array(rows)]
+    good, bad = survive(media.read_events, blobs, tmp_path, ".npz", 400, check_events)
+    assert good >= 10 and bad >= 100
+
+
+def test_damaged_images_only_raise_input_error(tmp_path):
+    pixels = numpy.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype("u1")
+    blobs = [image_bytes(Image.fromarray(pixels), kind) for kind in ("PNG", "JPEG")]
+    blobs.append(image_bytes(Image.fromarray(pixels).convert("P"), "PNG"))
+    good, bad = survive(media.read_image, blobs, tmp_path, ".png", 400, check_image)
+    assert good >= 10 and bad >= 50
+
+
+def test_damaged_videos_only_raise_input_error(tmp_path):
+    blobs = [clip_bytes(tmp_path, "a.mp4", 12), clip_bytes(tmp_path, "b.mkv", 12), clip_bytes(tmp_path, "c.avi", 12)]
+    good, bad = survive(media.read_video, blobs, tmp_path, ".mp4", 120, check_clip)
+    assert good >= 10 and bad >= 10
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+def image_bytes(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def some_image(mode, size=(31, 17)):
+    pixels = numpy.random.default_rng(1).integers(0, 256, (size[1], size[0], 3)).astype("u1")
+    if mode == "I;16":
+        return Image.fromarray(numpy.arange(size[0] * size[1], dtype="u2").reshape(size[1], size[0]))
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.mark.parametrize("mode, kind", [("RGB", "PNG"), ("RGBA", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("P", "PNG"),
+                                        ("1", "PNG"), ("I;16", "PNG"), ("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG")])
+def test_images_equal_pillows_rgb(tmp_path, mode, kind):
+    path = saved(tmp_path, image_bytes(some_image(mode), kind), "a.png")
+    wanted = numpy.asarray(Image.open(path).convert("RGB"))
+    frame = media.read_images([path])[0]
+    assert frame.dtype == torch.uint8 and numpy.array_equal(frame.numpy(), wanted)
+
+
+def test_exif_rotation_is_not_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6       # turn by a quarter
+    path = saved(tmp_path, image_bytes(some_image("RGB"), "JPEG", exif=exif), "a.jpg")
+    assert media.read_image(path).shape == (17, 31, 3)
+
+
+def test_several_images_keep_their_order(tmp_path):
+    paths = [saved(tmp_path, image_bytes(Image.new("RGB", (3 + i, 2), (i, 0, 0))), f"{i}.png") for i in range(4)]
+    assert [(f.shape[1], f[0, 0, 0].item()) for f in media.read_images(paths)] == [(3, 0), (4, 1), (5, 2), (6, 3)]
+
+
+def png_claiming(width, height):
+    """A PNG whose header announces a size and whose body is a few bytes."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+BAD_IMAGES = {
+    "text": (b"hello\n", ["not a PNG or JPEG", "hello"]),
+    "web page": (b"<html>", ["web page"]),
+    "truncated PNG": (image_bytes(some_image("RGB"))[:600], ["truncated"]),
+    "truncated JPEG": (image_bytes(some_image("RGB", (200, 200)), "JPEG")[:3000], ["truncated"]),
+    "only a PNG signature": (b"\x89PNG\r\n\x1a\n", ["damaged"]),
+    "bomb 20000 x 20000": (png_claiming(20_000, 20_000), ["50000000 pixels"]),
+    "bomb 10000 x 10000": (png_claiming(10_000, 10_000), ["50000000 pixels"]),      # where Pillow only warns
+    "above our limit": (png_claiming(10_000, 5_001), ["10000 x 5001", "50000000"]),
+    "sliver": (png_claiming(4000, 1), ["4000 x 1", "256 : 1"]),
+    "GIF named PNG": (image_bytes(Image.new("P", (4, 4)), "GIF"), ["not a PNG or JPEG"]),
+    "BMP named PNG": (image_bytes(Image.new("RGB", (4, 4)), "BMP"), ["not a PNG or JPEG"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_bad_images_are_refused_in_one_line(tmp_path, name):
+    blob, words = BAD_IMAGES[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused(media.read_image, saved(tmp_path, blob, "a.png"), words)
+
+
+def test_one_by_one_image_is_read(tmp_path):
+    assert media.read_image(saved(tmp_path, image_bytes(Image.new("RGB", (1, 1), (7, 8, 9))))).tolist() == [[[7, 8, 9]]]
+
+
+# ---- video -----------------------------------------------------------------------------------------------------------
+
+def picture(number, width, height):
+    """A picture that tells its number: a grey level, with some texture so that nothing is skipped as empty."""
+    rows = torch.full((height, width, 3), 20 + 9 * number % 200, dtype=torch.uint8)
+    rows[: height // 4] = 255 - rows[0, 0, 0]
+    return av.VideoFrame.from_ndarray(rows.numpy(), format="rgb24")
+
+
+def clip_bytes(folder, name, num_frames, codec="mpeg4", size=(64, 48), pixel_format="yuv420p", options=None, copies=None):
+    """A little clip as bytes; the container goes by the name's ending. copies: how often each picture is written."""
+    path = folder / name
+    with av.open(str(path), "w", options=options or {}) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = *size, pixel_format
+        stream.codec_context.time_base = Fraction(1, 25)
+        for number in range(num_frames):
+            frame = picture(number, *size)
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path.read_bytes()
+
+
+def clip(folder, name, num_frames, **options):
+    clip_bytes(folder, name, num_frames, **options)
+    return folder / name
+
+
+def every_frame(path):
+    with av.open(str(path)) as container:
+        return [torch.from_numpy(frame.to_ndarray(format="rgb24").copy()) for frame in container.decode(video=0)]
+
+
+def test_frames_equal_the_recorded_bytes():
+    want = json.loads(needs(PREPROCESS / "expected.json").read_text())
+    frames = media.read_video(PREPROCESS / want["video"])
+    hashes = [hashlib.sha256(frame.numpy().tobytes()).hexdigest() for frame in frames]
+    assert hashes == want["decoded"]["sha256_per_frame_uint8_HWC"]
+    stored = load_file(PREPROCESS / "expected.safetensors")
+    assert torch.equal(frames[0], stored["decoded_frame_0"]) and torch.equal(frames[4], stored["decoded_frame_12"])
+
+
+@pytest.mark.parametrize("total, indices", [
+    (25, [0, 3, 6, 9, 12, 15, 18, 21]), (100, [0, 12, 25, 37, 50, 62, 75, 87]),
+    (250, [0, 31, 62, 93, 125, 156, 187, 218]), (4, [0, 0, 1, 1, 2, 2, 3, 3]), (1, [0] * 8)])
+def test_uniform_indices_are_upstreams(total, indices):
+    assert media.sample_indices(total, 8) == indices
+    assert [int(i) for i in numpy.arange(0, total, total / 8)] == indices
+
+
+@pytest.mark.parametrize("name, codec", [("a.mp4", "mpeg4"), ("a.mov", "mpeg4"), ("a.avi", "mpeg4"), ("a.mkv", "mpeg4"),
+                                         ("a.webm", "libvpx"), ("a.webm", "libvpx-vp9"), ("f.mp4", "fragmented")])
+@pytest.mark.parametrize("rule", ["uniform", "first"])
+def test_every_container_gives_the_frames_by_index(tmp_path, name, codec, rule):
+    options = {"movflags": "frag_keyframe+empty_moov"} if codec == "fragmented" else {}
+    codec = "mpeg4" if codec == "fragmented" else codec
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV cannot write {codec}")
+    path = clip(tmp_path, name, 21, codec=codec, options=options)
+    frames = every_frame(path)
+    assert len(frames) == 21
+    read = media.read_video(path, 8, rule)
+    for index, frame in zip(media.sample_indices(21, 8, rule), read, strict=True):
+        assert torch.equal(frame, frames[index]), index
+
+
+def test_header_that_announces_too_many_frames_is_corrected_by_decoding(tmp_path):
+    path = clip(tmp_path, "a.avi", 21)
+    blob = bytearray(path.read_bytes())
+    for tag, offset in ((b"avih", 24), (b"strh", 40)):       # dwTotalFrames and the stream's dwLength
+        at = blob.index(tag) + offset
+        assert struct.unpack_from("<I", blob, at) == (21,)
+        struct.pack_into("<I", blob, at, 900)
+    cut = blob.index(b"idx1")
+    lying = saved(tmp_path, bytes(blob[:cut]), "lying.avi")
+    with av.open(str(lying)) as container:
+        announced = container.streams.video[0].frames
+    assert announced == 900
+    frames = every_frame(path)
+    for index, frame in zip(media.sample_indices(21, 8), media.read_video(lying), strict=True):
+        assert torch.equal(frame, frames[index]), index
+
+
+def test_packets_that_show_no_picture_are_not_counted(tmp_path, monkeypatch):
+    """webm has no count, and its packets may outnumber its frames: the estimate is off, the frames are right."""
+    path = clip(tmp_path, "a.mkv", 21)
+    frames, count = every_frame(path), media.announced_frames
+    monkeypatch.setattr(media, "announced_frames", lambda p: (count(p)[0] + 11, False))
+    assert count(path) == (21, False)
+    for index, frame in zip(media.sample_indices(21, 8), media.read_video(path), strict=True):
+        assert torch.equal(frame, frames[index]), index
+
+
+@pytest.mark.parametrize("total, rule, numbers", [(1, "uniform", [0] * 8), (7, "uniform", [0, 0, 1, 2, 3, 4, 5, 6]),
+                                                  (3, "first", [0, 1, 2, 2, 2, 2, 2, 2])])
+def test_short_clips_repeat_frames_by_index(tmp_path, total, rule, numbers):
+    path = clip(tmp_path, "a.mp4", total)
+    frames = every_frame(path)
+    assert len(frames) == total
+    for index, frame in zip(numbers, media.read_video(path, 8, rule), strict=True):
+        assert torch.equal(frame, frames[index]), index
+
+
+@pytest.mark.parametrize("size", [(50, 38), (346, 260), (16, 16)])
+def test_padded_rows_are_unpadded(tmp_path, size):
+    path = clip(tmp_path, "a.mp4", 3, size=size)
+    frame = media.read_video(path, 1)[0]
+    assert frame.shape == (size[1], size[0], 3) and frame.is_contiguous()
+    assert torch.equal(frame, every_frame(path)[0])
+
+
+def test_frames_outlive_their_container(tmp_path):
+    path = clip(tmp_path, "a.mp4", 9)
+    first = media.read_video(path)
+    copies = [frame.clone() for frame in first]
+    for _ in range(5):
+        media.read_video(path)
+    assert all(torch.equal(a, b) for a, b in zip(first, copies, strict=True))
+
+
+def test_nothing_is_decoded_past_the_last_frame_needed(tmp_path):
+    path = clip(tmp_path, "a.mp4", 40)
+    _, decoded = media.decode_frames(path, [0, 3], stop_early=True)
+    assert decoded == 4
+
+
+def test_ten_bit_and_grey_become_rgb_as_upstream_converts_them(tmp_path):
+    for codec, pixel_format in (("ffv1", "gray"), ("ffv1", "yuv420p10le"), ("ffv1", "bgra")):
+        path = clip(tmp_path, f"{pixel_format}.mkv", 3, codec=codec, pixel_format=pixel_format)
+        frames = every_frame(path)
+        for index, frame in zip(media.sample_indices(3, 8), media.read_video(path), strict=True):
+            assert torch.equal(frame, frames[index]), pixel_format
+
+
+def test_calls_on_several_threads_give_the_same_frames(tmp_path):
+    path = clip(tmp_path, "a.mp4", 30)
+    wanted, found = media.read_video(path), {}
+    threads = [threading.Thread(target=lambda i=i: found.update({i: media.read_video(path)})) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(torch.equal(a, b) for frames in found.values() for a, b in zip(frames, wanted, strict=True))
+
+
+def test_invalid_metadata_is_ignored(tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "TITLETITLE"
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.mux(stream.encode(picture(0, 64, 48)))
+        container.mux(stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"TITLETITLE", b"\xff\xfe\xff\xfe\xff\xfe\xff\xfe\xff\xfe"))
+    with pytest.raises(UnicodeDecodeError):
+        av.open(str(path))
+    assert len(media.read_video(path)) == 8
+
+
+def truncated_faststart(folder):
+    blob = clip_bytes(folder, "fast.mp4", 40, options={"movflags": "faststart"})
+    assert blob.index(b"moov") < blob.index(b"mdat")
+    return blob[:blob.index(b"mdat") + (len(blob) - blob.index(b"mdat")) // 3]
+
+
+def truncated_fragmented(folder):
+    blob = clip_bytes(folder, "frag.mp4", 40, options={"movflags": "frag_keyframe+empty_moov"})
+    return blob[:blob.index(b"moof")]
+
+
+def sound_only(folder):
+    path = folder / "sound.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(numpy.zeros((1, 800), "i2"), format="s16", layout="mono")
+        frame.sample_rate, frame.pts = 8000, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path.read_bytes()
+
+
+def playlist(folder):
+    inner = clip(folder, "inner.mp4", 9)
+    return f"ffconcat version 1.0\nfile '{inner}'\n".encode()
+
+
+def m3u_playlist(folder):
+    inner = clip(folder, "inner.mp4", 9)
+    return f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{inner}\n#EXT-X-ENDLIST\n".encode()
+
+
+BAD_VIDEOS = {
+    "random": (lambda _: random.Random(0).randbytes(5000), ["not a video container"]),
+    "text": (lambda _: b"hello\n" * 50, ["not a video container", "hello"]),
+    "web page": (lambda _: b"<!DOCTYPE html><html>", ["web page", "fetch it again"]),
+    "an image": (lambda _: image_bytes(some_image("RGB")), ["not a video container"]),
+    "mp4 without its index": (lambda d: clip_bytes(d, "i.mp4", 40)[:2000], ["without a usable index", "incomplete copy"]),
+    "truncated fast-start": (truncated_faststart, ["decoded", "frames, then failed"]),
+    "truncated fragmented": (truncated_fragmented, ["0 frames"]),
+    "only an mkv header": (lambda d: clip_bytes(d, "h.mkv", 9)[:300], ["sound"]),
+    "sound only": (sound_only, ["no video stream", "audio"]),
+    "playlist named mp4": (playlist, ["not a video container"]),
+    "m3u playlist named mp4": (m3u_playlist, ["not a video container"]),
+    "unknown codec": (lambda d: clip_bytes(d, "u.mp4", 9).replace(b"mp4v", b"zzzz"), ["codec"]),
+}
+BAD_VIDEOS["only an mkv header"] = (BAD_VIDEOS["only an mkv header"][0], [])
+
+
+@pytest.mark.parametrize("name", BAD_VIDEOS)
+def test_bad_videos_are_refused_in_one_line(tmp_path, name):
+    make, words = BAD_VIDEOS[name]
+    message = refused(media.read_video, saved(tmp_path, make(tmp_path), "bad.mp4"), words)
+    assert "avcodec" not in message and "Errno" not in message
+
+
+def test_oversized_videos_are_refused(tmp_path, monkeypatch):
+    path = clip(tmp_path, "a.mp4", 9)
+    monkeypatch.setattr(media, "MAX_VIDEO_FRAMES", 8)
+    refused(media.read_video, path, ["more than 8 frames", "cut"])
+    refused(media.read_video, clip(tmp_path, "a.mkv", 9), ["more than 8 frames"])
+    assert len(media.read_video(path, 4, "first")) == 4
+    monkeypatch.setattr(media, "MAX_VIDEO_PIXELS", 64 * 48 - 1)
+    refused(media.read_video, path, ["64 x 48"])
+
+
+def test_file_that_vanishes_while_reading_is_an_input_error(tmp_path, monkeypatch):
+    path = clip(tmp_path, "a.mp4", 9)
+    decode = media.decode_frames
+    monkeypatch.setattr(media, "decode_frames", lambda *a, **k: (path.unlink(), decode(*a, **k)))
+    refused(media.read_video, path, ["no such file"])
+
+
+def test_wrong_rule_is_a_value_error_of_the_caller(tmp_path):
+    with pytest.raises(ValueError, match="uniform"):
+        media.read_video(tmp_path / "a.mp4", rule="last")
+
+
+# ---- the module as a whole -------------------------------------------------------------------------------------------
+
+def test_everything_works_without_numpy(tmp_path):
+    saved(tmp_path, npy_of_dict(small_events(50)), "e.npy")
+    saved(tmp_path, npz_of(**small_events(50)), "e.npz")
+    saved(tmp_path, image_bytes(some_image("RGB")), "e.png")
+    clip(tmp_path, "e.mp4", 9)
+    script = (
+        "import sys; sys.modules['numpy'] = None\n"
+        "from weights import media\nfrom kernels import frames\n"
+        "d = sys.argv[1]\n"
+        "for name in ('e.npy', 'e.npz'): drawn = frames.draw_events(media.read_events(f'{d}/{name}'))\n"
+        "for given in (drawn, media.read_images([f'{d}/e.png']), media.read_video(f'{d}/e.mp4')):\n"
+        "    print(tuple(frames.clip_pixels(given, 28).shape))\n")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split("\n")[:3] == ["(5, 3, 28, 28)", "(1, 3, 28, 28)", "(8, 3, 28, 28)"], done.stderr
+    assert done.stderr == ""
+
+
+def test_command_line_describes_a_file_and_exits_2_on_a_bad_one(tmp_path):
+    path = saved(tmp_path, npy_of_dict(small_events(50)))
+    command = [sys.executable, "-m", "weights.media"]
+    done = subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "50 events" in done.stdout
+    path.write_bytes(b"text")
+    done = subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
