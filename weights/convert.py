@@ -1,0 +1,237 @@
+"""convert: pickled weights (.bin, .pt) to safetensors, once, without running a line of what they hold.
+
+    python -m weights.convert checkpoints/eventgpt             # pytorch_model*.bin -> model*.safetensors beside them
+    python -m weights.convert checkpoints/eventgpt converted/  # the same into another folder, with its small files
+    python -m weights.convert best_model.pt adapter.safetensors
+
+torch's weights-only reader builds tensors and plain containers, and refuses the rest; there is no other reader here.
+Tensors are mapped and written from where they lie, so a 10 GB shard needs no 10 GB of memory. Output appears under its
+name only when all of it is written, and nothing is overwritten.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, TensorSpec, serialize_file
+
+from weights import InputError
+from weights.load import INDEX, SINGLE, brief, listed, read_header, read_json, refusal, reject_impostor
+
+PICKLED = re.compile(r"(?i)\.(bin|pt|pth|ckpt)$")
+WRAPPERS = ("model_state_dict", "state_dict", "model")   # where training scripts put the tensors, beside other things
+SMALL_FILES = re.compile(r"(?i)\.(json|model|txt)$")     # config and tokenizer, which a converted folder needs too
+MAX_SMALL_BYTES = 64 << 20
+
+
+def convert(source, target=None) -> list:
+    """The safetensors files made of `source`, a folder with pytorch_model*.bin or one pickled file: list of Path.
+
+    target: a folder for a folder, a `.safetensors` name for a file; beside the source by default. Tensors that share
+    memory are written out under each of their names. What else the file holds becomes metadata, if JSON can say it.
+    """
+    source = Path(source)
+    if os.path.isdir(source):
+        return convert_folder(source, Path(target or source))
+    if not os.path.exists(source):
+        raise refusal(source, "no such file or folder", "check the spelling")
+    if not PICKLED.search(source.name):
+        raise refusal(source, "wanted a folder or a pickled .bin, .pt, .pth or .ckpt file",
+                      "safetensors files need no conversion")
+    target = Path(target or source.with_suffix(".safetensors"))
+    if os.path.isdir(target):
+        target = target / source.with_suffix(".safetensors").name
+    if target.suffix != ".safetensors":
+        raise refusal(target, "the name of the result must end in .safetensors", "name it so")
+    return write_all({source: target})
+
+
+def convert_folder(source, target) -> list:
+    """The shards in safetensors with their index, and copies of the small files if `target` is another folder."""
+    old_index = source / "pytorch_model.bin.index.json"
+    if os.path.exists(source / "pytorch_model.bin"):
+        return write_all({source / "pytorch_model.bin": target / SINGLE}, copies(source, target))
+    if not os.path.exists(old_index):
+        found = sorted(name for name in os.listdir(source) if PICKLED.search(name))
+        raise refusal(source, "no pytorch_model.bin and no pytorch_model.bin.index.json here"
+                      + (f", only {listed(found)}" if found else ""), "give one file by its name")
+    weight_map = read_json(old_index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise refusal(old_index, "weight_map is not a table of key to file", "copy it from the checkpoint again")
+    shards = sorted(set(weight_map.values()))
+    odd = [name for name in shards if not re.fullmatch(r"pytorch_model[\w.-]*\.bin", name)]
+    if odd:
+        raise refusal(old_index, f"names shards that are none ({listed(odd)})", "copy it from the checkpoint again")
+    missing = [name for name in shards if not os.path.exists(source / name)]
+    if missing:
+        raise refusal(source, f"{len(missing)} of {len(shards)} shards missing: {listed(missing)}",
+                      "finish the download")
+    jobs = {source / name: target / (name.removeprefix("pytorch_").removesuffix(".bin") + ".safetensors")
+            for name in shards}
+    return write_all(jobs, copies(source, target), (old_index, weight_map, target / INDEX))
+
+
+def copies(source, target) -> dict:
+    """{from: to} of config and tokenizer files that the target folder lacks."""
+    if target.exists() and target.samefile(source):
+        return {}
+    return {source / name: target / name for name in sorted(os.listdir(source))
+            if SMALL_FILES.search(name) and not name.endswith(".index.json") and not os.path.exists(target / name)
+            and os.path.isfile(source / name) and os.path.getsize(source / name) <= MAX_SMALL_BYTES}
+
+
+def write_all(jobs, small_files=None, index=None) -> list:
+    """Converts every file, then renames all results into place. Nothing is left behind if one of them fails."""
+    outputs = [*jobs.values(), *([index[2]] if index else [])]
+    there = [str(path) for path in outputs if os.path.lexists(path)]
+    if there:
+        raise refusal(there[0], f"exists already ({len(there)} of {len(outputs)} results do)",
+                      "remove it first or give another target")
+    folder, partial = outputs[0].parent, {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found, nbytes = {}, 0
+        for source, target in jobs.items():
+            partial[target] = target.with_name(f".{target.name}.{os.getpid()}.partial")
+            write(source, partial[target])
+            for key, stored in read_header(partial[target]).items():
+                if key in found:
+                    raise refusal(source, f"{brief(key)} is also in {found[key]}", "ask its author for a sound file")
+                found[key], nbytes = target.name, nbytes + stored.nbytes
+        if index:
+            old_index, weight_map, path = index
+            wrong = sorted(set(found) ^ set(weight_map))
+            if wrong:
+                raise refusal(old_index, f"{len(wrong)} names differ between index and shards: {listed(wrong)}",
+                              "copy the checkpoint again")
+            partial[path] = path.with_name(f".{path.name}.{os.getpid()}.partial")
+            partial[path].write_text(json.dumps({"metadata": {"total_size": nbytes}, "weight_map": found}, indent=2))
+        for source, target in (small_files or {}).items():
+            partial[target] = target.with_name(f".{target.name}.{os.getpid()}.partial")
+            shutil.copyfile(source, partial[target])
+        for path in sorted(partial, key=lambda path: path.name == INDEX):
+            os.rename(partial[path], path)              # the index last: it is what makes the folder a checkpoint
+            del partial[path]
+    except OSError as error:
+        raise refusal(error.filename or folder, f"cannot be written or read ({error.strerror or brief(error)})",
+                      "check the path, its permissions and the disk") from None
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+    return outputs
+
+
+def write(source, target):
+    """Writes the tensors of one pickled file as safetensors, from where they are mapped."""
+    tensors, metadata = unpack(source, read_pickled(source))
+    needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise refusal(target.parent, f"{source.name} needs {needed:,} bytes, the disk has {free:,} free",
+                      "give a target with more room")
+    kept, specs = [], {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        kept.append(tensor)                             # serialize_file sees addresses only
+        try:
+            specs[name] = TensorSpec(dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape),
+                                     data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
+        except (SafetensorError, ValueError) as error:
+            raise refusal(source, f"{brief(name)} cannot be stored ({brief(error)})",
+                          "convert a checkpoint in bf16, fp16 or fp32") from None
+    try:
+        serialize_file(specs, target, metadata=metadata)
+    except SafetensorError as error:
+        raise refusal(target, f"cannot be written ({brief(error)})", "check the disk and its free space") from None
+    shutil.copymode(source, target)                     # serialize_file's own choice shuts out everybody else
+
+
+def read_pickled(path):
+    """The tensors and plain containers of a torch file. Anything that would have to be called is refused by name."""
+    with open(path, "rb") as file:
+        first = file.read(64)
+    if not first:
+        raise refusal(path, "is empty (0 bytes)", "copy or download it again")
+    if not first.startswith(b"PK"):
+        reject_impostor(path, first)
+    try:
+        # Only torch's zip form can be mapped; the form before torch 1.6 is read by the same weights-only reader.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # about pickle protocols and storages; nothing a user can act on
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        wanted = refused_name(str(error))
+        if wanted:
+            raise refusal(path, f"asks to build {wanted}, refused: only tensors and plain containers are read",
+                          "nothing of it was run; ask its author for safetensors, or for the tensors alone") from None
+        raise refusal(path, "not a file of torch.save, or a damaged one", "copy or download it again") from None
+    except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
+            MemoryError, RecursionError, OverflowError, zipfile.BadZipFile) as error:
+        # What a damaged pickle does to the reader is open-ended; these are the classes that mutations of real ones met.
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise refusal(path, f"not a file of torch.save, or a damaged one ({brief(reason)})",
+                      "copy or download it again") from None
+
+
+def refused_name(message) -> str | None:
+    """The class or function that torch's reader was asked for. Its advice to switch the check off is not repeated."""
+    found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported class ([\w.]+)", message)
+    return found and (found[1] or found[2])
+
+
+def unpack(path, content) -> tuple:
+    """(tensors by name, metadata of strings) of what a torch file held."""
+    if not isinstance(content, dict):
+        raise refusal(path, f"holds a {type(content).__name__}, wanted a dict of tensors", "save its state_dict")
+    rest = {}
+    wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    if wrapper:
+        rest = {key: value for key, value in content.items() if key != wrapper}
+        content = content[wrapper]
+    tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    rest.update((key, value) for key, value in content.items() if key not in tensors)
+    # More values than stored ones (stride 0) would unfold a small file into one of any size.
+    strange = [key for key, t in tensors.items() if not isinstance(key, str) or t.layout != torch.strided
+               or t.is_quantized or t.is_meta or t.nbytes > t.untyped_storage().nbytes()]
+    if strange:
+        raise refusal(path, f"{len(strange)} entries are no plain dense tensors with a name: "
+                      f"{listed(map(str, strange))}", "convert a checkpoint in bf16, fp16 or fp32")
+    if not tensors:
+        raise refusal(path, f"holds no tensors, its keys are {listed(map(str, rest)) or 'none'}",
+                      "give the file with the model's state_dict")
+    metadata, left_out = {"format": "pt"}, []
+    for key, value in rest.items():
+        try:
+            metadata[str(key)] = value if isinstance(value, str) else json.dumps(value)
+        except (TypeError, ValueError, RecursionError):
+            left_out.append(str(key))                   # an optimizer's state, as a rule
+    if left_out:
+        metadata["left_out"] = json.dumps(left_out)
+    return tensors, metadata
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m weights.convert", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a folder with pytorch_model*.bin, or one .bin, .pt, .pth or .ckpt file")
+    parser.add_argument("target", nargs="?", help="where to put the result; beside the source unless given")
+    args = parser.parse_args(argv)
+    try:
+        for path in convert(args.source, args.target):
+            tensors = read_header(path).values() if path.suffix == ".safetensors" else ()
+            print(f"{path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors):,} bytes" if tensors else path)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

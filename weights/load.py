@@ -1,0 +1,533 @@
+"""load: a checkpoint on disk to engine tensors on a device. Every complaint comes before any device memory is taken.
+
+    checkpoint = open_checkpoint("checkpoints/eventgpt")       # headers only; InputError names what does not fit
+    weights = checkpoint.load(torch.device("cuda"), torch.bfloat16)        # {"text.layers.0.qkv": tensor, ...}
+
+Each checkpoint tensor is read once, straight into its rows of the engine tensor; the host never holds more than one.
+`python -m weights.load DIR` prints names, shapes, bytes and leftovers; `--check` also reads every value.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from weights import InputError
+from weights.names import KINDS, Plan, canonical, extra_rows, on_disk, plan, size
+
+MAX_NAMES = 10                       # tensors listed in one message
+MAX_HEADER_BYTES = 100_000_000       # safetensors' own limit
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CLIP_336, ASSUMED_CLIP = "openai/clip-vit-large-patch14-336", {"image_size": 336}
+IMPOSTORS = [                        # what arrives in place of a file, by its first bytes
+    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch it with `git lfs pull`"),
+    (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page", "download it again; large files may ask for a confirmation"),
+    (rb"PK\x03\x04", "a pickled torch file", "turn it into safetensors with `python -m weights.convert FILE`"),
+    (rb"GGUF", "a GGUF file", "use the checkpoint in safetensors form"),
+]
+LOOKS_LIKE = [                       # the keys of other checkpoints that people have
+    (r"^base_model\.model\.|\.lora_[AB]\.", "a LoRA adapter: merge it into its model first"),
+    (r"\.(qweight|qzeros|absmax|quant_map|SCB|weight_format|weight_scale)\b", "a quantised checkpoint: use the "
+     "original in bf16 or fp16"),
+    (r"^model\.(mm_projector|image_tower\.image_tower|video_tower\.video_tower)\.", "the original Video-LLaVA or LLaVA "
+     "layout: use LanguageBind/Video-LLaVA-7B-hf"),
+    (r"^(model\.)?video_tower\.", "Video-LLaVA"),
+    (r"^(model\.)?vision_tower\.", "LLaVA, which has one vision tower and not two"),
+    (r"^model\.(visual_tower|visual_projector|feature_adaptor)\.", "EventGPT"),
+    (r"^(text_model|vision_model)\.", "CLIP"),
+    (r"^output_proj\.|^transformer\.layers\.\d+\.self_attn\.in_proj", "an alignment adapter, not a model"),
+    (r"^model\.layers\.\d+\.self_attn\.[qkv]_proj\.bias$", "Qwen or another decoder with biases"),
+    (r"^model\.layers\.", "a plain LLaMA"),
+]
+
+
+def refusal(path, reason, way_out) -> InputError:
+    """InputError "PATH: reason; way out" on one printable line, whatever the path and the file put into it."""
+    line = f"{path}: {reason}; {way_out}"
+    return InputError("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+
+
+def brief(value, limit=80) -> str:
+    """Something read from a file, short enough for a message."""
+    text = str(value[:limit] if isinstance(value, str) else value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+# ---- folders -----------------------------------------------------------------------------------------------------
+
+
+def resolve(path_or_id, revision=None) -> Path:
+    """The folder of a checkpoint: a local one, or a snapshot in the hub cache. Never touches the network.
+
+    path_or_id: a path, `ORG/NAME` or `ORG/NAME@REVISION`. revision: a branch, or better the 40 digits of a commit,
+    which pin the files; `main` as the cache last saw it unless told.
+    """
+    name = os.path.expanduser(os.fspath(path_or_id))
+    if os.path.isdir(name):
+        return Path(name)
+    if os.path.lexists(name):
+        raise refusal(name, "is a file, wanted a folder with config.json and safetensors",
+                      f"give {os.path.dirname(name) or '.'}")
+    repo, _, pinned = name.partition("@")
+    revision = revision or pinned or None
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo, re.ASCII):
+        raise refusal(name or repr(name), "no such folder",
+                      "check the spelling, or give ORG/NAME of a downloaded model")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        command = f"hf download {repo} --revision {revision or 'main'}"
+        raise refusal(repo, f"no such folder, and revision {revision or 'main'} is not in the hub cache",
+                      f"check the path, or download it with `{command}`") from None
+
+
+def read_json(path) -> dict:
+    """The object in a JSON file; line ends and a byte order mark don't matter."""
+    try:
+        raw = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise refusal(path, "no such file", "copy it from the checkpoint, or point at the folder that has it") from None
+    except OSError as error:
+        raise refusal(path, f"cannot be read ({error.strerror})", "check the path and its permissions") from None
+    reject_impostor(path, raw)
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise refusal(path, f"not JSON ({brief(error)})", "copy it from the checkpoint again") from None
+    if not isinstance(value, dict):
+        raise refusal(path, f"holds a JSON {type(value).__name__}, wanted an object",
+                      "copy it from the checkpoint again")
+    return value
+
+
+def reject_impostor(path, first_bytes):
+    for pattern, what, way_out in IMPOSTORS:
+        if re.match(pattern, first_bytes):
+            raise refusal(path, f"is {what}", way_out.replace("FILE", str(path)))
+
+
+def read_config(folder) -> dict:
+    """config.json of a checkpoint folder. EventGPT's comes with `vision_config`, read from the CLIP folder it names."""
+    folder = Path(folder)
+    if not os.path.exists(folder / "config.json") and os.path.exists(folder / "adapter_config.json"):
+        raise refusal(folder, "holds an adapter without its model", "merge it first, and give the merged folder")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") not in KINDS:
+        raise refusal(folder / "config.json",
+                      f"model_type is {brief(config.get('model_type'))!r}, wanted one of {', '.join(KINDS)}",
+                      "give a Video-LLaVA (-hf form), EventGPT or plain LLaMA folder")
+    if config["model_type"] == "EventChat_llama" and not config.get("vision_config"):
+        clip = clip_folder(folder, config)
+        if clip is None:                                # the tower EventGPT is built on; headers will tell if it isn't
+            config["vision_config"] = dict(ASSUMED_CLIP)
+        else:
+            vision = read_json(clip / "config.json")    # of the tower alone, or of a whole CLIP with a section for it
+            config["vision_config"] = vision.get("vision_config") or vision
+    return config
+
+
+def clip_folder(folder, config) -> Path | None:
+    """Where `mm_visual_tower` is on this machine: inside or beside the model folder, as written, or the hub cache.
+    The released config carries its author's path, so the last name alone is tried as well."""
+    tower = config.get("mm_visual_tower")
+    if not isinstance(tower, str) or not tower:
+        raise refusal(folder / "config.json", "mm_visual_tower is absent, wanted the CLIP folder",
+                      f"set it to the path of {CLIP_336}")
+    last = os.path.basename(tower.rstrip("/\\"))
+    for place in (folder / tower, Path(tower), folder / last, folder.resolve().parent / last):
+        if last and os.path.isfile(place / "config.json"):
+            return place
+    try:
+        return resolve(tower)
+    except InputError:
+        return None
+
+
+# ---- headers -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a safetensors file, known by its header."""
+    file: Path
+    key: str
+    dtype: str                  # as safetensors spells it
+    shape: tuple
+    start: int                  # byte offset in the file's data; reading in this order reads the disk in order
+    nbytes: int
+
+
+def read_header(path) -> dict:
+    """{key: Stored} of one safetensors file, after checking that the file is whole. No tensor is read."""
+    path = Path(path)
+    again = "copy or download it again"
+    try:
+        real = path.stat().st_size
+        with open(path, "rb") as file:
+            first = file.read(64)
+            reject_impostor(path, first)
+            length = int.from_bytes(first[:8], "little")
+            if real < 8 or length > MAX_HEADER_BYTES:
+                raise refusal(path, f"not a safetensors file (starts with {first[:16]!r})", again)
+            if 8 + length > real:
+                raise refusal(path, f"truncated: its header alone needs {8 + length} bytes, the file has {real}", again)
+            file.seek(8)
+            header = json.loads(file.read(length), object_pairs_hook=lambda pairs: no_duplicates(path, pairs))
+    except OSError as error:
+        raise refusal(path, f"cannot be read ({error.strerror})", "check the path and its permissions") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise refusal(path, f"damaged header ({brief(error)})", again) from None
+    entries = header.items() if isinstance(header, dict) else ()
+    spans = {key: entry.get("data_offsets") for key, entry in entries if isinstance(entry, dict)}
+    ends = [span[1] for span in spans.values() if isinstance(span, list) and len(span) == 2 and type(span[1]) is int]
+    if ends and 8 + length + max(ends) != real:
+        state = "truncated" if 8 + length + max(ends) > real else "too long"
+        raise refusal(path, f"{state}: wanted {8 + length + max(ends)} bytes, the file has {real}", again)
+    try:
+        with safe_open(path, framework="pt") as file:   # the library has the last word on overlaps, holes and dtypes
+            slices = {key: file.get_slice(key) for key in file.keys()}
+            return {key: Stored(path, key, part.get_dtype(), tuple(part.get_shape()), spans[key][0],
+                                spans[key][1] - spans[key][0]) for key, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise refusal(path, f"damaged ({brief(error)})", again) from None
+
+
+def no_duplicates(path, pairs) -> dict:
+    """A JSON object whose keys differ; json alone would let the last one win in silence."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise refusal(path, f"its header names {brief(twice)} twice", "ask whoever made the file for a sound one")
+    return result
+
+
+def weight_files(folder) -> tuple:
+    """(files, index): the safetensors files of a folder, all present, and {key: file} of the index or None."""
+    folder = Path(folder)
+    if os.path.exists(folder / SINGLE):
+        return [folder / SINGLE], None
+    if not os.path.exists(folder / INDEX):
+        try:
+            names = sorted(os.listdir(folder))
+        except OSError as error:
+            raise refusal(folder, f"cannot be read ({error.strerror})", "check the path and its permissions") from None
+        shards = [name for name in names if name.endswith(".safetensors")]
+        pickled = [name for name in names if re.fullmatch(r"pytorch_model.*\.bin", name)]
+        if shards:
+            raise refusal(folder, f"holds {listed(shards)} but neither {SINGLE} nor {INDEX}",
+                          f"add the missing {INDEX}")
+        if pickled:
+            raise refusal(folder, f"holds pickled weights only ({listed(pickled)}), wanted safetensors",
+                          f"turn them into safetensors with `python -m weights.convert {folder}`")
+        raise refusal(folder, f"no weights here, wanted {SINGLE} or {INDEX} with its shards",
+                      "finish the download, or point at the folder that has them")
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise refusal(folder / INDEX, "weight_map is not a table of key to file", "copy it from the checkpoint again")
+    shards = sorted(set(weight_map.values()))
+    outside = [name for name in shards if name in ("", ".", "..") or os.path.basename(name) != name or "\0" in name]
+    if outside:
+        raise refusal(folder / INDEX, f"names files outside its folder ({listed(outside)})",
+                      "copy it from the checkpoint again")
+    missing = [name for name in shards if not os.path.exists(folder / name)]
+    if missing:
+        raise refusal(folder, f"{len(missing)} of {len(shards)} shards missing: {listed(missing)}",
+                      "finish the download")
+    return [folder / name for name in shards], weight_map
+
+
+def listed(names, room=MAX_NAMES) -> str:
+    names = list(names)
+    return ", ".join(brief(name, 120) for name in names[:room]) + (
+        f" and {len(names) - room} more" if len(names) > room else "")
+
+
+# ---- a checkpoint ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint whose headers fit the engine; nothing of it is in memory until `load`."""
+    folder: Path
+    config: dict
+    plan: Plan
+    files: list                 # of Path
+    stored: dict                # canonical name -> Stored, of the tensors that will be read
+    unread: list                # of Stored: declared unused, or constants nobody reads
+
+    @property
+    def kind(self) -> str:
+        return self.plan.kind
+
+    def load(self, device, dtype, progress=None) -> dict:
+        """{engine name: tensor} on the device. Each is allocated once and filled from the disk, fused on the way.
+
+        dtype: torch.float32, float16 or bfloat16. progress: called with (bytes read, bytes in all) after every
+        checkpoint tensor. InputError if a file cannot be read through, or if a value is NaN or infinite.
+        """
+        device = torch.device(device)
+        insist_on_room(self.plan, device, dtype, self.folder)
+        return dict(self.tensors(device, dtype, progress))
+
+    def tensors(self, device, dtype, progress=None):
+        """Yields (engine name, tensor) as they fill up, in the order of the files. Values are checked at the end."""
+        assert dtype in (torch.float32, torch.float16, torch.bfloat16), dtype
+        device = torch.device(device)
+        jobs = [(self.stored[part.name], part, wanted) for wanted in self.plan.wanted for part in wanted.parts]
+        jobs.sort(key=lambda job: (str(job[0].file), job[0].start))
+        filling, flags, done, total = {}, [], 0, sum(stored.nbytes for stored, _, _ in jobs)
+        file, open_path = None, None
+        for stored, part, wanted in jobs:
+            if stored.file != open_path:
+                file, open_path = open_weights(stored.file, device), stored.file
+            if wanted.name not in filling:
+                filling[wanted.name] = [torch.empty(wanted.shape, dtype=dtype, device=device), len(wanted.parts)]
+            entry = filling[wanted.name]
+            rows = entry[0].narrow(0, part.row, part.shape[0])
+            rows.copy_(read_tensor(file, stored, done, total))
+            low, high = torch.aminmax(rows)             # both NaN if one value is; no copy of the tensor, no sync
+            flags.append(torch.isfinite(low) & torch.isfinite(high))
+            entry[1] -= 1
+            done += stored.nbytes
+            if progress:
+                progress(done, total)
+            if entry[1] == 0:
+                yield wanted.name, filling.pop(wanted.name)[0]
+        finite = torch.stack(flags).tolist()            # the one wait for the device
+        bad = [stored for (stored, _, _), fine in zip(jobs, finite, strict=True) if not fine]
+        if bad:
+            self._refuse_nonfinite(bad, dtype)
+
+    def _refuse_nonfinite(self, bad, dtype):
+        damaged = [s for s in bad if not bool(torch.isfinite(open_weights(s.file).get_tensor(s.key)).all())]
+        names, files = listed(s.key for s in damaged or bad), listed(sorted({str(s.file) for s in damaged or bad}))
+        if damaged:
+            raise refusal(files, f"{len(damaged)} tensors hold NaN or infinity: {names}",
+                          "download the file again; if it stays, the checkpoint itself is broken")
+        raise refusal(files, f"{len(bad)} tensors overflow {str(dtype)[6:]}: {names}", "load it as bfloat16 or float32")
+
+
+def open_checkpoint(path_or_id, revision=None) -> Checkpoint:
+    """A Checkpoint, after reading its config and headers only. One InputError says all that does not fit."""
+    folder = resolve(path_or_id, revision)
+    config = read_config(folder)
+    kind = config["model_type"]
+    files, index = weight_files(folder)
+    stored, unread, complaints = {}, [], []
+    headers = [read_header(file) for file in files]
+    if index is not None:
+        complaints += index_complaints(index, headers, files)
+    gather(headers, kind, stored, unread, complaints)
+    embed = stored.get("language_model.embed_tokens.weight")
+    if kind == "EventChat_llama" and embed and embed.shape:
+        V, extra = size(config, "vocab_size", folder / "config.json"), extra_rows(config)
+        if extra and embed.shape[0] == V + extra:
+            config["vocab_size"] = V + extra            # rows that the marker flags explain
+    wanted = plan(config, folder / "config.json")
+    if kind == "EventChat_llama" and not any(name.startswith("event_tower.") for name in stored):
+        clip = clip_folder(folder, config)
+        if clip is None:
+            raise refusal(folder, f"holds no vision tower, and mm_visual_tower {brief(config['mm_visual_tower'])} in "
+                          f"config.json is not here", f"run `hf download {CLIP_336}` and set mm_visual_tower to it")
+        clip_files, _ = weight_files(clip)
+        gather([read_header(file) for file in clip_files], "clip", stored, unread, complaints)
+        files = files + clip_files
+    complaints += mismatches(wanted, stored)
+    if complaints:
+        way_out = advice(kind, [s.key for s in stored.values()])
+        if kind == "EventChat_llama" and config["vision_config"] == ASSUMED_CLIP:
+            way_out += f" (mm_visual_tower {brief(config.get('mm_visual_tower'))} is not here: {CLIP_336} was assumed)"
+        raise refusal(folder, "; ".join(complaints), way_out)
+    unread += [stored.pop(name) for name in sorted(wanted.unused & stored.keys())]
+    return Checkpoint(folder, config, wanted, files, stored, unread)
+
+
+def index_complaints(index, headers, files) -> list:
+    """Where the index and the shards disagree."""
+    lost = [key for key, name in index.items()
+            if not any(key in header for header, file in zip(headers, files, strict=True) if file.name == name)]
+    unlisted = [key for header in headers for key in header if key not in index]
+    return [f"{len(keys)} {what}: {listed(keys)}" for keys, what in
+            ((lost, "tensors not in the shard that the index names"), (unlisted, "tensors that the index leaves out"))
+            if keys]
+
+
+def gather(headers, kind, stored, unread, complaints):
+    """Adds the tensors of some files under their canonical names; two of one name are a complaint."""
+    twice = []
+    for header in headers:
+        for key, tensor in header.items():
+            name = canonical(key, kind)
+            if name is None:
+                unread.append(tensor)
+            elif name in stored:
+                twice.append(f"{key} ({stored[name].file.name} and {tensor.file.name})")
+            else:
+                stored[name] = tensor
+    if twice:
+        complaints.append(f"{len(twice)} tensors twice: {listed(twice)}")
+
+
+def mismatches(wanted: Plan, stored: dict) -> list:
+    """What is missing, misshapen, not floating point or left over, at most ten names in all."""
+    parts = {part.name: part for tensor in wanted.wanted for part in tensor.parts}
+    shapes, dtypes = [], []
+    for name, part in parts.items():
+        tensor = stored.get(name)
+        if tensor and tensor.shape != part.shape:
+            shapes.append(f"{tensor.key} is {list(tensor.shape)}, config.json wants {list(part.shape)}")
+        elif tensor and tensor.dtype not in FLOATS:
+            dtypes.append(f"{tensor.key} is {tensor.dtype}")
+    missing = [on_disk(name, wanted.kind) for name in parts if name not in stored]
+    surplus = [tensor.key for name, tensor in stored.items() if name not in parts and name not in wanted.unused]
+    found, room = [], MAX_NAMES
+    for names, what in ((missing, "missing"), (shapes, "misshapen"), (dtypes, "not plain floating point"),
+                        (surplus, "surplus")):
+        if names:
+            names_text = listed(names, room) if room else "not listed"
+            found.append(f"{len(names)} tensor{'s' * (len(names) > 1)} {what}: {names_text}")
+            room = max(0, room - len(names))
+    return found
+
+
+def advice(kind, keys) -> str:
+    """The way out of a checkpoint that does not fit: what its keys look like, if that is something else."""
+    own = {"video_llava": "Video-LLaVA", "EventChat_llama": "EventGPT", "llama": "a plain LLaMA"}[kind]
+    for pattern, what in LOOKS_LIKE:
+        if any(re.search(pattern, key) for key in keys):
+            if what == own:
+                break
+            return f"config.json says {kind}, the keys look like {what}"
+    return "take config.json and all weight files from one and the same checkpoint"
+
+
+def open_weights(path, device="cpu"):
+    """An open safetensors file. Read by pread: unlike a mapping, a file cut short meanwhile is an error and no crash,
+    and pages already copied don't count as ours. On a GPU the library copies through a pinned buffer."""
+    try:
+        return safe_open(path, framework="pt", device=str(device), backend="pread")
+    except (SafetensorError, OSError) as error:
+        raise refusal(path, f"cannot be opened any more ({brief(error)})", "check the disk and try again") from None
+
+
+def read_tensor(file, stored, done, total):
+    try:
+        return file.get_tensor(stored.key)
+    except (SafetensorError, OSError) as error:
+        raise refusal(stored.file, f"reading {stored.key} failed ({brief(error)}) after {done} of {total} bytes",
+                      "check the disk or network share and try again") from None
+
+
+def insist_on_room(wanted: Plan, device, dtype, path):
+    """Refuses, in GiB, what the GPU cannot hold. Memory that torch keeps for reuse counts as free."""
+    if device.type != "cuda":
+        return
+    free, whole = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    needed = wanted.nbytes(dtype.itemsize)
+    if needed > free:
+        raise refusal(path, f"its weights need {needed / 2**30:.1f} GiB in {str(dtype)[6:]}, {device} has "
+                      f"{free / 2**30:.1f} of {whole / 2**30:.1f} GiB free",
+                      "free the GPU, choose another one, or run on the cpu")
+
+
+# ---- random weights at real shapes -------------------------------------------------------------------------------
+
+_TEXT_7B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+            "tie_word_embeddings": False}
+_CLIP_L = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+           "num_attention_heads": 16, "patch_size": 14, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+TARGET_7B = {"model_type": "video_llava", "text_config": {**_TEXT_7B, "vocab_size": 32064},
+             "vision_config": {**_CLIP_L, "image_size": 224}, "image_token_index": 32000, "video_token_index": 32001,
+             "pad_token_id": 32002, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+             "image_seq_length": 256, "video_seq_length": 2056, "projector_hidden_act": "gelu"}
+DRAFTER_7B = {**_TEXT_7B, "model_type": "EventChat_llama", "vocab_size": 32000, "mm_visual_tower": CLIP_336,
+              "event_feature_adaptor": True, "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
+              "vision_config": {**_CLIP_L, "image_size": 336}}
+
+
+def random_weights(config, device, dtype, seed) -> dict:
+    """{engine name: tensor} of a config's shapes, drawn on the device from `seed`: for speed work, knows nothing.
+
+    Norms are 1 and biases 0; a matrix keeps the size of what it multiplies (std 1 / sqrt(columns)), and the two that
+    write into the residual stream are smaller by sqrt(2 layers), so activations stay of order one at any depth.
+    """
+    device, wanted = torch.device(device), plan(config)
+    insist_on_room(wanted, device, dtype, "random weights")
+    generator = torch.Generator(device).manual_seed(seed)
+    layers = sum(tensor.name.endswith(".attn_norm") for tensor in wanted.wanted)
+    weights = {}
+    for tensor in wanted.wanted:
+        filled = weights[tensor.name] = torch.empty(tensor.shape, dtype=dtype, device=device)
+        if tensor.name.endswith(".b"):
+            filled.zero_()
+        elif tensor.name.split(".")[-1].endswith("norm") or "norm" in tensor.name.split(".")[-2]:
+            filled.fill_(1)
+        else:
+            std = 1.0 if tensor.name == "text.embed" else (tensor.numel / tensor.shape[0]) ** -0.5
+            if len(tensor.shape) == 1:                  # the CLS row
+                std = tensor.shape[0] ** -0.5
+            if tensor.name.endswith((".o", ".down", ".out.w", ".fc2.w")):
+                std *= (2 * layers) ** -0.5
+            filled.normal_(0, std, generator=generator)
+    return weights
+
+
+# ---- python -m weights.load --------------------------------------------------------------------------------------
+
+
+def report(checkpoint: Checkpoint):
+    """Prints every engine tensor with where it comes from, then what stays unread."""
+    print(f"{checkpoint.kind} {checkpoint.folder}: {listed(file.name for file in checkpoint.files)}")
+    print(f"{'engine tensor':32} {'shape':22} {'dtype':6} {'bytes':>13}  from")
+    read = 0
+    for tensor in checkpoint.plan.wanted:
+        sources = [checkpoint.stored[part.name] for part in tensor.parts]
+        nbytes = sum(source.nbytes for source in sources)
+        read += nbytes
+        print(f"{tensor.name:32} {str(list(tensor.shape)):22} {'/'.join(sorted({s.dtype for s in sources})):6} "
+              f"{nbytes:13,}  {' + '.join(source.key for source in sources)}")
+    for source in checkpoint.unread:
+        print(f"{'(not read)':32} {str(list(source.shape)):22} {source.dtype:6} {source.nbytes:13,}  {source.key}")
+    print(f"{len(checkpoint.plan.wanted)} engine tensors from {len(checkpoint.stored)} checkpoint tensors, {read:,} "
+          f"bytes; {len(checkpoint.unread)} not read, {sum(s.nbytes for s in checkpoint.unread):,} bytes")
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m weights.load", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="DIR", help="a folder, or ORG/NAME[@REVISION] in the hub cache")
+    parser.add_argument("--revision", help="branch or commit of ORG/NAME")
+    parser.add_argument("--check", action="store_true", help="also read every value and look for NaN and infinity")
+    args = parser.parse_args(argv)
+    try:
+        checkpoint = open_checkpoint(args.checkpoint, args.revision)
+        report(checkpoint)
+        if args.check:
+            for _ in checkpoint.tensors("cpu", torch.float32):
+                pass
+            print("every value is finite")
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` is a fine way to read this
+    sys.exit(main())
