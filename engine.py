@@ -1,0 +1,1181 @@
+"""Headstart: lossless cross-modal speculative decoding at batch one, in one file.
+
+EventGPT (the drafter) sees events and is ready long before Video-LLaVA (the target), which sees video. The drafter
+uses that head start to propose ids; the target verifies them in one forward and goes on. The answer is always the
+target's own greedy answer, token for token.
+
+     event frames - encode -+                     video frames - encode -+
+     prompt ids --- embed --+ splice - prefill    prompt ids --- embed --+ splice - prefill
+                                          |                                            |
+                                   drafter cache                                 target cache
+                                          |                                            |
+        +-> draft: G one-row forwards ----+-- draft_ids --> verify: one forward of [pending_id, draft_ids]
+        |                                                                              |
+        +-- cache_len += accept_len + 1, pending_id = bonus_id <---- accept <----------+
+
+Read it in the order of the picture: configs, media in, prompts, decoder, vision, drafter and target, step graphs,
+draft sources, the request. `python engine.py` shows the claim on a tiny random pair.
+
+Shapes are written into names, one letter a dimension; batch is one and carries none:
+    R frames   P patches   C vision width   D model width   S rows in this step   M cache rows   L layers
+    H query heads   N key/value heads   K head width   F feed-forward width   V vocabulary   G draft length
+    W words of a request's state
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import contextlib
+import dataclasses
+import json
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import kernels  # first: it keeps torch quiet where numpy is absent
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+
+from kernels.attention import attention
+from kernels.frames import clip_pixels, draw_events
+from kernels.rmsnorm import rmsnorm
+from kernels.rope_store import rope_store
+from kernels.round import close_round, first_id, open_round
+from kernels.skinny import skinny
+from kernels.swiglu import swiglu
+from weights import InputError
+from weights.load import DRAFTER_7B, TARGET_7B, open_checkpoint, random_weights
+from weights.media import read_events, read_images, read_video
+
+__all__ = ["Engine", "Event", "InputError", "MODES", "PrefillOnlyInference", "Result", "load_engine"]
+assert kernels
+
+MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
+STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
+STATE = 8               # words before the ids in a request's state; kernels/round.py names them
+N_OUT, DONE, ACCEPT_LEN, PROMPT_LEN, EOS_ID, LIMIT, NONFINITE = range(7)
+
+# ---- configs ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a LLaMA-style decoder. Defaults are LLaMA-7B's, which upstream config files leave out."""
+    D: int = 4096               # model width
+    L: int = 32                 # layers
+    H: int = 32                 # query heads
+    N: int = 32                 # key/value heads, each serving H // N query heads
+    K: int = 128                # head width
+    F: int = 11008              # feed-forward width
+    V: int = 32000              # vocabulary rows
+    eps: float = 1e-5           # RMSNorm
+    theta: float = 10000.0      # rotary base
+    max_rows: int = 4096        # positions the model was trained for
+    bos_id: int = 1
+    eos_id: int = 2
+
+    @classmethod
+    def read(cls, raw: dict) -> DecoderConfig:
+        """From a Hugging Face LLaMA config; `rope_parameters` is the newer home of `rope_theta`."""
+        H, D = raw.get("num_attention_heads", 32), raw.get("hidden_size", 4096)
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise InputError(f"config.json: rope scaling {rope} is not supported; use a model with plain rotary")
+        return cls(D=D, L=raw.get("num_hidden_layers", 32), H=H, N=raw.get("num_key_value_heads") or H,
+                   K=raw.get("head_dim") or D // H, F=raw.get("intermediate_size", 11008),
+                   V=raw.get("vocab_size", 32000), eps=raw.get("rms_norm_eps", 1e-5),
+                   theta=raw.get("rope_theta", rope.get("rope_theta", 10000.0)),
+                   max_rows=raw.get("max_position_embeddings", 4096),
+                   bos_id=raw.get("bos_token_id", 1), eos_id=raw.get("eos_token_id", 2))
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Shape of a CLIP vision tower, and the constants of its image processor."""
+    C: int = 1024               # width
+    layers: int = 24
+    heads: int = 16
+    image: int = 224            # side of the square it sees, pixels
+    patch: int = 14             # side of a patch, pixels
+    eps: float = 1e-5
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def P(self) -> int:
+        return (self.image // self.patch) ** 2
+
+    @classmethod
+    def read(cls, raw: dict) -> VisionConfig:
+        if raw.get("hidden_act", "quick_gelu") != "quick_gelu":
+            raise InputError(f"config.json: vision activation {raw['hidden_act']}, only quick_gelu is supported")
+        return cls(C=raw.get("hidden_size", 1024), layers=raw.get("num_hidden_layers", 24),
+                   heads=raw.get("num_attention_heads", 16), image=raw.get("image_size", 224),
+                   patch=raw.get("patch_size", 14), eps=raw.get("layer_norm_eps", 1e-5))
+
+
+# ---- prompts and text ------------------------------------------------------------------------------------------
+
+
+class Text:
+    """Text to ids and back, over one `tokenizer.json`. What a user types never becomes a special id."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            raw = json.loads(self.path.read_text(encoding="utf-8"))
+            self.head, self.rest = (self._build(raw, scheme) for scheme in ("first", "never"))
+            assert self.ids("USER: a")                       # a broken file may fail only when it encodes
+        except FileNotFoundError:
+            raise InputError(f"{path}: no tokenizer.json here; copy it from the Video-LLaVA checkpoint") from None
+        except BaseException as error:                       # tokenizers' PanicException is not an Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            reason = str(error).split("\n")[0]
+            raise InputError(f"{path}: not a usable tokenizer ({reason}); copy it again from the checkpoint") from None
+
+    @staticmethod
+    def _build(raw: dict, scheme: str) -> Tokenizer:
+        """The pipeline upstream uses whatever the file stores: no normaliser, and a leading-space mark put in front
+        of the first segment only (`scheme` first) or of none (`never`, for what follows visual rows)."""
+        metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}
+        tokenizer = Tokenizer.from_str(json.dumps(
+            {**raw, "normalizer": None, "pre_tokenizer": metaspace, "post_processor": None,
+             "truncation": None, "padding": None}))
+        tokenizer.encode_special_tokens = True               # '</s>' or '<video>' in a question stay plain text
+        return tokenizer
+
+    def ids(self, text: str, first: bool = True) -> list[int]:
+        return (self.head if first else self.rest).encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.head.decode(ids, skip_special_tokens=True)
+
+
+class TextStream:
+    """Grows a text id by id. `push` returns what was added; an unfinished character waits for its last byte."""
+
+    def __init__(self, text: Text):
+        self.text, self.ids, self.out = text, [], ""
+
+    def push(self, ids: list[int], end: bool = False) -> str:
+        self.ids += ids
+        whole = self.text.decode(self.ids)
+        ready = whole if end else whole.rstrip("\ufffd")
+        delta = ready[len(self.out):]
+        self.out += delta
+        return delta
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids around the visual rows. `rows` is the whole prompt's length once they are spliced in."""
+    before: list[int]
+    after: list[int]
+
+    def rows(self, visual_rows: int) -> int:
+        return len(self.before) + visual_rows + len(self.after)
+
+
+def check_question(question) -> str:
+    if not isinstance(question, str):
+        raise InputError(f"question: wanted text, got {type(question).__name__}; pass a str")
+    try:
+        question.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError("question: holds half a surrogate pair, not valid text; decode it as UTF-8 first") from None
+    if len(question) > 100_000:
+        raise InputError(f"question: {len(question)} characters, at most 100000; shorten it")
+    return question
+
+
+# ---- decoder ---------------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """LLaMA over a static cache. One forward, masked by position, serves prefill, draft, verify and decode.
+
+    weights: the `text.*` tensors of weights/names.py. Keys are cached after rotary. Row s of a step attends to the
+    cache rows 0..pos_ids[s] and to nothing else, so what lies beyond is stale and harmless.
+    Source: transformers' LlamaForCausalLM, rounding order included.
+    """
+
+    def __init__(self, config: DecoderConfig, weights: dict, cache_rows: int):
+        self.config, self.w = config, weights
+        self.embed_VD = weights["text.embed"]
+        self.head_VD = weights.get("text.head", self.embed_VD)
+        self.device, self.dtype = self.embed_VD.device, self.embed_VD.dtype
+        shape = (config.L, config.N, cache_rows, config.K)
+        self.k_cache_LNMK = torch.zeros(shape, dtype=self.dtype, device=self.device)   # zeros: unseen must be finite
+        self.v_cache_LNMK = torch.zeros_like(self.k_cache_LNMK)
+        freq = config.theta ** (-torch.arange(0, config.K, 2, dtype=torch.float32) / config.K)
+        angle_MK = torch.outer(torch.arange(cache_rows, dtype=torch.float32), freq).repeat(1, 2)
+        self.cos_MK = angle_MK.cos().to(self.device, self.dtype)
+        self.sin_MK = angle_MK.sin().to(self.device, self.dtype)
+
+    @property
+    def cache_rows(self) -> int:
+        return self.k_cache_LNMK.shape[2]
+
+    def forward(self, hidden_SD, pos_ids_S, last_only: bool = False):
+        """Writes cache rows pos_ids_S and returns logits, [S, V] or [1, V] for the last row only.
+
+        `last_only` is for prefill: the last layer's queries and feed-forward are computed for one row, since
+        nobody reads the others; its keys and values are stored for all.
+        """
+        c = self.config
+        for layer in range(c.L):
+            w = {name: self.w[f"text.layers.{layer}.{name}"]
+                 for name in ("attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down")}
+            k_NMK, v_NMK = self.k_cache_LNMK[layer], self.v_cache_LNMK[layer]
+            qkv_SE = product(rmsnorm(hidden_SD, w["attn_norm"], c.eps), w["qkv"])
+            q_SHK = rope_store(qkv_SE, pos_ids_S, self.cos_MK, self.sin_MK, k_NMK, v_NMK)
+            if last_only and layer == c.L - 1:
+                q_SHK, hidden_SD, pos_ids_S = q_SHK[-1:], hidden_SD[-1:], pos_ids_S[-1:]
+            mixed_SHK = attention(q_SHK, k_NMK, v_NMK, pos_ids_S)
+            hidden_SD = hidden_SD + product(mixed_SHK.reshape(len(pos_ids_S), c.H * c.K), w["o"])
+            gate_up_SE = product(rmsnorm(hidden_SD, w["mlp_norm"], c.eps), w["gate_up"])
+            hidden_SD = hidden_SD + product(swiglu(gate_up_SE), w["down"])
+        return product(rmsnorm(hidden_SD, self.w["text.norm"], c.eps), self.head_VD)
+
+
+def product(x_SD, w_OD):
+    """x @ w.T. Few rows: the kernel whose row bits ignore the row count. Many rows: cuBLAS, which is faster there."""
+    return skinny(x_SD, w_OD) if x_SD.shape[0] <= STEP_ROWS else F.linear(x_SD, w_OD)
+
+
+# ---- vision ----------------------------------------------------------------------------------------------------
+
+
+class Tower:
+    """CLIP ViT: pixels_R3XX to hidden rows [R, P + 1, C], CLS first, after `layers` encoder layers, no final norm.
+
+    Source: transformers' CLIPVisionModel with quick-GELU. Frames are a batch; nothing mixes them.
+    """
+
+    def __init__(self, config: VisionConfig, weights: dict, prefix: str):
+        self.config = config
+        self.w = {name[len(prefix) + 1:]: t for name, t in weights.items() if name.startswith(prefix + ".")}
+        self.patch_CE = self.w["patch"].flatten(1)           # a convolution with stride = kernel is one product
+
+    def __call__(self, pixels_R3XX, layers: int):
+        c, w = self.config, self.w
+        R, side = len(pixels_R3XX), c.image // c.patch
+        tiles = pixels_R3XX.to(self.patch_CE.dtype).reshape(R, 3, side, c.patch, side, c.patch)
+        tiles_RPE = tiles.permute(0, 2, 4, 1, 3, 5).reshape(R, c.P, 3 * c.patch ** 2)
+        h_RSC = torch.cat([w["cls"].expand(R, 1, c.C), F.linear(tiles_RPE, self.patch_CE)], 1) + w["pos"]
+        h_RSC = self._norm(h_RSC, "pre_norm")
+        for j in range(layers):
+            qkv = F.linear(self._norm(h_RSC, f"layers.{j}.norm1"), w[f"layers.{j}.qkv.w"], w[f"layers.{j}.qkv.b"])
+            q, k, v = qkv.reshape(R, c.P + 1, 3, c.heads, c.C // c.heads).permute(2, 0, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(R, c.P + 1, c.C)
+            h_RSC = h_RSC + F.linear(mixed, w[f"layers.{j}.out.w"], w[f"layers.{j}.out.b"])
+            up = F.linear(self._norm(h_RSC, f"layers.{j}.norm2"), w[f"layers.{j}.fc1.w"], w[f"layers.{j}.fc1.b"])
+            up = up * torch.sigmoid(1.702 * up)
+            h_RSC = h_RSC + F.linear(up, w[f"layers.{j}.fc2.w"], w[f"layers.{j}.fc2.b"])
+        return h_RSC
+
+    def _norm(self, x, name):
+        return F.layer_norm(x, x.shape[-1:], self.w[name + ".w"], self.w[name + ".b"], self.config.eps)
+
+
+# ---- drafter and target ----------------------------------------------------------------------------------------
+
+
+class Model:
+    """What drafter and target share: a decoder, one request's state on the device, its step graphs and stream.
+
+    state_W int64 holds the answer as it grows (kernels/round.py): the device alone advances it, the host reads
+    copies. `step(G)` is one round of a target with G drafts; `step(0)` is plain decode.
+    """
+    side = ""                                                # "drafter" or "target"
+
+    def __init__(self, decoder: Decoder, text: Text, path: str, graphs: bool = True):
+        self.decoder, self.text, self.path = decoder, text, path
+        self.device, self.config = decoder.device, decoder.config
+        self.on_gpu = self.device.type == "cuda"
+        self.graphs = graphs and self.on_gpu
+        self.stream = torch.cuda.Stream(self.device) if self.on_gpu else None
+        self.state_W = torch.zeros(STATE + decoder.cache_rows, dtype=torch.long, device=self.device)
+        self.tail_id = torch.zeros(1, dtype=torch.long, device=self.device)     # the prompt's last id
+        self.draft_ids, self.steps, self.prompt_rows = {}, {}, 0
+
+    def on_stream(self):
+        """Context in which this model's work is queued on its own stream; nothing on the CPU."""
+        return torch.cuda.stream(self.stream) if self.on_gpu else contextlib.nullcontext()
+
+    def splice(self, prompt: Prompt, visual_AD):
+        before, after = (torch.tensor(ids, dtype=torch.long).to(self.device) for ids in (prompt.before, prompt.after))
+        embed = self.decoder.embed_VD
+        return torch.cat([embed[before], visual_AD.to(embed.dtype), embed[after]])
+
+    def prefill(self, hidden_SD, limit: int, eos_id: int, tail_id: int) -> None:
+        """Fills cache rows 0..S-1 and puts the first answer id into the state."""
+        self.prompt_rows = len(hidden_SD)
+        head = torch.tensor([0, 0, 0, self.prompt_rows, eos_id, limit, 0, 0])
+        self.state_W[:STATE].copy_(head)
+        self.tail_id.fill_(tail_id)
+        pos_ids_S = torch.arange(len(hidden_SD), device=self.device)
+        first_id(self.decoder.forward(hidden_SD, pos_ids_S, last_only=True)[-1], self.state_W)
+
+    def step(self, G: int = 0) -> None:
+        """One forward of [pending_id, G drafts] and its accept; G = 0 is one decode step. Nothing is returned:
+        the state moves on. A state that is done stays as it is."""
+        if G not in self.steps:
+            self.prepare(G)
+        self.steps[G]()
+
+    def prepare(self, *lengths: int) -> None:
+        """Builds the steps for these draft lengths. On CUDA this captures, so it has to come before prefill."""
+        for G in lengths:
+            if G not in self.steps:
+                self.draft_ids[G] = torch.full((G,), -1, dtype=torch.long, device=self.device)
+                self.steps[G] = StepGraph(lambda G=G: self._round(G), self)
+
+    def _round(self, G: int):
+        verify_ids_S, pos_ids_S, hidden_SD = open_round(self.state_W, self.draft_ids[G], self.decoder.embed_VD)
+        logits_SV = self.decoder.forward(hidden_SD, pos_ids_S)
+        close_round(logits_SV, self.draft_ids[G], self.state_W)
+        return logits_SV
+
+    def snapshot(self, words: int) -> Snapshot:
+        return Snapshot(self.state_W[:words], self.stream)
+
+
+class Target(Model):
+    """Video-LLaVA. Its greedy answer is the truth. Source: transformers' VideoLlavaForConditionalGeneration."""
+    side = "target"
+
+    def __init__(self, config: dict, weights: dict, text: Text, path: str, cache_rows=None, graphs=True):
+        decoder_config = DecoderConfig.read(config.get("text_config", {}))
+        super().__init__(Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows), text, path, graphs)
+        self.vision = VisionConfig.read(config.get("vision_config", {}))
+        self.video_tower, self.image_tower = Tower(self.vision, weights, "video"), Tower(self.vision, weights, "image")
+        self.projector = [weights[f"projector.{i}.{p}"] for i in (0, 1) for p in "wb"]
+        layer = config.get("vision_feature_layer", -2)
+        self.layers = layer if layer >= 0 else self.vision.layers + 1 + layer      # -2 of 25 hidden states is 23
+        self.keep_cls = config.get("vision_feature_select_strategy", "default") == "full"   # images only
+        self.num_frames = max(1, config.get("video_seq_length", 8 * (self.vision.P + 1)) // (self.vision.P + 1))
+
+    def prompt(self, question: str) -> Prompt:
+        bos = [self.config.bos_id]
+        return Prompt(bos + self.text.ids("USER: "), self.text.ids(f"\n{question} ASSISTANT:", first=False))
+
+    def encode(self, pixels_R3XX, image: bool = False):
+        """Visual rows [R * (P + 1), D] of a clip's frames; [R * P, D] for images, whose CLS row upstream drops."""
+        tower = self.image_tower if image else self.video_tower
+        rows_RSC = tower(pixels_R3XX, self.layers)
+        if image and not self.keep_cls:
+            rows_RSC = rows_RSC[:, 1:]
+        w0, b0, w1, b1 = self.projector
+        return F.linear(F.gelu(F.linear(rows_RSC.flatten(0, 1), w0, b0)), w1, b1)
+
+
+class Drafter(Model):
+    """EventGPT. It proposes, and never decides. Source: the original EventChatModel."""
+    side = "drafter"
+    SYSTEM = ("A chat between a curious human and an artificial intelligence assistant. "
+              "The assistant gives helpful, detailed, and polite answers to the human's questions.")
+
+    def __init__(self, config: dict, weights: dict, text: Text, path: str, cache_rows=None, graphs=True):
+        decoder_config = DecoderConfig.read(config)
+        super().__init__(Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows), text, path, graphs)
+        self.vision = VisionConfig.read(config.get("vision_config", {"image_size": 336}))
+        self.tower = Tower(self.vision, weights, "events")
+        self.projector = [weights[f"projector.{i}.{p}"] for i in (0, 1) for p in "wb"]
+        self.adaptor = [weights["adaptor.w"], weights["adaptor.b"]] if "adaptor.w" in weights else None
+        flags = config.get("mm_use_im_start_end", False), config.get("mm_use_im_patch_token", True)
+        first = 32000 + int(flags[1])                        # a patch token, if added, comes before the two markers
+        self.marker_ids = (first, first + 1) if flags[0] else None
+
+    def prompt(self, question: str) -> Prompt:
+        """Each side of the placeholder is encoded alone, and both get a leading-space mark, as upstream."""
+        bos, ids = [self.config.bos_id], self.text.ids
+        if self.marker_ids:
+            start, end = self.marker_ids
+            return Prompt(bos + ids(f"{self.SYSTEM} USER: ") + [start],
+                          [end] + ids(f"\n{question} ASSISTANT:", first=False))
+        return Prompt(bos + ids(f"{self.SYSTEM} USER: <ev_start>"), ids(f"<ev_end>\n{question} ASSISTANT:"))
+
+    def encode(self, pixels_R3XX):
+        """Visual rows [R + P + 1, D]: one a frame (mean over its rows), then one a patch (mean over frames).
+
+        Means commute with linear maps, so pooling happens right after the last nonlinearity: the same numbers
+        to 1e-5 in fp32, a fifth of the work of pooling last.
+        """
+        rows_RSC = self.tower(pixels_R3XX, self.vision.layers)
+        w0, b0, w1, b1 = self.projector
+        hidden_RSD = F.gelu(F.linear(rows_RSC, w0, b0))
+        if self.adaptor:
+            hidden = torch.cat([hidden_RSD.mean(1), hidden_RSD.mean(0)])
+            return F.linear(F.linear(hidden, w1, b1), *self.adaptor)
+        rows_RSD = F.linear(hidden_RSD, w1, b1)
+        return torch.cat([rows_RSD.mean(1), rows_RSD.mean(0)])
+
+    def follow(self, committed_W, G: int):
+        """G drafts after the ids in `committed_W`, the target's state: int64 [G], -1 past the drafter's own end.
+
+        Each call starts with two rows, the last committed pair, so the row that a fully accepted round leaves
+        missing is always rewritten and the host has nothing to decide.
+        """
+        self.state_W[STATE:].copy_(committed_W[STATE:STATE + len(self.state_W) - STATE])
+        self.state_W[:2].copy_(committed_W[:2] * self._one_zero())
+        n_out = self.state_W[:1].clone()
+        if "follow" not in self.steps:
+            self.steps["follow"] = StepGraph(self._follow_two_rows, self)
+        self.steps["follow"]()
+        for _ in range(G - 1):
+            self.step(0)
+        at_G = n_out + torch.arange(G, device=self.device)
+        ids_G = self.state_W.gather(0, (STATE + at_G).clamp(max=len(self.state_W) - 1))
+        return torch.where(at_G < self.state_W[:1], ids_G, -1)
+
+    def _one_zero(self):
+        if not hasattr(self, "_mask"):
+            self._mask = torch.tensor([1, 0]).to(self.device)          # keep n_out, clear done
+        return self._mask
+
+    def _follow_two_rows(self):
+        n_out = self.state_W[:1]
+        last_2 = n_out + torch.arange(-2, 0, device=self.device)
+        ids_2 = self.state_W.gather(0, STATE + last_2.clamp(min=0))
+        ids_2 = torch.where(last_2 < 0, self.tail_id, ids_2)           # before the first answer id comes the prompt
+        logits_2V = self.decoder.forward(self.decoder.embed_VD[ids_2], self.state_W[PROMPT_LEN] + last_2)
+        close_round(logits_2V[1:], ids_2[:0], self.state_W)
+        return logits_2V
+
+
+# ---- step graphs -----------------------------------------------------------------------------------------------
+
+
+class StepGraph:
+    """One captured call of `fn`, which reads and writes static tensors only. Eager where there is no graph.
+
+    The warm-up run compiles kernels outside the capture; it and the capture write cache rows and state, so a
+    graph is built before prefill. `out` is what fn returned, valid until the next replay.
+    """
+
+    def __init__(self, fn, model: Model):
+        self.fn, self.graph, self.out = fn, None, None
+        if not model.graphs:
+            return
+        kept = model.state_W.clone()
+        with torch.cuda.device(model.device), torch.inference_mode():
+            stream = torch.cuda.Stream(model.device)
+            stream.wait_stream(torch.cuda.current_stream(model.device))
+            with torch.cuda.stream(stream):
+                fn()
+            torch.cuda.synchronize(model.device)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.out = fn()
+            model.state_W.copy_(kept)
+            torch.cuda.synchronize(model.device)
+
+    def __call__(self):
+        if self.graph is None:
+            self.out = self.fn()
+        else:
+            self.graph.replay()
+        return self.out
+
+
+class Snapshot:
+    """A copy of a state on its way to the host. `read()` waits for it alone, never for work queued later."""
+
+    def __init__(self, state_W, stream):
+        if stream is None:
+            self.host, self.ready = state_W.clone(), None
+        else:
+            self.host = torch.empty(state_W.shape, dtype=state_W.dtype, pin_memory=True)
+            with torch.cuda.stream(stream):
+                self.host.copy_(state_W, non_blocking=True)
+                self.ready = torch.cuda.Event()
+                self.ready.record(stream)
+
+    def read(self) -> list[int]:
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.host.tolist()
+
+
+# ---- draft sources ---------------------------------------------------------------------------------------------
+
+
+class DraftSource:
+    """Proposes ids from the host. Subclass it, or pass any object with these methods as `draft_source`.
+
+    `propose` gets the ids committed so far (never empty) and returns at most `limit` ids that may follow. Whatever
+    it returns, the answer stays the target's: a wrong, empty, endless or broken proposal costs time and nothing else.
+    """
+
+    def propose(self, committed: list[int], limit: int) -> list[int]:
+        raise NotImplementedError
+
+    def learn(self, answer: list[int]) -> None:
+        """Called once with the target's finished answer."""
+
+
+class Fixed(DraftSource):
+    """Drafts a known continuation by position, whatever the target said before: `ids[i]` guesses answer id i."""
+
+    def __init__(self, ids):
+        self.ids = list(ids)
+
+    def propose(self, committed, limit):
+        return self.ids[len(committed):len(committed) + limit]
+
+
+# ---- the request -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Event:
+    """One moment of a stream. `text` is all text of this kind so far, `delta` what this event added to it."""
+    kind: str                               # "preview": the drafter's, may be wrong; "final": the target's, append-only
+    text: str
+    delta: str
+    ids: list[int]
+    t_ms: float                             # since the request came in
+    finish_reason: str | None = None        # on the last event: "stop" or "length"
+    result: Result | None = None            # on the last event
+
+
+@dataclass
+class Result(collections.abc.Mapping):
+    """What `generate` returns: attributes, and the same as a mapping. Times in seconds from the request's start."""
+    output_text: str = ""
+    output_ids: list = field(default_factory=list)
+    finish_reason: str = ""                 # "stop" (end of sequence) or "length"
+    mode: str = ""
+    preview_text: str = ""
+    preview_ids: list = field(default_factory=list)
+    draft_ids: list = field(default_factory=list)     # the overlap drafts, as far as the host saw them
+    drafted: int = 0                        # drafts the target looked at
+    accepted_tokens: int = 0                # drafts it agreed with; bonus ids not counted
+    rejected_at: int = -1                   # index of the first rejected draft of the first span, -1 if none
+    rounds: int = 0
+    accept_lens: list = field(default_factory=list)
+    acceptance_rate: float = 0.0            # accepted / drafted
+    tokens_per_round: float = 0.0           # mean of accept_len + 1
+    free_tokens_count: int = 0              # drafts the host had before the target's prefill ended
+    wall_clock_time: float = 0.0
+    ttfp: float | None = None               # first preview id on the host
+    ttft: float | None = None               # first answer id on the host
+    tpot: float | None = None               # (end - ttft) / (ids - 1)
+    stages: dict = field(default_factory=dict)        # side -> stage -> seconds
+    timeline: list = field(default_factory=list)      # (row, stage, start_s, end_s, note)
+    prompt_rows: dict = field(default_factory=dict)   # side -> rows
+    peak_memory: int = 0                    # bytes on the target's device; on the CPU the process's peak
+    drafter_error: str | None = None        # why the drafter gave up, if it did; the answer is not affected
+
+    def __getitem__(self, key):
+        try:
+            return getattr(self, key)
+        except AttributeError:
+            raise KeyError(key) from None
+
+    def __iter__(self):
+        return iter(f.name for f in dataclasses.fields(self))
+
+    def __len__(self):
+        return len(dataclasses.fields(self))
+
+
+class Timeline:
+    """Stages of one request as (row, stage, start_s, end_s, note), host clock and GPU events on one axis."""
+
+    def __init__(self, models):
+        self.t0 = time.perf_counter()
+        self.entries, self.lock, self.base = [], threading.Lock(), {}
+        for model in models:
+            if model.on_gpu and model.device not in self.base:
+                with torch.cuda.device(model.device):
+                    self.base[model.device] = torch.cuda.Event(enable_timing=True)
+                    self.base[model.device].record()
+
+    def now(self) -> float:
+        return time.perf_counter() - self.t0
+
+    @contextlib.contextmanager
+    def stage(self, name: str, model: Model, host: bool = False, note: str = ""):
+        """Times the block: by GPU events on the model's stream, or by the host clock for CPU work."""
+        gpu = model.on_gpu and not host
+        row = "host" if host else model.side
+        if model.on_gpu:
+            torch.cuda.nvtx.range_push(name)
+        start = end = None
+        began = self.now()
+        if gpu:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(model.stream)
+        try:
+            yield
+        finally:
+            if gpu:
+                end.record(model.stream)
+            if model.on_gpu:
+                torch.cuda.nvtx.range_pop()
+            with self.lock:
+                self.entries.append((row, model.side, name, start or began, end or self.now(), note, model.device))
+
+    def resolve(self):
+        """([(row, stage, start_s, end_s, note)] by start, {side: {stage: seconds}}); waits for the GPU."""
+        for device in self.base:
+            torch.cuda.synchronize(device)
+        rows, stages = [], {}
+        for row, side, name, start, end, note, device in self.entries:
+            if not isinstance(start, float):
+                start, end = (self.base[device].elapsed_time(e) / 1e3 for e in (start, end))
+            rows.append((row, name, start, end, note or side if row == "host" else note))
+            stages.setdefault(side, {}).setdefault(name, 0.0)
+            stages[side][name] += end - start
+        return sorted(rows, key=lambda r: r[2]), stages
+
+
+@dataclass
+class Request:
+    """What was asked, and what its two workers share while they answer."""
+    mode: str
+    question: str
+    video: object                           # () -> list of uint8 frames [H, W, 3]
+    events: object                          # () -> the same for the drafter
+    image: bool
+    max_new_tokens: int
+    draft_len: int
+    overlap_len: int
+    source: DraftSource | None
+    ignore_eos: bool
+    timeline: Timeline
+    out: queue.Queue = field(default_factory=queue.Queue)
+    stop_drafting: threading.Event = field(default_factory=threading.Event)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    drafter_done: threading.Event = field(default_factory=threading.Event)
+    preview: list = field(default_factory=list)         # (id, seconds) as the host saw them
+    accept_lens: list = field(default_factory=list)
+    drafted: int = 0
+    first_span: list = field(default_factory=list)
+    prefill_end: float | None = None
+    prompt_rows: dict = field(default_factory=dict)
+    drafter_error: str | None = None
+
+
+class Engine:
+    """A target and its drafter, answering one request at a time. See `load_engine`.
+
+    Two engines may live in one process; on one engine a second request waits for the first.
+    """
+
+    def __init__(self, target: Target | None, drafter: Drafter | None, draft_len: int = 5, overlap_len: int = 15):
+        self.target, self.drafter = target, drafter
+        self.draft_len, self.overlap_len = draft_len, overlap_len
+        self.lock = threading.Lock()
+
+    @property
+    def models(self) -> list[Model]:
+        return [m for m in (self.target, self.drafter) if m is not None]
+
+    # -- the two sides, each on a thread of its own
+
+    def _drafter_side(self, req: Request) -> None:
+        """Events to drafts. Runs ahead of the target and stops when told, at its limit or at its own end."""
+        model, line = self.drafter, req.timeline
+        with line.stage("load", model, host=True):
+            loaded = req.events()
+        with line.stage("preprocess", model, host=True):
+            frames = draw_events(loaded) if hasattr(loaded, "x") else loaded
+            pixels = clip_pixels(frames, model.vision.image, model.vision.mean, model.vision.std)
+        prompt = model.prompt(req.question)
+        alone = req.mode in ("drafter_only", "prefill_only")
+        limit = req.max_new_tokens if alone else min(req.overlap_len + 1, req.max_new_tokens)
+        self._check_rows(model, prompt.rows(len(pixels) + model.vision.P + 1), req)
+        with model.on_stream():
+            with line.stage("encode", model):
+                visual_AD = model.encode(to_device(pixels, model.device))
+            with line.stage("prefill", model):
+                hidden_SD = model.splice(prompt, visual_AD)
+                eos_id = -1 if req.ignore_eos else model.config.eos_id
+                model.prefill(hidden_SD, limit, eos_id, prompt.after[-1])
+            req.prompt_rows["drafter"] = model.prompt_rows
+            for state in self._decode(model, req, limit, "draft"):
+                now = line.now()
+                fresh = state[STATE + len(req.preview):STATE + state[N_OUT]]
+                req.preview += [(i, now) for i in fresh]
+                if fresh:
+                    req.out.put(("preview", fresh, now))
+                if req.stop_drafting.is_set():
+                    break
+
+    def _target_side(self, req: Request) -> None:
+        """Video to answer. Everything it emits is the target's own greedy id."""
+        model, line = self.target, req.timeline
+        with line.stage("load", model, host=True):
+            frames = req.video()
+        with line.stage("preprocess", model, host=True):
+            pixels = clip_pixels(frames, model.vision.image, model.vision.mean, model.vision.std)
+        prompt = model.prompt(req.question)
+        per_frame = model.vision.P + int(not req.image or model.keep_cls)
+        self._check_rows(model, prompt.rows(len(pixels) * per_frame), req)
+        words = STATE + req.max_new_tokens + STEP_ROWS
+        sent = 0
+
+        def emit(state):
+            nonlocal sent
+            check_finite(state, model)
+            fresh = state[STATE + sent:STATE + state[N_OUT]]
+            sent += len(fresh)
+            if fresh:
+                req.out.put(("final", fresh, line.now()))
+
+        with model.on_stream():
+            with line.stage("encode", model):
+                visual_AD = model.encode(to_device(pixels, model.device), req.image)
+            with line.stage("prefill", model):
+                hidden_SD = model.splice(prompt, visual_AD)
+                eos_id = -1 if req.ignore_eos else model.config.eos_id
+                model.prefill(hidden_SD, req.max_new_tokens, eos_id, prompt.after[-1])
+            req.prompt_rows["target"] = model.prompt_rows
+            state = model.snapshot(words).read()
+            req.prefill_end = line.now()
+            emit(state)
+            if req.mode in ("prefill_then_verify", "speculative"):
+                req.stop_drafting.set()
+                state = self._verify_overlap(req, state, words, emit)
+            if req.mode == "speculative" and not state[DONE]:
+                self._rounds(req, state, words, emit)
+            elif not state[DONE]:
+                for state in self._decode(model, req, req.max_new_tokens, "decode"):
+                    emit(state)
+
+    def _decode(self, model: Model, req: Request, limit: int, name: str):
+        """One-row steps to the end; yields states as the host sees them, one step behind what is queued."""
+        words, waiting = STATE + limit + STEP_ROWS, None
+        state = model.snapshot(words).read()
+        check_finite(state, model)
+        yield state
+        for _ in range(limit - state[N_OUT]):
+            if req.cancelled.is_set() or state[DONE]:
+                return
+            with req.timeline.stage(name, model):
+                model.step(0)
+            waiting, last = model.snapshot(words), waiting
+            if not model.on_gpu:
+                waiting, last = None, waiting                # the CPU has nothing queued: look at once
+            if last is not None:
+                state = last.read()
+                check_finite(state, model)
+                yield state
+        if waiting is not None:
+            state = waiting.read()
+            check_finite(state, model)
+            yield state
+
+    def _verify_overlap(self, req: Request, state, words: int, emit):
+        """The drafts made before prefill ended, verified as one span. Their guess of the first id must be right."""
+        if req.source is not None:
+            return state                                     # a host source proposes from the committed ids instead
+        drafts = [i for i, _ in list(req.preview)]
+        if not drafts or drafts[0] != state[STATE] or state[DONE]:
+            return state
+        span = drafts[1:1 + req.overlap_len]
+        if not span:
+            return state
+        req.first_span = span
+        return self._verify(req, span, req.overlap_len, words, emit)
+
+    def _verify(self, req: Request, drafts, G: int, words: int, emit):
+        """One target forward over pending_id and up to G drafts; the rest of the span is padded and never matches."""
+        model = self.target
+        with req.timeline.stage("verify", model):
+            if isinstance(drafts, list):
+                padded = torch.tensor([i if -2**62 < i < 2**62 else -1 for i in drafts] + [-1] * (G - len(drafts)))
+                req.drafted += len(drafts)
+                model.draft_ids[G].copy_(to_device(padded, model.device))
+            else:
+                req.drafted += G
+                model.draft_ids[G].copy_(drafts)
+            model.step(G)
+        state = model.snapshot(words).read()
+        req.accept_lens.append(state[ACCEPT_LEN])
+        emit(state)
+        return state
+
+    def _rounds(self, req: Request, state, words: int, emit) -> None:
+        """draft -> verify -> accept until the answer ends. The host looks once a round; a round itself never waits."""
+        model, drafter, G = self.target, self.drafter, req.draft_len
+        if req.source is None:
+            req.drafter_done.wait()
+        while not state[DONE] and not req.cancelled.is_set():
+            if req.source is not None:
+                committed = state[STATE:STATE + state[N_OUT]]
+                drafts = propose(req.source, committed, G, req)
+                if drafts:
+                    state = self._verify(req, drafts, G, words, emit)
+                    continue
+            elif G and req.drafter_error is None:
+                try:
+                    with drafter.on_stream():
+                        wait_for(drafter, model)
+                        with req.timeline.stage("draft", drafter, note=f"{G} ids"):
+                            drafts_G = drafter.follow(model.state_W, G)
+                    wait_for(model, drafter)
+                    drafts_G = drafts_G.to(model.device)
+                except Exception as error:                   # a drafter that breaks must not cost the answer
+                    req.drafter_error = describe(error)
+                    continue
+                state = self._verify(req, drafts_G, G, words, emit)
+                continue
+            with req.timeline.stage("decode", model):
+                model.step(0)
+            state = model.snapshot(words).read()
+            req.accept_lens.append(0)
+            emit(state)
+
+    # -- checks, assembly
+
+    def _check_rows(self, model: Model, prompt_rows: int, req: Request) -> None:
+        spare = max(req.draft_len, req.overlap_len) + 2
+        need, have = prompt_rows + req.max_new_tokens + spare, model.decoder.cache_rows
+        if need > have:
+            raise InputError(f"{model.path}: {model.side} cache holds {have} rows, prompt {prompt_rows} + new "
+                             f"{req.max_new_tokens} + drafts {spare} needs {need}: raise --cache-rows, ask for fewer "
+                             f"--max-new-tokens or shorten the question")
+
+    def _prepare(self, mode: str, draft_len: int, overlap_len: int, source) -> None:
+        """Captures every graph the mode needs, before prefill: a capture writes cache rows."""
+        if self.target is not None and mode != "drafter_only":
+            lengths = {0}
+            if mode in ("prefill_then_verify", "speculative"):
+                lengths.add(overlap_len)
+            if mode == "speculative":
+                lengths.add(draft_len)
+            self.target.prepare(*sorted(lengths))
+        if self.drafter is not None and mode != "target_only":
+            self.drafter.prepare(0)
+            if mode == "speculative" and "follow" not in self.drafter.steps:
+                self.drafter.steps["follow"] = StepGraph(self.drafter._follow_two_rows, self.drafter)
+
+    def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, image_path=None,
+               mode="speculative", max_new_tokens=50, draft_len=None, overlap_len=None, draft_source=None,
+               ignore_eos=False, frame_rule="uniform", event_frames=5, canvas=None):
+        """Yields `Event`s while the answer forms; the last one carries `finish_reason` and the `Result`.
+
+        event_path: one `.npy`/`.npz`; event_image_path: one PNG or several; video_path: any mp4, mov, mkv, webm, avi;
+        image_path: one picture in place of a video; query: the question. mode: see MODES. draft_len, overlap_len:
+        drafts a round (0..31) and drafts kept from the head start. draft_source: a DraftSource in place of the
+        drafter. Raises InputError for anything the user can mend, before any model runs where possible.
+        """
+        draft_len = self.draft_len if draft_len is None else draft_len
+        overlap_len = self.overlap_len if overlap_len is None else overlap_len
+        if mode not in MODES:
+            raise InputError(f"mode {mode!r}: not one of {', '.join(MODES)}; pick one of these")
+        for name, value, low, high in (("max_new_tokens", max_new_tokens, 1, 1_000_000),
+                                       ("draft_len", draft_len, 0, STEP_ROWS - 1),
+                                       ("overlap_len", overlap_len, 0, STEP_ROWS - 1)):
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise InputError(f"{name}: wanted a whole number {low}..{high}, got {value!r}; change it")
+        uses_target = mode != "drafter_only"
+        uses_drafter = mode != "target_only" and draft_source is None
+        if uses_target and self.target is None:
+            raise InputError(f"mode {mode}: needs the target, which was not loaded; pass --videollava")
+        if uses_drafter and self.drafter is None:
+            raise InputError(f"mode {mode}: needs the drafter, which was not loaded; pass --eventgpt")
+        if uses_target and (video_path is None) == (image_path is None):
+            raise InputError("video_path: wanted one video (or one image_path), got "
+                             + ("none" if video_path is None else "both") + "; pass exactly one")
+        if uses_drafter and (event_path is None) == (event_image_path is None):
+            raise InputError("event_path: wanted one event file (or event images), got "
+                             + ("none" if event_path is None else "both") + "; pass exactly one")
+        for path in [p for p in (video_path, image_path) if uses_target] + [event_path if uses_drafter else None]:
+            if path is not None and not Path(path).exists():
+                raise InputError(f"{path}: no such file; check the path")
+        question = check_question(query)
+        images = [event_image_path] if isinstance(event_image_path, (str, Path)) else event_image_path
+        frames = (lambda: read_images([image_path])) if image_path is not None else (
+            lambda: read_video(video_path, self.target.num_frames, frame_rule))
+        if event_path is not None:
+            def events():
+                return draw_checked(read_events(event_path), event_frames, canvas, event_path)
+        else:
+            def events():
+                return read_images(images)
+        with self.lock, torch.inference_mode():
+            self._prepare(mode, draft_len, overlap_len, draft_source)
+            active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
+            for model in active:
+                if model.on_gpu:
+                    torch.cuda.synchronize(model.device)
+                    torch.cuda.reset_peak_memory_stats(model.device)
+            req = Request(mode, question, frames, events, image_path is not None, max_new_tokens, draft_len,
+                          overlap_len, draft_source, ignore_eos, Timeline(active))
+            yield from self._run(req, active)
+
+    def generate(self, *args, **kwargs) -> Result:
+        """The finished `Result`; arguments as `stream`."""
+        result = None
+        for event in self.stream(*args, **kwargs):
+            result = event.result or result
+        return result
+
+    def _run(self, req: Request, active):
+        deciding = "target" if self.target in active else "drafter"
+        threads = [threading.Thread(target=self._worker, args=(req, model), name=model.side, daemon=True)
+                   for model in active]
+        if self.drafter not in active:
+            req.drafter_done.set()
+        texts = {"preview": TextStream(self.drafter.text), "final": None} if self.drafter in active else {}
+        texts["final"] = TextStream((self.target if deciding == "target" else self.drafter).text)
+        result, running, error = Result(mode=req.mode), {m.side for m in active}, None
+        for thread in threads:
+            thread.start()
+        try:
+            while running:
+                kind, value, at = req.out.get()
+                if kind == "end":
+                    running.discard(value)
+                elif kind == "error":
+                    error = error or at
+                    req.cancelled.set()
+                    req.stop_drafting.set()
+                elif kind == "preview":
+                    result.ttfp = at if result.ttfp is None else result.ttfp
+                    yield self._event("preview", texts["preview"], value, at)
+                    if deciding == "drafter":
+                        result.ttft = result.ttfp
+                elif kind == "final":
+                    result.ttft = at if result.ttft is None else result.ttft
+                    result.output_ids += value
+                    result.wall_clock_time = at
+                    yield self._event("final", texts["final"], value, at)
+            if error is not None:
+                raise error
+        finally:                                             # also when the caller closes the generator early
+            req.cancelled.set()
+            req.stop_drafting.set()
+            for thread in threads:
+                thread.join()
+        yield self._finish(req, result, active, deciding, texts)
+
+    @staticmethod
+    def _event(kind, text, ids, at):
+        delta = text.push(ids)
+        return Event(kind, text.out, delta, list(text.ids), at * 1e3)
+
+    def _worker(self, req: Request, model: Model) -> None:
+        """Runs one side and reports its end. A drafter's failure is noted; only bad input or the target's is raised."""
+        try:
+            with torch.inference_mode(), (torch.cuda.device(model.device) if model.on_gpu else contextlib.nullcontext()):
+                (self._target_side if model is self.target else self._drafter_side)(req)
+        except Exception as error:
+            bad_input = isinstance(error, InputError) and not isinstance(error, NonFinite)
+            if model is self.target or req.mode == "drafter_only" or bad_input:
+                req.out.put(("error", model.side, error))
+            else:
+                req.drafter_error = describe(error)
+        finally:
+            if model is self.drafter:
+                req.drafter_done.set()
+            req.out.put(("end", model.side, None))
+
+    def _finish(self, req: Request, result: Result, active, deciding, texts) -> Event:
+        decider = self.target if deciding == "target" else self.drafter
+        result.preview_ids = [i for i, _ in req.preview]
+        if deciding == "drafter":
+            result.output_ids = result.preview_ids
+            result.wall_clock_time = req.preview[-1][1]
+            texts["final"].push(result.output_ids)
+        elif "preview" in texts:
+            texts["preview"].push([], end=True)
+            result.preview_text = texts["preview"].out
+        delta = texts["final"].push([], end=True)
+        result.output_text = texts["final"].out
+        ended = not req.ignore_eos and result.output_ids[-1:] == [decider.config.eos_id]
+        result.finish_reason = "stop" if ended else "length"
+        result.timeline, result.stages = req.timeline.resolve()
+        result.prompt_rows, result.drafter_error = req.prompt_rows, req.drafter_error
+        result.accept_lens, result.drafted, result.rounds = req.accept_lens, req.drafted, len(req.accept_lens)
+        result.accepted_tokens = sum(req.accept_lens)
+        if result.drafted:
+            result.acceptance_rate = result.accepted_tokens / result.drafted
+        if result.rounds:
+            result.tokens_per_round = result.accepted_tokens / result.rounds + 1
+        if req.first_span and req.accept_lens and req.accept_lens[0] < len(req.first_span):
+            result.rejected_at = req.accept_lens[0]
+        if deciding == "target":
+            result.draft_ids = result.preview_ids
+            result.free_tokens_count = sum(at <= req.prefill_end for _, at in req.preview)
+        if len(result.output_ids) > 1:
+            result.tpot = (result.wall_clock_time - result.ttft) / (len(result.output_ids) - 1)
+        result.peak_memory = peak_memory(decider.device)
+        if req.source is not None and hasattr(req.source, "learn"):
+            req.source.learn(result.output_ids)
+        return Event("final", result.output_text, delta, result.output_ids, result.wall_clock_time * 1e3,
+                     result.finish_reason, result)
+
+
+def propose(source, committed, G: int, req: Request) -> list[int]:
+    """At most G ids from a host source; a source that breaks is noted and gives none."""
+    if not G:
+        return []
+    try:
+        return [int(i) for i in source.propose(list(committed), G)][:G]
+    except Exception as error:
+        req.drafter_error = describe(error)
+        return []
+
+
+def describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def draw_checked(events, event_frames, canvas, path):
+    """Event frames of a stream, uint8 [H_i, W_i, 3] each; what cannot be drawn is the user's to mend."""
+    try:
+        return draw_events(events, event_frames, canvas)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; take a longer window") from None
+
+
+def to_device(tensor, device):
+    """On the device, through pinned memory where that is a GPU, without waiting."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def wait_for(later: Model, earlier: Model) -> None:
+    """What `later` queues from here on starts after what `earlier` has queued so far."""
+    if later.on_gpu and earlier.on_gpu:
+        later.stream.wait_stream(earlier.stream)
+    elif earlier.on_gpu:
+        earlier.stream.synchronize()
+
+
+class NonFinite(InputError):
+    """A model computed NaN. Ends the request for the target; only ends the drafting for the drafter."""
+
+
+def check_finite(state, model: Model) -> None:
+    if state[NONFINITE]:
+        raise NonFinite(f"{model.path}: the {model.side}'s logits hold NaN or infinity; check the checkpoint "
+                         f"(python -m weights.load) and the dtype")
+
+
+def peak_memory(device) -> int:
+    """Bytes: the most this process held on a GPU since the request began, or the process's peak on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------
+
+
+def pick_device(name) -> torch.device:
+    """A device that is really there, or an InputError that says which are."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name!r}: not a device name; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise InputError(f"device {name}: {count} CUDA devices here; use cpu or a lower number, or check the driver")
+        device = torch.device("cuda", device.index or 0)
+    elif device.type != "cpu":
+        raise InputError(f"device {name}: only cpu and cuda are supported; use one of these")
+    return device
+
+
+def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, graphs=True, seed=0):
+    """A Target or a Drafter from a folder, a hub id in the local cache, or the word `random-7b` (real shapes,
+    random numbers from `seed`, for speed work only)."""
+    device = pick_device(device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if str(path) == "random-7b":
+        config = TARGET_7B if cls is Target else DRAFTER_7B
+        weights, folder = random_weights(config, device, dtype, seed), Path(__file__).parent / "weights/tiny/target"
+    else:
+        checkpoint = open_checkpoint(path)
+        wanted = "video_llava" if cls is Target else "EventChat_llama"
+        if checkpoint.config.get("model_type") != wanted:
+            raise InputError(f"{path}: holds a {checkpoint.config.get('model_type')} model, the {cls.side} needs "
+                             f"{wanted}; swap --eventgpt and --videollava?")
+        config, folder = checkpoint.config, checkpoint.folder
+        weights = checkpoint.load(device, dtype)
+    text = Text(tokenizer or Path(folder) / "tokenizer.json")
+    with torch.inference_mode():
+        return cls(config, weights, text, str(path), cache_rows, graphs)
+
+
+def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,
+                draft_len: int = 5, overlap_len: int = 15, tokenizer=None, graphs: bool = True, seed: int = 0) -> Engine:
+    """An Engine over the two checkpoints (either may be None). bf16 on a GPU and fp32 on the CPU unless told.
+
+    eventgpt, videollava: folders, hub ids already in the cache, or `random-7b`. device: `cuda`, `cuda:N` or `cpu`;
+    drafter_device: another one for the drafter. cache_rows: positions per model, by default what it was trained for.
+    tokenizer: a tokenizer.json in place of the checkpoints' own.
+    """
+    options = dict(dtype=dtype, cache_rows=cache_rows, graphs=graphs)
+    target = drafter = None
+    if videollava is not None:
+        target = load_model(Target, videollava, device, tokenizer=tokenizer, seed=seed, **options)
+    if eventgpt is not None:
+        own = Path(str(eventgpt)) / "tokenizer.json"
+        shared = target.text.path if target is not None and not own.exists() else None
+        drafter = load_model(Drafter, eventgpt, drafter_device or device, tokenizer=tokenizer or shared, seed=seed + 1,
+                             **options)
+    return Engine(target, drafter, draft_len, overlap_len)
+
+
+class PrefillOnlyInference:
+    """The library API of the research code this engine grew from; models load on the first call.
+
+    >>> inference = PrefillOnlyInference(eventgpt_path=..., videollava_model_id="LanguageBind/Video-LLaVA-7B-hf")
+    >>> inference.generate(event_image_path=..., video_path=..., query="...")["output_text"]
+    """
+
+    def __init__(self, eventgpt_path=None, videollava_model_id="LanguageBind/Video-LLaVA-7B-hf", device=None,
+                 mode="prefill_then_verify", **options):
+        self.arguments = dict(eventgpt=eventgpt_path, videollava=videollava_model_id, device=device, **options)
+        self.mode, self.engine = mode, None
+
+    def load(self) -> Engine:
+        if self.engine is None:
+            self.engine = load_engine(**self.arguments)
+        return self.engine
+
+    def generate(self, event_image_path=None, video_path=None, query="", max_new_tokens=50, **options) -> Result:
+        return self.load().generate(event_image_path=event_image_path, video_path=video_path, query=query,
+                                    max_new_tokens=max_new_tokens, **{"mode": self.mode, **options})
+
+    def stream(self, event_image_path=None, video_path=None, query="", max_new_tokens=50, **options):
+        return self.load().stream(event_image_path=event_image_path, video_path=video_path, query=query,
+                                  max_new_tokens=max_new_tokens, **{"mode": self.mode, **options})
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------
+
+
+def demo() -> None:
+    """One question about an embedded clip, the preview as it forms, and the claim: both modes, the same ids."""
+    tiny = Path(__file__).resolve().parent / "weights" / "tiny"
+    engine = load_engine(tiny / "drafter", tiny / "target", device="cpu")
+    record = json.loads((tiny / "clips" / "EventGPT_Instruction_Subset.json").read_text())[0]
+    asked = dict(event_path=tiny / "clips" / "event_npy" / record["event_data"],
+                 video_path=tiny / "clips" / "mp4" / record["mp4_data"],
+                 query="What are the key elements in this scene?")
+    for event in engine.stream(mode="speculative", **asked):
+        print(f"{event.t_ms:7.1f} ms  {event.kind:7}  {event.delta}")
+    speculative, alone = event.result, engine.generate(mode="target_only", **asked)
+    print(f"\npreview  {speculative.preview_text}\nanswer   {speculative.output_text}")
+    print(f"accepted {speculative.accepted_tokens} of {speculative.drafted} drafts in {speculative.rounds} rounds; "
+          f"identical to target_only: {speculative.output_ids == alone.output_ids}")
+
+
+if __name__ == "__main__":
+    demo()

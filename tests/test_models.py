@@ -1,0 +1,223 @@
+"""Both models against numbers recorded from the original code, stage by stage."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine import Drafter, Prompt, Target, Text
+from weights.load import open_checkpoint
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+LLAVA, EVENTS = SHARED / "fixtures" / "video_llava_tiny", SHARED / "fixtures" / "eventgpt_tiny"
+pytestmark = pytest.mark.skipif(not LLAVA.exists(), reason=f"{LLAVA} is not here: golden tests cannot run")
+CPU = torch.device("cpu")
+
+
+def model(cls, folder, dtype=torch.float32, cache_rows=128):
+    checkpoint = open_checkpoint(folder)
+    with torch.inference_mode():
+        return cls(checkpoint.config, checkpoint.load(CPU, dtype), None, str(folder), cache_rows)
+
+
+def split(ids, placeholder):
+    """A Prompt from recorded ids with one run of placeholders."""
+    ids = ids.flatten().tolist()
+    at = ids.index(placeholder)
+    return Prompt(ids[:at], ids[at + ids.count(placeholder):])
+
+
+@torch.inference_mode()
+def greedy(m, hidden_SD, count, eos_id=-1, tail_id=0):
+    m.prefill(hidden_SD, count, eos_id, tail_id)
+    for _ in range(count - 1):
+        m.step(0)
+    state = m.state_W.tolist()
+    return state[8:8 + state[0]]
+
+
+def close(ours, theirs, tolerance):
+    """Within `tolerance` of the largest value, or of 1 where all are smaller: fp32 rounds relative to magnitude."""
+    error, scale = (ours.float() - theirs.float()).abs().max().item(), max(1.0, theirs.float().abs().max().item())
+    assert ours.shape == theirs.shape and error <= tolerance * scale, f"off by {error:.2e} at a scale of {scale:.1f}"
+
+
+def close_logits(ours, theirs, atol):
+    error = (ours.float() - theirs.float()).abs().max().item()
+    assert ours.shape == theirs.shape and error <= atol, f"off by {error:.2e}"
+
+
+@pytest.mark.parametrize("folder,expected", [("mha", "mha"), ("gqa", "gqa"), ("mha_hubnames", "mha")])
+@torch.inference_mode()
+def test_video_llava_equals_transformers(folder, expected):
+    m, want = model(Target, LLAVA / folder), load_file(LLAVA / f"expected_{expected}.safetensors")
+    given = load_file(LLAVA / "inputs.safetensors")
+    pixels, prompt = given["pixel_values_videos"][0], split(given["input_ids"], 381)
+    for layers in range(3):                                  # the model reads state 2 of 0..3
+        close(m.video_tower(pixels, layers), want[f"video_tower_hidden_{layers}"], 1e-5)
+    visual_AD = m.encode(pixels)
+    close(visual_AD, want["video_features"].flatten(0, 1), 1e-5)
+    hidden_SD = m.splice(prompt, visual_AD)
+    close(hidden_SD, want["inputs_embeds"][0], 1e-5)
+    close_logits(m.decoder.forward(hidden_SD, torch.arange(len(hidden_SD))), want["prefill_logits"][0], 1e-4)
+    assert greedy(m, hidden_SD, 32) == want["greedy_tokens"][0].tolist()
+    logits = []
+    m.prefill(hidden_SD, 32, -1, 0)
+    for _ in range(31):
+        logits.append(m.steps[0]().clone())
+    close_logits(torch.cat(logits), want["step_logits"][0, 1:], 1e-4)
+
+
+@pytest.mark.parametrize("folder", ["mha", "gqa"])
+@torch.inference_mode()
+def test_video_llava_image_path_and_text_only_equal_transformers(folder):
+    m, want = model(Target, LLAVA / folder), load_file(LLAVA / f"expected_{folder}.safetensors")
+    given = load_file(LLAVA / "inputs.safetensors")
+    visual_AD = m.encode(given["pixel_values_images"], image=True)
+    close(visual_AD, want["image_features"].flatten(0, 1), 1e-5)
+    hidden_SD = m.splice(split(given["image_input_ids"], 380), visual_AD)
+    close(hidden_SD, want["image_inputs_embeds"][0], 1e-5)
+    assert greedy(m, hidden_SD, 16) == want["image_greedy_tokens"][0].tolist()
+    text_SD = m.decoder.embed_VD[given["text_input_ids"][0]]
+    assert greedy(m, text_SD, 16) == want["text_greedy_tokens"][0].tolist()
+
+
+@pytest.mark.parametrize("folder", ["mha", "gqa"])
+@torch.inference_mode()
+def test_video_llava_in_bf16_stays_within_the_recorded_distance(folder):
+    """Eager and SDPA transformers differ by 0.27 here, bf16 and fp32 by 0.47: 0.5 tells a wrong model apart."""
+    m, want = model(Target, LLAVA / folder, torch.bfloat16), load_file(LLAVA / f"bf16_{folder}.safetensors")
+    given = load_file(LLAVA / "inputs.safetensors")
+    hidden_SD = m.splice(split(given["input_ids"], 381), m.encode(given["pixel_values_videos"][0]))
+    close(hidden_SD, want["sdpa_inputs_embeds"].reshape(hidden_SD.shape), 0.1)
+    logits = m.decoder.forward(hidden_SD, torch.arange(len(hidden_SD)))
+    close_logits(logits, want["sdpa_prefill_logits"].reshape(logits.shape), 0.5)
+
+
+@pytest.mark.parametrize("case,count", [("case_a", 16), ("case_b", 16)])
+@torch.inference_mode()
+def test_eventgpt_equals_the_original(case, count):
+    m, want = model(Drafter, EVENTS / "checkpoint"), load_file(EVENTS / "expected_fp32.safetensors")
+    given, meta = load_file(EVENTS / "inputs.safetensors"), json.loads((EVENTS / "meta.json").read_text())
+    pixels = given[f"{case}.pixel_values"]
+    close(m.tower(pixels, 0), want[f"{case}.clip_pre_layrnorm_out"].reshape(len(pixels), 17, 32), 1e-5)
+    for layers in (1, 2, 3):
+        close(m.tower(pixels, layers), want[f"{case}.clip_hidden_{layers}"].reshape(len(pixels), 17, 32), 1e-4)
+    visual_AD = m.encode(pixels)
+    close(visual_AD, want[f"{case}.event_features"].reshape(visual_AD.shape), 1e-4)
+    prompt = split(given[f"{case}.input_ids"], -200)
+    hidden_SD = m.splice(prompt, visual_AD)
+    assert len(hidden_SD) == meta[case]["prefill_length"]
+    close(hidden_SD, want[f"{case}.merged_embeds"][0], 1e-4)
+    close_logits(m.decoder.forward(hidden_SD, torch.arange(len(hidden_SD))), want[f"{case}.prefill_logits"][0], 1e-4)
+    rows = len(hidden_SD)
+    close(m.decoder.k_cache_LNMK[0, :, :rows], want[f"{case}.kcache_layer0"][0], 1e-4)
+    close(m.decoder.k_cache_LNMK[2, :, :rows], want[f"{case}.kcache_layer2"][0], 1e-4)
+    close(m.decoder.v_cache_LNMK[0, :, :rows], want[f"{case}.vcache_layer0"][0], 1e-4)
+    assert greedy(m, hidden_SD, count) == meta[case]["generated_without_bos"]
+    m.prefill(hidden_SD, count, -1, 0)
+    logits = torch.cat([m.steps[0]().clone() for _ in range(count - 1)])
+    close_logits(logits, want[f"{case}.step_logits"][1:], 1e-4)
+
+
+@torch.inference_mode()
+def test_eventgpt_stops_at_its_end_of_sequence_and_keeps_it():
+    m, meta = model(Drafter, EVENTS / "checkpoint"), json.loads((EVENTS / "meta.json").read_text())
+    given = load_file(EVENTS / "inputs.safetensors")
+    hidden_SD = m.splice(split(given["case_a.input_ids"], -200), m.encode(given["case_a.pixel_values"]))
+    assert greedy(m, hidden_SD, 16, meta["case_e"]["eos_token_id"]) == meta["case_e"]["generated_without_bos"]
+
+
+@torch.inference_mode()
+def test_eventgpt_in_bf16_gives_the_originals_ids():
+    m, want = model(Drafter, EVENTS / "checkpoint", torch.bfloat16), load_file(EVENTS / "expected_bf16.safetensors")
+    given = load_file(EVENTS / "inputs.safetensors")
+    hidden_SD = m.splice(split(given["case_a.input_ids"], -200), m.encode(given["case_a.pixel_values"]))
+    close(hidden_SD, want["case_a.merged_embeds"][0], 0.1)
+    logits = m.decoder.forward(hidden_SD, torch.arange(len(hidden_SD)))
+    close_logits(logits[-1], want["case_a.step_logits"][0], 0.5)
+
+
+@torch.inference_mode()
+def test_pooling_first_equals_the_literal_order():
+    m, given = model(Drafter, EVENTS / "checkpoint"), load_file(EVENTS / "inputs.safetensors")
+    w0, b0, w1, b1 = m.projector
+    linear, gelu = torch.nn.functional.linear, torch.nn.functional.gelu
+    rows_RSD = linear(linear(gelu(linear(m.tower(given["case_a.pixel_values"], 3), w0, b0)), w1, b1), *m.adaptor)
+    literal = torch.cat([rows_RSD.mean(1), rows_RSD.mean(0)])
+    close(m.encode(given["case_a.pixel_values"]), literal, 2e-5)
+
+
+@torch.inference_mode()
+def test_reversing_event_frames_permutes_temporal_rows_and_keeps_spatial_ones():
+    m, given = model(Drafter, EVENTS / "checkpoint"), load_file(EVENTS / "inputs.safetensors")
+    pixels = given["case_a.pixel_values"]
+    forward, backward = m.encode(pixels), m.encode(pixels.flip(0))
+    close(forward[:5], backward[:5].flip(0), 1e-4)
+    close(forward[5:], backward[5:], 1e-4)
+    assert (forward[:5] - backward[:5]).abs().max() > 1e-2
+
+
+# ---- prompts
+
+
+TOKENIZER = SHARED / "data" / "tokenizer"
+
+
+class Only:
+    """Just enough of a model to build prompts with."""
+    def __init__(self, text, marker_ids=None):
+        self.text, self.marker_ids, self.SYSTEM = text, marker_ids, Drafter.SYSTEM
+        self.config = type("C", (), {"bos_id": 1})
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_hub_file_style.json"])
+def test_tokenizer_vectors_whatever_pipeline_the_file_stores(name):
+    vectors, text = json.loads((TOKENIZER / "vectors.json").read_text()), Text(TOKENIZER / name)
+    for row in vectors["plain"]:
+        if not any(s in row["text"] for s in ("<s>", "</s>", "<unk>", "<image>", "<video>", "<pad>")):
+            assert [1] + text.ids(row["text"]) == row["ids"], row["text"]
+    for row in vectors["prompts"]:
+        parts = row["text"].split("<video>")
+        if len(parts) == 2 and "<image>" not in row["text"] and "</s>" not in row["text"]:
+            ids = [1] + text.ids(parts[0]) + [32001] + text.ids(parts[1], first=False)
+            assert ids == row["transformers_ge_4_42"], row["text"]
+
+
+def test_target_prompt_equals_transformers():
+    prompt = Target.prompt(Only(Text(TOKENIZER / "tokenizer.json")), "Why is this video funny?")
+    assert prompt.before == [1, 3148, 1001, 29901, 29871]
+    assert prompt.after == [13, 11008, 338, 445, 4863, 2090, 1460, 29973, 319, 1799, 9047, 13566, 29901]
+    assert prompt.rows(2056) == 2074
+
+
+@pytest.mark.parametrize("markers", [None, (32000, 32001)], ids=["plain", "special"])
+def test_drafter_prompt_equals_the_original(markers):
+    cases = json.loads((EVENTS / "prompt_tokens.json").read_text())["cases"]
+    only = Only(Text(TOKENIZER / "tokenizer.json"), markers)
+    for case in cases:
+        prompt, want = Drafter.prompt(only, case["query"]), case["special" if markers else "plain"]
+        assert prompt.before + [-200] + prompt.after == want, case["query"]
+        if not markers:
+            assert prompt.rows(582) == case["prefill_length_5_frames"]
+
+
+def test_placeholders_typed_by_a_user_stay_text():
+    text = Text(TOKENIZER / "tokenizer.json")
+    ids = text.ids("\nwhat is <video> or </s> or <event>?", first=False)
+    assert not {0, 1, 2, 32000, 32001, 32002} & set(ids)
+    assert text.decode(ids).strip() == "what is <video> or </s> or <event>?"
+
+
+def test_streamed_text_is_append_only_and_flushes_its_tail():
+    from engine import TextStream
+    text = Text(TOKENIZER / "tokenizer.json")
+    ids = text.ids("A red car \U0001f697 drives caf\u00e9 \u4f60")
+    for cut in range(len(ids) + 1):
+        stream, pieces = TextStream(text), []
+        for i in ids[:cut]:
+            pieces.append(stream.push([i]))
+        pieces.append(stream.push([], end=True))
+        assert "".join(pieces) == text.decode(ids[:cut])

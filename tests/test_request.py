@@ -1,0 +1,254 @@
+"""Lossless: whatever is drafted, in every mode, the answer is the target's own, id for id. On the embedded pair."""
+
+import functools
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine
+from engine import MODES, DraftSource, Fixed, InputError
+
+TINY = Path(engine.__file__).resolve().parent / "weights" / "tiny"
+CLIPS = TINY / "clips"
+RECORDS = json.loads((CLIPS / "EventGPT_Instruction_Subset.json").read_text())
+QUESTIONS = ["What are the key elements in this scene?", "Describe the following scene.", "What do you see happening?"]
+NEW = 40
+
+
+@pytest.fixture(scope="module")
+def pair():
+    e = engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", dtype=torch.float32)
+    real, e.read_video = engine.read_video, engine.read_video
+    engine.read_video = functools.lru_cache(real)            # decode each clip once: these tests are about ids
+    yield e
+    engine.read_video = real
+
+
+def asked(i, question=0, **options):
+    record = RECORDS[i % len(RECORDS)]
+    return {"event_path": CLIPS / "event_npy" / record["event_data"], "video_path": CLIPS / "mp4" / record["mp4_data"],
+            "query": QUESTIONS[question], "max_new_tokens": NEW, **options}
+
+
+@functools.cache
+def truth(e, i, question, ignore_eos=False):
+    return e.generate(mode="target_only", ignore_eos=ignore_eos, **asked(i, question)).output_ids
+
+
+def sources(ids):
+    """Draft sources by name; each is a list of guesses for the answer, position by position."""
+    V, n = 10 ** 9, len(ids)
+    wrong = {f"wrong_at_{i}": ids[:i] + [ids[i] + 1] + ids[i + 1:] for i in {1, 2, 5, 6, 11, n // 2, n - 2, n - 1}}
+    return {"perfect": ids, "hopeless": [3] * 64, "empty": [], "one": ids[:2], "too_long": ids + ids + ids,
+            "eos_inside": ids[:4] + [2] + ids[5:], "eos_everywhere": [2] * 64,
+            "out_of_vocabulary": [V, -1, -V, 2 ** 80, V] * 13, "half_then_oov": ids[:n // 2] + [V] * 32, **wrong}
+
+
+@pytest.mark.parametrize("draft_len", [1, 5, 15, 31])
+@pytest.mark.parametrize("ignore_eos", [False, True], ids=["stop", "fixed_length"])
+def test_any_drafts_give_the_targets_answer(pair, draft_len, ignore_eos):
+    """4 lengths x 2 endings x 17 sources x 2 samples = 272 cases."""
+    cases = 0
+    for i, question in ((0, 0), (3, 1)):
+        ids = truth(pair, i, question, ignore_eos)
+        for name, guess in sources(ids).items():
+            result = pair.generate(mode="speculative", draft_source=Fixed(guess), draft_len=draft_len,
+                                   ignore_eos=ignore_eos, **asked(i, question))
+            assert result.output_ids == ids, f"{name}, sample {i}, draft_len {draft_len}"
+            assert sum(a + 1 for a in result.accept_lens) >= len(ids) - 1
+            if name == "perfect":
+                assert result.rounds == -(-(len(ids) - 1) // (draft_len + 1))
+            if name in ("hopeless", "out_of_vocabulary"):
+                assert result.accepted_tokens == sum(a == b for a, b in zip(guess, ids)) * (name == "hopeless")
+            cases += 1
+    assert cases >= 30
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "drafter_only"])
+@pytest.mark.parametrize("i", range(len(RECORDS)))
+def test_every_mode_with_the_real_drafter_gives_the_targets_answer(pair, mode, i):
+    for question in range(2):
+        result = pair.generate(mode=mode, **asked(i, question))
+        assert result.output_ids == truth(pair, i, question)
+        assert result.drafter_error is None
+        assert result.finish_reason == ("stop" if result.output_ids[-1] == 2 else "length")
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7])
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "drafter_only"])
+def test_the_limit_is_met_exactly(pair, mode, limit):
+    result = pair.generate(mode=mode, ignore_eos=True, **asked(0, max_new_tokens=limit))
+    assert result.output_ids == truth(pair, 0, 0, True)[:limit] and result.finish_reason == "length"
+
+
+def test_a_perfect_span_before_decode_is_kept_with_its_bonus(pair, monkeypatch):
+    """prefill_then_verify with the drafter's head start replaced by the target's own ids, right and wrong."""
+    ids = truth(pair, 0, 0)
+    for wrong_at in (None, 0, 1, 4, 12):
+        guess = list(ids[:13])
+        if wrong_at is not None:
+            guess[wrong_at] += 1
+
+        def side(req, guess=guess):
+            req.preview += [(i, 0.0) for i in guess]
+
+        monkeypatch.setattr(pair, "_drafter_side", side)
+        barrier, original = threading.Event(), pair.target.prefill
+        monkeypatch.setattr(pair.target, "prefill", lambda *a, f=original, b=barrier: (b.wait(0.05), f(*a)))
+        result = pair.generate(mode="prefill_then_verify", **asked(0))
+        monkeypatch.setattr(pair.target, "prefill", original)
+        assert result.output_ids == ids
+        assert result.free_tokens_count == 13
+        assert result.accept_lens == ([] if wrong_at == 0 else [12 if wrong_at is None else wrong_at - 1])
+
+
+@torch.inference_mode()
+def test_follow_is_the_drafters_greedy_continuation(pair):
+    """Drafts after any committed prefix equal a recomputation from scratch, also right after a full acceptance."""
+    d, text = pair.drafter, pair.drafter.text
+    pixels = torch.randn(5, 3, d.vision.image, d.vision.image, generator=torch.Generator().manual_seed(0))
+    prompt_SD = d.splice(d.prompt(QUESTIONS[0]), d.encode(pixels))
+
+    def scratch(committed, G):
+        out = []
+        for _ in range(G):
+            hidden_SD = torch.cat([prompt_SD, d.decoder.embed_VD[torch.tensor(committed + out)]])
+            out.append(int(d.decoder.forward(hidden_SD, torch.arange(len(hidden_SD)))[-1].argmax()))
+        return out
+
+    committed, state = text.ids("A red")[:1], torch.zeros_like(d.state_W)
+    for agreed in (5, 0, 2, 5, 5, 1):
+        want = scratch(committed, 5)
+        d.prefill(prompt_SD, 200, -1, 3) if len(committed) == 1 else None
+        state[0] = len(committed)
+        state[8:8 + len(committed)] = torch.tensor(committed)
+        # scratch() overwrote the cache: write the committed rows again as rounds would have left them
+        rows_SD = torch.cat([prompt_SD, d.decoder.embed_VD[torch.tensor(committed[:-1], dtype=torch.long)]])
+        d.decoder.forward(rows_SD, torch.arange(len(rows_SD)))
+        d.decoder.k_cache_LNMK[:, :, len(rows_SD) - (len(committed) > 1):] = 7.0     # the row a full round lacks, too
+        assert d.follow(state, 5).tolist() == want
+        committed = committed + want[:agreed] + [want[agreed] if agreed < 5 else 9]
+
+
+def test_stale_rows_of_the_previous_request_change_nothing(pair):
+    ids = truth(pair, 1, 0)
+    for model in pair.models:
+        for cache in (model.decoder.k_cache_LNMK, model.decoder.v_cache_LNMK):
+            cache.copy_(torch.randn_like(cache) * 100)
+    assert pair.generate(mode="speculative", **asked(1)).output_ids == ids
+
+
+class Broken(DraftSource):
+    def propose(self, committed, limit):
+        raise RuntimeError("out of ideas")
+
+
+def test_a_source_that_breaks_costs_nothing_but_its_drafts(pair):
+    result = pair.generate(mode="speculative", draft_source=Broken(), **asked(0))
+    assert result.output_ids == truth(pair, 0, 0) and "out of ideas" in result.drafter_error
+
+
+@pytest.mark.parametrize("mode", ["prefill_only", "prefill_then_verify", "speculative"])
+def test_a_drafter_that_dies_costs_nothing_but_its_drafts(pair, mode, monkeypatch):
+    def die(*_):
+        raise RuntimeError("CUDA error: drafter fell over")
+    monkeypatch.setattr(pair.drafter, "encode", die)
+    result = pair.generate(mode=mode, **asked(0))
+    assert result.output_ids == truth(pair, 0, 0) and "fell over" in result.drafter_error
+
+
+def test_nan_in_the_drafter_is_noted_and_nan_in_the_target_is_an_error(pair):
+    ids = truth(pair, 0, 0)
+    for model, name in ((pair.drafter, "drafter"), (pair.target, "target")):
+        weight = model.decoder.w["text.norm"]
+        kept = weight.clone()
+        weight.fill_(float("nan"))
+        try:
+            if name == "drafter":
+                result = pair.generate(mode="prefill_only", **asked(0))
+                assert result.output_ids == ids and "NaN" in result.drafter_error
+            else:
+                with pytest.raises(InputError, match="target's logits hold NaN"):
+                    pair.generate(mode="target_only", **asked(0))
+        finally:
+            weight.copy_(kept)
+    assert pair.generate(mode="speculative", **asked(0)).output_ids == ids
+
+
+# ---- streaming and results
+
+
+def test_stream_is_append_only_and_ends_as_generate_does(pair):
+    for mode in MODES:
+        text, ids, events = "", [], list(pair.stream(mode=mode, **asked(2)))
+        for event in events:
+            if event.kind == "final":
+                assert event.text.startswith(text) and event.ids[:len(ids)] == ids
+                text, ids = event.text, event.ids
+        assert [e.result is not None for e in events] == [False] * (len(events) - 1) + [True]
+        assert text == events[-1].result.output_text and events[-1].finish_reason in ("stop", "length")
+        assert ("preview" in {e.kind for e in events}) == (mode in ("drafter_only", "prefill_only")) or mode in (
+            "prefill_then_verify", "speculative")
+        assert [e.t_ms for e in events[:-1]] == sorted(e.t_ms for e in events[:-1])
+
+
+def test_a_stream_closed_early_leaves_the_engine_usable(pair):
+    for count in (0, 1, 3):
+        stream = pair.stream(mode="prefill_only", **asked(0))
+        for _ in range(count):
+            next(stream)
+        stream.close()
+    assert threading.active_count() == 1
+    assert pair.generate(mode="target_only", **asked(0)).output_ids == truth(pair, 0, 0)
+
+
+def test_two_threads_on_one_engine_are_served_in_turn(pair):
+    results = {}
+    threads = [threading.Thread(target=lambda i=i: results.update({i: pair.generate(mode="speculative", **asked(i))}))
+               for i in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert {i: r.output_ids for i, r in results.items()} == {i: truth(pair, i, 0) for i in range(3)}
+
+
+def test_the_result_is_a_mapping_with_the_seeds_fields(pair):
+    result = pair.generate(mode="prefill_then_verify", **asked(0))
+    for name in ("output_text", "wall_clock_time", "free_tokens_count", "accepted_tokens", "rejected_at", "stages",
+                 "acceptance_rate", "draft_ids", "preview_text", "timeline", "ttft", "ttfp"):
+        assert result[name] == getattr(result, name)
+    assert 0 < result["ttft"] <= result["wall_clock_time"]
+    assert set(result.stages["target"]) >= {"load", "preprocess", "encode", "prefill"}
+    assert all(end >= start for _, _, start, end, _ in result.timeline)
+    with pytest.raises(KeyError):
+        result["no_such_field"]
+
+
+def test_the_seeds_api_answers(pair, monkeypatch):
+    api = engine.PrefillOnlyInference(eventgpt_path=TINY / "drafter", videollava_model_id=TINY / "target", device="cpu")
+    given = asked(0)
+    result = api.generate(event_path=given["event_path"], video_path=str(given["video_path"]), query=given["query"],
+                          max_new_tokens=NEW)
+    assert result["output_text"] == pair.target.text.decode(truth(pair, 0, 0)) and result["wall_clock_time"] > 0
+
+
+# ---- what the user can get wrong
+
+
+@pytest.mark.parametrize("change,words", [
+    ({"mode": "fast"}, "mode 'fast'"), ({"max_new_tokens": 0}, "max_new_tokens"), ({"draft_len": 32}, "draft_len"),
+    ({"max_new_tokens": 10 ** 6}, "raise --cache-rows"), ({"video_path": None}, "video_path"),
+    ({"video_path": "no/such.mp4"}, "no/such.mp4"), ({"event_path": "no/such.npy"}, "no/such.npy"),
+    ({"event_path": None}, "event_path"), ({"query": None}, "question"), ({"query": "\ud800"}, "question"),
+    ({"query": "x" * 200_000}, "question"), ({"video_path": __file__}, "test_request.py"),
+    ({"event_path": __file__}, "test_request.py"), ({"frame_rule": "random"}, "rule"),
+], ids=str)
+def test_bad_input_is_one_line_and_the_engine_goes_on(pair, change, words):
+    with pytest.raises(InputError) as error:
+        pair.generate(**{"mode": "speculative", **asked(0), **change})
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert pair.generate(mode="target_only", **asked(0)).output_ids == truth(pair, 0, 0)
