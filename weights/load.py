@@ -255,6 +255,10 @@ def listed(names, room=MAX_NAMES) -> str:
         f" and {len(names) - room} more" if len(names) > room else "")
 
 
+def counted(tensors) -> str:
+    return f"{len(tensors)} tensor{'s' * (len(tensors) != 1)}"
+
+
 # ---- a checkpoint ------------------------------------------------------------------------------------------------
 
 
@@ -315,9 +319,10 @@ class Checkpoint:
         damaged = [s for s in bad if not bool(torch.isfinite(open_weights(s.file).get_tensor(s.key)).all())]
         names, files = listed(s.key for s in damaged or bad), listed(sorted({str(s.file) for s in damaged or bad}))
         if damaged:
-            raise refusal(files, f"{len(damaged)} tensors hold NaN or infinity: {names}",
+            raise refusal(files, f"NaN or infinity in {counted(damaged)}: {names}",
                           "download the file again; if it stays, the checkpoint itself is broken")
-        raise refusal(files, f"{len(bad)} tensors overflow {str(dtype)[6:]}: {names}", "load it as bfloat16 or float32")
+        raise refusal(files, f"{str(dtype)[6:]} is too narrow for {counted(bad)}: {names}",
+                      "load it as bfloat16 or float32")
 
 
 def open_checkpoint(path_or_id, revision=None) -> Checkpoint:
@@ -360,8 +365,8 @@ def index_complaints(index, headers, files) -> list:
     lost = [key for key, name in index.items()
             if not any(key in header for header, file in zip(headers, files, strict=True) if file.name == name)]
     unlisted = [key for header in headers for key in header if key not in index]
-    return [f"{len(keys)} {what}: {listed(keys)}" for keys, what in
-            ((lost, "tensors not in the shard that the index names"), (unlisted, "tensors that the index leaves out"))
+    return [f"{counted(keys)} {what}: {listed(keys)}" for keys, what in
+            ((lost, "not in the shard that the index names"), (unlisted, "left out by the index"))
             if keys]
 
 
@@ -378,7 +383,7 @@ def gather(headers, kind, stored, unread, complaints):
             else:
                 stored[name] = tensor
     if twice:
-        complaints.append(f"{len(twice)} tensors twice: {listed(twice)}")
+        complaints.append(f"{counted(twice)} twice: {listed(twice)}")
 
 
 def mismatches(wanted: Plan, stored: dict) -> list:
@@ -398,7 +403,7 @@ def mismatches(wanted: Plan, stored: dict) -> list:
                         (surplus, "surplus")):
         if names:
             names_text = listed(names, room) if room else "not listed"
-            found.append(f"{len(names)} tensor{'s' * (len(names) > 1)} {what}: {names_text}")
+            found.append(f"{counted(names)} {what}: {names_text}")
             room = max(0, room - len(names))
     return found
 
