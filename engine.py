@@ -34,24 +34,25 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import kernels  # first: it keeps torch quiet where numpy is absent
+import kernels  # noqa: F401  first: it keeps torch quiet where numpy is absent
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from kernels.attention import attention
+from kernels.attention import attention, step_attention
 from kernels.frames import clip_pixels, draw_events
-from kernels.rmsnorm import rmsnorm
+from kernels.rmsnorm import add_rmsnorm, rmsnorm
 from kernels.rope_store import rope_store
 from kernels.round import close_round, first_id, open_round
-from kernels.skinny import skinny
+from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 from weights import InputError
 from weights.load import DRAFTER_7B, TARGET_7B, open_checkpoint, random_weights
 from weights.media import read_events, read_images, read_video
 
 __all__ = ["Engine", "Event", "InputError", "MODES", "PrefillOnlyInference", "Result", "load_engine"]
-assert kernels
 
 MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
@@ -208,6 +209,9 @@ class Decoder:
         self.embed_VD = weights["text.embed"]
         self.head_VD = weights.get("text.head", self.embed_VD)
         self.device, self.dtype = self.embed_VD.device, self.embed_VD.dtype
+        self.layers = [{name: weights[f"text.layers.{i}.{name}"] for name in
+                        ("attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down")} for i in range(config.L)]
+        self.work = Workspace(self.device, config.D, config.H, config.K, cache_rows)
         shape = (config.L, config.N, cache_rows, config.K)
         self.k_cache_LNMK = torch.zeros(shape, dtype=self.dtype, device=self.device)   # zeros: unseen must be finite
         self.v_cache_LNMK = torch.zeros_like(self.k_cache_LNMK)
@@ -226,24 +230,47 @@ class Decoder:
         `last_only` is for prefill: the last layer's queries and feed-forward are computed for one row, since
         nobody reads the others; its keys and values are stored for all.
         """
-        c = self.config
+        c, rows = self.config, len(pos_ids_S)
+        if rows <= STEP_ROWS:
+            for layer in range(c.L):
+                hidden_SD = self._step_layer(layer, hidden_SD, pos_ids_S)
+            return skinny(hidden_SD, self.head_VD, self.work, norm=(self.w["text.norm"], c.eps))
+        fresh_SD = None                                      # the last block's output, not yet added to the stream
         for layer in range(c.L):
-            w = {name: self.w[f"text.layers.{layer}.{name}"]
-                 for name in ("attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down")}
-            k_NMK, v_NMK = self.k_cache_LNMK[layer], self.v_cache_LNMK[layer]
-            qkv_SE = product(rmsnorm(hidden_SD, w["attn_norm"], c.eps), w["qkv"])
-            q_SHK = rope_store(qkv_SE, pos_ids_S, self.cos_MK, self.sin_MK, k_NMK, v_NMK)
-            if last_only and layer == c.L - 1:
-                q_SHK, hidden_SD, pos_ids_S = q_SHK[-1:], hidden_SD[-1:], pos_ids_S[-1:]
-            mixed_SHK = attention(q_SHK, k_NMK, v_NMK, pos_ids_S)
-            hidden_SD = hidden_SD + product(mixed_SHK.reshape(len(pos_ids_S), c.H * c.K), w["o"])
-            gate_up_SE = product(rmsnorm(hidden_SD, w["mlp_norm"], c.eps), w["gate_up"])
-            hidden_SD = hidden_SD + product(swiglu(gate_up_SE), w["down"])
-        return product(rmsnorm(hidden_SD, self.w["text.norm"], c.eps), self.head_VD)
+            only = last_only and layer == c.L - 1
+            hidden_SD, fresh_SD = self._prefill_layer(layer, hidden_SD, fresh_SD, pos_ids_S, only)
+        normed_SD, _ = add_rmsnorm(fresh_SD, hidden_SD, self.w["text.norm"], c.eps)
+        return product(normed_SD, self.head_VD)
+
+    def _step_layer(self, layer: int, hidden_SD, pos_ids_S):
+        """Few rows at consecutive positions, five launches: the weights are read once, and a row's bits do not
+        depend on how many rows there are. That is what makes a verify row equal a decode row."""
+        c, w, work = self.config, self.layers[layer], self.work
+        qkv_SE = skinny(hidden_SD, w["qkv"], work, norm=(w["attn_norm"], c.eps))
+        mixed_SHK = step_attention(qkv_SE, self.k_cache_LNMK[layer], self.v_cache_LNMK[layer], pos_ids_S,
+                                   self.cos_MK, self.sin_MK, work)
+        hidden_SD = skinny(mixed_SHK.flatten(1), w["o"], work, residual=hidden_SD)
+        up_SF = skinny(hidden_SD, w["gate_up"], work, norm=(w["mlp_norm"], c.eps), gated=True)
+        return skinny(up_SF, w["down"], work, residual=hidden_SD)
+
+    def _prefill_layer(self, layer: int, hidden_SD, fresh_SD, pos_ids_S, last_only: bool):
+        """Many rows, cuBLAS products. Returns the stream and what this layer's feed-forward adds to it."""
+        c, w = self.config, self.layers[layer]
+        if fresh_SD is None:
+            normed_SD = rmsnorm(hidden_SD, w["attn_norm"], c.eps)
+        else:
+            normed_SD, hidden_SD = add_rmsnorm(fresh_SD, hidden_SD, w["attn_norm"], c.eps)
+        k_NMK, v_NMK = self.k_cache_LNMK[layer], self.v_cache_LNMK[layer]
+        q_SHK = rope_store(product(normed_SD, w["qkv"]), pos_ids_S, self.cos_MK, self.sin_MK, k_NMK, v_NMK)
+        if last_only:
+            q_SHK, hidden_SD, pos_ids_S = q_SHK[-1:], hidden_SD[-1:], pos_ids_S[-1:]
+        mixed_SD = product(attention(q_SHK, k_NMK, v_NMK, pos_ids_S).flatten(1), w["o"])
+        normed_SD, hidden_SD = add_rmsnorm(mixed_SD, hidden_SD, w["mlp_norm"], c.eps)
+        return hidden_SD, product(swiglu(product(normed_SD, w["gate_up"])), w["down"])
 
 
 def product(x_SD, w_OD):
-    """x @ w.T. Few rows: the kernel whose row bits ignore the row count. Many rows: cuBLAS, which is faster there."""
+    """x @ w.T. Many rows: cuBLAS, which is fastest there. One row, prefill's last: the step's kernel."""
     return skinny(x_SD, w_OD) if x_SD.shape[0] <= STEP_ROWS else F.linear(x_SD, w_OD)
 
 
@@ -300,6 +327,7 @@ class Model:
         self.graphs = graphs and self.on_gpu
         self.stream = torch.cuda.Stream(self.device) if self.on_gpu else None
         self.state_W = torch.zeros(STATE + decoder.cache_rows, dtype=torch.long, device=self.device)
+        self.state_W[:STATE] = torch.tensor([1, 0, 0, 1, -1, decoder.cache_rows, 0, 0])   # a warm-up needs row 1
         self.tail_id = torch.zeros(1, dtype=torch.long, device=self.device)     # the prompt's last id
         self.draft_ids, self.steps, self.prompt_rows = {}, {}, 0
 
@@ -338,7 +366,7 @@ class Model:
     def _round(self, G: int):
         verify_ids_S, pos_ids_S, hidden_SD = open_round(self.state_W, self.draft_ids[G], self.decoder.embed_VD)
         logits_SV = self.decoder.forward(hidden_SD, pos_ids_S)
-        close_round(logits_SV, self.draft_ids[G], self.state_W)
+        close_round(logits_SV, self.draft_ids[G], self.state_W, self.decoder.work.round)
         return logits_SV
 
     def snapshot(self, words: int) -> Snapshot:
@@ -444,7 +472,7 @@ class Drafter(Model):
         ids_2 = self.state_W.gather(0, STATE + last_2.clamp(min=0))
         ids_2 = torch.where(last_2 < 0, self.tail_id, ids_2)           # before the first answer id comes the prompt
         logits_2V = self.decoder.forward(self.decoder.embed_VD[ids_2], self.state_W[PROMPT_LEN] + last_2)
-        close_round(logits_2V[1:], ids_2[:0], self.state_W)
+        close_round(logits_2V[1:], ids_2[:0], self.state_W, self.decoder.work.round)
         return logits_2V
 
 
@@ -967,7 +995,8 @@ class Engine:
     def _worker(self, req: Request, model: Model) -> None:
         """Runs one side and reports its end. A drafter's failure is noted; only bad input or the target's is raised."""
         try:
-            with torch.inference_mode(), (torch.cuda.device(model.device) if model.on_gpu else contextlib.nullcontext()):
+            here = torch.cuda.device(model.device) if model.on_gpu else contextlib.nullcontext()
+            with torch.inference_mode(), here:
                 (self._target_side if model is self.target else self._drafter_side)(req)
         except Exception as error:
             bad_input = isinstance(error, InputError) and not isinstance(error, NonFinite)
@@ -1084,7 +1113,7 @@ def pick_device(name) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise InputError(f"device {name}: {count} CUDA devices here; use cpu or a lower number, or check the driver")
+            raise InputError(f"device {name}: {count} CUDA devices here; use cpu, a lower number, or check the driver")
         device = torch.device("cuda", device.index or 0)
     elif device.type != "cpu":
         raise InputError(f"device {name}: only cpu and cuda are supported; use one of these")
@@ -1113,7 +1142,7 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
 
 
 def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,
-                draft_len: int = 5, overlap_len: int = 15, tokenizer=None, graphs: bool = True, seed: int = 0) -> Engine:
+                draft_len=5, overlap_len=15, tokenizer=None, graphs=True, seed=0) -> Engine:
     """An Engine over the two checkpoints (either may be None). bf16 on a GPU and fp32 on the CPU unless told.
 
     eventgpt, videollava: folders, hub ids already in the cache, or `random-7b`. device: `cuda`, `cuda:N` or `cpu`;

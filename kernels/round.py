@@ -8,6 +8,7 @@ Bytes: open 4*S*D in bf16, close 2*S*V: 32 rows of 32,064 logits are 2.1 MB. Bot
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.check import INTERPRETED
 
@@ -21,9 +22,10 @@ MAX_CHUNKS = 64
 class RoundWork:
     """Scratch of close_round: the best key of each chunk of logits, and how many programs have arrived (0 between calls)."""
 
-    def __init__(self, device):
+    def __init__(self, device, pdl=False):
         self.key_SC = torch.zeros((MAX_ROWS, MAX_CHUNKS), dtype=torch.int64, device=device)
         self.arrived = torch.zeros(1, dtype=torch.int32, device=device)
+        self.pdl = pdl               # programmatic dependent launch, see kernels/skinny.py
 
 
 def open_round_ref(state_W, draft_ids_G, embed_VD):
@@ -55,9 +57,12 @@ def close_round_ref(logits_SV, draft_ids_G, state_W):
 
 @triton.jit
 def open_round_kernel(state_ptr, draft_ids_ptr, embed_ptr, verify_ids_ptr, pos_ids_ptr, hidden_ptr, V,
-                      D: tl.constexpr, BLOCK_D: tl.constexpr, STATE: tl.constexpr):
+                      D: tl.constexpr, BLOCK_D: tl.constexpr, STATE: tl.constexpr, PDL: tl.constexpr):
     """One row: its id, its position, its embedding."""
     row = tl.program_id(0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     n_out = tl.load(state_ptr + N_OUT)
     pending = tl.load(state_ptr + STATE + tl.maximum(n_out - 1, 0))
     draft = tl.load(draft_ids_ptr + row - 1, mask=row > 0, other=0)          # row 0 is the pending id
@@ -69,15 +74,18 @@ def open_round_kernel(state_ptr, draft_ids_ptr, embed_ptr, verify_ids_ptr, pos_i
     tl.store(hidden_ptr + row * D + col, tl.load(embed_ptr + known * D + col, mask=col < D, other=0.0), mask=col < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def close_round_kernel(logits_ptr, draft_ids_ptr, state_ptr, key_ptr, arrived_ptr, stride, S, V, room,
                        CHUNK: tl.constexpr, CHUNKS: tl.constexpr, MAX_CHUNKS: tl.constexpr, MAX_ROWS: tl.constexpr,
-                       STATE: tl.constexpr):
+                       STATE: tl.constexpr, PDL: tl.constexpr):
     """Best key of one chunk of one row; the program that arrives last compares drafts and advances the state.
 
     A key orders by value, then by lowest id: the float's bits made monotonous above, the id's complement below."""
     row, chunk = tl.program_id(0), tl.program_id(1)
     col = chunk * CHUNK + tl.arange(0, CHUNK)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     x = tl.load(logits_ptr + row.to(tl.int64) * stride + col, mask=col < V, other=float("-inf")).to(tl.float32)
     x = x + 0.0                                                              # -0.0 ties with 0.0
     bits = tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))        # NaN, of either sign, beats every number
@@ -90,11 +98,11 @@ def close_round_kernel(logits_ptr, draft_ids_ptr, state_ptr, key_ptr, arrived_pt
         tl.store(arrived_ptr, 0)
         s = tl.arange(0, MAX_ROWS)
         c = tl.arange(0, MAX_CHUNKS)
-        key = tl.load(key_ptr + s[:, None] * MAX_CHUNKS + c[None, :], mask=(s < S)[:, None] & (c < CHUNKS)[None, :],
+        keys = tl.load(key_ptr + s[:, None] * MAX_CHUNKS + c[None, :], mask=(s < S)[:, None] & (c < CHUNKS)[None, :],
                       other=-0x7FFFFFFFFFFFFFFF, cache_modifier=".cg")       # [MAX_ROWS, MAX_CHUNKS]
-        key = tl.max(key, 1)
-        target = 0x7FFFFFFF - (key & 0x7FFFFFFF)                             # [MAX_ROWS]
-        nonfinite = tl.max(tl.where((s < S) & ((key >> 32) >= 0x7FC00000), 1, 0))
+        best = tl.max(keys, 1)
+        target = 0x7FFFFFFF - (best & 0x7FFFFFFF)                             # [MAX_ROWS]
+        nonfinite = tl.max(tl.where((s < S) & ((best >> 32) >= 0x7FC00000), 1, 0))
         n_out, done = tl.load(state_ptr + N_OUT), tl.load(state_ptr + DONE)
         eos, limit = tl.load(state_ptr + EOS_ID), tl.minimum(tl.load(state_ptr + LIMIT), room)
         draft = tl.load(draft_ids_ptr + s, mask=s < S - 1, other=-1)
@@ -111,7 +119,7 @@ def close_round_kernel(logits_ptr, draft_ids_ptr, state_ptr, key_ptr, arrived_pt
             tl.store(state_ptr + ROUNDS, tl.load(state_ptr + ROUNDS) + 1)
 
 
-def open_round(state_W, draft_ids_G, embed_VD):
+def open_round(state_W, draft_ids_G, embed_VD, work=None):
     """(verify_ids_S, pos_ids_S, hidden_SD) of the forward over [pending_id, drafts]; S = G + 1.
 
     Drafts outside 0..V-1 are embedded as the nearest id and never match."""
@@ -121,8 +129,9 @@ def open_round(state_W, draft_ids_G, embed_VD):
         return open_round_ref(state_W, draft_ids_G, embed_VD)
     verify_ids_S, pos_ids_S = (torch.empty(S, dtype=torch.int64, device=state_W.device) for _ in range(2))
     hidden_SD = torch.empty((S, D), dtype=embed_VD.dtype, device=state_W.device)
+    pdl = work is not None and work.pdl
     open_round_kernel[(S,)](state_W, draft_ids_G if S > 1 else state_W, embed_VD, verify_ids_S, pos_ids_S, hidden_SD, V,
-                            D=D, BLOCK_D=triton.next_power_of_2(D), STATE=STATE, num_warps=4)
+                            D=D, BLOCK_D=triton.next_power_of_2(D), STATE=STATE, PDL=pdl, launch_pdl=pdl, num_warps=4)
     return verify_ids_S, pos_ids_S, hidden_SD
 
 
@@ -142,7 +151,7 @@ def close_round(logits_SV, draft_ids_G, state_W, work=None):
     close_round_kernel[(S, chunks)](logits_SV, draft_ids_G if S > 1 else state_W, state_W, work.key_SC, work.arrived,
                                     logits_SV.stride(0), S, V, len(state_W) - STATE,
                                     CHUNK=CHUNK, CHUNKS=chunks, MAX_CHUNKS=MAX_CHUNKS, MAX_ROWS=MAX_ROWS,
-                                    STATE=STATE, num_warps=4)
+                                    STATE=STATE, PDL=work.pdl, launch_pdl=work.pdl, num_warps=4)
 
 
 def first_id(logits_V, state_W, work=None):

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.attention import SplitWork, prefetch
 from kernels.check import INTERPRETED
 from kernels.rmsnorm import rmsnorm_ref
 from kernels.round import RoundWork
@@ -15,7 +16,7 @@ MAX_ROWS = 32                        # rows of a step
 SUM_COLS = 32                        # columns under one partial sum of squares
 
 
-class Workspace:
+class Workspace(SplitWork):
     """Scratch of a decoder's steps. One step at a time may use it.
 
     D: model width; H, K: query heads and their width; cache_rows: M. Programmatic dependent launch (pdl) lets a kernel
@@ -25,9 +26,10 @@ class Workspace:
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
         self.pdl = pdl if pdl is not None else on_gpu and torch.cuda.get_device_capability(device)[0] >= 9
+        super().__init__(device, H, K, cache_rows, self.pdl)
         self.sums_ST = torch.zeros((MAX_ROWS, triton.cdiv(D, SUM_COLS)), dtype=torch.float32, device=device)
         self.sums_of = None                                 # the rows that sums_ST was taken of
-        self.round = RoundWork(device)
+        self.round = RoundWork(device, self.pdl)
 
 
 def skinny_ref(x_SD, w_OD, norm=None, residual=None, gated=False):
@@ -35,13 +37,6 @@ def skinny_ref(x_SD, w_OD, norm=None, residual=None, gated=False):
     y_SO = torch.nn.functional.linear(x_SD, w_OD)
     y_SO = swiglu_ref(y_SO) if gated else y_SO
     return y_SO if residual is None else residual + y_SO
-
-
-@triton.jit
-def prefetch(ptr):
-    """Asks for the cache lines that hold these addresses to be brought into L2. Changes nothing else."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptr], dtype=tl.int32, is_pure=False,
-                              pack=1)
 
 
 @triton.jit
@@ -58,7 +53,7 @@ def row_sums_kernel(x_ptr, sums_ptr, x_stride, D: tl.constexpr, BLOCK_T: tl.cons
     tl.store(sums_ptr + row * T + t, tl.sum(x * x, 1), mask=t < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def skinny_kernel(x_ptr, w_ptr, y_ptr, norm_ptr, residual_ptr, sums_ptr, x_stride, residual_stride, S, O, eps,
                   D: tl.constexpr, T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
                   BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr, NORM: tl.constexpr,
@@ -103,7 +98,9 @@ def skinny_kernel(x_ptr, w_ptr, y_ptr, norm_ptr, residual_ptr, sums_ptr, x_strid
         t = tl.arange(0, BLOCK_T)
         sums = tl.load(sums_ptr + row[:, None] * T + t[None, :], mask=(row < S)[:, None] & (t < T)[None, :], other=0.0)
         scale = tl.rsqrt(tl.sum(sums, 1) / D + eps)                  # [BLOCK_S]
-        weight = tl.load(norm_ptr + step, mask=step < D, other=0.0)
+        # Spread over the rows at once, in the layout of x: a vector would go through shared memory on every step.
+        norm_ptrs = norm_ptr + x_col[None, :] + step[:, None]
+        weight = tl.load(norm_ptrs, mask=x_col[None, :] + step[:, None] < D, other=0.0)           # [BLOCK_D, BLOCK_S]
     acc = tl.zeros((BLOCK_O * SLICES, BLOCK_S * SLICES), dtype=tl.float32)
     for start in range(0, PER, BLOCK_D):
         if EVEN:
@@ -113,8 +110,9 @@ def skinny_kernel(x_ptr, w_ptr, y_ptr, norm_ptr, residual_ptr, sums_ptr, x_strid
             w = tl.load(w_ptrs + start, mask=w_col[:, None] + start + step[None, :] < D, other=0.0)
             x = tl.load(x_ptrs + start, mask=(row < S)[None, :] & (x_col[None, :] + start + step[:, None] < D), other=0.0)
         if NORM:
-            x = (x.to(tl.float32) * scale[None, :]).to(dtype) * weight[:, None]
-            weight = tl.load(norm_ptr + start + BLOCK_D + step, mask=start + BLOCK_D + step < D, other=0.0)
+            x = (x.to(tl.float32) * scale[None, :]).to(dtype) * weight
+            ahead = start + BLOCK_D
+            weight = tl.load(norm_ptrs + ahead, mask=x_col[None, :] + ahead + step[:, None] < D, other=0.0)
         acc = tl.dot(w, x, acc, input_precision="ieee")
     if SLICES == 2:
         left, right = tl.split(tl.permute(tl.reshape(acc, (2, BLOCK_O, 2, BLOCK_S)), (1, 3, 0, 2)))
@@ -149,6 +147,7 @@ def skinny(x_SD, w_OD, work=None, norm=None, residual=None, gated=False, **overr
     assert 1 <= S <= MAX_ROWS, f"skinny: {S} rows, wanted 1..{MAX_ROWS}"
     assert w_OD.shape == (O, D) and w_OD.is_contiguous() and x_SD.stride(1) == 1 and x_SD.dtype == w_OD.dtype, \
         f"skinny: weight {tuple(w_OD.shape)}, strides {w_OD.stride()}, does not fit rows of {D}, strides {x_SD.stride()}"
+    assert norm is None or residual is None, "skinny: a norm before and a residual after would share their sums"
     width = O // 2 if gated else O
     assert residual is None or residual.shape == (S, width) and residual.stride(1) == 1, \
         f"skinny: residual {tuple(residual.shape)} beside a result of {(S, width)}"
@@ -163,7 +162,7 @@ def skinny(x_SD, w_OD, work=None, norm=None, residual=None, gated=False, **overr
     config = {**launch_config(O, D, S, residual is not None, gated), **override}
     if INTERPRETED:
         config["PREFETCH"] = 0
-    T = triton.cdiv(D if norm is not None else O, SUM_COLS)
+    T = triton.cdiv(D, SUM_COLS) if norm is not None else triton.cdiv(O, config["BLOCK_O"])
     sums = work is not None and residual is not None
     skinny_kernel[(triton.cdiv(O, config["BLOCK_O"]),)](
         x_SD, w_OD, y_SO, norm[0] if norm else x_SD, residual if residual is not None else x_SD,

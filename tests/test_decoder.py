@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(not STORIES.exists(), reason=f"{STORIES} is not 
 
 def stories(cache_rows=256) -> Decoder:
     checkpoint = open_checkpoint(STORIES)
-    return Decoder(DecoderConfig.read(checkpoint.config), checkpoint.load(torch.device("cpu"), torch.float32), cache_rows)
+    weights = checkpoint.load(torch.device("cpu"), torch.float32)
+    return Decoder(DecoderConfig.read(checkpoint.config), weights, cache_rows)
 
 
 def run(decoder, ids, at=0, **options):

@@ -68,7 +68,8 @@ def test_forced_drafts_of_every_accepted_length_give_target_only(dtype):
         ids = e.generate(mode="target_only", ignore_eos=True, **asked(i)).output_ids
         for accepted in range(16):
             guess = [x if (k % (accepted + 1)) else x + 1 for k, x in enumerate(ids)]
-            result = e.generate(mode="speculative", draft_source=Fixed(guess), draft_len=15, ignore_eos=True, **asked(i))
+            result = e.generate(mode="speculative", draft_source=Fixed(guess), draft_len=15, ignore_eos=True,
+                                **asked(i))
             assert result.output_ids == ids, f"sample {i}, accepted {accepted}"
         for mode in ("prefill_only", "prefill_then_verify", "speculative"):
             assert e.generate(mode=mode, ignore_eos=True, **asked(i)).output_ids == ids, mode
