@@ -25,12 +25,14 @@ Shapes are written into names, one letter a dimension; batch is one and carries 
 from __future__ import annotations
 
 import collections.abc
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import queue
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -224,21 +226,22 @@ class Decoder:
     def cache_rows(self) -> int:
         return self.k_cache_LNMK.shape[2]
 
-    def forward(self, hidden_SD, pos_ids_S, last_only: bool = False):
-        """Writes cache rows pos_ids_S and returns logits, [S, V] or [1, V] for the last row only.
+    def forward(self, hidden_SD, pos_ids_S, only=None):
+        """Writes cache rows pos_ids_S; returns logits [S, V], or [1, V] of the one row that `only` (int64 [1]) names.
 
-        `last_only` is for prefill: the last layer's queries and feed-forward are computed for one row, since
+        `only` is for prefill: the last layer's queries and feed-forward are computed for that row alone, since
         nobody reads the others; its keys and values are stored for all.
         """
         c, rows = self.config, len(pos_ids_S)
         if rows <= STEP_ROWS:
             for layer in range(c.L):
                 hidden_SD = self._step_layer(layer, hidden_SD, pos_ids_S)
-            return skinny(hidden_SD, self.head_VD, self.work, norm=(self.w["text.norm"], c.eps))
+            logits_SV = skinny(hidden_SD, self.head_VD, self.work, norm=(self.w["text.norm"], c.eps))
+            return logits_SV if only is None else logits_SV.index_select(0, only)
         fresh_SD = None                                      # the last block's output, not yet added to the stream
         for layer in range(c.L):
-            only = last_only and layer == c.L - 1
-            hidden_SD, fresh_SD = self._prefill_layer(layer, hidden_SD, fresh_SD, pos_ids_S, only)
+            kept = only if layer == c.L - 1 else None
+            hidden_SD, fresh_SD = self._prefill_layer(layer, hidden_SD, fresh_SD, pos_ids_S, kept)
         normed_SD, _ = add_rmsnorm(fresh_SD, hidden_SD, self.w["text.norm"], c.eps)
         return product(normed_SD, self.head_VD)
 
@@ -253,7 +256,7 @@ class Decoder:
         up_SF = skinny(hidden_SD, w["gate_up"], work, norm=(w["mlp_norm"], c.eps), gated=True)
         return skinny(up_SF, w["down"], work, residual=hidden_SD)
 
-    def _prefill_layer(self, layer: int, hidden_SD, fresh_SD, pos_ids_S, last_only: bool):
+    def _prefill_layer(self, layer: int, hidden_SD, fresh_SD, pos_ids_S, only):
         """Many rows, cuBLAS products. Returns the stream and what this layer's feed-forward adds to it."""
         c, w = self.config, self.layers[layer]
         if fresh_SD is None:
@@ -262,8 +265,8 @@ class Decoder:
             normed_SD, hidden_SD = add_rmsnorm(fresh_SD, hidden_SD, w["attn_norm"], c.eps)
         k_NMK, v_NMK = self.k_cache_LNMK[layer], self.v_cache_LNMK[layer]
         q_SHK = rope_store(product(normed_SD, w["qkv"]), pos_ids_S, self.cos_MK, self.sin_MK, k_NMK, v_NMK)
-        if last_only:
-            q_SHK, hidden_SD, pos_ids_S = q_SHK[-1:], hidden_SD[-1:], pos_ids_S[-1:]
+        if only is not None:
+            q_SHK, hidden_SD, pos_ids_S = (t.index_select(0, only) for t in (q_SHK, hidden_SD, pos_ids_S))
         mixed_SD = product(attention(q_SHK, k_NMK, v_NMK, pos_ids_S).flatten(1), w["o"])
         normed_SD, hidden_SD = add_rmsnorm(mixed_SD, hidden_SD, w["mlp_norm"], c.eps)
         return hidden_SD, product(swiglu(product(normed_SD, w["gate_up"])), w["down"])
@@ -329,25 +332,59 @@ class Model:
         self.state_W = torch.zeros(STATE + decoder.cache_rows, dtype=torch.long, device=self.device)
         self.state_W[:STATE] = torch.tensor([1, 0, 0, 1, -1, decoder.cache_rows, 0, 0])   # a warm-up needs row 1
         self.tail_id = torch.zeros(1, dtype=torch.long, device=self.device)     # the prompt's last id
-        self.draft_ids, self.steps, self.prompt_rows = {}, {}, 0
+        self.draft_ids, self.pixels, self.steps, self.prompt_rows = {}, {}, {}, 0
+        self.hidden_MD = torch.zeros(decoder.cache_rows, self.config.D, dtype=decoder.dtype, device=self.device)
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None      # one scratch for all its graphs
 
     def on_stream(self):
         """Context in which this model's work is queued on its own stream; nothing on the CPU."""
         return torch.cuda.stream(self.stream) if self.on_gpu else contextlib.nullcontext()
 
     def splice(self, prompt: Prompt, visual_AD):
-        before, after = (torch.tensor(ids, dtype=torch.long).to(self.device) for ids in (prompt.before, prompt.after))
+        """The prompt's rows [S, D] with the visual rows in place of the placeholder."""
+        before, after = (to_device(torch.tensor(ids), self.device) for ids in (prompt.before, prompt.after))
         embed = self.decoder.embed_VD
         return torch.cat([embed[before], visual_AD.to(embed.dtype), embed[after]])
+
+    def visual_rows(self, pixels_R3XX, image: bool = False):
+        """`encode` as a graph: visual rows of float pixels on the host. Valid until the next call."""
+        key = self.prepare_encode(len(pixels_R3XX), image)
+        self.pixels[key].copy_(pixels_R3XX.pin_memory() if self.on_gpu else pixels_R3XX, non_blocking=True)
+        return self.steps[key]()
+
+    def prepare_encode(self, frames: int, image: bool = False):
+        key = ("encode", frames, image)
+        if key not in self.steps:
+            side = self.vision.image
+            self.pixels[key] = torch.zeros(frames, 3, side, side, device=self.device)
+            self.steps[key] = StepGraph(lambda: self.encode(self.pixels[key], image), self)
+        return key
 
     def prefill(self, hidden_SD, limit: int, eos_id: int, tail_id: int) -> None:
         """Fills cache rows 0..S-1 and puts the first answer id into the state."""
         self.prompt_rows = len(hidden_SD)
+        key = self.prepare_prefill(self.prompt_rows)
+        self.hidden_MD[:self.prompt_rows].copy_(hidden_SD)
         head = torch.tensor([0, 0, 0, self.prompt_rows, eos_id, limit, 0, 0])
-        self.state_W[:STATE].copy_(head)
+        self.state_W[:STATE].copy_(to_device(head, self.device), non_blocking=True)
         self.tail_id.fill_(tail_id)
-        pos_ids_S = torch.arange(len(hidden_SD), device=self.device)
-        first_id(self.decoder.forward(hidden_SD, pos_ids_S, last_only=True)[-1], self.state_W)
+        self.steps[key]()
+
+    def prepare_prefill(self, rows: int):
+        """On a GPU the rows are padded to a multiple of 16, so that questions of similar length share one graph. The
+        padding sits behind the prompt: it fills cache rows that nobody sees before decode overwrites them."""
+        size = min(-(-rows // 16) * 16, self.decoder.cache_rows) if self.on_gpu else rows
+        key = ("prefill", size)
+        if key not in self.steps:
+            pos_ids_S = torch.arange(size, device=self.device)
+            self.steps[key] = StepGraph(lambda: self._prefill(pos_ids_S), self)
+        return key
+
+    def _prefill(self, pos_ids_S):
+        last = self.state_W[PROMPT_LEN:PROMPT_LEN + 1] - 1
+        logits_1V = self.decoder.forward(self.hidden_MD[:len(pos_ids_S)], pos_ids_S, only=last)
+        first_id(logits_1V[0], self.state_W, self.decoder.work.round)
+        return logits_1V
 
     def step(self, G: int = 0) -> None:
         """One forward of [pending_id, G drafts] and its accept; G = 0 is one decode step. Nothing is returned:
@@ -418,6 +455,7 @@ class Drafter(Model):
         flags = config.get("mm_use_im_start_end", False), config.get("mm_use_im_patch_token", True)
         first = 32000 + int(flags[1])                        # a patch token, if added, comes before the two markers
         self.marker_ids = (first, first + 1) if flags[0] else None
+        self.one_zero = torch.tensor([1, 0]).to(self.device)
 
     def prompt(self, question: str) -> Prompt:
         """Each side of the placeholder is encoded alone, and both get a leading-space mark, as upstream."""
@@ -428,7 +466,7 @@ class Drafter(Model):
                           [end] + ids(f"\n{question} ASSISTANT:", first=False))
         return Prompt(bos + ids(f"{self.SYSTEM} USER: <ev_start>"), ids(f"<ev_end>\n{question} ASSISTANT:"))
 
-    def encode(self, pixels_R3XX):
+    def encode(self, pixels_R3XX, image: bool = False):
         """Visual rows [R + P + 1, D]: one a frame (mean over its rows), then one a patch (mean over frames).
 
         Means commute with linear maps, so pooling happens right after the last nonlinearity: the same numbers
@@ -450,10 +488,9 @@ class Drafter(Model):
         missing is always rewritten and the host has nothing to decide.
         """
         self.state_W[STATE:].copy_(committed_W[STATE:STATE + len(self.state_W) - STATE])
-        self.state_W[:2].copy_(committed_W[:2] * self._one_zero())
+        self.state_W[:2].copy_(committed_W[:2] * self.one_zero)       # keep n_out, clear done
         n_out = self.state_W[:1].clone()
-        if "follow" not in self.steps:
-            self.steps["follow"] = StepGraph(self._follow_two_rows, self)
+        self.prepare_follow()
         self.steps["follow"]()
         for _ in range(G - 1):
             self.step(0)
@@ -461,10 +498,9 @@ class Drafter(Model):
         ids_G = self.state_W.gather(0, (STATE + at_G).clamp(max=len(self.state_W) - 1))
         return torch.where(at_G < self.state_W[:1], ids_G, -1)
 
-    def _one_zero(self):
-        if not hasattr(self, "_mask"):
-            self._mask = torch.tensor([1, 0]).to(self.device)          # keep n_out, clear done
-        return self._mask
+    def prepare_follow(self) -> None:
+        if "follow" not in self.steps:
+            self.steps["follow"] = StepGraph(self._follow_two_rows, self)
 
     def _follow_two_rows(self):
         n_out = self.state_W[:1]
@@ -498,7 +534,7 @@ class StepGraph:
                 fn()
             torch.cuda.synchronize(model.device)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool=model.pool, capture_error_mode="thread_local"):
                 self.out = fn()
             model.state_W.copy_(kept)
             torch.cuda.synchronize(model.device)
@@ -617,13 +653,15 @@ class Timeline:
     """Stages of one request as (row, stage, start_s, end_s, note), host clock and GPU events on one axis."""
 
     def __init__(self, models):
+        self.entries, self.lock = [], threading.Lock()
+        self.base = {model.device: torch.cuda.Event(enable_timing=True) for model in models if model.on_gpu}
+
+    def start(self) -> None:
+        """Sets time zero, on the host and on every GPU. They are idle here, so the clocks agree to microseconds."""
+        for device, event in self.base.items():
+            torch.cuda.synchronize(device)
+            event.record(torch.cuda.current_stream(device))
         self.t0 = time.perf_counter()
-        self.entries, self.lock, self.base = [], threading.Lock(), {}
-        for model in models:
-            if model.on_gpu and model.device not in self.base:
-                with torch.cuda.device(model.device):
-                    self.base[model.device] = torch.cuda.Event(enable_timing=True)
-                    self.base[model.device].record()
 
     def now(self) -> float:
         return time.perf_counter() - self.t0
@@ -701,6 +739,8 @@ class Engine:
         self.target, self.drafter = target, drafter
         self.draft_len, self.overlap_len = draft_len, overlap_len
         self.lock = threading.Lock()
+        # One lasting thread a model: cuDNN keeps its plans per thread, and a new thread pays 70 ms to make them again.
+        self.threads = {m.side: ThreadPoolExecutor(1, thread_name_prefix=m.side) for m in self.models}
 
     @property
     def models(self) -> list[Model]:
@@ -719,10 +759,9 @@ class Engine:
         prompt = model.prompt(req.question)
         alone = req.mode in ("drafter_only", "prefill_only")
         limit = req.max_new_tokens if alone else min(req.overlap_len + 1, req.max_new_tokens)
-        self._check_rows(model, prompt.rows(len(pixels) + model.vision.P + 1), req)
         with model.on_stream():
             with line.stage("encode", model):
-                visual_AD = model.encode(to_device(pixels, model.device))
+                visual_AD = model.visual_rows(pixels)
             with line.stage("prefill", model):
                 hidden_SD = model.splice(prompt, visual_AD)
                 eos_id = -1 if req.ignore_eos else model.config.eos_id
@@ -745,8 +784,6 @@ class Engine:
         with line.stage("preprocess", model, host=True):
             pixels = clip_pixels(frames, model.vision.image, model.vision.mean, model.vision.std)
         prompt = model.prompt(req.question)
-        per_frame = model.vision.P + int(not req.image or model.keep_cls)
-        self._check_rows(model, prompt.rows(len(pixels) * per_frame), req)
         words = STATE + req.max_new_tokens + STEP_ROWS
         sent = 0
 
@@ -760,7 +797,7 @@ class Engine:
 
         with model.on_stream():
             with line.stage("encode", model):
-                visual_AD = model.encode(to_device(pixels, model.device), req.image)
+                visual_AD = model.visual_rows(pixels, req.image)
             with line.stage("prefill", model):
                 hidden_SD = model.splice(prompt, visual_AD)
                 eos_id = -1 if req.ignore_eos else model.config.eos_id
@@ -872,19 +909,26 @@ class Engine:
                              f"{req.max_new_tokens} + drafts {spare} needs {need}: raise --cache-rows, ask for fewer "
                              f"--max-new-tokens or shorten the question")
 
-    def _prepare(self, mode: str, draft_len: int, overlap_len: int, source) -> None:
-        """Captures every graph the mode needs, before prefill: a capture writes cache rows."""
-        if self.target is not None and mode != "drafter_only":
-            lengths = {0}
-            if mode in ("prefill_then_verify", "speculative"):
-                lengths.add(overlap_len)
-            if mode == "speculative":
-                lengths.add(draft_len)
-            self.target.prepare(*sorted(lengths))
-        if self.drafter is not None and mode != "target_only":
-            self.drafter.prepare(0)
-            if mode == "speculative" and "follow" not in self.drafter.steps:
-                self.drafter.steps["follow"] = StepGraph(self.drafter._follow_two_rows, self.drafter)
+    def _prepare(self, req: Request, active, frames: int) -> None:
+        """Checks that the request fits the caches, and captures every graph it needs before anything runs: a capture
+        writes cache rows. `frames`: event frames of the drafter."""
+        if self.target in active:
+            model, R = self.target, 1 if req.image else self.target.num_frames
+            rows = model.prompt(req.question).rows(R * (model.vision.P + int(not req.image or model.keep_cls)))
+            self._check_rows(model, rows, req)
+            model.prepare_encode(R, req.image)
+            model.prepare_prefill(rows)
+            model.prepare(0, *{"prefill_then_verify": [req.overlap_len],
+                               "speculative": [req.overlap_len, req.draft_len]}.get(req.mode, []))
+        if self.drafter in active:
+            model = self.drafter
+            rows = model.prompt(req.question).rows(frames + model.vision.P + 1)
+            self._check_rows(model, rows, req)
+            model.prepare_encode(frames)
+            model.prepare_prefill(rows)
+            model.prepare(0)
+            if req.mode == "speculative":
+                model.prepare_follow()
 
     def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, image_path=None,
                mode="speculative", max_new_tokens=50, draft_len=None, overlap_len=None, draft_source=None,
@@ -931,14 +975,14 @@ class Engine:
             def events():
                 return read_images(images)
         with self.lock, torch.inference_mode():
-            self._prepare(mode, draft_len, overlap_len, draft_source)
             active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
             for model in active:
                 if model.on_gpu:
-                    torch.cuda.synchronize(model.device)
                     torch.cuda.reset_peak_memory_stats(model.device)
             req = Request(mode, question, frames, events, image_path is not None, max_new_tokens, draft_len,
                           overlap_len, draft_source, ignore_eos, Timeline(active))
+            self._prepare(req, active, len(images) if event_path is None and uses_drafter else event_frames)
+            req.timeline.start()
             yield from self._run(req, active)
 
     def generate(self, *args, **kwargs) -> Result:
@@ -950,15 +994,12 @@ class Engine:
 
     def _run(self, req: Request, active):
         deciding = "target" if self.target in active else "drafter"
-        threads = [threading.Thread(target=self._worker, args=(req, model), name=model.side, daemon=True)
-                   for model in active]
         if self.drafter not in active:
             req.drafter_done.set()
         texts = {"preview": TextStream(self.drafter.text), "final": None} if self.drafter in active else {}
         texts["final"] = TextStream((self.target if deciding == "target" else self.drafter).text)
         result, running, error = Result(mode=req.mode), {m.side for m in active}, None
-        for thread in threads:
-            thread.start()
+        working = [self.threads[model.side].submit(self._worker, req, model) for model in active]
         try:
             while running:
                 kind, value, at = req.out.get()
@@ -983,8 +1024,7 @@ class Engine:
         finally:                                             # also when the caller closes the generator early
             req.cancelled.set()
             req.stop_drafting.set()
-            for thread in threads:
-                thread.join()
+            concurrent.futures.wait(working)
         yield self._finish(req, result, active, deciding, texts)
 
     @staticmethod
