@@ -1,34 +1,53 @@
-"""attention: softmax(q k' / sqrt(K)) v over a static cache, masked by position alone: row s sees rows 0..pos_ids[s]."""
+"""attention: softmax(q k' / sqrt(K)) v over a static cache, masked by position alone: row s sees rows 0..pos_ids[s],
+and lengths are read on the device. Keys are cached after rotary. Query head h reads key/value head h // (H // N).
+
+Many rows (prefill, or a later chunk over a filled prefix): one program per 64 rows of a head, tiles of 64 cache
+rows, unmasked where every row sees all of them. 4*S*visible*H*K operations, halved by the mask: 2,076 rows of
+LLaMA-7B are 35 GFLOP a layer. H100: 103 microseconds (344 TFLOP/s), 641 rows 18.8; torch's SDPA with its causal
+flag, which knows no positions: flash 185 and 39.7, cuDNN 91 and 23.1, memory-efficient 279 and 50.1. Slower: 128 x
+64 with 8 warps 107, 128 x 128 115 to 123, 64 x 32 119, 2 stages 117, 4 stages 154.
+
+Few rows (a step): one program per 512 cache rows of a head at fixed positions, then one per row and head that
+combines them in a fixed order. The cache is the tall operand of both products and the step's rows the narrow one,
+always 32 wide.
+Bytes: 4*visible*N*K in bf16: 34 MB a layer at context 2,100, 11.1 microseconds at 3.11 TB/s. H100, both launches,
+alone in a row: 18.1 microseconds for 1 row, 20.0 for 16, 22.5 for 32; inside a step about 15 and 17.5.
+Dropped: rows as the tall operand, 16 at a time (16.9, 20.7, 25 to 33: 0.5 % of a step faster at 1 row, 1.4 % slower
+at 32, and two code paths); splits of 128 or 256 rows without a pipelined loop (18.6 to 24, 23.5, 29); tiles of 128
+rows (21 to 23); the last split to arrive combining its head (a launch less, but serial: 20 to 23, 49 to 74 for 16
+rows).
+
+Towers without positions stay with torch: 8 x 257 rows of width 64 took 18.8 microseconds in SDPA and 15.8 here, 1 x
+577 11.7 and 11.9, 5 x 577 32.9 and 31.8, at most 0.07 ms of a request."""
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.check import INTERPRETED
+from kernels.check import INTERPRETED, stages_that_fit
 from kernels.rope_store import rope_store_ref, rotate
 
 LOG2E = 1.4426950408889634
-NEVER = tl.constexpr(-1e30)          # finite, so that a row which sees nothing keeps a finite pivot
+NEVER = tl.constexpr(-1e30)          # a masked score: finite, so that a row which sees nothing keeps a finite pivot
 MAX_ROWS = 32                        # rows of a step
-SPLIT = 128                          # cache rows a program of a step looks at; fixed positions, whatever the length
+SPLIT = 512                          # cache rows a program of a step looks at; part of the order of addition
 
 
 class SplitWork:
-    """Scratch of a step's attention: what every split found, and how many splits of a head have arrived (0 at rest)."""
+    """Scratch of a step's attention: what every split of the cache found for every row."""
 
     def __init__(self, device, H, K, cache_rows, pdl=False):
         splits = triton.cdiv(cache_rows, SPLIT)
         self.mixed_HTSK = torch.empty((H, splits, MAX_ROWS, K), dtype=torch.float32, device=device)
         self.top_HTS, self.total_HTS = (torch.empty((H, splits, MAX_ROWS), dtype=torch.float32, device=device)
                                         for _ in range(2))
-        self.arrived_H = torch.zeros(H, dtype=torch.int32, device=device)
         self.pdl = pdl
 
 
 def attention_ref(q_SHK, k_NMK, v_NMK, pos_ids_S, upcast=True):
     """Plain torch. upcast: scores, softmax and mixing in fp32 with one rounding at the end; else in the dtype."""
-    (S, H, K), (N, M, _) = q_SHK.shape, k_NMK.shape
+    (_, H, K), (N, M, _) = q_SHK.shape, k_NMK.shape
     M = min(M, int(pos_ids_S.max()) + 1) if q_SHK.device.type == "cpu" else M
     q, k, v = (t.float() if upcast and t.dtype != torch.float64 else t for t in (q_SHK, k_NMK[:, :M], v_NMK[:, :M]))
     k, v = (t.repeat_interleave(H // N, dim=0) if H != N else t for t in (k, v))
@@ -101,21 +120,30 @@ def prefill_kernel(q_ptr, k_ptr, v_ptr, pos_ids_ptr, out_ptr, q_stride, k_head_s
              mask=(row < S)[:, None] & (col < K))
 
 
-@triton.jit
-def combine(mixed_ptr, top_ptr, total_ptr, out_ptr, head, row, splits, H: tl.constexpr, K: tl.constexpr,
-            T: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, MAX_ROWS: tl.constexpr):
-    """Merges what the first `splits` splits found for one row of one head, always in the same order.
+@triton.jit(do_not_specialize=["S"])
+def combine_kernel(pos_ids_ptr, mixed_ptr, top_ptr, total_ptr, out_ptr, S, M, H: tl.constexpr, K: tl.constexpr,
+                   T: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
+                   MAX_ROWS: tl.constexpr, PDL: tl.constexpr):
+    """One row of one head: merges what the splits found, always in the same order.
 
     A split that shows a row nothing adds exact zeros, so it does not matter whether it took part."""
+    if PDL:
+        gdc_launch_dependents()              # a product follows: it may fetch weights while the splits still run
+    s = tl.arange(0, MAX_ROWS)
+    pos = tl.load(pos_ids_ptr + s, mask=s < S, other=-1).to(tl.int32)
+    splits = (tl.minimum(tl.max(pos) + 1, M) + SPLIT - 1) // SPLIT
+    head, row = tl.program_id(0), tl.program_id(1)
     col = tl.arange(0, BLOCK_K)
-    best, total, acc = tl.full((), -1e30, tl.float32), tl.zeros((), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
+    if PDL:
+        gdc_wait()
+    best, total, acc = tl.full((), NEVER, tl.float32), tl.zeros((), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     for start in range(0, splits, CHUNK):
         t = start + tl.arange(0, CHUNK)
         at = (head * T + t) * MAX_ROWS + row
-        top = tl.load(top_ptr + at, mask=t < splits, other=-1e30, cache_modifier=".cg")            # [CHUNK]
-        part = tl.load(total_ptr + at, mask=t < splits, other=0.0, cache_modifier=".cg")
+        top = tl.load(top_ptr + at, mask=t < splits, other=NEVER)                                  # [CHUNK]
+        part = tl.load(total_ptr + at, mask=t < splits, other=0.0)
         mixed = tl.load(mixed_ptr + at.to(tl.int64)[:, None] * K + col[None, :],
-                        mask=(t < splits)[:, None] & (col < K)[None, :], other=0.0, cache_modifier=".cg")
+                        mask=(t < splits)[:, None] & (col < K)[None, :], other=0.0)                # [CHUNK, BLOCK_K]
         new_best = tl.maximum(best, tl.max(top, 0))
         weight = tl.exp2(top - new_best)
         shrink = tl.exp2(best - new_best)
@@ -127,154 +155,145 @@ def combine(mixed_ptr, top_ptr, total_ptr, out_ptr, head, row, splits, H: tl.con
 
 
 @triton.jit(do_not_specialize=["S"])
-def combine_kernel(pos_ids_ptr, mixed_ptr, top_ptr, total_ptr, out_ptr, S, M, H: tl.constexpr, K: tl.constexpr,
-                   T: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
-                   MAX_ROWS: tl.constexpr, PDL: tl.constexpr):
-    """One row of one head."""
-    s = tl.arange(0, MAX_ROWS)
-    pos = tl.load(pos_ids_ptr + s, mask=s < S, other=-1).to(tl.int32)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    splits = (tl.minimum(tl.max(pos) + 1, M) + SPLIT - 1) // SPLIT
-    combine(mixed_ptr, top_ptr, total_ptr, out_ptr, tl.program_id(0), tl.program_id(1), splits, H, K, T, BLOCK_K, CHUNK,
-            MAX_ROWS)
-
-
-@triton.jit(do_not_specialize=["S"])
-def step_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr, mixed_ptr, top_ptr, total_ptr, arrived_ptr, out_ptr,
-                qkv_stride, k_head_stride, v_head_stride, S, M, scale,
+def step_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr, mixed_ptr, top_ptr, total_ptr, qkv_stride,
+                k_head_stride, v_head_stride, S, M, scale,
                 H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, T: tl.constexpr, BLOCK_K: tl.constexpr,
-                HALVES: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr, MAX_ROWS: tl.constexpr,
-                FUSED: tl.constexpr, INLINE: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
+                SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, MAX_ROWS: tl.constexpr, FUSED: tl.constexpr,
+                PREFETCH: tl.constexpr, PDL: tl.constexpr):
     """All rows of one query head against SPLIT cache rows. FUSED: queries and the step's own keys and values come from
-    qkv, are turned here, and the new cache rows are written. INLINE: the last split of a head to arrive combines them.
+    qkv, are turned here, and the new cache rows are written.
 
-    Rows are handled sixteen at a time by the same code, so a row's bits do not depend on how many there are."""
+    The cache is the tall operand of both products and the step's rows, always MAX_ROWS wide, the narrow one: one
+    program serves every number of rows, so a row's bits do not depend on it, and 32 rows cost little more than one."""
     head = tl.program_id(0)
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
     s = tl.arange(0, MAX_ROWS)
     # Written before the kernel that runs ahead of this one, so it may be read before the wait.
-    last = tl.max(tl.load(pos_ids_ptr + s, mask=s < S, other=-1).to(tl.int32))
-    visible = tl.minimum(last + 1, M)
-    splits = (visible + SPLIT - 1) // SPLIT
-    split = splits - 1 - tl.program_id(1)                                    # the new rows, most work, come first
+    pos = tl.load(pos_ids_ptr + s, mask=s < S, other=-1).to(tl.int32)
+    first = tl.load(pos_ids_ptr).to(tl.int32)
+    visible = tl.minimum(tl.max(pos) + 1, M)
+    split = (visible + SPLIT - 1) // SPLIT - 1 - tl.program_id(1)            # the new rows, most work, come first
     if split < 0:
         return
-    first = tl.load(pos_ids_ptr).to(tl.int32) if FUSED else visible          # first row that is new in this step
+    begin = split * SPLIT
     k_ptr += (head // GROUP).to(tl.int64) * k_head_stride
     v_ptr += (head // GROUP).to(tl.int64) * v_head_stride
     col = tl.arange(0, BLOCK_K)[None, :]
     turned_col = tl.where(col < K // 2, col + K // 2, col - K // 2)
-    at = split * SPLIT + tl.arange(0, SPLIT)
-    spot = at[:, None] * K + col
-    if PREFETCH:                                                             # old rows wait for nobody
-        line = at[:, None] * K + tl.arange(0, BLOCK_K // 64)[None, :] * 64
+    if PREFETCH > 0:                                                         # old rows wait for nobody
+        line = (begin + tl.arange(0, PREFETCH))[:, None] * K + tl.arange(0, BLOCK_K // 64)[None, :] * 64
         prefetch(k_ptr + line)
         prefetch(v_ptr + line)
+    real = (s < S)[:, None] & (col < K)
+    row_ptr = qkv_ptr + s.to(tl.int64)[:, None] * qkv_stride
+    if FUSED:
+        angle = tl.minimum(pos, M - 1)[:, None] * K + col                    # a row past the cache needs some angle
+        cos = tl.load(cos_ptr + angle, mask=real, other=0.0).to(tl.float32)                        # [MAX_ROWS, BLOCK_K]
+        sin = tl.load(sin_ptr + angle, mask=real, other=0.0).to(tl.float32)
+        sin = tl.where(col < K // 2, -sin, sin)
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
+    q = tl.load(row_ptr + head * K + col, mask=real, other=0.0)                                    # [MAX_ROWS, BLOCK_K]
     if FUSED:
-        if (split + 1) * SPLIT > first:
-            # Through the cache and back: one source for all rows of the tile, so old and new ones meet the same code.
+        q = rotate(q, tl.load(row_ptr + head * K + turned_col, mask=real, other=0.0), cos, sin, q.dtype)
+        if begin + SPLIT > first:
+            # Through the cache and back: one source for all rows of a tile, so old and new ones meet the same code.
             # Heads that share a key head write the same bits.
-            fresh = first + s
-            mine = ((s < S) & (fresh // SPLIT == split) & (fresh < M))[:, None] & (col < K)
-            source = qkv_ptr + s.to(tl.int64)[:, None] * qkv_stride + (H + head // GROUP) * K
-            place = fresh[:, None] * K + col
-            cos = tl.load(cos_ptr + place, mask=mine, other=0.0).to(tl.float32)                    # [MAX_ROWS, BLOCK_K]
-            sin = tl.load(sin_ptr + place, mask=mine, other=0.0).to(tl.float32)
-            turned = tl.load(source + turned_col, mask=mine, other=0.0)
-            fresh_k = rotate(tl.load(source + col, mask=mine, other=0.0), turned, cos, tl.where(col < K // 2, -sin, sin),
-                             dtype)
-            tl.store(k_ptr + place, fresh_k, mask=mine)
-            tl.store(v_ptr + place, tl.load(source + (H // GROUP) * K + col, mask=mine, other=0.0), mask=mine)
+            mine = real & ((pos // SPLIT == split) & (pos < M))[:, None]
+            key = H + head // GROUP
+            fresh = tl.load(row_ptr + key * K + col, mask=mine, other=0.0)
+            turned = tl.load(row_ptr + key * K + turned_col, mask=mine, other=0.0)
+            tl.store(k_ptr + pos[:, None] * K + col, rotate(fresh, turned, cos, sin, fresh.dtype), mask=mine)
+            fresh = tl.load(row_ptr + (key + H // GROUP) * K + col, mask=mine, other=0.0)
+            tl.store(v_ptr + pos[:, None] * K + col, fresh, mask=mine)
             tl.debug_barrier()
-    held = (at < visible)[:, None] & (col < K)
-    k = tl.load(k_ptr + spot, mask=held, other=0.0, cache_modifier=".cg")                          # [SPLIT, BLOCK_K]
-    v = tl.load(v_ptr + spot, mask=held, other=0.0, cache_modifier=".cg")
-    for half in tl.static_range(HALVES):
-        row = half * 16 + tl.arange(0, 16)
-        real = (row < S)[:, None] & (col < K)
-        pos = tl.load(pos_ids_ptr + row, mask=row < S, other=-1).to(tl.int32)
-        source = qkv_ptr + row.to(tl.int64)[:, None] * qkv_stride + head * K
-        q = tl.load(source + col, mask=real, other=0.0)                                            # [16, BLOCK_K]
-        if FUSED:
-            angle = tl.minimum(pos, M - 1)[:, None] * K + col                # a row past the cache needs some angle
-            cos = tl.load(cos_ptr + angle, mask=real, other=0.0).to(tl.float32)
-            sin = tl.load(sin_ptr + angle, mask=real, other=0.0).to(tl.float32)
-            q = rotate(q, tl.load(source + turned_col, mask=real, other=0.0), cos, tl.where(col < K // 2, -sin, sin), dtype)
-        seen = (at[None, :] <= pos[:, None]) & (at < M)[None, :]
-        score = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, -1e30)      # [16, SPLIT]
-        top = tl.max(score, 1)
-        prob = tl.where(seen, tl.exp2(score - top[:, None]), 0.0)
-        mixed = tl.dot(prob.to(dtype), v, input_precision="ieee")                                  # [16, BLOCK_K]
-        place = (head * T + split) * MAX_ROWS + row
-        tl.store(top_ptr + place, top, mask=row < S)
-        tl.store(total_ptr + place, tl.sum(prob, 1), mask=row < S)
-        tl.store(mixed_ptr + place.to(tl.int64)[:, None] * K + col, mixed, mask=real)
-    if INLINE:
-        tl.debug_barrier()                                                   # all of this program's stores, then arrive
-        if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == splits - 1:
-            tl.store(arrived_ptr + head, 0)
-            for r in range(0, S):
-                combine(mixed_ptr, top_ptr, total_ptr, out_ptr, head, r, splits, H, K, T, BLOCK_K, CHUNK, MAX_ROWS)
+    q = tl.trans(q)                                                                                # [BLOCK_K, MAX_ROWS]
+    acc = tl.zeros((BLOCK_K, MAX_ROWS), dtype=tl.float32)
+    top = tl.full((MAX_ROWS,), NEVER, dtype=tl.float32)
+    total = tl.zeros((BLOCK_M, MAX_ROWS), dtype=tl.float32)                  # summed over the tile only at the end
+    for start in range(begin, tl.minimum(begin + SPLIT, visible), BLOCK_M):
+        at = start + tl.arange(0, BLOCK_M)
+        held = (at < visible)[:, None] & (col < K)
+        k = tl.load(k_ptr + at[:, None] * K + col, mask=held, other=0.0)                           # [BLOCK_M, BLOCK_K]
+        v = tl.load(v_ptr + at[:, None] * K + col, mask=held, other=0.0)
+        seen = (at[:, None] <= pos[None, :]) & (at < M)[:, None]
+        score = tl.where(seen, tl.dot(k, q, input_precision="ieee") * scale, NEVER)                # [BLOCK_M, MAX_ROWS]
+        new_top = tl.maximum(top, tl.max(score, 0))
+        prob = tl.where(seen, tl.exp2(score - new_top[None, :]), 0.0)
+        shrink = tl.exp2(top - new_top)[None, :]
+        total = total * shrink + prob
+        acc = tl.dot(tl.trans(v), prob.to(v.dtype), acc * shrink, input_precision="ieee")
+        top = new_top
+    if PDL:
+        gdc_launch_dependents()
+    place = (head * T + split) * MAX_ROWS + s
+    tl.store(top_ptr + place, top, mask=s < S)
+    tl.store(total_ptr + place, tl.sum(total, 0), mask=s < S)
+    depth = tl.arange(0, BLOCK_K)[:, None]
+    tl.store(mixed_ptr + place.to(tl.int64)[None, :] * K + depth, acc, mask=(s < S)[None, :] & (depth < K))
 
 
 def check_shapes(q_SHK, k_NMK, v_NMK):
-    (S, H, K), (N, M, _) = q_SHK.shape, k_NMK.shape
+    (_, H, K), (N, M, _) = q_SHK.shape, k_NMK.shape
     assert H % N == 0 and k_NMK.shape == v_NMK.shape == (N, M, K), \
         f"attention: q {tuple(q_SHK.shape)}, k {tuple(k_NMK.shape)}, v {tuple(v_NMK.shape)}"
     assert q_SHK.stride()[1:] == (K, 1) and k_NMK.stride()[1:] == (K, 1) and v_NMK.stride()[1:] == (K, 1), \
         f"attention: strides q {q_SHK.stride()}, k {k_NMK.stride()}, v {v_NMK.stride()}"
 
 
-def prefill_config(S, K):
-    return dict(BLOCK_S=128, BLOCK_M=64, num_warps=8, num_stages=3) if S > 64 else \
-        dict(BLOCK_S=64, BLOCK_M=64, num_warps=4, num_stages=2)
+def prefill_config(K, itemsize, device):
+    """64 x 64 tiles, three in flight: best of the sweep on an H100 in bf16 (`python -m kernels.attention --tune`)."""
+    BLOCK_M = 64 if itemsize == 2 else 32
+    stages = stages_that_fit(3 if itemsize == 2 else 1, (2 * BLOCK_M + 64) * K * itemsize, device)
+    return dict(BLOCK_S=64, BLOCK_M=BLOCK_M, num_warps=4, num_stages=stages)
+
+
+def step_config(K, itemsize, pdl, device):
+    """Tiles of 64 cache rows, three in flight; the first rows are asked into L2 before the wait (H100, bf16)."""
+    BLOCK_M = 64 if itemsize == 2 else 32
+    stages = stages_that_fit(3 if itemsize == 2 else 1, 2 * BLOCK_M * K * itemsize, device)
+    return dict(BLOCK_M=BLOCK_M, num_warps=4, num_stages=stages, PREFETCH=64 if pdl and K % 64 == 0 else 0)
 
 
 def attention(q_SHK, k_NMK, v_NMK, pos_ids_S, **override):
-    """[S, H, K]: row s attends to the cache rows 0..pos_ids[s]. Query head h reads key/value head h // (H // N)."""
+    """[S, H, K]: row s attends to the cache rows 0..pos_ids[s], in any order of positions. Row i's bits do not depend
+    on the number of rows up to 32, nor beyond. override: launch choices, for tuning; so below."""
     check_shapes(q_SHK, k_NMK, v_NMK)
     (S, H, K), (N, M, _) = q_SHK.shape, k_NMK.shape
     if q_SHK.device.type == "cpu" and not INTERPRETED:
         return attention_ref(q_SHK, k_NMK, v_NMK, pos_ids_S)
     if S <= MAX_ROWS:
-        return split_attention(q_SHK, k_NMK, v_NMK, pos_ids_S, None, SplitWork(q_SHK.device, H, K, M), inline=False)
+        return split_attention(q_SHK, k_NMK, v_NMK, pos_ids_S, None, SplitWork(q_SHK.device, H, K, M))
     out_SHK = torch.empty((S, H, K), dtype=q_SHK.dtype, device=q_SHK.device)
-    config = {**prefill_config(S, K), **override}
+    config = {**prefill_config(K, q_SHK.element_size(), q_SHK.device), **override}
     prefill_kernel[(H, triton.cdiv(S, config["BLOCK_S"]))](
         q_SHK, k_NMK, v_NMK, pos_ids_S, out_SHK, q_SHK.stride(0), k_NMK.stride(0), v_NMK.stride(0), S, M,
-        K ** -0.5 * LOG2E, H=H, GROUP=H // N, K=K, BLOCK_K=triton.next_power_of_2(K), **config)
+        K ** -0.5 * LOG2E, H=H, GROUP=H // N, K=K, BLOCK_K=max(16, triton.next_power_of_2(K)), **config)
     return out_SHK
 
 
-def split_attention(q_SHK, k_NMK, v_NMK, pos_ids_S, cos_sin, work, inline, num_warps=8):
-    """One launch over splits of the cache, and one that combines them unless `inline`. q_SHK may be rows of qkv."""
+def split_attention(q_SHK, k_NMK, v_NMK, pos_ids_S, cos_sin, work, **override):
+    """One launch over splits of the cache, one that combines them. q_SHK may be rows of qkv."""
     (S, _, K), (N, M, _) = q_SHK.shape, k_NMK.shape
-    H, T = work.arrived_H.shape[0], work.top_HTS.shape[1]
+    H, T = work.top_HTS.shape[:2]
     assert T >= triton.cdiv(M, SPLIT), f"attention: scratch for {T * SPLIT} cache rows, the cache has {M}"
     out_SHK = torch.empty((S, H, K), dtype=q_SHK.dtype, device=q_SHK.device)
     cos_MK, sin_MK = cos_sin or (q_SHK, q_SHK)
-    shape = dict(H=H, K=K, T=T, BLOCK_K=triton.next_power_of_2(K), SPLIT=SPLIT, CHUNK=32, MAX_ROWS=MAX_ROWS,
+    shape = dict(H=H, K=K, T=T, BLOCK_K=max(16, triton.next_power_of_2(K)), SPLIT=SPLIT, MAX_ROWS=MAX_ROWS,
                  PDL=work.pdl, launch_pdl=work.pdl, enable_fp_fusion=False)
+    config = {**step_config(K, q_SHK.element_size(), work.pdl, q_SHK.device), **override}
     step_kernel[(H, triton.cdiv(M, SPLIT))](
-        q_SHK, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK, work.mixed_HTSK, work.top_HTS, work.total_HTS, work.arrived_H,
-        out_SHK, q_SHK.stride(0), k_NMK.stride(0), v_NMK.stride(0), S, M, K ** -0.5 * LOG2E, GROUP=H // N,
-        HALVES=1 if S <= 16 else 2, FUSED=cos_sin is not None, INLINE=inline,
-        PREFETCH=work.pdl and K % 64 == 0 and not INTERPRETED, num_warps=num_warps, **shape)
-    if not inline:
-        combine_kernel[(H, S)](pos_ids_S, work.mixed_HTSK, work.top_HTS, work.total_HTS, out_SHK, S, M, num_warps=4,
-                               **shape)
+        q_SHK, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK, work.mixed_HTSK, work.top_HTS, work.total_HTS,
+        q_SHK.stride(0), k_NMK.stride(0), v_NMK.stride(0), S, M, K ** -0.5 * LOG2E, GROUP=H // N,
+        FUSED=cos_sin is not None, **shape, **config)
+    combine_kernel[(H, S)](pos_ids_S, work.mixed_HTSK, work.top_HTS, work.total_HTS, out_SHK, S, M,
+                           CHUNK=min(32, triton.next_power_of_2(T)), num_warps=4, **shape)
     return out_SHK
 
 
-def step_attention(qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK, work, inline=None, num_warps=8):
+def step_attention(qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK, work, **override):
     """[S, H, K] of a step of 1..32 rows at consecutive positions: turns queries and keys, writes the S new cache rows,
     attends. Row i's bits do not depend on S. Rows past the cache are not written. work: a Workspace for this cache."""
-    (S, E), (N, M, K) = qkv_SE.shape, k_NMK.shape
+    (S, E), (N, _, K) = qkv_SE.shape, k_NMK.shape
     H = E // K - 2 * N
     assert 1 <= S <= MAX_ROWS and E == (H + 2 * N) * K and K % 2 == 0, f"step_attention: qkv {tuple(qkv_SE.shape)}"
     qkv_SHK = qkv_SE.view(S, H + 2 * N, K)
@@ -282,5 +301,81 @@ def step_attention(qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK, work, inline
         f"step_attention: k {tuple(k_NMK.shape)} {k_NMK.stride()}, v {tuple(v_NMK.shape)} {v_NMK.stride()}"
     if qkv_SE.device.type == "cpu" and not INTERPRETED:
         return step_attention_ref(qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK)
-    inline = S <= 4 if inline is None else inline
-    return split_attention(qkv_SHK, k_NMK, v_NMK, pos_ids_S, (cos_MK, sin_MK), work, inline, num_warps)
+    return split_attention(qkv_SHK, k_NMK, v_NMK, pos_ids_S, (cos_MK, sin_MK), work, **override)
+
+
+def main():
+    """Agreement with fp64 at each launch choice, then times beside torch's SDPA; --tune sweeps the tiles."""
+    import sys
+    from functools import partial
+
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from kernels.check import assert_no_worse, read_tbps, table, time_ms
+
+    H, K, M, L = 32, 128, 4096, 8
+
+    def randn(*shape):
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    def prefill_case(S):
+        return randn(S, H, K), randn(H, M, K), randn(H, M, K), torch.arange(S, device="cuda")
+
+    rows = []
+    for S, first in ((1, 2100), (16, 0), (32, 500), (33, 700), (641, 0), (2076, 0)):
+        q, k, v, pos_ids = prefill_case(S)
+        k[:, first + S:] = v[:, first + S:] = 1e4
+        ours = attention(q, k, v, pos_ids + first)[:, :2]
+        q, k, v = q[:, :2], k[:2], v[:2]                     # two heads: the fp64 scores are large
+        truth = attention_ref(q.double(), k.double(), v.double(), pos_ids + first).float()
+        plain = attention_ref(q, k, v, pos_ids + first, upcast=False)
+        rows.append((f"{S} rows after {first}", *assert_no_worse(ours, plain, truth)))
+    table("distance from fp64", ("", "ours", "plain torch"), rows)
+
+    tiles = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 4), (128, 64, 8, 3), (128, 128, 8, 2)]
+    rows = []
+    for S in (2076, 641):
+        q, k, v, pos_ids = prefill_case(S)
+        for tile in tiles if "--tune" in sys.argv else tiles[:1]:
+            choice = dict(zip(("BLOCK_S", "BLOCK_M", "num_warps", "num_stages"), tile, strict=True))
+            rows.append((f"{S} rows, tile {tile}", time_ms(partial(attention, q, k, v, pos_ids, **choice), 4)))
+        parts = q.transpose(0, 1)[None], k[None, :, :S], v[None, :, :S]
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            with sdpa_kernel(backend):
+                rows.append((f"{S} rows, SDPA {backend.name}",
+                             time_ms(partial(F.scaled_dot_product_attention, *parts, is_causal=True), 4)))
+    table("many rows", ("", "p20 us", "p50 us", "p80 us", "TFLOP/s"),
+          [(name, *(1e3 * t for t in ms), 2 * int(name.split()[0]) ** 2 * H * K / ms[1] / 1e9) for name, ms in rows])
+
+    rows = []
+    for R, P in ((8, 257), (1, 577), (5, 577)):
+        q, k, v = randn(P, R * 16, 64), randn(R * 16, P, 64), randn(R * 16, P, 64)
+        pos_ids = torch.full((P,), P - 1, device="cuda")
+        parts = q.transpose(0, 1).reshape(R, 16, P, 64), k.view(R, 16, P, 64), v.view(R, 16, P, 64)
+        rows.append((f"{R} x {P}", 1e3 * time_ms(partial(attention, q, k, v, pos_ids), 4)[1],
+                     1e3 * time_ms(partial(F.scaled_dot_product_attention, *parts), 4)[1]))
+    table("vision, 16 heads of 64, p50 us", ("frames x rows", "ours", "SDPA"), rows)
+
+    k_LNMK, v_LNMK, cos_MK, sin_MK = randn(L, H, M, K), randn(L, H, M, K), randn(M, K), randn(M, K)
+    work = SplitWork("cuda", H, K, M, pdl=torch.cuda.get_device_capability()[0] >= 9)
+    stream, rows = read_tbps(), []
+    choices = [{}]
+    if "--tune" in sys.argv:
+        choices += [dict(BLOCK_M=32), dict(num_stages=2), dict(PREFETCH=0), dict(PREFETCH=128)]
+    for choice in choices:
+        for context, S in ((256, 1), (2100, 1), (2100, 16), (2100, 32), (4000, 1)):
+            qkv_SE, pos_ids_S = randn(S, 3 * H * K), context - 1 + torch.arange(S, device="cuda")
+
+            def layers(qkv_SE=qkv_SE, pos_ids_S=pos_ids_S, choice=choice):
+                for k_NMK, v_NMK in zip(k_LNMK, v_LNMK, strict=True):
+                    step_attention(qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK, work, **choice)
+            p50 = time_ms(layers)[1] / L
+            reached = 4e-9 * (context + S) * H * K / p50
+            rows.append((f"{S} rows, context {context} {choice or ''}", 1e3 * p50, reached, 100 * reached / stream))
+    table(f"a step's attention; read-only stream {stream:.3f} TB/s", ("", "p50 us", "TB/s", "% of stream"), rows)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

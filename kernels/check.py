@@ -1,12 +1,25 @@
 """check: what every self-check and the bench share: compare, time, ceilings, table.
 Ceilings are measured on the card at hand, never quoted: a read-only stream of 4 GB, and a bf16 product of 8192^3."""
 
+import functools
 import os
-import statistics
 
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # Triton runs on CPU tensors, slowly; bf16 is wrong there
+
+
+@functools.cache
+def shared_bytes(device):
+    """Shared memory that one program may use. A device that is no GPU counts as an H100."""
+    if torch.device(device).type != "cuda":
+        return 232_448
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def stages_that_fit(wanted, stage_bytes, device):
+    """Depth of a software pipeline, at most `wanted`, whose buffers leave 16 KiB of shared memory for the rest."""
+    return max(1, min(wanted, (shared_bytes(device) - 16_384) // stage_bytes))
 
 
 def max_err(x, truth):
@@ -15,7 +28,7 @@ def max_err(x, truth):
 
 
 def assert_no_worse(ours, plain, truth, factor=2.0, floor=1e-5, what="result"):
-    """Ours may be at most `factor` times as far from the truth as plain torch in the same dtype. Returns both errors."""
+    """Ours may be `factor` times as far from the truth as plain torch in the same dtype. Returns both errors."""
     ours_err, plain_err = max_err(ours, truth), max_err(plain, truth)
     assert ours_err <= factor * plain_err + floor, f"{what}: max err {ours_err:.2e}, plain torch {plain_err:.2e}"
     return ours_err, plain_err
@@ -84,9 +97,5 @@ def table(title, header, rows):
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     print(title)
     for row in cells:
-        print("  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))))
-
-
-def spread(values):
-    """Relative width of a list of timings, for saying what is noise."""
-    return (max(values) - min(values)) / statistics.median(values)
+        first, *rest = (c.rjust(w) for c, w in zip(row, widths, strict=True))
+        print("  ".join(["  " + first.strip().ljust(widths[0]), *rest]))

@@ -20,7 +20,7 @@ MAX_CHUNKS = 64
 
 
 class RoundWork:
-    """Scratch of close_round: the best key of each chunk of logits, and how many programs have arrived (0 between calls)."""
+    """Scratch of close_round: the best key of each chunk of logits, and how many programs have arrived (0 at rest)."""
 
     def __init__(self, device, pdl=False):
         self.key_SC = torch.zeros((MAX_ROWS, MAX_CHUNKS), dtype=torch.int64, device=device)
@@ -124,7 +124,8 @@ def open_round(state_W, draft_ids_G, embed_VD, work=None):
 
     Drafts outside 0..V-1 are embedded as the nearest id and never match."""
     S, (V, D) = len(draft_ids_G) + 1, embed_VD.shape
-    assert S <= MAX_ROWS and state_W.dtype == draft_ids_G.dtype == torch.int64, f"open_round: {S} rows, {draft_ids_G.dtype}"
+    assert S <= MAX_ROWS and state_W.dtype == draft_ids_G.dtype == torch.int64, \
+        f"open_round: {S} rows, {draft_ids_G.dtype}"
     if state_W.device.type == "cpu" and not INTERPRETED:
         return open_round_ref(state_W, draft_ids_G, embed_VD)
     verify_ids_S, pos_ids_S = (torch.empty(S, dtype=torch.int64, device=state_W.device) for _ in range(2))
@@ -157,3 +158,27 @@ def close_round(logits_SV, draft_ids_G, state_W, work=None):
 def first_id(logits_V, state_W, work=None):
     """Puts the answer's first id, the best of the prefill's last row, into a fresh state. A round without drafts."""
     close_round(logits_V[None], state_W[:0], state_W, work)
+
+
+def main():
+    """Agreement with the plain loop, then microseconds: both ends are launch-bound."""
+    from kernels.check import table, time_ms
+
+    V, D, work, rows = 32_064, 4096, RoundWork("cuda"), []
+    embed_VD = torch.randn(V, D, device="cuda").bfloat16()
+    for S in (1, 16, 32):
+        logits_SV = torch.randn(S, V, device="cuda").bfloat16()
+        drafts_G = logits_SV.argmax(-1)[:-1]
+        ours = torch.tensor([1, 0, 0, 10, -1, 100, 0, 0] + [5] * 200)
+        plain, ours = ours.clone(), ours.cuda()
+        close_round(logits_SV, drafts_G, ours, work)
+        close_round_ref(logits_SV.cpu(), drafts_G.cpu(), plain)
+        assert ours.tolist() == plain.tolist(), f"close_round: {S} rows differ from the plain loop"
+        rows.append((f"{S} rows", 1e3 * time_ms(lambda d=drafts_G, s=ours: open_round(s, d, embed_VD), 8)[1],
+                     1e3 * time_ms(lambda x=logits_SV, d=drafts_G, s=ours: close_round(x, d, s, work), 8)[1]))
+    table("both ends of a round, p50 us", ("", "open", "close"), rows)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

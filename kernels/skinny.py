@@ -1,13 +1,35 @@
-"""skinny: y = x @ w.T for 1..32 rows of x, with what stands before and after it in a decoder layer folded in: RMSNorm of
-x, SwiGLU of y, the residual sum. Row i's bits do not depend on how many rows there are, so a verify row equals a decode row."""
+"""skinny: y = x @ w.T for 1..32 rows of x, with what stands before and after it in a decoder layer folded in: RMSNorm
+of x, SwiGLU of y, the residual sum. Row i's bits do not depend on how many rows there are: the weights are the tall
+operand of the tensor cores' product, the rows the narrow one, a column each, and every column adds the inner
+dimension in the same order. So a verify row equals a decode row. One program makes 64 outputs (32 where a residual
+is added) of all rows.
+
+Bytes: 2*O*D of weights, everything else is small. LLaMA-7B in bf16, a layer: qkv 101 MB, o 34, gate-up 180, down 90.
+
+Measured, one H100 80GB, read-only stream 3.11 TB/s; microseconds that a step at context 2,100 gains by leaving one
+kernel of every layer out, beside bytes / stream: qkv 35.6 (32.4), attention 15 to 17 (11.1), o 11.5 (10.8), gate-up
+61.9 (58.0), down 30.5 (29.0). Whole step 5.14 ms for 1 row, 5.35 for 16, 5.61 for 32; the stream alone 4.60.
+What made a difference there, ms of the whole step:
+- programmatic dependent launch with the next kernel released near the end of the loop (LATE): 5.13 to 5.15; released
+  at the start of qkv, gate-up or down 5.24, 5.18, 5.18 (what is fetched that early seems to leave L2 before it is
+  used; with all at the start nothing was left of the gain); without it 5.41;
+- both halves of the inner dimension in one program (SLICES), 128 programs for o and down on 132 processors: alone,
+  o 11.9 and down 30.3 microseconds, 13.5 and 32.0 without an early start;
+- weight lines asked into L2 before the wait (PREFETCH) for o and down: 0.8 to 1.1 microseconds each;
+- gate-up at 3 stages, where its 344 programs are all resident: 5.13; at 4, 5.24 to 5.28.
+Tried and dropped: x loaded by hand one or two rounds ahead, so that the pipelined weight loads stand before the
+wait: qkv and gate-up 0.6 % of the step faster at 1 row, 1 to 2 % slower at 32, o and down slower by 1 to 14
+microseconds; tiles of 64 or 256 inner columns (qkv 44 and 38.9 against 37.5 microseconds); 128 outputs a program
+(0.4 to 2 % of the step slower); interleaved halves (0.5 to 1 %); 5 stages; always 32 columns (1.8 % slower at 1
+row)."""
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention import SplitWork, prefetch
-from kernels.check import INTERPRETED
+from kernels.attention import SplitWork, prefetch, step_attention
+from kernels.check import INTERPRETED, stages_that_fit
 from kernels.rmsnorm import rmsnorm_ref
 from kernels.round import RoundWork
 from kernels.swiglu import silu_times, swiglu_ref
@@ -17,18 +39,22 @@ SUM_COLS = 32                        # columns under one partial sum of squares
 
 
 class Workspace(SplitWork):
-    """Scratch of a decoder's steps. One step at a time may use it.
+    """Scratch of a decoder's steps; one step at a time may use it. D: model width; H, K: query heads and their width;
+    cache_rows: M.
 
-    D: model width; H, K: query heads and their width; cache_rows: M. Programmatic dependent launch (pdl) lets a kernel
-    start while the one before it drains; it needs compute capability 9."""
+    pdl: programmatic dependent launch, where a kernel starts while the one before it drains. It needs compute
+    capability 9 or more and is on by default there. The rule that keeps it safe: every kernel waits for the one before
+    it before it touches anything a step writes, except that attention reads pos_ids earlier; so whatever runs before
+    attention releases it only after its own wait. late: release from inside a product's loop, which Triton cannot
+    pipeline on Blackwell."""
 
-    def __init__(self, device, D, H, K, cache_rows, pdl=None):
-        self.device = torch.device(device)
-        on_gpu = self.device.type == "cuda"
-        self.pdl = pdl if pdl is not None else on_gpu and torch.cuda.get_device_capability(device)[0] >= 9
-        super().__init__(device, H, K, cache_rows, self.pdl)
+    def __init__(self, device, D, H, K, cache_rows, pdl=None, late=None):
+        device = torch.device(device)
+        major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+        super().__init__(device, H, K, cache_rows, major >= 9 if pdl is None else pdl)
+        self.late = major == 9 if late is None else late
         self.sums_ST = torch.zeros((MAX_ROWS, triton.cdiv(D, SUM_COLS)), dtype=torch.float32, device=device)
-        self.sums_of = None                                 # the rows that sums_ST was taken of
+        self.sums_of = None                                  # the rows that sums_ST was taken of
         self.round = RoundWork(device, self.pdl)
 
 
@@ -37,6 +63,25 @@ def skinny_ref(x_SD, w_OD, norm=None, residual=None, gated=False):
     y_SO = torch.nn.functional.linear(x_SD, w_OD)
     y_SO = swiglu_ref(y_SO) if gated else y_SO
     return y_SO if residual is None else residual + y_SO
+
+
+@triton.jit
+def launch_dependents_if(now, then):
+    """Lets the next kernel start once `now` equals `then`. A predicate: a branch would break the pipelined loop."""
+    tl.inline_asm_elementwise(
+        "{.reg .pred p; setp.eq.s32 p, $1, $2; @p griddepcontrol.launch_dependents; mov.u32 $0, 0;}", "=r,r,r",
+        [now, then], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def pair_sum(x, S: tl.constexpr):
+    """[S]: the sum over the rows of x [a power of two up to 256, S], neighbours first. The order stands in the program;
+    tl.sum takes it from the layout, which follows S: 16 and 32 columns then differed in the last bit."""
+    for _ in tl.static_range(8):
+        if x.shape[0] > 1:
+            even, odd = tl.split(tl.permute(tl.reshape(x, (x.shape[0] // 2, 2, S)), (0, 2, 1)))
+            x = even + odd
+    return tl.reshape(x, (S,))
 
 
 @triton.jit
@@ -58,69 +103,70 @@ def skinny_kernel(x_ptr, w_ptr, y_ptr, norm_ptr, residual_ptr, sums_ptr, x_strid
                   D: tl.constexpr, T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
                   BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr, NORM: tl.constexpr,
                   RESIDUAL: tl.constexpr, SUMS: tl.constexpr, GATED: tl.constexpr, PREFETCH: tl.constexpr,
-                  PDL: tl.constexpr):
-    """BLOCK_O outputs of all rows. The weights are the tall operand of the product, the rows of x the narrow one.
+                  LATE: tl.constexpr, PDL: tl.constexpr):
+    """BLOCK_O outputs of all rows; GATED, half of them are gates and half are ups.
 
-    With SLICES = 2 the tall operand stacks the two halves of the inner dimension, and the narrow one puts them side by
-    side: the two diagonal blocks are the halves of the result. GATED: half of the outputs are gates, half are ups."""
+    With SLICES = 2 the tall operand stacks the two halves of the inner dimension and the narrow one puts them side by
+    side: the two diagonal blocks of the product are the halves of the result. Twice the programs share the weights."""
     tile = tl.program_id(0)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     PER: tl.constexpr = (D + SLICES * BLOCK_D - 1) // (SLICES * BLOCK_D) * BLOCK_D     # inner columns of a slice
     EVEN: tl.constexpr = PER * SLICES == D
+    WIDE: tl.constexpr = BLOCK_O // 2 if GATED else BLOCK_O          # outputs that are stored
+    width = O // 2 if GATED else O
     tall, narrow, step = tl.arange(0, BLOCK_O * SLICES), tl.arange(0, BLOCK_S * SLICES), tl.arange(0, BLOCK_D)
-    if GATED:
-        HALF: tl.constexpr = BLOCK_O // 2
-        F = O // 2
-        w_row = tl.minimum(tile * HALF + tall % HALF, F - 1) + tall // HALF * F        # past the edge: any row will do
-    else:
-        w_row = tl.minimum(tile * BLOCK_O + tall % BLOCK_O, O - 1)
+    local = tall % BLOCK_O
+    w_row = tl.minimum(tile * WIDE + local % WIDE, width - 1) + local // WIDE * width   # past the edge any row will do
     w_col = tall // BLOCK_O * PER                                    # where this slice begins
     w_ptrs = w_ptr + w_row.to(tl.int64)[:, None] * D + w_col[:, None] + step[None, :]
-    if PREFETCH > 0:                                                 # weights depend on nobody: fetch before the wait
+    if PREFETCH > 0:                                                 # weights depend on nobody: ask before the wait
         line = tl.arange(0, PREFETCH * BLOCK_D // 64)                # of 128 bytes
         prefetch(w_ptr + w_row.to(tl.int64)[:, None] * D + w_col[:, None] + line[None, :] * 64)
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
-    row, x_col = narrow % BLOCK_S, narrow // BLOCK_S * PER
-    x_ptrs = x_ptr + row.to(tl.int64)[None, :] * x_stride + x_col[None, :] + step[:, None]
-    s = tl.arange(0, BLOCK_S)
-    if GATED:
-        out = tile * (BLOCK_O // 2) + tl.arange(0, BLOCK_O // 2)
-        width = O // 2
-    else:
-        out = tile * BLOCK_O + tl.arange(0, BLOCK_O)
-        width = O
-    held = (out < width)[:, None] & (s < S)[None, :]                 # outputs and rows need not fill their blocks
+        if LATE == 0:
+            gdc_launch_dependents()
+    row = narrow % BLOCK_S
+    place = (narrow // BLOCK_S * PER)[None, :] + step[:, None]       # [BLOCK_D, BLOCK_S], columns of x
+    x_ptrs = x_ptr + row.to(tl.int64)[None, :] * x_stride + place
+    real = (row < S)[None, :]                                        # rows need not fill their block
+    s, out = tl.arange(0, BLOCK_S), tile * WIDE + tl.arange(0, WIDE)
+    held = (out < width)[:, None] & (s < S)[None, :]                 # nor outputs theirs
     if RESIDUAL:
-        residual = tl.load(residual_ptr + s.to(tl.int64)[None, :] * residual_stride + out[:, None], mask=held, other=0.0)
+        residual_ptrs = residual_ptr + s.to(tl.int64)[None, :] * residual_stride + out[:, None]
+        residual = tl.load(residual_ptrs, mask=held, other=0.0)
     if NORM:
-        t = tl.arange(0, BLOCK_T)
-        sums = tl.load(sums_ptr + row[:, None] * T + t[None, :], mask=(row < S)[:, None] & (t < T)[None, :], other=0.0)
-        scale = tl.rsqrt(tl.sum(sums, 1) / D + eps)                  # [BLOCK_S]
-        # Spread over the rows at once, in the layout of x: a vector would go through shared memory on every step.
-        norm_ptrs = norm_ptr + x_col[None, :] + step[:, None]
-        weight = tl.load(norm_ptrs, mask=x_col[None, :] + step[:, None] < D, other=0.0)           # [BLOCK_D, BLOCK_S]
+        # Spread over the rows at once, in the layout of x: a vector would go through shared memory on every round.
+        weight = tl.load(norm_ptr + place, mask=place < D, other=0.0)                              # [BLOCK_D, BLOCK_S]
+        scale = tl.zeros((BLOCK_S * SLICES,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_O * SLICES, BLOCK_S * SLICES), dtype=tl.float32)
     for start in range(0, PER, BLOCK_D):
         if EVEN:
-            w = tl.load(w_ptrs + start, eviction_policy="evict_first")                            # [BLOCK_O, BLOCK_D]
-            x = tl.load(x_ptrs + start, mask=(row < S)[None, :], other=0.0)                       # [BLOCK_D, BLOCK_S]
-        else:                                                        # the last columns need not fill a step
+            w = tl.load(w_ptrs + start)                                                            # [BLOCK_O, BLOCK_D]
+            x = tl.load(x_ptrs + start, mask=real, other=0.0)                                      # [BLOCK_D, BLOCK_S]
+        else:                                                        # the last columns need not fill a round
             w = tl.load(w_ptrs + start, mask=w_col[:, None] + start + step[None, :] < D, other=0.0)
-            x = tl.load(x_ptrs + start, mask=(row < S)[None, :] & (x_col[None, :] + start + step[:, None] < D), other=0.0)
+            x = tl.load(x_ptrs + start, mask=real & (place + start < D), other=0.0)
         if NORM:
+            if start == 0:                                           # here, with the first weights already on their way
+                t = tl.arange(0, BLOCK_T)
+                # A row lies in one warp at either width of the block: tl.sum adds in one order, as tests confirm.
+                sums = tl.load(sums_ptr + row[:, None] * T + t[None, :], mask=(row < S)[:, None] & (t < T)[None, :],
+                               other=0.0)
+                scale = tl.rsqrt(tl.sum(sums, 1) / D + eps)
             x = (x.to(tl.float32) * scale[None, :]).to(dtype) * weight
-            ahead = start + BLOCK_D
-            weight = tl.load(norm_ptrs + ahead, mask=x_col[None, :] + ahead + step[:, None] < D, other=0.0)
+            ahead = place + start + BLOCK_D
+            weight = tl.load(norm_ptr + ahead, mask=ahead < D, other=0.0)
         acc = tl.dot(w, x, acc, input_precision="ieee")
+        if PDL and LATE > 0:
+            launch_dependents_if(start, PER - LATE * BLOCK_D)
     if SLICES == 2:
         left, right = tl.split(tl.permute(tl.reshape(acc, (2, BLOCK_O, 2, BLOCK_S)), (1, 3, 0, 2)))
         first, _ = tl.split(left)
         _, second = tl.split(right)
         acc = first + second
     if GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(acc, (2, BLOCK_O // 2, BLOCK_S)), (1, 2, 0)))
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (2, WIDE, BLOCK_S)), (1, 2, 0)))
         y = silu_times(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
     else:
         y = acc.to(dtype)
@@ -129,24 +175,32 @@ def skinny_kernel(x_ptr, w_ptr, y_ptr, norm_ptr, residual_ptr, sums_ptr, x_strid
     tl.store(y_ptr + s.to(tl.int64)[None, :] * width + out[:, None], y, mask=held)
     if SUMS:
         square = tl.where(held, y.to(tl.float32) * y.to(tl.float32), 0.0)
-        tl.store(sums_ptr + s * T + tile, tl.sum(square, 0), mask=s < S)
+        tl.store(sums_ptr + s * T + tile, pair_sum(square, BLOCK_S), mask=s < S)
 
 
-def launch_config(O, D, rows, residual, gated):
-    return dict(BLOCK_S=32, BLOCK_O=SUM_COLS if residual else 64, BLOCK_D=128, SLICES=2 if residual else 1,
-                PREFETCH=4, num_warps=4, num_stages=4)
+def launch_config(S, D, itemsize, residual, gated, device):
+    """Tile and pipeline. One H100, bf16, tuned inside a whole step (`python -m kernels.skinny --tune`). Neither the
+    tile of the narrow operand nor the depth of the pipeline touches the order of addition; SLICES and BLOCK_D do, so
+    they follow the product and never the number of rows."""
+    BLOCK_S, BLOCK_O, SLICES = 16 if S <= 16 else 32, SUM_COLS if residual else 64, 2 if residual else 1
+    BLOCK_D = 128 if itemsize == 2 else 32
+    wanted = 3 if gated else 4 if not residual else 6 if S <= 16 else 5
+    stages = stages_that_fit(wanted, (BLOCK_O + BLOCK_S) * SLICES * BLOCK_D * itemsize, device)
+    rounds = triton.cdiv(D, SLICES * BLOCK_D)
+    return dict(BLOCK_S=BLOCK_S, BLOCK_O=BLOCK_O, BLOCK_D=BLOCK_D, SLICES=SLICES, num_warps=4, num_stages=stages,
+                PREFETCH=(4 if residual else 2) if rounds >= 8 and itemsize == 2 else 0, LATE=min(4, rounds))
 
 
 def skinny(x_SD, w_OD, work=None, norm=None, residual=None, gated=False, **override):
     """x @ w.T, [S, O] for S in 1..32 rows; row i's bits do not depend on S.
 
     norm: (w_D, eps), RMSNorm of x first. residual: [S, O], added last. gated: w is gate over up, the result
-    silu(gate) * up, [S, O/2]. Every step rounds as the plain chain does. work: a Workspace; with it, the sums of squares
-    that a norm needs are those left by the product with a residual that made x."""
+    silu(gate) * up, [S, O/2]. Every step rounds as the plain chain does. work: a Workspace; the sums of squares a norm
+    needs are then those that the product with a residual left when it made x. override: launch choices, for tuning."""
     (S, D), O = x_SD.shape, w_OD.shape[0]
     assert 1 <= S <= MAX_ROWS, f"skinny: {S} rows, wanted 1..{MAX_ROWS}"
     assert w_OD.shape == (O, D) and w_OD.is_contiguous() and x_SD.stride(1) == 1 and x_SD.dtype == w_OD.dtype, \
-        f"skinny: weight {tuple(w_OD.shape)}, strides {w_OD.stride()}, does not fit rows of {D}, strides {x_SD.stride()}"
+        f"skinny: weight {tuple(w_OD.shape)}, strides {w_OD.stride()}, for rows of {D}, strides {x_SD.stride()}"
     assert norm is None or residual is None, "skinny: a norm before and a residual after would share their sums"
     width = O // 2 if gated else O
     assert residual is None or residual.shape == (S, width) and residual.stride(1) == 1, \
@@ -158,18 +212,22 @@ def skinny(x_SD, w_OD, work=None, norm=None, residual=None, gated=False, **overr
         work = work or Workspace(x_SD.device, D, 1, 1, 1)
         if work.sums_of is not x_SD:
             row_sums(x_SD, work)
-    pdl = work is not None and work.pdl
-    config = {**launch_config(O, D, S, residual is not None, gated), **override}
-    if INTERPRETED:
-        config["PREFETCH"] = 0
+    pdl, sums = work is not None and work.pdl, work is not None and residual is not None
+    model = D if norm is not None else O if sums else None
+    assert model is None or work.sums_ST.shape[1] == triton.cdiv(model, SUM_COLS), \
+        f"skinny: rows of {model} beside a Workspace for {work.sums_ST.shape[1] * SUM_COLS}"
+    config = {**launch_config(S, D, x_SD.element_size(), residual is not None, gated, x_SD.device), **override}
+    if not pdl:
+        config["PREFETCH"] = 0                               # without an early start there is nothing to bridge
+    if not (pdl and work.late):
+        config["LATE"] = 0
     T = triton.cdiv(D, SUM_COLS) if norm is not None else triton.cdiv(O, config["BLOCK_O"])
-    sums = work is not None and residual is not None
     skinny_kernel[(triton.cdiv(O, config["BLOCK_O"]),)](
         x_SD, w_OD, y_SO, norm[0] if norm else x_SD, residual if residual is not None else x_SD,
         work.sums_ST if work else x_SD, x_SD.stride(0), residual.stride(0) if residual is not None else 0, S, O,
-        norm[1] if norm else 0.0, D=D, T=T, BLOCK_T=triton.next_power_of_2(T),
-        NORM=norm is not None, RESIDUAL=residual is not None, SUMS=sums, GATED=gated, PDL=pdl,
-        enable_fp_fusion=False, launch_pdl=pdl, **config)
+        norm[1] if norm else 0.0, D=D, T=T, BLOCK_T=triton.next_power_of_2(T), NORM=norm is not None,
+        RESIDUAL=residual is not None, SUMS=sums, GATED=gated, PDL=pdl, launch_pdl=pdl, enable_fp_fusion=False,
+        **config)
     if sums:
         work.sums_of = y_SO
     return y_SO
@@ -179,6 +237,97 @@ def row_sums(x_SD, work):
     """Leaves the sums of squares of x's rows in `work`, for the next norm."""
     S, D = x_SD.shape
     T = triton.cdiv(D, SUM_COLS)
+    assert work.sums_ST.shape[1] == T, f"row_sums: rows of {D}, a Workspace for {work.sums_ST.shape[1] * SUM_COLS}"
     row_sums_kernel[(S,)](x_SD, work.sums_ST, x_SD.stride(0), D=D, BLOCK_T=triton.next_power_of_2(T), T=T,
                           SUM_COLS=SUM_COLS, PDL=work.pdl, launch_pdl=work.pdl, enable_fp_fusion=False, num_warps=4)
     work.sums_of = x_SD
+
+
+class Chain:
+    """Random LLaMA-7B layers and a step through them, for timing: kernels' edges show only in a chain."""
+    D, F, H, K, V, M = 4096, 11008, 32, 128, 32064, 4096
+
+    def __init__(self, L=32, dtype=torch.bfloat16, device="cuda"):
+        D, F, H, K, M = self.D, self.F, self.H, self.K, self.M
+        self.L, self.shapes = L, dict(qkv=(3 * D, D), o=(D, D), gate_up=(2 * F, D), down=(D, F))
+        self.w = {name: [torch.randn(s, dtype=dtype, device=device) * 0.02 for _ in range(L)]
+                  for name, s in self.shapes.items()}
+        self.head_VD = torch.randn(self.V, D, dtype=dtype, device=device) * 0.02
+        self.norm = torch.rand(D, device=device).to(dtype) + 0.5, 1e-5
+        self.k_LNMK, self.v_LNMK = torch.randn(2, L, H, M, K, dtype=dtype, device=device)
+        angle_MK = torch.outer(torch.arange(M), 10000.0 ** (-torch.arange(0, K, 2) / K)).repeat(1, 2)
+        self.cos_MK, self.sin_MK = angle_MK.cos().to(device, dtype), angle_MK.sin().to(device, dtype)
+
+    def step(self, x_SD, pos_ids_S, work, **override):
+        """Logits [S, V]. override: {kernel: {launch choice: value}}."""
+        mine = {name: override.get(name, {}) for name in (*self.shapes, "attention", "head")}
+        for i in range(self.L):
+            w = {name: layers[i] for name, layers in self.w.items()}
+            qkv_SE = skinny(x_SD, w["qkv"], work, norm=self.norm, **mine["qkv"])
+            mixed_SHK = step_attention(qkv_SE, self.k_LNMK[i], self.v_LNMK[i], pos_ids_S, self.cos_MK, self.sin_MK,
+                                       work, **mine["attention"])
+            x_SD = skinny(mixed_SHK.flatten(1), w["o"], work, residual=x_SD, **mine["o"])
+            up_SF = skinny(x_SD, w["gate_up"], work, norm=self.norm, gated=True, **mine["gate_up"])
+            x_SD = skinny(up_SF, w["down"], work, residual=x_SD, **mine["down"])
+        return skinny(x_SD, self.head_VD, work, norm=self.norm, **mine["head"])
+
+    def gigabytes(self, context):
+        """What a step has to read: all weights once, and the keys and values of the context."""
+        weights = sum(O * I for O, I in self.shapes.values()) * self.L + self.head_VD.numel()
+        return (weights + 2 * self.L * context * self.H * self.K) * 2e-9
+
+
+TUNE = dict(qkv=[dict(num_stages=3), dict(PREFETCH=0), dict(PREFETCH=4), dict(LATE=2), dict(LATE=8)],
+            o=[dict(num_stages=4), dict(num_stages=8), dict(PREFETCH=8), dict(LATE=2), dict(LATE=8)],
+            gate_up=[dict(num_stages=4), dict(PREFETCH=0), dict(PREFETCH=4), dict(LATE=2), dict(LATE=8)],
+            down=[dict(num_stages=4), dict(num_stages=8), dict(PREFETCH=8), dict(LATE=2), dict(LATE=8)],
+            attention=[dict(BLOCK_M=32), dict(num_stages=2), dict(PREFETCH=0), dict(PREFETCH=128)])
+
+
+def main():
+    """Agreement of each product with plain torch, bits over row counts, then the step; --tune: one choice at a time."""
+    import sys
+
+    from kernels.check import assert_no_worse, differing, read_tbps, table, time_ms
+
+    chain, rows = Chain(), []
+    works = {on: Workspace("cuda", chain.D, chain.H, chain.K, chain.M, pdl=on) for on in (None, False)}
+    for name, (O, I) in chain.shapes.items():
+        w, folded = chain.w[name][0], {"residual": torch.randn(32, O, device="cuda").bfloat16()} \
+            if name in ("o", "down") else {"norm": chain.norm, "gated": name == "gate_up"}
+        for S in (1, 7, 32):
+            x = torch.randn(S, I, device="cuda").bfloat16()
+            mine = {k: v[:S] if k == "residual" else v for k, v in folded.items()}
+            wide = {k: (v[0].double(), v[1]) if k == "norm" else v.double() if torch.is_tensor(v) else v
+                    for k, v in mine.items()}
+            truth = skinny_ref(x.double(), w.double(), **wide).float()
+            ours, plain = skinny(x, w, works[None], **mine), skinny_ref(x, w, **mine)
+            rows.append((f"{name} {S}", *assert_no_worse(ours, plain, truth)))
+    table("distance from fp64", ("product, rows", "ours", "plain torch"), rows)
+    x, stream = torch.randn(32, chain.D, device="cuda").bfloat16(), read_tbps()
+
+    def timed(S, context, work, **override):
+        pos_ids_S = context + torch.arange(S, device="cuda")
+        return time_ms(lambda: chain.step(x[:S], pos_ids_S, work, **override))
+
+    one, all_32 = (chain.step(x[:S], 2100 + torch.arange(S, device="cuda"), works[None]) for S in (1, 32))
+    print(f"first row of 32 against one row alone: {differing(one, all_32[:1])} of {one.numel()} logits differ")
+    assert differing(one, all_32[:1]) == 0
+    rows = []
+    for context in (256, 2100, 4000):
+        for S in (1, 16, 32):
+            p20, p50, p80 = timed(S, context, works[None])
+            reached = chain.gigabytes(context) / p50
+            rows.append((f"{S} rows, context {context}", p20, p50, p80, timed(S, context, works[False])[1],
+                         chain.gigabytes(context), reached, 100 * reached / stream))
+    table(f"a step of {chain.L} layers and the head; read-only stream {stream:.3f} TB/s",
+          ("", "p20 ms", "p50 ms", "p80 ms", "p50 no early start", "GB", "TB/s", "% of stream"), rows)
+    if "--tune" in sys.argv:
+        table("one launch choice at a time, p50 ms at context 2,100", ("kernel, choice", "1 row", "32 rows"),
+              [(f"{name} {choice}", *(timed(S, 2100, works[None], **{name: choice})[1] for S in (1, 32)))
+               for name, choices in TUNE.items() for choice in choices])
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

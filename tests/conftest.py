@@ -1,4 +1,4 @@
-"""Without a GPU, Triton's interpreter runs the kernels on the CPU: the variable has to be set before Triton is imported."""
+"""Without a GPU, Triton's interpreter runs kernels on the CPU: its variable must be set before Triton is imported."""
 
 import os
 import sys

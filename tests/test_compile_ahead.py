@@ -1,0 +1,105 @@
+"""Every kernel, as its wrapper launches it at 7B shapes in bf16, compiles for sm_80, sm_90 and sm_100 without a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Runs in a process of its own, where Triton compiles and does not interpret. Meta tensors carry shapes and no data, so
+# the wrappers run as they are; their launches are caught and compiled instead.
+SCRIPT = """
+import sys
+import torch
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+launches = []
+JITFunction.run = lambda self, *args, grid, warmup, **options: launches.append((self, args, options))
+
+from kernels.attention import attention, step_attention
+from kernels.rmsnorm import add_rmsnorm, rmsnorm
+from kernels.rope_store import rope_store
+from kernels.round import close_round, open_round
+from kernels.skinny import Workspace, skinny
+from kernels.swiglu import swiglu
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+arch = int(sys.argv[1])
+D, F, H, K, V, M, S = 4096, 11008, 32, 128, 32064, 4096, int(sys.argv[2])
+hidden, norm = meta(S, D), (meta(D), 1e-5)
+pos_ids = meta(S, dtype=torch.int64)
+k, v, cos, sin = meta(H, M, K), meta(H, M, K), meta(M, K), meta(M, K)
+if S <= 32:
+    work = Workspace("meta", D, H, K, M, pdl=arch >= 90, late=arch == 90)
+    state = meta(100, dtype=torch.int64)
+    open_round(state, meta(S - 1, dtype=torch.int64), meta(V, D), work.round)
+    step_attention(skinny(hidden, meta(3 * D, D), work, norm=norm), k, v, pos_ids, cos, sin, work)
+    hidden = skinny(hidden, meta(D, D), work, residual=hidden)
+    skinny(hidden, meta(2 * F, D), work, norm=norm, gated=True)
+    skinny(meta(S, F), meta(D, F), work, residual=hidden)
+    close_round(meta(S, V), meta(S - 1, dtype=torch.int64), state, work.round)
+else:
+    rmsnorm(hidden, *norm)
+    add_rmsnorm(hidden, hidden, *norm)
+    attention(rope_store(meta(S, 3 * D), pos_ids, cos, sin, k, v), k, v, pos_ids)
+    swiglu(meta(S, 2 * F))
+
+names = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+for kernel, args, options in launches:
+    given = dict(zip((p.name for p in kernel.params), args))
+    given.update({p.name: options.pop(p.name) for p in kernel.params if p.name in options})
+    signature, constants, hints = {}, {}, {}
+    for i, p in enumerate(kernel.params):
+        value = given[p.name]
+        if p.is_constexpr:
+            signature[p.name], constants[(i,)] = "constexpr", value
+        elif torch.is_tensor(value):
+            signature[p.name], hints[(i,)] = names[value.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[p.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0 and p.name != "S":
+                hints[(i,)] = [["tt.divisibility", 16]]
+    built = compile(ASTSource(kernel, signature, constants, hints), GPUTarget("cuda", arch, 32), options)
+    assert len(built.asm["cubin"]) > 1000
+    print(kernel.__name__, built.metadata.shared)
+"""
+STEP = {"open_round_kernel", "row_sums_kernel", "skinny_kernel", "step_kernel", "combine_kernel", "close_round_kernel"}
+PREFILL = {"rmsnorm_kernel", "rope_store_kernel", "prefill_kernel", "swiglu_kernel"}
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}            # bytes of shared memory a program may use
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """{(arch, rows): printed lines}; two processes at a time, their compiled files thrown away."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    lines, waiting = {}, [(arch, rows) for arch in SHARED for rows in (1, 2076)] + [(90, 32)]
+    while waiting:
+        pair = [waiting.pop(0) for _ in range(min(2, len(waiting)))]
+        runs = [subprocess.Popen([sys.executable, "-c", SCRIPT, str(arch), str(rows)], env=env, text=True, cwd=ROOT,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for arch, rows in pair]
+        for key, run in zip(pair, runs, strict=True):
+            out, err = run.communicate()
+            assert run.returncode == 0, f"sm_{key[0]}, {key[1]} rows:\n{err[-3000:]}"
+            lines[key] = [line.split() for line in out.splitlines()]
+    return lines
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("rows, kernels", [(1, STEP), (2076, PREFILL)])
+def test_every_kernel_compiles_and_fits(arch, rows, kernels, built):
+    assert {name for name, _ in built[arch, rows]} == kernels
+    assert max(int(shared) for _, shared in built[arch, rows]) <= SHARED[arch]
+
+
+def test_a_verify_of_32_rows_compiles_and_fits_on_hopper(built):
+    assert {name for name, _ in built[90, 32]} == STEP
+    assert max(int(shared) for _, shared in built[90, 32]) <= SHARED[90]
