@@ -52,7 +52,7 @@ from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 from weights import InputError
 from weights.load import DRAFTER_7B, TARGET_7B, open_checkpoint, random_weights
-from weights.media import read_events, read_images, read_video
+from weights.media import VIDEO_RULES, read_events, read_images, read_video
 
 __all__ = ["Engine", "Event", "InputError", "MODES", "PrefillOnlyInference", "Result", "load_engine"]
 
@@ -330,7 +330,8 @@ class Model:
         self.graphs = graphs and self.on_gpu
         self.stream = torch.cuda.Stream(self.device) if self.on_gpu else None
         self.state_W = torch.zeros(STATE + decoder.cache_rows, dtype=torch.long, device=self.device)
-        self.state_W[:STATE] = torch.tensor([1, 0, 0, 1, -1, decoder.cache_rows, 0, 0])   # a warm-up needs row 1
+        # What a warm-up runs on: one id after a prompt of one row, no end in sight.
+        self.warm_head = torch.tensor([1, 0, 0, 1, -1, decoder.cache_rows, 0, 0]).to(self.device)
         self.tail_id = torch.zeros(1, dtype=torch.long, device=self.device)     # the prompt's last id
         self.draft_ids, self.pixels, self.steps, self.prompt_rows = {}, {}, {}, 0
         self.hidden_MD = torch.zeros(decoder.cache_rows, self.config.D, dtype=decoder.dtype, device=self.device)
@@ -489,6 +490,7 @@ class Drafter(Model):
         """
         self.state_W[STATE:].copy_(committed_W[STATE:STATE + len(self.state_W) - STATE])
         self.state_W[:2].copy_(committed_W[:2] * self.one_zero)       # keep n_out, clear done
+        self.state_W[LIMIT].fill_(len(self.state_W))                  # the limit was the head start's
         n_out = self.state_W[:1].clone()
         self.prepare_follow()
         self.steps["follow"]()
@@ -527,6 +529,7 @@ class StepGraph:
         if not model.graphs:
             return
         kept = model.state_W.clone()
+        model.state_W[:STATE].copy_(model.warm_head)         # the last request's lengths may not fit this shape
         with torch.cuda.device(model.device), torch.inference_mode():
             stream = torch.cuda.Stream(model.device)
             stream.wait_stream(torch.cuda.current_stream(model.device))
@@ -961,6 +964,8 @@ class Engine:
         if uses_drafter and (event_path is None) == (event_image_path is None):
             raise InputError("event_path: wanted one event file (or event images), got "
                              + ("none" if event_path is None else "both") + "; pass exactly one")
+        if frame_rule not in VIDEO_RULES:
+            raise InputError(f"frame_rule {frame_rule!r}: not one of {', '.join(VIDEO_RULES)}; pick one of these")
         for path in [p for p in (video_path, image_path) if uses_target] + [event_path if uses_drafter else None]:
             if path is not None and not Path(path).exists():
                 raise InputError(f"{path}: no such file; check the path")

@@ -110,6 +110,7 @@ def test_a_perfect_span_before_decode_is_kept_with_its_bonus(pair, monkeypatch):
 def test_follow_is_the_drafters_greedy_continuation(pair):
     """Drafts after any committed prefix equal a recomputation from scratch, also right after a full acceptance."""
     d, text = pair.drafter, pair.drafter.text
+    d.prepare(0)
     pixels = torch.randn(5, 3, d.vision.image, d.vision.image, generator=torch.Generator().manual_seed(0))
     prompt_SD = d.splice(d.prompt(QUESTIONS[0]), d.encode(pixels))
 
@@ -123,7 +124,8 @@ def test_follow_is_the_drafters_greedy_continuation(pair):
     committed, state = text.ids("A red")[:1], torch.zeros_like(d.state_W)
     for agreed in (5, 0, 2, 5, 5, 1):
         want = scratch(committed, 5)
-        d.prefill(prompt_SD, 200, -1, 3) if len(committed) == 1 else None
+        if len(committed) == 1:
+            d.prefill(prompt_SD, 3, -1, d.prompt(QUESTIONS[0]).after[-1])
         state[0] = len(committed)
         state[8:8 + len(committed)] = torch.tensor(committed)
         # scratch() overwrote the cache: write the committed rows again as rounds would have left them
@@ -134,6 +136,7 @@ def test_follow_is_the_drafters_greedy_continuation(pair):
         committed = committed + want[:agreed] + [want[agreed] if agreed < 5 else 9]
 
 
+@torch.inference_mode()
 def test_stale_rows_of_the_previous_request_change_nothing(pair):
     ids = truth(pair, 1, 0)
     for model in pair.models:
