@@ -1,0 +1,832 @@
+"""bench: what the engine does on this machine, measured, beside what the machine allows.
+
+    python bench.py                                      the embedded trained pair on its held-out clips
+    python bench.py --weights random-7b --device cuda    real 7B shapes, random numbers: speed only
+    python bench.py --eventgpt DIR --videollava DIR --dataset-dir DIR --max-samples -1 --json out.json
+
+Prints a header, the ceilings of this run, a stage table, a row per mode, acceptance beside its controls, sample answers
+and a verdict; the last line is one JSON object with every raw value. Every mode runs on every sample, interleaved,
+and its ids are compared with target_only's: one difference and no ratio is printed. Exit codes: 0 all well, 1 outputs
+differ or a sample failed, 2 bad input, 130 interrupted."""
+
+import argparse
+import collections
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import engine  # first: it keeps torch quiet where numpy is absent
+
+# isort: split
+import torch
+
+from engine import MODES, InputError
+from kernels.check import differing, gemm_tflops, quantiles, read_tbps
+
+HERE = Path(__file__).resolve().parent
+TINY = HERE / "weights" / "tiny"
+SCHEMA = 1
+RESAMPLES = 1000                     # of the bootstrap behind a ratio's interval
+STAGES = {"drafter": ("load", "preprocess", "encode", "prefill", "draft"),
+          "target": ("load", "preprocess", "encode", "prefill", "decode", "verify")}
+LEGEND = """legend  ttft: request in, files on disk, to the first answer id on the host; ttfp: the same for the preview
+        tpot: (e2e - ttft) / (ids - 1); ratio: target_only's e2e over the mode's, paired by sample, median [95 %]
+        accept_rate: accepted / drafted, bonus not counted; tokens_per_round: mean of accept_len + 1
+        overlap drafts: ids the host had before the target's prefill ended"""
+
+
+# ---- what to run on --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sample:
+    id: str
+    question: str
+    video: Path
+    events: Path | list             # one recording, or a list of event images
+    truth: str | None = None
+
+
+def read_dataset(folder: Path, question: str | None, limit: int):
+    """([Sample], [reason a listed record cannot be run]) of a data set in the layout of EventGPT's instruction data."""
+    index = folder / "EventGPT_Instruction_Subset.json"
+    try:
+        records = json.loads(index.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{index}: no such file; --dataset-dir wants the folder that holds it") from None
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{index}: cannot be read as JSON ({reason}); fetch it again") from None
+    if not isinstance(records, list) or not records:
+        raise InputError(f"{index}: wanted a list of records, got {type(records).__name__} of {len(records)}; "
+                         f"see the layout in the README")
+    samples, problems = [], []
+    for i, record in enumerate(records if limit < 0 else records[:limit]):
+        try:
+            samples.append(read_record(folder, record, question))
+        except (InputError, KeyError, TypeError, AttributeError) as error:
+            reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            problems.append(f"record {i}: {reason}")
+    if not samples:
+        raise InputError(f"{index}: none of {len(problems)} records can be run ({problems[0]}); check the folder")
+    return samples, problems
+
+
+def read_record(folder: Path, record: dict, question: str | None) -> Sample:
+    def inside(*parts):
+        path = folder.joinpath(*parts)
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{path}: leads out of the data set; use relative paths")
+        if not path.exists():
+            raise InputError(f"{path}: no such file")
+        return path
+
+    said = {turn["from"]: turn["value"] for turn in reversed(record.get("conversations") or [])}
+    asked = question or said.get("human", "").replace("<event>", "").strip()
+    if not asked:
+        raise InputError("has no question; pass --question")
+    if record.get("event_data") and (folder / "event_npy" / record["event_data"]).exists():
+        events = inside("event_npy", record["event_data"])
+    elif record.get("event_image"):
+        events = [inside("event_image", name) for name in record["event_image"]]
+    else:
+        events = inside("event_npy", record["event_data"])
+    return Sample(str(record["id"]), asked, inside("mp4", record["mp4_data"]), events, said.get("gpt"))
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------
+
+
+def output_of(*command) -> str:
+    """Standard output of a command, or nothing if it is not there or does not answer."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, cwd=HERE).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def machine(device) -> dict:
+    import av
+    import triton
+    facts = {"gpu": None, "driver": None, "cuda": torch.version.cuda, "torch": torch.__version__,
+             "triton": triton.__version__, "av": av.__version__, "python": platform.python_version(),
+             "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+             "threads": torch.get_num_threads(), "clocks": None, "others_on_gpu": None}
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        index = str(device.index or 0)
+        query = "driver_version,clocks.sm,clocks.mem,power.draw,power.limit"
+        line = output_of("nvidia-smi", "-i", index, f"--query-gpu={query}", "--format=csv,noheader")
+        facts["driver"], _, facts["clocks"] = line.partition(", ")
+        pids = output_of("nvidia-smi", "-i", index, "--query-compute-apps=pid", "--format=csv,noheader").split()
+        facts["others_on_gpu"] = len([p for p in pids if p != str(os.getpid())])
+    return facts
+
+
+def ceilings(device, models) -> dict:
+    """Read bandwidth and matrix rate of this machine now, and the floors they set for each model."""
+    if device.type == "cuda":
+        bandwidth, flops = read_tbps() * 1e12, gemm_tflops() * 1e12
+    else:
+        x, a = torch.randn(1 << 25), torch.randn(1024, 1024)
+        bandwidth = x.nbytes / best_of(lambda: x.sum())
+        flops = 2 * 1024 ** 3 / best_of(lambda: a @ a)
+    floors = {"read_bw": bandwidth, "gemm_flops": flops}
+    for model in models:
+        floors[model.side] = {"weight_bytes_per_step": weight_bytes(model), "kv_bytes_per_row": kv_bytes(model),
+                              "flop_per_prefill_row": 2 * sum(t.numel() for t in step_weights(model))}
+    return floors
+
+
+def best_of(fn, runs: int = 5) -> float:
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        fn()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def step_weights(model) -> list:
+    """The matrices that one decode step reads: every layer's and the head, not the embedding table."""
+    d = model.decoder
+    return [t for layer in d.layers for t in layer.values()] + [d.head_VD]
+
+
+def weight_bytes(model) -> int:
+    return sum(t.nbytes for t in step_weights(model))
+
+
+def kv_bytes(model) -> int:
+    c = model.config
+    return 2 * c.L * c.N * c.K * model.decoder.k_cache_LNMK.element_size()
+
+
+# ---- the measured run ------------------------------------------------------------------------------------------
+
+
+def run_sample(e, sample: Sample, mode: str, options) -> engine.Result:
+    drafted = {"event_image_path": sample.events} if isinstance(sample.events, list) else {"event_path": sample.events}
+    return e.generate(video_path=sample.video if mode != "drafter_only" else None, query=sample.question, mode=mode,
+                      max_new_tokens=options.max_new_tokens, ignore_eos=options.ignore_eos,
+                      frame_rule=options.frame_rule, **drafted)
+
+
+def measure(e, samples, options, rows: list) -> None:
+    """Runs every mode on every sample, repeats and modes interleaved, and appends to `rows` as it goes."""
+    progress = Progress(len(samples))
+    for _ in range(options.warmup):
+        for mode in options.modes:
+            run_sample(e, samples[0], mode, options)
+    if options.profile:
+        torch.cuda.profiler.start()
+    for sample in samples:
+        row = {"id": sample.id, "question": sample.question, "modes": {}}
+        results = collections.defaultdict(list)
+        try:
+            for _ in range(options.repeats):
+                for mode in options.modes:
+                    results[mode].append(run_sample(e, sample, mode, options))
+        except InputError as error:
+            row["error"] = str(error)
+        else:
+            row["truth"] = sample.truth
+            row["modes"] = {mode: summary(of, results.get("target_only")) for mode, of in results.items()}
+        rows.append(row)
+        progress.step(sample.id)
+    if options.profile:
+        torch.cuda.profiler.stop()
+
+
+class Progress:
+    """Samples done and time left on stderr; silent where nobody watches."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.began = total, 0, time.monotonic()
+
+    def step(self, name: str) -> None:
+        self.done += 1
+        if sys.stderr.isatty():
+            left = (time.monotonic() - self.began) / self.done * (self.total - self.done)
+            print(f"\r{self.done}/{self.total} samples, {left:.0f} s left, {name[:40]:40}", end="", file=sys.stderr)
+            if self.done == self.total:
+                print(file=sys.stderr)
+
+
+def summary(results, baseline) -> dict:
+    """One sample's row for one mode: ids and text, medians, and every repeat's raw times."""
+    last = results[-1]
+    ms = {name: [None if r[field] is None else r[field] * 1e3 for r in results] for name, field in
+          (("e2e_ms", "wall_clock_time"), ("ttft_ms", "ttft"), ("ttfp_ms", "ttfp"), ("tpot_ms", "tpot"))}
+    each = collections.defaultdict(lambda: collections.defaultdict(list))
+    for result in results:
+        per_request = {(side, stage): s * 1e3 for side, of in result.stages.items() for stage, s in of.items()}
+        for row, stage, start, end, note in result.timeline:
+            if stage in ("draft", "decode", "verify"):                     # one entry a forward
+                forwards = int(note.split()[0]) if note.endswith(" ids") else 1
+                each[row][stage].append((end - start) * 1e3 / forwards)
+                per_request.pop((row, stage), None)
+        for (side, stage), value in per_request.items():
+            each[side][stage].append(value)
+    decided = last.mode != "drafter_only"
+    same = all(r.output_ids == baseline[0].output_ids for r in results) if decided and baseline else None
+    return {"ids": last.output_ids, "text": last.output_text, "preview": last.preview_text,
+            "finish_reason": last.finish_reason,
+            **{name: median(values) for name, values in ms.items()}, "raw": ms, "stages_ms": each,
+            "drafted": last.drafted, "accepted": last.accepted_tokens, "rounds": last.rounds,
+            "accept_lens": last.accept_lens, "overlap_drafts": last.free_tokens_count, "identical": same,
+            "prompt_rows": last.prompt_rows, "peak_memory": last.peak_memory, "drafter_error": last.drafter_error}
+
+
+def median(values):
+    values = [v for v in values if v is not None]
+    return statistics.median(values) if values else None
+
+
+# ---- figures from the rows -------------------------------------------------------------------------------------
+
+
+def compare(rows) -> dict:
+    """How many (sample, mode) pairs were compared with target_only, how many are equal, where the others part."""
+    compared, equal, differing = 0, 0, []
+    for row in rows:
+        for mode, of in row["modes"].items():
+            if of["identical"] is None or mode == "target_only":
+                continue
+            compared, equal = compared + 1, equal + bool(of["identical"])
+            if not of["identical"]:
+                ours, theirs = of["ids"], row["modes"]["target_only"]["ids"]
+                at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]),
+                          min(len(ours), len(theirs)))
+                differing.append({"id": row["id"], "mode": mode, "position": at})
+    return {"compared": compared, "equal": equal, "differing": differing}
+
+
+def ratio_of(rows, mode: str):
+    """{p50, low, high}: target_only's e2e over the mode's, paired by sample, with a bootstrap interval of 95 %."""
+    ratios = [row["modes"]["target_only"]["e2e_ms"] / row["modes"][mode]["e2e_ms"] for row in rows
+              if mode in row["modes"] and "target_only" in row["modes"]]
+    if not ratios:
+        return None
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
+    return {"p50": statistics.median(ratios), "low": medians[int(0.025 * RESAMPLES)],
+            "high": medians[int(0.975 * RESAMPLES)]}
+
+
+def mode_figures(rows, modes, identical: bool) -> dict:
+    figures = {}
+    for mode in modes:
+        have = [row["modes"][mode] for row in rows if mode in row["modes"]]
+        if not have:
+            continue
+        accept_lens = [a for of in have for a in of["accept_lens"]]
+        drafted = sum(of["drafted"] for of in have)
+        figures[mode] = {
+            **{name: dict(zip(("p20", "p50", "p80"), quantiles(values), strict=True)) if values else None
+               for name in ("e2e_ms", "ttft_ms", "ttfp_ms", "tpot_ms")
+               for values in [[v for of in have for v in of["raw"][name] if v is not None]]},
+            "tokens": sum(len(of["ids"]) for of in have), "ratio": ratio_of(rows, mode) if identical else None,
+            "drafted": drafted, "accepted": sum(accept_lens),
+            "overlap_drafts": median([of["overlap_drafts"] for of in have]),
+            "accept_rate": sum(accept_lens) / drafted if drafted else None,
+            "tokens_per_round": statistics.mean(accept_lens) + 1 if accept_lens else None,
+            "histogram": dict(sorted(collections.Counter(accept_lens).items()))}
+    return figures
+
+
+def controls(rows, limit: int) -> dict:
+    """Accepted prefix of one-shot drafts that need no drafter, after the target's own first id, at most `limit` ids:
+    the previous sample's answer to the same question, and the most frequent path through all other samples' answers."""
+    by_question = collections.defaultdict(list)
+    for row in rows:
+        if "target_only" in row["modes"]:
+            by_question[row["question"]].append(row["modes"]["target_only"]["ids"])
+    previous, constant = [], []
+    for answers in by_question.values():
+        for i, ids in enumerate(answers):
+            previous.append(prefix(answers[i - 1][1:], ids[1:], limit) if i else 0)
+            others = answers[:i] + answers[i + 1:]
+            path = []
+            while len(path) < limit + 1:
+                after = [o[len(path)] for o in others if o[:len(path)] == path and len(o) > len(path)]
+                if not after:
+                    break
+                path.append(collections.Counter(after).most_common(1)[0][0])
+            constant.append(prefix(path[1:], ids[1:], limit))
+    mean = lambda values: statistics.mean(values) if values else None        # noqa: E731
+    return {"draft_limit": limit, "previous": mean(previous), "constant": mean(constant), "samples": len(previous)}
+
+
+def prefix(drafts, ids, limit: int) -> int:
+    length = 0
+    while length < min(len(drafts), len(ids), limit) and drafts[length] == ids[length]:
+        length += 1
+    return length
+
+
+def stage_rows(rows, floors, models) -> list:
+    """(model, stage, p20, p50, p80, amount, unit, % of ceiling). A side's own mode measures it undisturbed."""
+    table = []
+    for model in models:
+        prompt = next((r["modes"][m]["prompt_rows"][model.side] for r in rows for m in r["modes"]
+                       if model.side in r["modes"][m]["prompt_rows"]), 0)
+        alone = "target_only" if model.side == "target" else "drafter_only"
+        for stage in STAGES[model.side]:
+            used = [of for row in rows for mode, of in row["modes"].items()
+                    if stage in of["stages_ms"].get(model.side, {}) and (mode == alone or stage == "verify")]
+            values = [v for of in used for v in of["stages_ms"][model.side][stage]]
+            if not values:
+                continue
+            low, mid, high = quantiles(values)
+            amount = unit = share = None
+            if stage in ("draft", "decode", "verify"):
+                amount, unit = (weight_bytes(model) + kv_bytes(model) * prompt) / 1e9, "GB"
+                share = amount * 1e9 / (mid / 1e3) / floors["read_bw"]
+            elif stage == "prefill":
+                amount, unit = prefill_flop(model, prompt) / 1e12, "TFLOP"
+                share = amount * 1e12 / (mid / 1e3) / floors["gemm_flops"]
+            table.append((model.side, stage, low, mid, high, amount, unit, share))
+    return table
+
+
+def prefill_flop(model, rows: int) -> float:
+    """Multiply and add counted as two; every row through every layer, causal attention, the head for one row."""
+    c, d = model.config, model.decoder
+    return (2 * rows * sum(t.numel() for layer in d.layers for t in layer.values()) + 2 * d.head_VD.numel()
+            + 2 * rows * (rows + 1) * c.H * c.K * c.L)
+
+
+def warnings_of(figures, rows, facts, options, weights) -> list:
+    found = []
+    if weights["kind"] == "random-7b":
+        found.append("RANDOM WEIGHTS: times are real, texts and acceptance mean nothing")
+    for mode, of in figures.items():
+        if of["e2e_ms"]["p80"] > 1.1 * of["e2e_ms"]["p20"]:
+            found.append(f"{mode}: e2e p80 is {of['e2e_ms']['p80'] / of['e2e_ms']['p20']:.2f}x p20")
+    if len(rows) < 10:
+        found.append(f"{len(rows)} samples: the intervals of the ratios are rough below 10")
+    if facts["others_on_gpu"]:
+        found.append(f"{facts['others_on_gpu']} other processes use this GPU")
+    if options.device.type == "cpu":
+        found.append("on a CPU this shows that it works, not how fast it can be")
+    for row in rows:
+        for mode, of in row["modes"].items():
+            if of["drafter_error"]:
+                found.append(f"{row['id']}, {mode}: the drafter gave up ({of['drafter_error']})")
+    return found
+
+
+# ---- the report ------------------------------------------------------------------------------------------------
+
+
+def fmt(value, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def header(report) -> list[str]:
+    w, m, c = report["weights"], report["machine"], report["config"]
+    label = {"tiny": "embedded trained toy pair", "random-7b": "RANDOM 7B WEIGHTS"}.get(w["kind"], "checkpoints")
+    models = " | ".join(f"{side} {w[side]['path']} {w[side]['dtype']} {w[side]['bytes'] / 1e9:.3f} GB"
+                        for side in ("target", "drafter") if side in w)
+    where = m["gpu"] or f"CPU, {m['threads']} of {m['cores']} cores"
+    driver = f", driver {m['driver']}" if m["driver"] else ""
+    return [f"weights  {label} | {models}",
+            f"machine  {where}{driver} | torch {m['torch']}, triton {m['triton']}, python {m['python']} | commit "
+            f"{report['commit']}{', dirty' if report['dirty'] else ''} | {report['time']}",
+            f"run      {report['command']} | {c['samples']} samples x {c['repeats']} after {c['warmup']} warm-up | "
+            f"{c['max_new_tokens']} new ids{', fixed length' if c['ignore_eos'] else ''}, draft_len {c['draft_len']}"]
+
+
+def render(report, table) -> list[str]:
+    """The report as lines of text; every number in it is in the JSON, raw."""
+    f, lines = report["ceilings"], header(report)
+    lines.append(f"ceiling  read {f['read_bw'] / 1e12:.3f} TB/s, matrix {f['gemm_flops'] / 1e12:.2f} TFLOP/s, measured "
+                 f"now | target step >= {fmt(f.get('step_floor_ms'), 3)} ms, "
+                 f"prefill >= {fmt(f.get('prefill_floor_ms'), 2)} ms")
+    lines.append(f"{'model':8} {'stage':10} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'moved':>12} {'of ceiling':>10}")
+    for side, stage, low, mid, high, amount, unit, share in table:
+        moved = f"{amount:.3f} {unit}" if amount else ""
+        part = f"{share:.0%}" if share else ""
+        lines.append(f"{side:8} {stage:10} {low:9.3f} {mid:9.3f} {high:9.3f} {moved:>12} {part:>10}")
+    lines.append(f"{'mode':20} {'e2e p50 ms':>10} {'[p20, p80]':>18} {'ttft':>8} {'ttfp':>8} {'tpot':>7} {'ids':>5} "
+                 f"{'ratio to target_only':>22} {'accept':>7} {'tok/round':>9} {'overlap':>7}")
+    for mode, of in report["modes"].items():
+        e2e, r = of["e2e_ms"], of["ratio"]
+        spread = f"[{e2e['p20']:.1f}, {e2e['p80']:.1f}]"
+        ratio = f"{r['p50']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" if r else "withheld"
+        p50 = {k: fmt(of[k]["p50"] if of[k] else None) for k in ("ttft_ms", "ttfp_ms", "tpot_ms")}
+        lines.append(f"{mode:20} {e2e['p50']:10.1f} {spread:>18} {p50['ttft_ms']:>8} {p50['ttfp_ms']:>8} "
+                     f"{p50['tpot_ms']:>7} {of['tokens']:5} {ratio:>22} {fmt(of['accept_rate'], 2):>7} "
+                     f"{fmt(of['tokens_per_round'], 2):>9} {fmt(of['overlap_drafts'], 0):>7}")
+    for mode, of in report["modes"].items():
+        if of["histogram"]:
+            lines.append(f"accept_len {mode}: " + "  ".join(f"{k}: {v}" for k, v in of["histogram"].items()))
+    c = report["controls"]
+    if c["samples"]:
+        lines.append(f"controls accepted of {c['draft_limit']} one-shot drafts that need no drafter, {c['samples']} "
+                     f"samples: previous answer {fmt(c['previous'], 2)}, constant {fmt(c['constant'], 2)}")
+    for row in [r for r in report["samples"] if r["modes"]][:3]:
+        said = row["modes"].get("speculative") or next(iter(row["modes"].values()))
+        lines += [f"sample   {row['id']}  {row['question']}"]
+        lines += [f"  preview  {said['preview']}"] if said["preview"] else []
+        lines += [f"  answer   {said['text']}"] + ([f"  truth    {row['truth']}"] if row.get("truth") else [])
+    lines += [f"failed   {row['id']}: {row['error']}" for row in report["samples"] if "error" in row]
+    lines += [f"skipped  {problem}" for problem in report["skipped"]]
+    lines += [f"warning  {warning}" for warning in report["warnings"]]
+    same = report["identical"]
+    lines += [f"differs  {d['id']}, {d['mode']}: first at answer id {d['position']}" for d in same["differing"]]
+    lines.append(f"verdict  outputs identical to target_only in {same['equal']} of {same['compared']} comparisons"
+                 + ("" if same["equal"] == same["compared"] else ": ratios withheld"))
+    return lines + [LEGEND]
+
+
+def update_readme(block: str, lines) -> None:
+    """Puts this run's report between the README's `bench BLOCK` markers."""
+    path = HERE / "README.md"
+    text, begin, end = path.read_text(encoding="utf-8"), f"<!-- bench {block} -->", f"<!-- /bench {block} -->"
+    if begin not in text or end not in text:
+        raise InputError(f"{path}: has no block {block!r}; add the two markers {begin} and {end}")
+    head, rest = text.split(begin, 1)
+    body = "\n".join(lines)
+    path.write_text(f"{head}{begin}\n```\n{body}\n```\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+
+
+def write_json(path: str, report) -> None:
+    """To a temporary name and renamed, so that a reader never sees half a file."""
+    partial = Path(path + ".partial")
+    try:
+        partial.write_text(json.dumps(report) + "\n", encoding="utf-8")
+        partial.rename(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --json path") from None
+
+
+# ---- peers -----------------------------------------------------------------------------------------------------
+
+
+def peers(options) -> int:
+    """transformers' Video-LLaVA beside ours: same shapes, random bf16 weights, same run, inputs on the GPU."""
+    try:
+        import transformers
+        from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
+    except ImportError:
+        raise InputError("--peers: transformers is not installed; pip install transformers accelerate") from None
+    if options.device.type != "cuda":
+        raise InputError("--peers: compares 7B models on a GPU; run it where torch sees one")
+    from weights.load import TARGET_7B
+    new, rows = options.max_new_tokens, 2076
+    e = engine.load_engine(None, "random-7b", device=options.device, cache_rows=options.cache_rows or 2560)
+    target, device = e.target, options.device
+    pixels = torch.randn(8, 3, 224, 224)
+    ids = torch.full((1, rows), 5, device=device)
+    ids[0, 5:5 + 2056] = 32001
+    prompt = engine.Prompt([5] * 5, [5] * (rows - 2061))
+
+    def timed(fn, runs=7):
+        fn()
+        times = []
+        for _ in range(runs):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            fn()
+            torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) * 1e3)
+        return quantiles(times)
+
+    def ours(count):
+        with torch.inference_mode(), target.on_stream():
+            target.prefill(target.splice(prompt, target.visual_rows(pixels)), count, -1, 5)
+            for _ in range(count - 1):
+                target.step(0)
+
+    lines = [f"{'engine':44} {'vision + prefill ms':>20} {'ms per token':>14} {f'{new} tokens ms':>16}"]
+    with torch.inference_mode():
+        target.prepare(0)
+    first, all_ = timed(lambda: ours(1)), timed(lambda: ours(new))
+    mine = (first[1], (all_[1] - first[1]) / (new - 1), all_[1])
+    lines.append(f"{'headstart target_only':44} {mine[0]:20.1f} {mine[1]:14.2f} {mine[2]:16.1f}")
+    config = VideoLlavaConfig(text_config={**TARGET_7B["text_config"], "pad_token_id": 0},
+                              vision_config=TARGET_7B["vision_config"], image_token_index=32000,
+                              video_token_index=32001, vision_feature_layer=-2)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = VideoLlavaForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(previous)
+    given = dict(input_ids=ids, attention_mask=torch.ones_like(ids),
+                 pixel_values_videos=pixels[None].to(device, torch.bfloat16))
+    for name, extra in (("dynamic cache", {}), ("static cache, compiled", {"cache_implementation": "static"})):
+        def theirs(count, extra=extra):
+            with torch.inference_mode():
+                model.generate(**given, do_sample=False, min_new_tokens=count, max_new_tokens=count, **extra)
+        theirs(4)
+        first, all_ = timed(lambda: theirs(1), 5), timed(lambda: theirs(new), 5)
+        row = (first[1], (all_[1] - first[1]) / (new - 1), all_[1])
+        lines.append(f"{f'transformers {transformers.__version__}, {name}':44} {row[0]:20.1f} {row[1]:14.2f} "
+                     f"{row[2]:16.1f}   over ours: {row[0] / mine[0]:.2f}, {row[1] / mine[1]:.2f}, "
+                     f"{row[2] / mine[2]:.2f}")
+    lines.insert(0, f"peers, RANDOM 7B WEIGHTS bf16, {rows} prompt rows, {torch.cuda.get_device_name(device)}, medians")
+    print("\n".join(lines))
+    if options.update_readme:
+        update_readme(options.update_readme, lines)
+    return 0
+
+
+# ---- the step and the verify, at real shapes ------------------------------------------------------------------
+
+
+def figures_page(options) -> int:
+    """What one step, one verify and one prefill cost at 7B shapes, and whether their bits agree: one table."""
+    if options.device.type != "cuda":
+        raise InputError("--figures: measures 7B models on a GPU; run it where torch sees one")
+    e = engine.load_engine("random-7b", "random-7b", device=options.device, cache_rows=4352, seed=0)
+    target, drafter = e.target, e.drafter
+    bandwidth, flops = read_tbps() * 1e12, gemm_tflops() * 1e12
+    lines = [f"figures, RANDOM 7B WEIGHTS bf16, {torch.cuda.get_device_name(options.device)}, torch "
+             f"{torch.__version__}, commit {output_of('git', 'rev-parse', '--short', 'HEAD') or '?'}, {time.strftime('%Y-%m-%d')}",
+             f"read {bandwidth / 1e12:.3f} TB/s, matrix {flops / 1e12:.0f} TFLOP/s, measured in this run",
+             f"{'figure':58} {'p20':>8} {'p50':>8} {'p80':>8}"]
+
+    def line(name, values, note=""):
+        low, mid, high = quantiles(values)
+        lines.append(f"{name:58} {low:8.3f} {mid:8.3f} {high:8.3f}  {note}")
+        return mid
+
+    with torch.inference_mode(), target.on_stream():
+        fill_with_noise(target)
+        target.prepare(0, 15, 31)
+        one = {}
+        for context in (256, 1024, 2100, 3072, 4000):
+            moved = weight_bytes(target) + kv_bytes(target) * context
+            mid = one[context] = line(f"step at context {context}, ms", step_times(target, 0, context))
+            lines[-1] += (f"{moved / 1e9:.2f} GB, floor {moved / bandwidth * 1e3:.2f} ms, "
+                          f"{moved / bandwidth * 1e3 / mid:.0%} of the bandwidth")
+        for G in (15, 31):
+            mid = line(f"verify of {G + 1} rows at context 2100, ms", step_times(target, G, 2100))
+            lines[-1] += f"{mid / one[2100]:.3f} of a step"
+        slope, floor = (one[4000] - one[256]) / 3744 * 1e6, kv_bytes(target) / bandwidth * 1e9
+        lines.append(f"slope of the step over cache rows 256..4000: {slope:.1f} ns a row, keys and values at the "
+                     f"measured bandwidth {floor:.1f} ns ({slope / floor - 1:+.0%})")
+        prompt, pixels = engine.Prompt([5] * 5, [5] * 15), torch.randn(8, 3, 224, 224)
+        line("vision + projector + prefill of 2,076 rows, ms",
+             device_times(target, lambda: front(target, prompt, pixels, 1)))
+        line("50 ids target_only, pixels on the host to ids on the host, ms",
+             [host_time(target, lambda: whole(target, prompt, pixels, 50)) for _ in range(10)][2:])
+    with torch.inference_mode(), drafter.on_stream():
+        prompt, pixels = engine.Prompt([5] * 39, [5] * 20), torch.randn(5, 3, 336, 336)
+        line("drafter, five event frames to the first draft id (641 rows), ms",
+             device_times(drafter, lambda: front(drafter, prompt, pixels, 1)))
+    with torch.inference_mode(), target.on_stream():
+        for seed in range(3):
+            worst = max(bits_differing(target, context, seed) for context in (1, 700, 2100, 4000))
+            lines.append(f"bits that differ, logits and cache rows, 1..32 rows, contexts 1, 700, 2100, 4000, seed {seed}"
+                         f": {worst}")
+        equal, total = forced_drafts(target, options.generations)
+        lines.append(f"speculative = target_only, forced drafts of every accepted length 0..15, 128 ids: {equal} of "
+                     f"{total} generations")
+    print("\n".join(lines))
+    if options.update_readme:
+        update_readme(options.update_readme, lines)
+    return int(equal < total)
+
+
+def fill_with_noise(model) -> None:
+    d = model.decoder
+    for cache in (d.k_cache_LNMK, d.v_cache_LNMK):
+        cache.normal_()
+
+
+def at_context(model, context: int) -> None:
+    """Puts the state where one id follows a prompt of `context` rows."""
+    head = torch.tensor([1, 0, 0, context, -1, 10 ** 6, 0, 0, 7])
+    model.state_W[:len(head)].copy_(head)
+
+
+def step_times(model, G: int, context: int, runs: int = 30) -> list[float]:
+    """Milliseconds of single replays with G drafts that never match, so each advances one row."""
+    if G:
+        model.draft_ids[G].fill_(-1)
+    at_context(model, context)
+    return device_times(model, lambda: model.step(G), runs)
+
+
+def device_times(model, fn, runs: int = 20) -> list[float]:
+    """Milliseconds of each call on the model's stream, by events, after three calls."""
+    for _ in range(3):
+        fn()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    for start, end in events:
+        start.record(model.stream)
+        fn()
+        end.record(model.stream)
+    torch.cuda.synchronize(model.device)
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def host_time(model, fn) -> float:
+    torch.cuda.synchronize(model.device)
+    start = time.perf_counter()
+    fn()
+    return (time.perf_counter() - start) * 1e3
+
+
+def front(model, prompt, pixels, new: int) -> None:
+    model.prefill(model.splice(prompt, model.visual_rows(pixels)), new, -1, 5)
+
+
+def whole(model, prompt, pixels, new: int) -> list[int]:
+    front(model, prompt, pixels, new)
+    for _ in range(new - 1):
+        model.step(0)
+    return model.snapshot(engine.STATE + new).read()
+
+
+def bits_differing(model, context: int, seed: int) -> int:
+    """Elements whose bits differ between 32 single rows and every forward of 1..32 of them: logits, keys, values."""
+    d = model.decoder
+    generator = torch.Generator(model.device).manual_seed(seed)
+    ids = torch.randint(d.config.V, (32,), generator=generator, device=model.device)
+    for cache in (d.k_cache_LNMK, d.v_cache_LNMK):
+        cache.normal_(generator=generator)
+    pos_ids = context + torch.arange(32, device=model.device)
+    spans = [cache[:, :, context:context + 32] for cache in (d.k_cache_LNMK, d.v_cache_LNMK)]
+    logits = torch.cat([d.forward(d.embed_VD[ids[i:i + 1]], pos_ids[i:i + 1]) for i in range(32)])
+    kept, worst = [span.clone() for span in spans], 0
+    for S in range(1, 33):
+        for span in spans:
+            span.fill_(1e4)                                  # loud, and seen if a row is not written before it is read
+        again = d.forward(d.embed_VD[ids[:S]], pos_ids[:S])
+        worst = max(worst, differing(again, logits[:S]),
+                    *(differing(span[:, :, :S], one[:, :, :S]) for span, one in zip(spans, kept, strict=True)))
+    return worst
+
+
+def forced_drafts(model, generations: int, new: int = 128, rows: int = 700) -> tuple[int, int]:
+    """(equal, total): answers from drafts that are right for 0..15 ids a round, against plain decode of the prompt."""
+    equal = total = 0
+    while total < generations:
+        generator = torch.Generator(model.device).manual_seed(1000 + total)
+        prompt_ids = torch.randint(model.config.V, (rows,), generator=generator, device=model.device)
+        hidden_SD = model.decoder.embed_VD[prompt_ids]
+        model.prefill(hidden_SD, new, -1, 5)
+        for _ in range(new - 1):
+            model.step(0)
+        ids = model.snapshot(engine.STATE + new).read()[engine.STATE:]
+        for right in range(16):
+            model.prefill(hidden_SD, new, -1, 5)
+            state = model.snapshot(engine.STATE + new).read()
+            while not state[engine.DONE]:
+                n = state[engine.N_OUT]
+                drafts = (ids[n:n + 15] + [-1] * 15)[:15]
+                if right < 15:
+                    drafts[right] = -1
+                model.draft_ids[15].copy_(engine.to_device(torch.tensor(drafts), model.device))
+                model.step(15)
+                state = model.snapshot(engine.STATE + new).read()
+            equal, total = equal + (state[engine.STATE:] == ids), total + 1
+    return equal, total
+
+
+# ---- main ------------------------------------------------------------------------------------------------------
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--eventgpt", metavar="DIR|ID", help="drafter (default: the embedded pair's)")
+    add("--videollava", metavar="DIR|ID", help="target (default: the embedded pair's)")
+    add("--weights", choices=("tiny", "random-7b"), help="both models at once; random-7b is for speed only")
+    add("--tokenizer", metavar="FILE", help="a tokenizer.json in place of the checkpoints'")
+    add("--dataset-dir", "--dataset_dir", type=Path, metavar="DIR", help="clips (default: the embedded ones)")
+    add("--question", help="ask this of every clip")
+    add("--max-samples", "--max_samples", type=int, default=-1, metavar="N", help="the first N, -1 all (default)")
+    add("--modes", default=",".join(MODES), help="comma list of %(default)s")
+    add("--max-new-tokens", "--max_new_tokens", type=int, default=50, metavar="N")
+    add("--draft-len", type=int, default=5, metavar="G", help="drafts a round (default %(default)s)")
+    add("--overlap-len", type=int, default=15, metavar="G", help="drafts of the head start (default %(default)s)")
+    add("--cache-rows", type=int, metavar="M", help="cache positions (default: what the model was trained for)")
+    add("--frame-rule", default="uniform", choices=("uniform", "first"), help="which 8 video frames")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda if there)")
+    add("--drafter-device", help="another device for the drafter")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--eager", action="store_true", help="no CUDA graphs")
+    add("--warmup", type=int, default=1, metavar="N")
+    add("--repeats", type=int, default=3, metavar="N")
+    add("--ignore-eos", action=argparse.BooleanOptionalAction, help="fixed length (default with random weights)")
+    add("--json", metavar="PATH", help="also write the JSON object there; - prints nothing else on stdout")
+    add("--profile", action="store_true", help="mark the measured runs for nsys (cudaProfilerApi) with NVTX names")
+    add("--peers", action="store_true", help="transformers' Video-LLaVA beside ours (needs transformers and a GPU)")
+    add("--figures", action="store_true", help="step, verify, prefill and bit equality at 7B shapes (needs a GPU)")
+    add("--generations", type=int, default=208, metavar="N", help="of --figures' forced drafts (default %(default)s)")
+    add("--update-readme", metavar="BLOCK", help="put this run's report into README.md")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser.parse_args(argv)
+
+
+def check(options) -> None:
+    """Turns flags into values, or names the first that cannot be one."""
+    options.modes = [m for m in options.modes.split(",") if m]
+    for mode in options.modes:
+        if mode not in MODES:
+            raise InputError(f"--modes: {mode!r} is not one of {', '.join(MODES)}; pick from these")
+    if not options.modes:
+        raise InputError(f"--modes: empty; pick from {', '.join(MODES)}")
+    for name, low in (("max_new_tokens", 1), ("repeats", 1), ("warmup", 0), ("max_samples", -1)):
+        if getattr(options, name) < low:
+            raise InputError(f"--{name.replace('_', '-')}: wanted at least {low}, got {getattr(options, name)}")
+    options.device = engine.pick_device(options.device)
+    options.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[options.dtype]
+    kind = options.weights or ("checkpoint" if options.eventgpt or options.videollava else "tiny")
+    if kind == "tiny" and not (TINY / "target").is_dir():
+        raise InputError(f"{TINY}: the embedded pair is not here; clone the repository again, or pass --eventgpt "
+                         f"and --videollava, or --weights random-7b")
+    if kind != "checkpoint":
+        options.eventgpt, options.videollava = (TINY / "drafter", TINY / "target") if kind == "tiny" else (kind, kind)
+    options.kind = kind
+    options.dataset_dir = options.dataset_dir or TINY / "clips"
+    options.ignore_eos = kind == "random-7b" if options.ignore_eos is None else options.ignore_eos
+
+
+def main(argv=None) -> int:
+    options = parse(argv)
+    try:
+        return run(options, ["bench.py", *(sys.argv[1:] if argv is None else argv)])
+    except InputError as error:
+        if options.debug:
+            raise
+        print(error, file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        if options.debug:
+            raise
+        print(f"out of GPU memory: {str(error).splitlines()[0]}; lower --cache-rows, or use another --drafter-device",
+              file=sys.stderr)
+        return 2
+
+
+def run(options, command) -> int:
+    check(options)
+    if options.peers:
+        return peers(options)
+    if options.figures:
+        return figures_page(options)
+    samples, skipped = read_dataset(options.dataset_dir, options.question, options.max_samples)
+    e = engine.load_engine(options.eventgpt, options.videollava, device=options.device, dtype=options.dtype,
+                           drafter_device=options.drafter_device, cache_rows=options.cache_rows,
+                           draft_len=options.draft_len, overlap_len=options.overlap_len, tokenizer=options.tokenizer,
+                           graphs=not options.eager)
+    facts, floors, rows, interrupted = machine(options.device), ceilings(options.device, e.models), [], False
+    try:
+        measure(e, samples, options, rows)
+    except KeyboardInterrupt:
+        interrupted = True
+    identical = compare(rows)
+    weights = {"kind": options.kind, **{m.side: {
+        "path": Path(m.path).name, "dtype": str(m.decoder.dtype).removeprefix("torch."),
+        "bytes": sum(t.nbytes for t in m.decoder.w.values())} for m in e.models}}
+    table = stage_rows(rows, floors, e.models)
+    if e.target is not None and rows:
+        prompt = next((r["modes"][m]["prompt_rows"]["target"] for r in rows for m in r["modes"]
+                       if "target" in r["modes"][m]["prompt_rows"]), 0)
+        moved = weight_bytes(e.target) + kv_bytes(e.target) * prompt
+        floors["step_floor_ms"] = moved / floors["read_bw"] * 1e3
+        floors["prefill_floor_ms"] = prefill_flop(e.target, prompt) / floors["gemm_flops"] * 1e3
+    figures = mode_figures(rows, options.modes, identical["equal"] == identical["compared"])
+    report = {
+        "schema": SCHEMA, "commit": output_of("git", "rev-parse", "--short", "HEAD") or None,
+        "dirty": bool(output_of("git", "status", "--porcelain")), "command": " ".join(map(str, command)),
+        "time": time.strftime("%Y-%m-%d"), "seed": 0, "interrupted": interrupted, "machine": facts, "weights": weights,
+        "ceilings": floors, "config": {
+            "modes": options.modes, "max_new_tokens": options.max_new_tokens, "draft_len": options.draft_len,
+            "overlap_len": options.overlap_len, "draft_source": "drafter", "ignore_eos": options.ignore_eos,
+            "frame_rule": options.frame_rule, "graphs": not options.eager, "warmup": options.warmup,
+            "repeats": options.repeats, "samples": len(samples),
+            "devices": {m.side: str(m.device) for m in e.models}},
+        "samples": rows, "modes": figures, "controls": controls(rows, options.overlap_len), "identical": identical,
+        "skipped": skipped, "warnings": warnings_of(figures, rows, facts, options, weights)}
+    lines = render(report, table)
+    if interrupted:
+        lines.append(f"interrupted after {len(rows)} of {len(samples)} samples")
+    if options.json != "-":
+        print("\n".join(lines))
+        if options.json:
+            write_json(options.json, report)
+    if options.update_readme:
+        update_readme(options.update_readme, lines)
+    print(json.dumps(report))
+    failed = identical["equal"] < identical["compared"] or any("error" in row for row in rows)
+    return 130 if interrupted else int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
