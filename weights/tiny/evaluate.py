@@ -1,0 +1,141 @@
+"""evaluate: what the tiny pair gets right on held-out scenes, and how many drafts the target accepts.
+
+    python -m weights.tiny.evaluate [--count 40] [--device cpu] [--json PATH]
+
+Scenes that training never saw go the whole way: events through .npz, frames through H.264, Pillow's resize, the engine.
+Beside both models stand two controls that see nothing: `answer`, the text training saw most often for the same
+question, and `value`, each attribute's own most frequent value. An attribute is read back from a text by scenes.parse
+and counts where the true answer states it. Exits 1 if a speculative answer differs from target_only's."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from engine import Fixed, load_engine
+from weights.tiny import make_clips, scenes
+
+HERE = Path(__file__).resolve().parent
+MAX_NEW_TOKENS = 64                                 # the longest answer has 58 ids
+
+
+def most_frequent(question: int, count: int = 24000) -> str:
+    """The answer that training scenes give most often to QUESTIONS[question]."""
+    return Counter(scenes.answer(scenes.sample(seed), question) for seed in range(count)).most_common(1)[0][0]
+
+
+def most_frequent_values(count: int = 24000) -> dict:
+    """Each attribute's most frequent value over training scenes that have it."""
+    seen = {}
+    for seed in range(count):
+        for name, value in scenes.stated(scenes.sample(seed)).items():
+            seen.setdefault(name, Counter())[value] += 1
+    return {name: values.most_common(1)[0][0] for name, values in seen.items()}
+
+
+def attribute_rates(said: list[tuple[dict, str | dict]]) -> dict[str, float]:
+    """Share of texts (or of parsed ones) that state an attribute as the scene has it, where the true answer does."""
+    right, asked = Counter(), Counter()
+    for scene, text in said:
+        found = scenes.parse(text) if isinstance(text, str) else text
+        for name, value in scenes.stated(scene).items():
+            asked[name] += 1
+            right[name] += found.get(name) == value
+    return {name: right[name] / asked[name] for name in scenes.ATTRIBUTES if asked[name]}
+
+
+def agreement(ours: list[int], theirs: list[int]) -> int:
+    """Ids before the first difference."""
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+
+
+def evaluate(engine, count: int, folder: Path, progress=None) -> dict:
+    """Figures over `count` held-out scenes written to `folder`; scene i asks question i modulo 10."""
+    records = make_clips.make_scenes(folder, count)
+    values = most_frequent_values()
+    common = [most_frequent(q) for q in range(min(count, len(scenes.QUESTIONS)))]
+    texts = {"target": [], "drafter": [], "answer": []}
+    exact, accept, drafted, lens, first, unequal = Counter(), Counter(), Counter(), {}, [], []
+    for i, record in enumerate(records):
+        scene, q = scenes.sample(make_clips.HELD_OUT + i), i % len(scenes.QUESTIONS)
+        truth = record["conversations"][1]["value"]
+        asked = dict(event_path=folder / "event_npy" / record["event_data"],
+                     video_path=folder / "mp4" / record["mp4_data"],
+                     query=scenes.QUESTIONS[q], max_new_tokens=MAX_NEW_TOKENS)
+        alone = engine.generate(mode="target_only", **asked)
+        drafter = engine.generate(mode="drafter_only", **asked)
+        for side, text in (("target", alone.output_text), ("drafter", drafter.output_text), ("answer", common[q])):
+            texts[side].append((scene, text))
+            exact[side] += text == truth
+        first.append(agreement(drafter.output_ids, alone.output_ids))
+        constant = Fixed(engine.target.text.ids(common[q]) + [engine.target.config.eos_id])
+        for source, kept in (("drafter", None), ("answer", constant)):
+            result = engine.generate(mode="speculative", draft_source=kept, **asked)
+            if result.output_ids != alone.output_ids:
+                unequal.append((i, source))
+            accept[source] += result.accepted_tokens
+            drafted[source] += result.drafted
+            lens.setdefault(source, []).extend(result.accept_lens)
+        if progress:
+            progress(i + 1)
+    return {
+        "scenes": count,
+        "exact": {side: exact[side] / count for side in texts},
+        "attributes": {side: attribute_rates(said) for side, said in texts.items()} | {
+            "value": attribute_rates([(scene, values) for scene, _ in texts["target"]])},
+        "drafter_agrees_for": sum(first) / count,
+        "accept_rate": {source: accept[source] / max(1, drafted[source]) for source in lens},
+        "tokens_per_round": {source: sum(n + 1 for n in values) / len(values) for source, values in lens.items()},
+        "accept_len": {source: dict(sorted(Counter(values).items())) for source, values in lens.items()},
+        "unequal": unequal,
+    }
+
+
+def report(figures: dict) -> str:
+    """The figures as text."""
+    sides = ("target", "drafter", "answer", "value")
+    lines = [f"{figures['scenes']} held-out scenes; controls: the most frequent answer, the most frequent value", "",
+             f"{'share right':14}" + "".join(f"{side:>10}" for side in sides)]
+    seen = {name: "" if name in scenes.SEEN_BY_EVENTS else "   not in the events" for name in scenes.ATTRIBUTES}
+    rows = {"whole answer": figures["exact"], **{
+        name: {side: figures["attributes"][side][name] for side in sides} for name in figures["attributes"]["target"]}}
+    for name, values in rows.items():
+        cells = (f"{values[side]:10.2f}" if side in values else " " * 10 for side in sides)
+        lines.append(f"{name:14}" + "".join(cells) + seen.get(name, ""))
+    lines += ["", f"drafter_only and target_only agree for {figures['drafter_agrees_for']:.1f} ids"]
+    for source in figures["accept_rate"]:
+        histogram = "  ".join(f"{n}: {times}" for n, times in figures["accept_len"][source].items())
+        lines.append(f"{source:8} accept_rate {figures['accept_rate'][source]:.2f}   tokens_per_round "
+                     f"{figures['tokens_per_round'][source]:.2f}   accept_len {histogram}")
+    lines.append(f"speculative equals target_only: {'no, ' + str(figures['unequal']) if figures['unequal'] else 'yes'}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=40, help="held-out scenes (default %(default)s)")
+    parser.add_argument("--eventgpt", default=HERE / "drafter", help="drafter folder (default: the embedded one)")
+    parser.add_argument("--videollava", default=HERE / "target", help="target folder (default: the embedded one)")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for bf16 there (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    options = parser.parse_args()
+    torch.set_num_threads(min(4, torch.get_num_threads()))
+    engine = load_engine(options.eventgpt, options.videollava, device=options.device)
+
+    def progress(done):
+        print(f"\r{done}/{options.count}", end="" if done < options.count else "\n", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        figures = evaluate(engine, options.count, Path(folder), progress)
+    print(report(figures))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 1 if figures["unequal"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

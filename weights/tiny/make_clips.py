@@ -1,0 +1,125 @@
+"""make_clips: held-out clips in the data-set layout of the repository we come from: events, mp4, questions, answers.
+
+    python -m weights.tiny.make_clips OUT [--count 6] [--davis FOLDER]
+
+OUT/EventGPT_Instruction_Subset.json lists them; events are .npz (x, y, t, p; no pickles), video is H.264. With --davis,
+the DAVIS346 traffic recording (events.npz, frames.mp4, frame_times.npz, LICENSE) is cut into three windows as well."""
+
+import argparse
+import ctypes
+import json
+import shutil
+import struct
+import uuid
+import zipfile
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import torch
+
+from weights.media import read_events
+from weights.tiny import scenes
+
+HELD_OUT = 10_000_000                               # first seed that training never sees
+
+
+def raw(tensor) -> bytes:
+    """The bytes of a CPU tensor's elements. bytes(tensor.untyped_storage()) asks for them one by one, in Python."""
+    tensor = tensor.contiguous()
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+
+
+def write_events(path, x, y, t, p) -> None:
+    """An .npz of four plain arrays, with the same bytes on every run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    codes = {torch.int16: "<i2", torch.int64: "<i8", torch.uint8: "|u1"}
+    arrays = {"x": x.to(torch.int16), "y": y.to(torch.int16), "t": t.to(torch.int64), "p": p.to(torch.uint8)}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            shape = f"({len(array)},)"
+            header = f"{{'descr': '{codes[array.dtype]}', 'fortran_order': False, 'shape': {shape}, }}"
+            header += " " * (-(len(header) + 11) % 64) + "\n"
+            member = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
+            entry = zipfile.ZipInfo(name + ".npy", (2020, 1, 1, 0, 0, 0))
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, member + raw(array))
+
+
+def write_video(path, frames, fps=scenes.FPS, crf=16) -> None:
+    """uint8 [T, H, W, 3] as H.264."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    T, height, width, _ = frames.shape
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(crf), "preset": "slow"})
+        stream.width, stream.height, stream.pix_fmt = width - width % 2, height - height % 2, "yuv420p"
+        for image in frames[:, :stream.height, :stream.width]:
+            frame = av.VideoFrame(stream.width, stream.height, "rgb24")
+            plane, row = frame.planes[0], stream.width * 3
+            padded = torch.zeros(stream.height, plane.line_size, dtype=torch.uint8)
+            padded[:, :row] = image.reshape(stream.height, row)
+            plane.update(raw(padded))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def record(seq, clip, conversations, split="test") -> dict:
+    name = f"{seq}/{clip:06d}"
+    return {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, "headstart/" + name)), "split": split,
+            "event_data": f"{name}.npz", "video_data": name, "mp4_data": f"{name}.mp4", "conversations": conversations}
+
+
+def make_scenes(out: Path, count: int, first: int = HELD_OUT, seq: str = "scenes", questions=None) -> list[dict]:
+    """`count` held-out scenes as files; each asks one question (questions[i], or 0, 1, 2, ...) and knows its answer."""
+    records = []
+    for i in range(count):
+        scene, question = scenes.sample(first + i), questions[i] if questions else i % len(scenes.QUESTIONS)
+        frames, events = scenes.film(scene, first + i)
+        write_events(out / "event_npy" / seq / f"{i:06d}.npz", *events)
+        write_video(out / "mp4" / seq / f"{i:06d}.mp4", frames)
+        records.append(record(seq, i, [
+            {"from": "human", "value": f"<event>\n{scenes.QUESTIONS[question]}"},
+            {"from": "gpt", "value": scenes.answer(scene, question)}]))
+    return records
+
+
+def make_davis(out: Path, source: Path, windows: int = 3) -> list[dict]:
+    """The real recording in `windows` equal parts. No answer is known: nothing here was trained on it."""
+    events = read_events(source / "events.npz")
+    with zipfile.ZipFile(source / "frame_times.npz") as archive:
+        raw = archive.read("t.npy")
+    header = struct.unpack("<H", raw[8:10])[0]
+    times = torch.frombuffer(bytearray(raw[10 + header:]), dtype=torch.int64)
+    with av.open(str(source / "frames.mp4")) as container:
+        frames = [torch.frombuffer(bytearray(frame.to_image().tobytes()), dtype=torch.uint8).reshape(
+            frame.height, frame.width, 3) for frame in container.decode(video=0)]
+    assert len(frames) == len(times), f"{len(frames)} frames, {len(times)} times"
+    records, per = [], len(frames) // windows
+    for i in range(windows):
+        part = slice(i * per, (i + 1) * per)
+        begin, end = times[part][0], times[(i + 1) * per] if (i + 1) * per < len(times) else times[-1] + 40_000
+        inside = (events.t >= begin) & (events.t < end)
+        write_events(out / "event_npy/davis346_traffic" / f"{i:06d}.npz", *(v[inside] for v in events[:2]),
+                     events.t[inside] - begin, events.p[inside])
+        write_video(out / "mp4/davis346_traffic" / f"{i:06d}.mp4", torch.stack(frames[part]), 25, crf=23)
+        records.append(record("davis346_traffic", i, [
+            {"from": "human", "value": f"<event>\n{scenes.QUESTIONS[(7, 4, 0)[i % 3]]}"}]))
+    shutil.copy(source / "LICENSE", out / "LICENSE.davis346_traffic")
+    return records
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--count", type=int, default=6)
+    parser.add_argument("--davis", type=Path)
+    options = parser.parse_args()
+    records = make_scenes(options.out, options.count)
+    if options.davis:
+        records += make_davis(options.out, options.davis)
+    (options.out / "EventGPT_Instruction_Subset.json").write_text(json.dumps(records, indent=1) + "\n")
+    print(f"{len(records)} clips in {options.out}")
+
+
+if __name__ == "__main__":
+    main()
