@@ -26,6 +26,7 @@ import engine  # first: it keeps torch quiet where numpy is absent
 
 # isort: split
 import torch
+import triton
 
 from engine import MODES, InputError
 from kernels.check import differing, gemm_tflops, quantiles, read_tbps
@@ -112,9 +113,13 @@ def output_of(*command) -> str:
         return ""
 
 
+def commit() -> str | None:
+    """The commit this runs from; GIT_COMMIT says it where there is no repository."""
+    return output_of("git", "rev-parse", "--short", "HEAD") or os.environ.get("GIT_COMMIT")
+
+
 def machine(device) -> dict:
     import av
-    import triton
     facts = {"gpu": None, "driver": None, "cuda": torch.version.cuda, "torch": torch.__version__,
              "triton": triton.__version__, "av": av.__version__, "python": platform.python_version(),
              "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
@@ -130,19 +135,21 @@ def machine(device) -> dict:
     return facts
 
 
-def ceilings(device, models) -> dict:
-    """Read bandwidth and matrix rate of this machine now, and the floors they set for each model."""
+def ceilings(device) -> dict:
+    """Read bandwidth (bytes/s) and matrix rate (FLOP/s) of this machine, now."""
     if device.type == "cuda":
         bandwidth, flops = read_tbps() * 1e12, gemm_tflops() * 1e12
     else:
         x, a = torch.randn(1 << 25), torch.randn(1024, 1024)
         bandwidth = x.nbytes / best_of(lambda: x.sum())
         flops = 2 * 1024 ** 3 / best_of(lambda: a @ a)
-    floors = {"read_bw": bandwidth, "gemm_flops": flops}
-    for model in models:
-        floors[model.side] = {"weight_bytes_per_step": weight_bytes(model), "kv_bytes_per_row": kv_bytes(model),
-                              "flop_per_prefill_row": 2 * sum(t.numel() for t in step_weights(model))}
-    return floors
+    return {"read_bw": bandwidth, "gemm_flops": flops}
+
+
+def work_of(model, rows: int) -> dict:
+    """What one step at `rows` cache rows moves, and what a prefill of as many computes."""
+    return {"prompt_rows": rows, "weight_bytes": weight_bytes(model), "kv_bytes_per_row": kv_bytes(model),
+            "step_bytes": weight_bytes(model) + kv_bytes(model) * rows, "prefill_flop": prefill_flop(model, rows)}
 
 
 def best_of(fn, runs: int = 5) -> float:
@@ -332,28 +339,24 @@ def prefix(drafts, ids, limit: int) -> int:
     return length
 
 
-def stage_rows(rows, floors, models) -> list:
+def stage_rows(report) -> list:
     """(model, stage, p20, p50, p80, amount, unit, % of ceiling). A side's own mode measures it undisturbed."""
-    table = []
-    for model in models:
-        prompt = next((r["modes"][m]["prompt_rows"][model.side] for r in rows for m in r["modes"]
-                       if model.side in r["modes"][m]["prompt_rows"]), 0)
-        alone = "target_only" if model.side == "target" else "drafter_only"
-        for stage in STAGES[model.side]:
-            used = [of for row in rows for mode, of in row["modes"].items()
-                    if stage in of["stages_ms"].get(model.side, {}) and (mode == alone or stage == "verify")]
-            values = [v for of in used for v in of["stages_ms"][model.side][stage]]
+    table, limits = [], report["ceilings"]
+    for side in [s for s in ("target", "drafter") if s in limits]:
+        alone, work = "target_only" if side == "target" else "drafter_only", limits[side]
+        for stage in STAGES[side]:
+            values = [v for row in report["samples"] for mode, of in row["modes"].items()
+                      if mode == alone or stage == "verify" for v in of["stages_ms"].get(side, {}).get(stage, [])]
             if not values:
                 continue
             low, mid, high = quantiles(values)
             amount = unit = share = None
             if stage in ("draft", "decode", "verify"):
-                amount, unit = (weight_bytes(model) + kv_bytes(model) * prompt) / 1e9, "GB"
-                share = amount * 1e9 / (mid / 1e3) / floors["read_bw"]
+                amount, unit, share = work["step_bytes"] / 1e9, "GB", work["step_bytes"] / mid * 1e3 / limits["read_bw"]
             elif stage == "prefill":
-                amount, unit = prefill_flop(model, prompt) / 1e12, "TFLOP"
-                share = amount * 1e12 / (mid / 1e3) / floors["gemm_flops"]
-            table.append((model.side, stage, low, mid, high, amount, unit, share))
+                amount, unit = work["prefill_flop"] / 1e12, "TFLOP"
+                share = work["prefill_flop"] / mid * 1e3 / limits["gemm_flops"]
+            table.append((side, stage, low, mid, high, amount, unit, share))
     return table
 
 
@@ -405,14 +408,15 @@ def header(report) -> list[str]:
             f"{c['max_new_tokens']} new ids{', fixed length' if c['ignore_eos'] else ''}, draft_len {c['draft_len']}"]
 
 
-def render(report, table) -> list[str]:
-    """The report as lines of text; every number in it is in the JSON, raw."""
-    f, lines = report["ceilings"], header(report)
+def render(report) -> list[str]:
+    """The report as lines of text. It is made from the JSON object alone, so every printed number can be recomputed."""
+    f, lines, target = report["ceilings"], header(report), report["ceilings"].get("target")
+    step = target["step_bytes"] / f["read_bw"] * 1e3 if target else None
+    prefill = target["prefill_flop"] / f["gemm_flops"] * 1e3 if target else None
     lines.append(f"ceiling  read {f['read_bw'] / 1e12:.3f} TB/s, matrix {f['gemm_flops'] / 1e12:.2f} TFLOP/s, measured "
-                 f"now | target step >= {fmt(f.get('step_floor_ms'), 3)} ms, "
-                 f"prefill >= {fmt(f.get('prefill_floor_ms'), 2)} ms")
+                 f"now | target step >= {fmt(step, 3)} ms, prefill >= {fmt(prefill, 2)} ms")
     lines.append(f"{'model':8} {'stage':10} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'moved':>12} {'of ceiling':>10}")
-    for side, stage, low, mid, high, amount, unit, share in table:
+    for side, stage, low, mid, high, amount, unit, share in stage_rows(report):
         moved = f"{amount:.3f} {unit}" if amount else ""
         part = f"{share:.0%}" if share else ""
         lines.append(f"{side:8} {stage:10} {low:9.3f} {mid:9.3f} {high:9.3f} {moved:>12} {part:>10}")
@@ -433,7 +437,7 @@ def render(report, table) -> list[str]:
     if c["samples"]:
         lines.append(f"controls accepted of {c['draft_limit']} one-shot drafts that need no drafter, {c['samples']} "
                      f"samples: previous answer {fmt(c['previous'], 2)}, constant {fmt(c['constant'], 2)}")
-    for row in [r for r in report["samples"] if r["modes"]][:3]:
+    for row in [r for r in report["samples"] if r["modes"] and report["weights"]["kind"] != "random-7b"][:3]:
         said = row["modes"].get("speculative") or next(iter(row["modes"].values()))
         lines += [f"sample   {row['id']}  {row['question']}"]
         lines += [f"  preview  {said['preview']}"] if said["preview"] else []
@@ -469,79 +473,6 @@ def write_json(path: str, report) -> None:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --json path") from None
 
 
-# ---- peers -----------------------------------------------------------------------------------------------------
-
-
-def peers(options) -> int:
-    """transformers' Video-LLaVA beside ours: same shapes, random bf16 weights, same run, inputs on the GPU."""
-    try:
-        import transformers
-        from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
-    except ImportError:
-        raise InputError("--peers: transformers is not installed; pip install transformers accelerate") from None
-    if options.device.type != "cuda":
-        raise InputError("--peers: compares 7B models on a GPU; run it where torch sees one")
-    from weights.load import TARGET_7B
-    new, rows = options.max_new_tokens, 2076
-    e = engine.load_engine(None, "random-7b", device=options.device, cache_rows=options.cache_rows or 2560)
-    target, device = e.target, options.device
-    pixels = torch.randn(8, 3, 224, 224)
-    ids = torch.full((1, rows), 5, device=device)
-    ids[0, 5:5 + 2056] = 32001
-    prompt = engine.Prompt([5] * 5, [5] * (rows - 2061))
-
-    def timed(fn, runs=7):
-        fn()
-        times = []
-        for _ in range(runs):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            fn()
-            torch.cuda.synchronize()
-            times.append((time.perf_counter() - start) * 1e3)
-        return quantiles(times)
-
-    def ours(count):
-        with torch.inference_mode(), target.on_stream():
-            target.prefill(target.splice(prompt, target.visual_rows(pixels)), count, -1, 5)
-            for _ in range(count - 1):
-                target.step(0)
-
-    lines = [f"{'engine':44} {'vision + prefill ms':>20} {'ms per token':>14} {f'{new} tokens ms':>16}"]
-    with torch.inference_mode():
-        target.prepare(0)
-    first, all_ = timed(lambda: ours(1)), timed(lambda: ours(new))
-    mine = (first[1], (all_[1] - first[1]) / (new - 1), all_[1])
-    lines.append(f"{'headstart target_only':44} {mine[0]:20.1f} {mine[1]:14.2f} {mine[2]:16.1f}")
-    config = VideoLlavaConfig(text_config={**TARGET_7B["text_config"], "pad_token_id": 0},
-                              vision_config=TARGET_7B["vision_config"], image_token_index=32000,
-                              video_token_index=32001, vision_feature_layer=-2)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            model = VideoLlavaForConditionalGeneration(config).eval()
-    finally:
-        torch.set_default_dtype(previous)
-    given = dict(input_ids=ids, attention_mask=torch.ones_like(ids),
-                 pixel_values_videos=pixels[None].to(device, torch.bfloat16))
-    for name, extra in (("dynamic cache", {}), ("static cache, compiled", {"cache_implementation": "static"})):
-        def theirs(count, extra=extra):
-            with torch.inference_mode():
-                model.generate(**given, do_sample=False, min_new_tokens=count, max_new_tokens=count, **extra)
-        theirs(4)
-        first, all_ = timed(lambda: theirs(1), 5), timed(lambda: theirs(new), 5)
-        row = (first[1], (all_[1] - first[1]) / (new - 1), all_[1])
-        lines.append(f"{f'transformers {transformers.__version__}, {name}':44} {row[0]:20.1f} {row[1]:14.2f} "
-                     f"{row[2]:16.1f}   over ours: {row[0] / mine[0]:.2f}, {row[1] / mine[1]:.2f}, "
-                     f"{row[2] / mine[2]:.2f}")
-    lines.insert(0, f"peers, RANDOM 7B WEIGHTS bf16, {rows} prompt rows, {torch.cuda.get_device_name(device)}, medians")
-    print("\n".join(lines))
-    if options.update_readme:
-        update_readme(options.update_readme, lines)
-    return 0
-
-
 # ---- the step and the verify, at real shapes ------------------------------------------------------------------
 
 
@@ -553,7 +484,7 @@ def figures_page(options) -> int:
     target, drafter = e.target, e.drafter
     bandwidth, flops = read_tbps() * 1e12, gemm_tflops() * 1e12
     lines = [f"figures, RANDOM 7B WEIGHTS bf16, {torch.cuda.get_device_name(options.device)}, torch "
-             f"{torch.__version__}, commit {output_of('git', 'rev-parse', '--short', 'HEAD') or '?'}, {time.strftime('%Y-%m-%d')}",
+             f"{torch.__version__}, triton {triton.__version__}, commit {commit()}, {time.strftime('%Y-%m-%d')}",
              f"read {bandwidth / 1e12:.3f} TB/s, matrix {flops / 1e12:.0f} TFLOP/s, measured in this run",
              f"{'figure':58} {'p20':>8} {'p50':>8} {'p80':>8}"]
 
@@ -577,20 +508,20 @@ def figures_page(options) -> int:
         slope, floor = (one[4000] - one[256]) / 3744 * 1e6, kv_bytes(target) / bandwidth * 1e9
         lines.append(f"slope of the step over cache rows 256..4000: {slope:.1f} ns a row, keys and values at the "
                      f"measured bandwidth {floor:.1f} ns ({slope / floor - 1:+.0%})")
-        prompt, pixels = engine.Prompt([5] * 5, [5] * 15), torch.randn(8, 3, 224, 224)
+        prompt, pixels = engine.Prompt([5] * 5, [5] * 15), torch.randn(8, 3, 224, 224, device=options.device)
         line("vision + projector + prefill of 2,076 rows, ms",
              device_times(target, lambda: front(target, prompt, pixels, 1)))
-        line("50 ids target_only, pixels on the host to ids on the host, ms",
+        line("50 ids target_only, pixels on the GPU to ids on the host, ms",
              [host_time(target, lambda: whole(target, prompt, pixels, 50)) for _ in range(10)][2:])
     with torch.inference_mode(), drafter.on_stream():
-        prompt, pixels = engine.Prompt([5] * 39, [5] * 20), torch.randn(5, 3, 336, 336)
+        prompt, pixels = engine.Prompt([5] * 39, [5] * 20), torch.randn(5, 3, 336, 336, device=options.device)
         line("drafter, five event frames to the first draft id (641 rows), ms",
              device_times(drafter, lambda: front(drafter, prompt, pixels, 1)))
     with torch.inference_mode(), target.on_stream():
         for seed in range(3):
             worst = max(bits_differing(target, context, seed) for context in (1, 700, 2100, 4000))
-            lines.append(f"bits that differ, logits and cache rows, 1..32 rows, contexts 1, 700, 2100, 4000, seed {seed}"
-                         f": {worst}")
+            lines.append(f"bits that differ, logits and cache rows, 1..32 rows, contexts 1, 700, 2100, 4000, "
+                         f"seed {seed}: {worst}")
         equal, total = forced_drafts(target, options.generations)
         lines.append(f"speculative = target_only, forced drafts of every accepted length 0..15, 128 ids: {equal} of "
                      f"{total} generations")
@@ -725,7 +656,8 @@ def parse(argv):
     add("--ignore-eos", action=argparse.BooleanOptionalAction, help="fixed length (default with random weights)")
     add("--json", metavar="PATH", help="also write the JSON object there; - prints nothing else on stdout")
     add("--profile", action="store_true", help="mark the measured runs for nsys (cudaProfilerApi) with NVTX names")
-    add("--peers", action="store_true", help="transformers' Video-LLaVA beside ours (needs transformers and a GPU)")
+    add("--from-json", type=Path, metavar="PATH", help="print the report of a saved run instead of measuring")
+    add("--from-text", type=Path, metavar="PATH", help="with --update-readme: take the block's text from a file")
     add("--figures", action="store_true", help="step, verify, prefill and bit equality at 7B shapes (needs a GPU)")
     add("--generations", type=int, default=208, metavar="N", help="of --figures' forced drafts (default %(default)s)")
     add("--update-readme", metavar="BLOCK", help="put this run's report into README.md")
@@ -775,9 +707,16 @@ def main(argv=None) -> int:
 
 
 def run(options, command) -> int:
+    if options.from_json:
+        try:
+            return publish(json.loads(options.from_json.read_text(encoding="utf-8").splitlines()[-1]), options)
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise InputError(f"{options.from_json}: not a saved run ({type(error).__name__}: {error}); wants what "
+                             f"--json wrote") from None
+    if options.from_text:
+        update_readme(options.update_readme or "", options.from_text.read_text(encoding="utf-8").splitlines())
+        return 0
     check(options)
-    if options.peers:
-        return peers(options)
     if options.figures:
         return figures_page(options)
     samples, skipped = read_dataset(options.dataset_dir, options.question, options.max_samples)
@@ -785,7 +724,7 @@ def run(options, command) -> int:
                            drafter_device=options.drafter_device, cache_rows=options.cache_rows,
                            draft_len=options.draft_len, overlap_len=options.overlap_len, tokenizer=options.tokenizer,
                            graphs=not options.eager)
-    facts, floors, rows, interrupted = machine(options.device), ceilings(options.device, e.models), [], False
+    facts, limits, rows, interrupted = machine(options.device), ceilings(options.device), [], False
     try:
         measure(e, samples, options, rows)
     except KeyboardInterrupt:
@@ -794,19 +733,17 @@ def run(options, command) -> int:
     weights = {"kind": options.kind, **{m.side: {
         "path": Path(m.path).name, "dtype": str(m.decoder.dtype).removeprefix("torch."),
         "bytes": sum(t.nbytes for t in m.decoder.w.values())} for m in e.models}}
-    table = stage_rows(rows, floors, e.models)
-    if e.target is not None and rows:
-        prompt = next((r["modes"][m]["prompt_rows"]["target"] for r in rows for m in r["modes"]
-                       if "target" in r["modes"][m]["prompt_rows"]), 0)
-        moved = weight_bytes(e.target) + kv_bytes(e.target) * prompt
-        floors["step_floor_ms"] = moved / floors["read_bw"] * 1e3
-        floors["prefill_floor_ms"] = prefill_flop(e.target, prompt) / floors["gemm_flops"] * 1e3
+    for model in e.models:
+        prompts = [of["prompt_rows"][model.side] for row in rows for of in row["modes"].values()
+                   if model.side in of["prompt_rows"]]
+        if prompts:
+            limits[model.side] = work_of(model, round(statistics.median(prompts)))
     figures = mode_figures(rows, options.modes, identical["equal"] == identical["compared"])
     report = {
-        "schema": SCHEMA, "commit": output_of("git", "rev-parse", "--short", "HEAD") or None,
+        "schema": SCHEMA, "commit": commit(),
         "dirty": bool(output_of("git", "status", "--porcelain")), "command": " ".join(map(str, command)),
         "time": time.strftime("%Y-%m-%d"), "seed": 0, "interrupted": interrupted, "machine": facts, "weights": weights,
-        "ceilings": floors, "config": {
+        "ceilings": limits, "config": {
             "modes": options.modes, "max_new_tokens": options.max_new_tokens, "draft_len": options.draft_len,
             "overlap_len": options.overlap_len, "draft_source": "drafter", "ignore_eos": options.ignore_eos,
             "frame_rule": options.frame_rule, "graphs": not options.eager, "warmup": options.warmup,
@@ -814,9 +751,15 @@ def run(options, command) -> int:
             "devices": {m.side: str(m.device) for m in e.models}},
         "samples": rows, "modes": figures, "controls": controls(rows, options.overlap_len), "identical": identical,
         "skipped": skipped, "warnings": warnings_of(figures, rows, facts, options, weights)}
-    lines = render(report, table)
+    return publish(report, options)
+
+
+def publish(report, options) -> int:
+    """Prints the report, writes what was asked for, and returns the exit code."""
+    rows, identical, interrupted = report["samples"], report["identical"], report["interrupted"]
+    lines = render(report)
     if interrupted:
-        lines.append(f"interrupted after {len(rows)} of {len(samples)} samples")
+        lines.append(f"interrupted after {len(rows)} of {report['config']['samples']} samples")
     if options.json != "-":
         print("\n".join(lines))
         if options.json:

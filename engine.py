@@ -52,7 +52,7 @@ from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 from weights import InputError
 from weights.load import DRAFTER_7B, TARGET_7B, open_checkpoint, random_weights
-from weights.media import VIDEO_RULES, read_events, read_images, read_video
+from weights.media import VIDEO_RULES, Events, read_events, read_images, read_video
 
 __all__ = ["Engine", "Event", "InputError", "MODES", "PrefillOnlyInference", "Result", "load_engine"]
 
@@ -348,9 +348,9 @@ class Model:
         return torch.cat([embed[before], visual_AD.to(embed.dtype), embed[after]])
 
     def visual_rows(self, pixels_R3XX, image: bool = False):
-        """`encode` as a graph: visual rows of float pixels on the host. Valid until the next call."""
+        """`encode` as a graph: visual rows of float pixels, on the host or the device. Valid until the next call."""
         key = self.prepare_encode(len(pixels_R3XX), image)
-        self.pixels[key].copy_(pixels_R3XX.pin_memory() if self.on_gpu else pixels_R3XX, non_blocking=True)
+        self.pixels[key].copy_(to_device(pixels_R3XX, self.device), non_blocking=True)
         return self.steps[key]()
 
     def prepare_encode(self, frames: int, image: bool = False):
@@ -711,8 +711,11 @@ class Request:
     mode: str
     question: str
     video: object                           # () -> list of uint8 frames [H, W, 3]
-    events: object                          # () -> the same for the drafter
-    image: bool
+    events: object                          # () -> the same, or an Events recording
+    paths: dict                             # side -> what was asked for, for messages
+    image: bool                             # one picture in place of a video
+    event_frames: int                       # pictures a recording is drawn in
+    canvas: tuple | None                    # (H, W) of those pictures; None: each ends at its largest coordinate
     max_new_tokens: int
     draft_len: int
     overlap_len: int
@@ -757,8 +760,7 @@ class Engine:
         with line.stage("load", model, host=True):
             loaded = req.events()
         with line.stage("preprocess", model, host=True):
-            frames = draw_events(loaded) if hasattr(loaded, "x") else loaded
-            pixels = clip_pixels(frames, model.vision.image, model.vision.mean, model.vision.std)
+            pixels = pixels_of(loaded, model, req)
         prompt = model.prompt(req.question)
         alone = req.mode in ("drafter_only", "prefill_only")
         limit = req.max_new_tokens if alone else min(req.overlap_len + 1, req.max_new_tokens)
@@ -785,7 +787,7 @@ class Engine:
         with line.stage("load", model, host=True):
             frames = req.video()
         with line.stage("preprocess", model, host=True):
-            pixels = clip_pixels(frames, model.vision.image, model.vision.mean, model.vision.std)
+            pixels = pixels_of(frames, model, req)
         prompt = model.prompt(req.question)
         words = STATE + req.max_new_tokens + STEP_ROWS
         sent = 0
@@ -973,19 +975,15 @@ class Engine:
         images = [event_image_path] if isinstance(event_image_path, (str, Path)) else event_image_path
         frames = (lambda: read_images([image_path])) if image_path is not None else (
             lambda: read_video(video_path, self.target.num_frames, frame_rule))
-        if event_path is not None:
-            def events():
-                return draw_checked(read_events(event_path), event_frames, canvas, event_path)
-        else:
-            def events():
-                return read_images(images)
+        events = (lambda: read_events(event_path)) if event_path is not None else (lambda: read_images(images))
         with self.lock, torch.inference_mode():
             active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
             for model in active:
                 if model.on_gpu:
                     torch.cuda.reset_peak_memory_stats(model.device)
-            req = Request(mode, question, frames, events, image_path is not None, max_new_tokens, draft_len,
-                          overlap_len, draft_source, ignore_eos, Timeline(active))
+            paths = {"target": video_path or image_path, "drafter": event_path or images and images[0]}
+            req = Request(mode, question, frames, events, paths, image_path is not None, event_frames, canvas,
+                          max_new_tokens, draft_len, overlap_len, draft_source, ignore_eos, Timeline(active))
             self._prepare(req, active, len(images) if event_path is None and uses_drafter else event_frames)
             req.timeline.start()
             yield from self._run(req, active)
@@ -1105,17 +1103,20 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def draw_checked(events, event_frames, canvas, path):
-    """Event frames of a stream, uint8 [H_i, W_i, 3] each; what cannot be drawn is the user's to mend."""
+def pixels_of(loaded, model: Model, req: Request):
+    """Float pixels [R, 3, X, X] of a recording or of frames; what cannot be drawn or resized is the user's to mend."""
     try:
-        return draw_events(events, event_frames, canvas)
+        frames = draw_events(loaded, req.event_frames, req.canvas) if isinstance(loaded, Events) else loaded
+        return clip_pixels(frames, model.vision.image, model.vision.mean, model.vision.std)
     except ValueError as error:
-        raise InputError(f"{path}: {error}; take a longer window") from None
+        raise InputError(f"{req.paths[model.side]}: {error}; use another recording or clip") from None
 
 
 def to_device(tensor, device):
     """On the device, through pinned memory where that is a GPU, without waiting."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def wait_for(later: Model, earlier: Model) -> None:

@@ -215,7 +215,7 @@ def skinny(x_SD, w_OD, work=None, norm=None, residual=None, gated=False, **overr
     pdl, sums = work is not None and work.pdl, work is not None and residual is not None
     model = D if norm is not None else O if sums else None
     assert model is None or work.sums_ST.shape[1] == triton.cdiv(model, SUM_COLS), \
-        f"skinny: rows of {model} beside a Workspace for {work.sums_ST.shape[1] * SUM_COLS}"
+        f"skinny: rows of {model}, a Workspace for {work.sums_ST.shape[1] * SUM_COLS}"
     config = {**launch_config(S, D, x_SD.element_size(), residual is not None, gated, x_SD.device), **override}
     if not pdl:
         config["PREFETCH"] = 0                               # without an early start there is nothing to bridge

@@ -36,6 +36,12 @@ def interpreted_only_in_kernel_tests(request):
         yield
 
 
+@pytest.fixture(scope="session")
+def user_env():
+    """The environment of a child process that runs the program as a user would: without the interpreter."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
 @pytest.fixture
 def device():
     """Where kernels run: the GPU if there is one, else the CPU under the interpreter."""

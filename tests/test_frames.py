@@ -30,7 +30,7 @@ def expected(folder):
 
 
 def sha256(tensor):
-    return hashlib.sha256(bytes(tensor.contiguous().flatten().tolist())).hexdigest()
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
 def events(x, y, p):

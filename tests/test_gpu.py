@@ -34,6 +34,7 @@ def test_graph_equals_eager(dtype):
         for G in (0, 5, 15):
             for e in (graph, eager):
                 e.target.prepare(G)
+                e.target.draft_ids[G].fill_(7)               # what the last request left there depends on timing
                 e.target.prefill(torch.ones(40, e.target.config.D, dtype=dtype, device="cuda"), 20, -1, 3)
                 e.target.step(G)
             torch.cuda.synchronize()

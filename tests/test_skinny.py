@@ -181,9 +181,9 @@ def test_bf16_at_7b_shapes_is_no_further_than_twice_plain_torch(S, fold, device,
 
 def test_a_workspace_of_another_width_is_refused(device):
     x_SD, w_OD, folded = case("residual", 2, 64, 96, torch.float32, device)
-    with pytest.raises(AssertionError, match="rows of 96 beside a Workspace for 64"):
+    with pytest.raises(AssertionError, match="rows of 96, a Workspace for 64"):
         skinny(x_SD, w_OD, Workspace(device, 64, 1, 16, 16), **folded)
-    with pytest.raises(AssertionError, match="rows of 64 beside a Workspace for 96"):
+    with pytest.raises(AssertionError, match="rows of 64, a Workspace for 96"):
         skinny(x_SD, w_OD, Workspace(device, 96, 1, 16, 16), norm=(x_SD[0], 1e-5))
 
 

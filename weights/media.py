@@ -660,12 +660,17 @@ def decode_frames(path, indices, stop_early):
     wanted, last, kept, decoded = set(indices), indices[-1], {}, 0
     try:
         with container:
-            for frame in container.decode(stream):
-                if decoded in wanted:
-                    kept[decoded] = rgb_tensor(frame)
-                decoded += 1
-                if stop_early and decoded > last:
-                    break
+            for packet in container.demux(stream):
+                if packet.is_corrupt:            # some codecs make a picture of half a packet, and then end in peace
+                    decoded += len(stream.decode(None))      # those still on their way through the decoder's threads
+                    raise Refused(f"decoded {decoded} {codec} frames, then the file ends inside a packet",
+                                  "an incomplete copy? fetch it again")
+                for frame in packet.decode():
+                    if decoded in wanted:
+                        kept[decoded] = rgb_tensor(frame)
+                    decoded += 1
+                    if stop_early and decoded > last:
+                        return kept, decoded
                 if decoded > MAX_VIDEO_FRAMES:
                     raise Refused(f"more than {MAX_VIDEO_FRAMES} frames", "cut the clip to the part in question")
     except VIDEO_ERRORS as error:

@@ -131,6 +131,9 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         figures = evaluate(engine, options.count, Path(folder), progress)
+    where = torch.cuda.get_device_name(engine.target.device) if engine.target.on_gpu else "CPU"
+    print(f"embedded trained toy pair, {where}, {str(engine.target.decoder.dtype).removeprefix('torch.')}, torch "
+          f"{torch.__version__}, python -m weights.tiny.evaluate --count {options.count}")
     print(report(figures))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")

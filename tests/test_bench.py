@@ -1,0 +1,145 @@
+"""The benchmark: a schema one can rely on, ratios one can recompute, refusals in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bench
+import engine
+
+ROOT = Path(__file__).resolve().parents[1]
+CLIPS = bench.TINY / "clips"
+QUICK = ["--max-samples", "2", "--repeats", "2", "--warmup", "0", "--max-new-tokens", "24", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, user_env):
+    """(exit code, printed lines, report) of one short run."""
+    path = tmp_path_factory.mktemp("bench") / "out.json"
+    done = subprocess.run([sys.executable, "bench.py", *QUICK, "--json", str(path)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120, env=user_env)
+    assert done.stderr == ""
+    return done.returncode, done.stdout.splitlines(), json.loads(path.read_text())
+
+
+def test_the_last_line_and_the_file_are_one_json_object(run):
+    code, lines, report = run
+    assert code == 0 and json.loads(lines[-1]) == report
+
+
+def test_the_report_has_the_fields_of_the_contract(run):
+    report = run[2]
+    assert report["schema"] == bench.SCHEMA
+    assert set(report) >= {"commit", "dirty", "command", "time", "seed", "machine", "weights", "ceilings", "config",
+                           "samples", "modes", "controls", "identical", "warnings"}
+    assert set(report["machine"]) >= {"gpu", "driver", "cuda", "torch", "triton", "cpu", "cores"}
+    assert report["weights"]["kind"] == "tiny" and set(report["modes"]) == set(engine.MODES)
+    for row in report["samples"]:
+        for mode, of in row["modes"].items():
+            assert set(of) >= {"ids", "text", "finish_reason", "e2e_ms", "ttft_ms", "ttfp_ms", "tpot_ms", "stages_ms",
+                               "drafted", "accepted", "rounds", "accept_lens", "overlap_drafts", "identical"}, mode
+            assert of["identical"] is (None if mode == "drafter_only" else True)
+
+
+def test_printed_ratios_can_be_recomputed_from_the_raw_values(run):
+    _, lines, report = run
+    for mode, of in report["modes"].items():
+        ratios = []
+        for row in report["samples"]:
+            ours, theirs = (sorted(row["modes"][m]["raw"]["e2e_ms"]) for m in (mode, "target_only"))
+            ratios.append(sum(theirs) / sum(ours))                       # two repeats: median and mean agree
+        ratios.sort()
+        p50 = (ratios[0] + ratios[1]) / 2
+        assert of["ratio"]["p50"] == pytest.approx(p50, rel=1e-9)
+        assert of["ratio"]["low"] <= p50 <= of["ratio"]["high"]
+        printed = next(line for line in lines if line.startswith(f"{mode} "))
+        assert f"{p50:.2f} [" in printed
+
+
+def test_a_saved_run_prints_the_same_report_again(run, tmp_path, capsys):
+    path = tmp_path / "saved.json"
+    path.write_text(json.dumps(run[2]))
+    assert bench.main(["--from-json", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines() == run[1]
+
+
+def test_json_dash_prints_nothing_but_the_object(user_env):
+    done = subprocess.run([sys.executable, "bench.py", *QUICK, "--modes", "target_only", "--json", "-"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120, env=user_env)
+    assert done.returncode == 0 and json.loads(done.stdout)["schema"] == bench.SCHEMA and done.stderr == ""
+
+
+def test_ratios_are_withheld_and_the_exit_code_says_so_when_outputs_differ(monkeypatch, capsys):
+    real = engine.Engine.generate
+
+    def tampered(self, **options):
+        result = real(self, **options)
+        if options["mode"] == "speculative":
+            result.output_ids = result.output_ids[:5] + [7] + result.output_ids[6:]
+        return result
+
+    monkeypatch.setattr(engine.Engine, "generate", tampered)
+    assert bench.main([*QUICK, "--repeats", "1"]) == 1
+    out = capsys.readouterr().out
+    report = json.loads(out.splitlines()[-1])
+    assert all(of["ratio"] is None for of in report["modes"].values()) and "ratios withheld" in out
+    assert [d["position"] for d in report["identical"]["differing"]] == [5, 5]
+
+
+def test_a_listed_file_that_is_missing_is_counted_and_a_broken_one_fails_its_row(tmp_path, capsys):
+    folder = tmp_path / "clips"
+    shutil.copytree(CLIPS, folder)
+    records = json.loads((folder / "EventGPT_Instruction_Subset.json").read_text())
+    (folder / "mp4" / records[0]["mp4_data"]).unlink()
+    (folder / "mp4" / records[1]["mp4_data"]).write_bytes(b"not a video")
+    code = bench.main(["--dataset-dir", str(folder), "--max-samples", "3", "--repeats", "1", "--warmup", "0",
+                       "--max-new-tokens", "8", "--modes", "target_only", "--device", "cpu"])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert code == 1 and len(report["skipped"]) == 1 and records[0]["mp4_data"] in report["skipped"][0]
+    assert [("error" in row) for row in report["samples"]] == [True, False]
+
+
+def bad(tmp_path):
+    empty, outside = tmp_path / "empty", tmp_path / "outside"
+    empty.mkdir()
+    outside.mkdir()
+    (outside / "EventGPT_Instruction_Subset.json").write_text(json.dumps([
+        {"id": 1, "event_data": "../../x.npz", "mp4_data": "../../../etc/passwd",
+         "conversations": [{"from": "human", "value": "q"}]}]))
+    (tmp_path / "broken.json").write_text("{")
+    return {
+        "no such data set": (["--dataset-dir", str(tmp_path / "nowhere")], "nowhere"),
+        "a folder without the list": (["--dataset-dir", str(empty)], "EventGPT_Instruction_Subset.json"),
+        "paths that lead out": (["--dataset-dir", str(outside)], "leads out"),
+        "unknown mode": (["--modes", "fast"], "fast"),
+        "absent device": (["--device", "cuda:9"], "cuda:9"),
+        "not a device": (["--device", "tpu"], "tpu"),
+        "not a checkpoint": (["--eventgpt", str(empty), "--videollava", str(empty)], str(empty)),
+        "swapped checkpoints": (["--eventgpt", str(bench.TINY / "target"), "--videollava",
+                                 str(bench.TINY / "drafter")], "swap"),
+        "a hub id that is not in the cache": (["--videollava", "nobody/nothing", "--eventgpt", str(empty)], "nobody"),
+        "too many new tokens": (["--max-new-tokens", "100000"], "--cache-rows"),
+        "no new tokens": (["--max-new-tokens", "0"], "--max-new-tokens"),
+        "a saved run that is none": (["--from-json", str(tmp_path / "broken.json")], "broken.json"),
+        "an unwritable report": (["--json", str(tmp_path / "no" / "such" / "x.json"), *QUICK, "--modes", "target_only"],
+                                 "x.json"),
+        "figures without a GPU": (["--figures", "--device", "cpu"], "GPU"),
+    }
+
+
+@pytest.mark.parametrize("name", [
+    "no such data set", "a folder without the list", "paths that lead out", "unknown mode", "absent device",
+    "not a device", "not a checkpoint", "swapped checkpoints", "a hub id that is not in the cache",
+    "too many new tokens", "no new tokens", "a saved run that is none", "an unwritable report",
+    "figures without a GPU"])
+def test_bad_input_is_one_line_on_stderr_and_exit_2(name, tmp_path, capsys):
+    flags, words = bad(tmp_path)[name]
+    assert bench.main(flags) == 2
+    out, err = capsys.readouterr()
+    assert words in err and err.count("\n") == 1 and "Traceback" not in err
+    assert out == "" or name == "an unwritable report"
+    assert not list(tmp_path.glob("**/*.partial"))
