@@ -183,7 +183,8 @@ def run_sample(e, sample: Sample, mode: str, options) -> engine.Result:
     drafted = {"event_image_path": sample.events} if isinstance(sample.events, list) else {"event_path": sample.events}
     return e.generate(video_path=sample.video if mode != "drafter_only" else None, query=sample.question, mode=mode,
                       max_new_tokens=options.max_new_tokens, ignore_eos=options.ignore_eos,
-                      frame_rule=options.frame_rule, **drafted)
+                      frame_rule=options.frame_rule, **drafted,
+                      draft_source=options.source if mode == "speculative" else None)
 
 
 def measure(e, samples, options, rows: list) -> None:
@@ -473,6 +474,88 @@ def write_json(path: str, report) -> None:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --json path") from None
 
 
+# ---- draft sources on recorded answers -------------------------------------------------------------------------
+
+
+def read_pairs(path: Path, src: str) -> list[dict]:
+    """Recorded pairs of one source run, [{seq, clip, question, target, drafter}], end-of-sequence ids left out."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [{"seq": r["seq"], "clip": r["clip"], "question": r["question"],
+                 "target": [i for i in r["videollava_ids"] if i != 2],
+                 "drafter": [i for i in r["eventgpt_ids"] if i != 2]} for r in rows if r.get("src") == src]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not recorded pairs ({engine.describe(error)}); wants one JSON object a line with "
+                         f"src, seq, clip, question, videollava_ids, eventgpt_ids") from None
+    if not rows:
+        raise InputError(f"{path}: no rows of {src!r}; check the file")
+    return sorted(rows, key=lambda r: (r["seq"], r["clip"]))
+
+
+def one_shot_controls(rows, limit: int) -> dict:
+    """Mean accepted prefix of at most `limit` drafts after the target's own first id. Clips overlap by half, so whole
+    sequences are held out: `constant` learns from other sequences; the first clip of a sequence has no `previous`.
+    `drafter` is EventGPT's own text from its first id on."""
+    accepted = {"previous": [], "constant": [], "drafter": []}
+    for seq in sorted({r["seq"] for r in rows}):
+        previous, constant = engine.Previous(), engine.Constant(most=len(rows))
+        for row in rows:
+            if row["seq"] != seq:
+                constant.begin(row["question"])
+                constant.learn(row["target"])
+        for row in [r for r in rows if r["seq"] == seq]:
+            ids = row["target"]
+            for name, source in (("previous", previous), ("constant", constant)):
+                source.begin(row["question"])
+                accepted[name].append(prefix(source.propose(ids[:1], limit), ids[1:], limit))
+            accepted["drafter"].append(prefix(row["drafter"], ids, limit))       # its guess of the first id counts
+            previous.learn(ids)
+    return {name: statistics.mean(values) for name, values in accepted.items()}
+
+
+def memory_controls(rows, order: int, lengths, only=None) -> dict:
+    """{K: {"other sequences", "with own stream"}}: tokens per target forward of rounds with K drafts from a Memory."""
+    figures = {}
+    for K in lengths:
+        figures[K] = {}
+        for name, own in (("other sequences", False), ("with own stream", True)):
+            tokens = forwards = 0
+            for seq in only or sorted({r["seq"] for r in rows}):
+                memory = engine.Memory(order, most=2 * len(rows))
+                for row in rows:
+                    if row["seq"] != seq:
+                        memory.teach(row["target"])
+                for row in [r for r in rows if r["seq"] == seq]:
+                    ids, at = row["target"], 1
+                    while at < len(ids):
+                        step = min(prefix(memory.propose(ids[:at], K), ids[at:], K) + 1, len(ids) - at)
+                        at, tokens, forwards = at + step, tokens + step, forwards + 1
+                    if own:
+                        memory.learn(ids)
+            figures[K][name] = tokens / forwards
+    return figures
+
+
+def sources_page(options) -> int:
+    """What drafts without a drafter reach on recorded answers of the 7B pair: acceptance only, no time."""
+    rows = read_pairs(options.sources, options.sources_src)
+    shot = one_shot_controls(rows, 21)
+    lines = [f"sources, {len(rows)} recorded answers of {len({r['seq'] for r in rows})} sequences "
+             f"({options.sources.name}, {options.sources_src}), whole sequences held out",
+             "one shot of at most 21 drafts after the target's own first id, mean accepted:",
+             f"  previous answer {shot['previous']:.2f}   constant {shot['constant']:.2f}   raw drafter text "
+             f"{shot['drafter']:.3f}"]
+    for order in (8, 16):
+        lines.append(f"rounds from an n-gram memory, contexts <= {order}, tokens per target forward: other sequences / "
+                     f"with own stream weighted 20")
+        lines += [f"  K = {K:2}  {of['other sequences']:.2f} / {of['with own stream']:.2f}"
+                  for K, of in memory_controls(rows, order, (8, 15, 31)).items()]
+    print("\n".join(lines))
+    if options.update_readme:
+        update_readme(options.update_readme, lines)
+    return 0
+
+
 # ---- the step and the verify, at real shapes ------------------------------------------------------------------
 
 
@@ -656,6 +739,10 @@ def parse(argv):
     add("--ignore-eos", action=argparse.BooleanOptionalAction, help="fixed length (default with random weights)")
     add("--json", metavar="PATH", help="also write the JSON object there; - prints nothing else on stdout")
     add("--profile", action="store_true", help="mark the measured runs for nsys (cudaProfilerApi) with NVTX names")
+    add("--draft-source", default="drafter", choices=("drafter", *engine.SOURCES),
+        help="who drafts in speculative mode (default %(default)s)")
+    add("--sources", type=Path, metavar="PAIRS", help="acceptance of draft sources on recorded answers; no models")
+    add("--sources-src", default="test_tokens_1q", metavar="SRC", help="which rows of PAIRS (default %(default)s)")
     add("--from-json", type=Path, metavar="PATH", help="print the report of a saved run instead of measuring")
     add("--from-text", type=Path, metavar="PATH", help="with --update-readme: take the block's text from a file")
     add("--figures", action="store_true", help="step, verify, prefill and bit equality at 7B shapes (needs a GPU)")
@@ -685,6 +772,7 @@ def check(options) -> None:
     if kind != "checkpoint":
         options.eventgpt, options.videollava = (TINY / "drafter", TINY / "target") if kind == "tiny" else (kind, kind)
     options.kind = kind
+    options.source = None if options.draft_source == "drafter" else engine.SOURCES[options.draft_source]()
     options.dataset_dir = options.dataset_dir or TINY / "clips"
     options.ignore_eos = kind == "random-7b" if options.ignore_eos is None else options.ignore_eos
 
@@ -716,6 +804,8 @@ def run(options, command) -> int:
     if options.from_text:
         update_readme(options.update_readme or "", options.from_text.read_text(encoding="utf-8").splitlines())
         return 0
+    if options.sources:
+        return sources_page(options)
     check(options)
     if options.figures:
         return figures_page(options)
@@ -745,7 +835,7 @@ def run(options, command) -> int:
         "time": time.strftime("%Y-%m-%d"), "seed": 0, "interrupted": interrupted, "machine": facts, "weights": weights,
         "ceilings": limits, "config": {
             "modes": options.modes, "max_new_tokens": options.max_new_tokens, "draft_len": options.draft_len,
-            "overlap_len": options.overlap_len, "draft_source": "drafter", "ignore_eos": options.ignore_eos,
+            "overlap_len": options.overlap_len, "draft_source": options.draft_source, "ignore_eos": options.ignore_eos,
             "frame_rule": options.frame_rule, "graphs": not options.eager, "warmup": options.warmup,
             "repeats": options.repeats, "samples": len(samples),
             "devices": {m.side: str(m.device) for m in e.models}},

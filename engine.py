@@ -24,6 +24,7 @@ Shapes are written into names, one letter a dimension; batch is one and carries 
 
 from __future__ import annotations
 
+import collections
 import collections.abc
 import concurrent.futures
 import contextlib
@@ -54,7 +55,8 @@ from weights import InputError
 from weights.load import DRAFTER_7B, TARGET_7B, open_checkpoint, random_weights
 from weights.media import VIDEO_RULES, Events, read_events, read_images, read_video
 
-__all__ = ["Engine", "Event", "InputError", "MODES", "PrefillOnlyInference", "Result", "load_engine"]
+__all__ = ["MODES", "SOURCES", "Best", "Constant", "DraftSource", "Engine", "Event", "Fixed", "InputError", "Memory",
+           "PrefillOnlyInference", "Previous", "Result", "load_engine"]
 
 MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
@@ -246,7 +248,7 @@ class Decoder:
         return product(normed_SD, self.head_VD)
 
     def _step_layer(self, layer: int, hidden_SD, pos_ids_S):
-        """Few rows at consecutive positions, five launches: the weights are read once, and a row's bits do not
+        """Few rows at consecutive positions, six launches: the weights are read once, and a row's bits do not
         depend on how many rows there are. That is what makes a verify row equal a decode row."""
         c, w, work = self.config, self.layers[layer], self.work
         qkv_SE = skinny(hidden_SD, w["qkv"], work, norm=(w["attn_norm"], c.eps))
@@ -573,17 +575,24 @@ class Snapshot:
 
 
 class DraftSource:
-    """Proposes ids from the host. Subclass it, or pass any object with these methods as `draft_source`.
+    """Proposes ids from the host, in place of the drafter. Subclass it; `propose` alone is enough.
 
-    `propose` gets the ids committed so far (never empty) and returns at most `limit` ids that may follow. Whatever
-    it returns, the answer stays the target's: a wrong, empty, endless or broken proposal costs time and nothing else.
+    Whatever a source returns, the answer stays the target's: a wrong, empty, endless or broken proposal costs time and
+    nothing else. One source may serve many requests, one after the other, and remember what it likes between them.
     """
 
+    def begin(self, question: str) -> None:
+        """A request starts."""
+
     def propose(self, committed: list[int], limit: int) -> list[int]:
+        """At most `limit` ids that may follow the ids committed so far (never empty)."""
         raise NotImplementedError
 
+    def verdict(self, drafted: int, accepted: int) -> None:
+        """How many of the last proposal the target agreed with."""
+
     def learn(self, answer: list[int]) -> None:
-        """Called once with the target's finished answer."""
+        """The request ended with this answer."""
 
 
 class Fixed(DraftSource):
@@ -594,6 +603,142 @@ class Fixed(DraftSource):
 
     def propose(self, committed, limit):
         return self.ids[len(committed):len(committed) + limit]
+
+
+class Previous(DraftSource):
+    """The last answer to the same question, by position."""
+
+    def __init__(self):
+        self.question, self.last = "", {}
+
+    def begin(self, question):
+        self.question = question
+
+    def propose(self, committed, limit):
+        return self.last.get(self.question, [])[len(committed):len(committed) + limit]
+
+    def learn(self, answer):
+        self.last[self.question] = list(answer)
+
+
+class Constant(DraftSource):
+    """The most frequent way on among past answers to the same question that begin as this one does."""
+
+    def __init__(self, most: int = 2000):
+        self.question, self.most, self.answers = "", most, {}
+
+    def begin(self, question):
+        self.question = question
+
+    def propose(self, committed, limit):
+        alive, path = [a for a in self.answers.get(self.question, []) if a[:len(committed)] == committed], []
+        at = len(committed)
+        while len(path) < limit:
+            counts = collections.Counter(a[at] for a in alive if len(a) > at)
+            if not counts:
+                break
+            path.append(counts.most_common(1)[0][0])
+            alive, at = [a for a in alive if len(a) > at and a[at] == path[-1]], at + 1
+        return path
+
+    def learn(self, answer):
+        self.answers.setdefault(self.question, collections.deque(maxlen=self.most)).append(list(answer))
+
+
+class Memory(DraftSource):
+    """n-gram memory over the target's past answers: the id seen most often after the longest known context.
+
+    order: longest context in ids; most: answers kept, the oldest is forgotten; weight: of an answer of this stream,
+    against 1 for those taught from elsewhere. Pooled over questions; threads may share one. `save` and `load` keep the
+    answers as JSON.
+    """
+
+    def __init__(self, order: int = 8, most: int = 5000, weight: int = 20):
+        self.order, self.most, self.weight = order, most, weight
+        self.after, self.kept, self.lock = {}, collections.deque(), threading.Lock()
+
+    def propose(self, committed, limit):
+        ids = committed[-self.order:] if self.order else []
+        with self.lock:
+            for _ in range(limit):
+                tail = ids[-self.order:]
+                known = next((self.after[key] for n in range(len(tail) + 1) if (key := tuple(tail[n:])) in self.after),
+                             None)
+                if not known:
+                    break
+                ids = ids + [max(known, key=known.get)]
+        return ids[len(committed[-self.order:]):]
+
+    def learn(self, answer):
+        self.teach(answer, self.weight)
+
+    def teach(self, answer, weight: int = 1) -> None:
+        """Adds an answer; `weight` says how much more it counts than one."""
+        with self.lock:
+            self._count(answer, weight)
+            self.kept.append((list(answer), weight))
+            if len(self.kept) > self.most:
+                self._count(*((oldest := self.kept.popleft())[0], -oldest[1]))
+
+    def _count(self, answer, weight: int) -> None:
+        for i, fresh in enumerate(answer):
+            for start in range(max(0, i - self.order), i + 1):
+                key = tuple(answer[start:i])
+                counts = self.after.setdefault(key, {})
+                counts[fresh] = counts.get(fresh, 0) + weight
+                if counts[fresh] <= 0:                       # forgotten: leave no trace, so that the bound holds
+                    del counts[fresh]
+                    if not counts:
+                        del self.after[key]
+
+    def save(self, path) -> None:
+        partial = Path(f"{path}.partial")
+        with self.lock:
+            partial.write_text(json.dumps({"order": self.order, "most": self.most, "answers": list(self.kept)}))
+        partial.rename(path)
+
+    @classmethod
+    def load(cls, path) -> Memory:
+        try:
+            raw = json.loads(Path(path).read_text())
+            memory = cls(int(raw["order"]), int(raw["most"]))
+            for ids, weight in raw["answers"]:
+                memory.teach([int(i) for i in ids], int(weight))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: not a saved memory ({describe(error)}); wants what Memory.save wrote") from None
+        return memory
+
+
+class Best(DraftSource):
+    """Of several sources, the proposal of the one whose drafts were accepted most of late."""
+
+    def __init__(self, *sources: DraftSource, memory: float = 0.9):
+        self.sources, self.decay, self.asked = sources, memory, None
+        self.expected = [float("inf")] * len(sources)        # nobody is judged before the first try
+
+    def begin(self, question):
+        for source in self.sources:
+            source.begin(question)
+
+    def propose(self, committed, limit):
+        for i in sorted(range(len(self.sources)), key=lambda i: -self.expected[i]):
+            if drafts := self.sources[i].propose(committed, limit):
+                self.asked = i
+                return drafts
+        return []
+
+    def verdict(self, drafted, accepted):
+        self.sources[self.asked].verdict(drafted, accepted)
+        old = self.expected[self.asked]
+        self.expected[self.asked] = accepted if old == float("inf") else self.decay * old + (1 - self.decay) * accepted
+
+    def learn(self, answer):
+        for source in self.sources:
+            source.learn(answer)
+
+
+SOURCES = {"previous": Previous, "constant": Constant, "memory": Memory,
+           "best": lambda: Best(Memory(), Previous(), Constant())}
 
 
 # ---- the request -----------------------------------------------------------------------------------------------
@@ -884,6 +1029,7 @@ class Engine:
                 drafts = propose(req.source, committed, G, req)
                 if drafts:
                     state = self._verify(req, drafts, G, words, emit)
+                    req.source.verdict(len(drafts), min(len(drafts), state[ACCEPT_LEN]))
                     continue
             elif G and req.drafter_error is None:
                 try:
@@ -985,6 +1131,8 @@ class Engine:
             req = Request(mode, question, frames, events, paths, image_path is not None, event_frames, canvas,
                           max_new_tokens, draft_len, overlap_len, draft_source, ignore_eos, Timeline(active))
             self._prepare(req, active, len(images) if event_path is None and uses_drafter else event_frames)
+            if draft_source is not None:
+                draft_source.begin(question)
             req.timeline.start()
             yield from self._run(req, active)
 
@@ -1082,7 +1230,7 @@ class Engine:
         if len(result.output_ids) > 1:
             result.tpot = (result.wall_clock_time - result.ttft) / (len(result.output_ids) - 1)
         result.peak_memory = peak_memory(decider.device)
-        if req.source is not None and hasattr(req.source, "learn"):
+        if req.source is not None:
             req.source.learn(result.output_ids)
         return Event("final", result.output_text, delta, result.output_ids, result.wall_clock_time * 1e3,
                      result.finish_reason, result)

@@ -145,6 +145,16 @@ def test_stale_rows_of_the_previous_request_change_nothing(pair):
     assert pair.generate(mode="speculative", **asked(1)).output_ids == ids
 
 
+@pytest.mark.parametrize("name", list(engine.SOURCES))
+def test_every_source_learns_over_requests_and_never_changes_an_answer(pair, name):
+    source, rounds = engine.SOURCES[name](), []
+    for i in (0, 1, 0, 0):
+        result = pair.generate(mode="speculative", draft_source=source, **asked(i))
+        assert result.output_ids == truth(pair, i, 0) and result.drafter_error is None
+        rounds.append(result.rounds)
+    assert rounds[-1] < rounds[0]                            # it has seen this very answer twice by then
+
+
 class Broken(DraftSource):
     def propose(self, committed, limit):
         raise RuntimeError("out of ideas")
