@@ -889,7 +889,7 @@ class Engine:
     def __init__(self, target: Target | None, drafter: Drafter | None, draft_len: int = 5, overlap_len: int = 15):
         self.target, self.drafter = target, drafter
         self.draft_len, self.overlap_len = draft_len, overlap_len
-        self.lock = threading.Lock()
+        self.lock, self.owner = threading.Lock(), None       # owner: the thread whose request runs
         # One lasting thread a model: cuDNN keeps its plans per thread, and a new thread pays 70 ms to make them again.
         self.threads = {m.side: ThreadPoolExecutor(1, thread_name_prefix=m.side) for m in self.models}
 
@@ -1024,14 +1024,14 @@ class Engine:
         if req.source is None:
             req.drafter_done.wait()
         while not state[DONE] and not req.cancelled.is_set():
-            if req.source is not None:
+            if req.source is not None and G:
                 committed = state[STATE:STATE + state[N_OUT]]
-                drafts = propose(req.source, committed, G, req)
+                drafts = guarded(req, lambda ids: [int(i) for i in req.source.propose(ids, G)][:G], committed)
                 if drafts:
                     state = self._verify(req, drafts, G, words, emit)
-                    req.source.verdict(len(drafts), min(len(drafts), state[ACCEPT_LEN]))
+                    guarded(req, req.source.verdict, len(drafts), min(len(drafts), state[ACCEPT_LEN]))
                     continue
-            elif G and req.drafter_error is None:
+            elif req.source is None and G and req.drafter_error is None:
                 try:
                     with drafter.on_stream():
                         wait_for(drafter, model)
@@ -1119,22 +1119,31 @@ class Engine:
                 raise InputError(f"{path}: no such file; check the path")
         question = check_question(query)
         images = [event_image_path] if isinstance(event_image_path, (str, Path)) else event_image_path
+        if uses_drafter and event_path is None and not images:
+            raise InputError("event_image_path: an empty list; pass one PNG or several")
         frames = (lambda: read_images([image_path])) if image_path is not None else (
             lambda: read_video(video_path, self.target.num_frames, frame_rule))
         events = (lambda: read_events(event_path)) if event_path is not None else (lambda: read_images(images))
-        with self.lock, torch.inference_mode():
-            active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
-            for model in active:
-                if model.on_gpu:
-                    torch.cuda.reset_peak_memory_stats(model.device)
-            paths = {"target": video_path or image_path, "drafter": event_path or images and images[0]}
-            req = Request(mode, question, frames, events, paths, image_path is not None, event_frames, canvas,
-                          max_new_tokens, draft_len, overlap_len, draft_source, ignore_eos, Timeline(active))
-            self._prepare(req, active, len(images) if event_path is None and uses_drafter else event_frames)
-            if draft_source is not None:
-                draft_source.begin(question)
-            req.timeline.start()
-            yield from self._run(req, active)
+        if self.owner == threading.get_ident():
+            raise InputError("engine: a stream of this thread is still open; finish or close it first")
+        with self.lock:
+            self.owner = threading.get_ident()
+            try:
+                active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
+                paths = {"target": video_path or image_path, "drafter": event_path or images and images[0]}
+                req = Request(mode, question, frames, events, paths, image_path is not None, event_frames, canvas,
+                              max_new_tokens, draft_len, overlap_len, draft_source, ignore_eos, Timeline(active))
+                for model in active:
+                    if model.on_gpu:
+                        torch.cuda.reset_peak_memory_stats(model.device)
+                with torch.inference_mode():                 # not around the yields: it would leak to the caller
+                    self._prepare(req, active, len(images) if event_path is None and uses_drafter else event_frames)
+                if draft_source is not None:
+                    guarded(req, draft_source.begin, question)
+                req.timeline.start()
+                yield from self._run(req, active)
+            finally:
+                self.owner = None
 
     def generate(self, *args, **kwargs) -> Result:
         """The finished `Result`; arguments as `stream`."""
@@ -1215,6 +1224,8 @@ class Engine:
         ended = not req.ignore_eos and result.output_ids[-1:] == [decider.config.eos_id]
         result.finish_reason = "stop" if ended else "length"
         result.timeline, result.stages = req.timeline.resolve()
+        if req.source is not None:
+            guarded(req, req.source.learn, list(result.output_ids))
         result.prompt_rows, result.drafter_error = req.prompt_rows, req.drafter_error
         result.accept_lens, result.drafted, result.rounds = req.accept_lens, req.drafted, len(req.accept_lens)
         result.accepted_tokens = sum(req.accept_lens)
@@ -1230,21 +1241,17 @@ class Engine:
         if len(result.output_ids) > 1:
             result.tpot = (result.wall_clock_time - result.ttft) / (len(result.output_ids) - 1)
         result.peak_memory = peak_memory(decider.device)
-        if req.source is not None:
-            req.source.learn(result.output_ids)
         return Event("final", result.output_text, delta, result.output_ids, result.wall_clock_time * 1e3,
                      result.finish_reason, result)
 
 
-def propose(source, committed, G: int, req: Request) -> list[int]:
-    """At most G ids from a host source; a source that breaks is noted and gives none."""
-    if not G:
-        return []
+def guarded(req: Request, call, *args):
+    """What a draft source says, or None with a note if it breaks: that must not cost the answer."""
     try:
-        return [int(i) for i in source.propose(list(committed), G)][:G]
+        return call(*args)
     except Exception as error:
         req.drafter_error = describe(error)
-        return []
+        return None
 
 
 def describe(error: Exception) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import engine
-from engine import MODES, DraftSource, Fixed, InputError
+from engine import MODES, Fixed, InputError
 
 TINY = Path(engine.__file__).resolve().parent / "weights" / "tiny"
 CLIPS = TINY / "clips"
@@ -155,13 +155,13 @@ def test_every_source_learns_over_requests_and_never_changes_an_answer(pair, nam
     assert rounds[-1] < rounds[0]                            # it has seen this very answer twice by then
 
 
-class Broken(DraftSource):
-    def propose(self, committed, limit):
+@pytest.mark.parametrize("where", ["begin", "propose", "verdict", "learn"])
+def test_a_source_that_breaks_costs_nothing_but_its_drafts(pair, where):
+    def out_of_ideas(*_):
         raise RuntimeError("out of ideas")
-
-
-def test_a_source_that_breaks_costs_nothing_but_its_drafts(pair):
-    result = pair.generate(mode="speculative", draft_source=Broken(), **asked(0))
+    source = Fixed([3] * 64)
+    setattr(source, where, out_of_ideas)
+    result = pair.generate(mode="speculative", draft_source=source, **asked(0))
     assert result.output_ids == truth(pair, 0, 0) and "out of ideas" in result.drafter_error
 
 
@@ -219,6 +219,16 @@ def test_a_stream_closed_early_leaves_the_engine_usable(pair):
     assert pair.generate(mode="target_only", **asked(0)).output_ids == truth(pair, 0, 0)
 
 
+def test_the_callers_thread_is_left_as_it_was_between_events(pair):
+    stream = pair.stream(mode="prefill_only", **asked(0))
+    next(stream)
+    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+    with pytest.raises(InputError, match="still open"):
+        pair.generate(mode="target_only", **asked(0))        # it would wait for itself for ever
+    stream.close()
+    assert pair.generate(mode="target_only", **asked(0)).output_ids == truth(pair, 0, 0)
+
+
 def test_two_threads_on_one_engine_are_served_in_turn(pair):
     results = {}
     threads = [threading.Thread(target=lambda i=i: results.update({i: pair.generate(mode="speculative", **asked(i))}))
@@ -257,7 +267,7 @@ def test_the_seeds_api_answers(pair, monkeypatch):
     ({"mode": "fast"}, "mode 'fast'"), ({"max_new_tokens": 0}, "max_new_tokens"), ({"draft_len": 32}, "draft_len"),
     ({"max_new_tokens": 10 ** 6}, "raise --cache-rows"), ({"video_path": None}, "video_path"),
     ({"video_path": "no/such.mp4"}, "no/such.mp4"), ({"event_path": "no/such.npy"}, "no/such.npy"),
-    ({"event_path": None}, "event_path"), ({"query": None}, "question"), ({"query": "\ud800"}, "question"),
+    ({"event_path": None}, "event_path"), ({"event_path": None, "event_image_path": []}, "event_image_path"), ({"query": None}, "question"), ({"query": "\ud800"}, "question"),
     ({"query": "x" * 200_000}, "question"), ({"video_path": __file__}, "test_request.py"),
     ({"event_path": __file__}, "test_request.py"), ({"frame_rule": "random"}, "rule"),
 ], ids=str)
