@@ -267,7 +267,8 @@ def test_the_seeds_api_answers(pair, monkeypatch):
     ({"mode": "fast"}, "mode 'fast'"), ({"max_new_tokens": 0}, "max_new_tokens"), ({"draft_len": 32}, "draft_len"),
     ({"max_new_tokens": 10 ** 6}, "raise --cache-rows"), ({"video_path": None}, "video_path"),
     ({"video_path": "no/such.mp4"}, "no/such.mp4"), ({"event_path": "no/such.npy"}, "no/such.npy"),
-    ({"event_path": None}, "event_path"), ({"event_path": None, "event_image_path": []}, "event_image_path"), ({"query": None}, "question"), ({"query": "\ud800"}, "question"),
+    ({"event_path": None}, "event_path"), ({"event_path": None, "event_image_path": []}, "event_image_path"),
+    ({"query": None}, "question"), ({"query": "\ud800"}, "question"),
     ({"query": "x" * 200_000}, "question"), ({"video_path": __file__}, "test_request.py"),
     ({"event_path": __file__}, "test_request.py"), ({"frame_rule": "random"}, "rule"),
 ], ids=str)
