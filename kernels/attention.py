@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.check import INTERPRETED, stages_that_fit
+from kernels.check import INTERPRETED, self_check, stages_that_fit
 from kernels.rope_store import rope_store_ref, rotate
 
 LOG2E = 1.4426950408889634
@@ -377,5 +377,4 @@ def main():
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    self_check(main, __file__)

@@ -3,6 +3,7 @@ Ceilings are measured on the card at hand, never quoted: a read-only stream of 4
 
 import functools
 import os
+import sys
 
 import torch
 
@@ -99,3 +100,14 @@ def table(title, header, rows):
     for row in cells:
         first, *rest = (c.rjust(w) for c, w in zip(row, widths, strict=True))
         print("  ".join(["  " + first.strip().ljust(widths[0]), *rest]))
+
+
+def self_check(main, file):
+    """Runs a kernel file's `main`; without a GPU, one line that says where its agreement is tested, and exit 2."""
+    if not torch.cuda.is_available():
+        name = os.path.basename(file)
+        print(f"kernels/{name}: no CUDA device to check and time it on; its agreement is tested on the CPU by Triton's "
+              f"interpreter: python -m pytest tests/test_{name}", file=sys.stderr)
+        sys.exit(2)
+    with torch.inference_mode():
+        main()

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.check import INTERPRETED
+from kernels.check import INTERPRETED, self_check
 
 HEADS = 16                       # heads a program turns
 
@@ -101,5 +101,4 @@ def main():
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    self_check(main, __file__)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.check import INTERPRETED
+from kernels.check import INTERPRETED, self_check
 
 STATE = 8                            # words before the ids
 N_OUT, DONE, ACCEPT_LEN, PROMPT_LEN, EOS_ID, LIMIT, NONFINITE, ROUNDS = (tl.constexpr(i) for i in range(8))
@@ -180,5 +180,4 @@ def main():
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    self_check(main, __file__)

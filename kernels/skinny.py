@@ -29,7 +29,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import SplitWork, prefetch, step_attention
-from kernels.check import INTERPRETED, stages_that_fit
+from kernels.check import INTERPRETED, self_check, stages_that_fit
 from kernels.rmsnorm import rmsnorm_ref
 from kernels.round import RoundWork
 from kernels.swiglu import silu_times, swiglu_ref
@@ -329,5 +329,4 @@ def main():
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    self_check(main, __file__)

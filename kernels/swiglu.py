@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.check import INTERPRETED
+from kernels.check import INTERPRETED, self_check
 
 BLOCK_F = 1024
 
@@ -60,5 +60,4 @@ def main():
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    self_check(main, __file__)
