@@ -202,6 +202,7 @@ def measure(e, samples, options, rows: list) -> None:
             for _ in range(options.repeats):
                 for mode in options.modes:
                     results[mode].append(run_sample(e, sample, mode, options))
+                    options.shown = results[mode][-1]
         except InputError as error:
             row["error"] = str(error)
         else:
@@ -474,6 +475,82 @@ def write_json(path: str, report) -> None:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --json path") from None
 
 
+# ---- the request as a picture ----------------------------------------------------------------------------------
+
+COLOURS = {"load": "#9aa5b1", "preprocess": "#c3cad2", "encode": "#6aa9d8", "prefill": "#2f6fa7", "draft": "#e39b3b",
+           "verify": "#4d9a57", "decode": "#a9cf9f"}
+ROWS = ("host", "drafter", "target")
+
+
+def draft_cells(result) -> list[tuple]:
+    """(start_s, end_s, accepted) of every draft on the timeline, those of the head start first."""
+    lens = list(result.accept_lens)
+    head = lens.pop(0) if result.span_len else 0                                # the drafter's first id has no bar
+    single = [(start, end) for row, stage, start, end, note in result.timeline
+              if (row, stage) == ("drafter", "draft") and not note]
+    cells = [(start, end, i < head) for i, (start, end) in enumerate(single)]
+    for row, stage, start, end, note in result.timeline:
+        if (row, stage) == ("drafter", "draft") and note:
+            count, accepted = int(note.split()[0]), lens.pop(0) if lens else 0
+            width = (end - start) / count
+            cells += [(start + i * width, start + (i + 1) * width, i < accepted) for i in range(count)]
+    return cells
+
+
+def draw_timeline(result, path: str) -> None:
+    """A PNG of one request: three rows, stages as bars with their milliseconds, accepted drafts filled and rejected
+    ones hollow, the time before the target's first id shaded."""
+    from PIL import Image, ImageDraw
+    left, wide, high, top = 90, 1100, 46, 40
+    total = max(end for *_, end, _ in result.timeline) * 1e3
+    image = Image.new("RGB", (left + wide + 20, top + 3 * (high + 14) + 60), "white")
+    draw, x = ImageDraw.Draw(image), lambda seconds: left + seconds * 1e3 / total * wide
+    if result.ttft:
+        draw.rectangle([left, top - 8, x(result.ttft), top + 3 * (high + 14)], fill="#f3f1ea")
+    draw.text((left, 8), f"{result.mode}: {len(result.output_ids)} ids in {result.wall_clock_time * 1e3:.0f} ms, first "
+              f"after {(result.ttft or 0) * 1e3:.0f} ms; {result.accepted_tokens} of {result.drafted} verified drafts "
+              f"accepted", fill="black")
+    for i, name in enumerate(ROWS):
+        y = top + i * (high + 14)
+        draw.text((8, y + high // 2 - 6), name, fill="black")
+        lanes = {}
+        for row, stage, start, end, note in result.timeline:
+            if row != name or stage == "draft":
+                continue
+            lane = lanes.setdefault(note, len(lanes)) if row == "host" else 0           # the two loads overlap
+            y0, y1 = (y + lane * high // 2, y + (lane + 1) * high // 2 - 2) if row == "host" else (y, y + high)
+            draw.rectangle([x(start), y0, max(x(end), x(start) + 1), y1], fill=COLOURS[stage], outline="white")
+            label = f"{stage} {(end - start) * 1e3:.1f}"
+            if x(end) - x(start) > draw.textlength(label) + 4:
+                draw.text((x(start) + 3, (y0 + y1) // 2 - 6), label, fill="black")
+        if name == "drafter":
+            for start, end, accepted in draft_cells(result):
+                draw.rectangle([x(start), y, max(x(end) - 1, x(start) + 1), y + high], outline=COLOURS["draft"],
+                               fill=COLOURS["draft"] if accepted else "white")
+    y, steps = top + 3 * (high + 14), [m * 10 ** e for e in range(7) for m in (1, 2, 5)]
+    step = next((s for s in steps if total / s < 14), 10 ** 7)
+    for ms in range(0, int(total) + 1, step):
+        draw.line([x(ms / 1e3), y, x(ms / 1e3), y + 5], fill="black")
+        draw.text((x(ms / 1e3) - 8, y + 8), f"{ms}", fill="black")
+    at = left
+    for stage, colour in COLOURS.items():
+        draw.rectangle([at, y + 34, at + 10, y + 44], fill=colour)
+        draw.text((at + 14, y + 32), stage, fill="black")
+        at += 26 + draw.textlength(stage)
+    draw.text((at + 8, y + 32), "ms; filled drafts accepted, hollow rejected; shaded: before the first answer id",
+              fill="black")
+    image.save(path, "PNG")
+
+
+def write_trace(result, path: str) -> None:
+    """The same bars as a Chrome trace, for ui.perfetto.dev."""
+    events = [{"name": "thread_name", "ph": "M", "pid": 0, "tid": i, "args": {"name": name}}
+              for i, name in enumerate(ROWS)]
+    events += [{"name": stage, "ph": "X", "ts": start * 1e6, "dur": (end - start) * 1e6, "pid": 0,
+                "tid": ROWS.index(row), "args": {"note": note}} for row, stage, start, end, note in result.timeline]
+    Path(path).write_text(json.dumps({"traceEvents": events}))
+
+
 # ---- draft sources on recorded answers -------------------------------------------------------------------------
 
 
@@ -738,6 +815,8 @@ def parse(argv):
     add("--repeats", type=int, default=3, metavar="N")
     add("--ignore-eos", action=argparse.BooleanOptionalAction, help="fixed length (default with random weights)")
     add("--json", metavar="PATH", help="also write the JSON object there; - prints nothing else on stdout")
+    add("--timeline", metavar="PNG", help="draw the last request measured (the last of --modes)")
+    add("--trace", metavar="JSON", help="the same as a trace for ui.perfetto.dev")
     add("--profile", action="store_true", help="mark the measured runs for nsys (cudaProfilerApi) with NVTX names")
     add("--draft-source", default="drafter", choices=("drafter", *engine.SOURCES),
         help="who drafts in speculative mode (default %(default)s)")
@@ -819,6 +898,12 @@ def run(options, command) -> int:
         measure(e, samples, options, rows)
     except KeyboardInterrupt:
         interrupted = True
+    for path, write in ((options.timeline, draw_timeline), (options.trace, write_trace)):
+        if path and rows and "error" not in rows[-1]:
+            try:
+                write(options.shown, path)
+            except OSError as error:
+                raise InputError(f"{path}: cannot be written ({error.strerror}); choose another path") from None
     identical = compare(rows)
     weights = {"kind": options.kind, **{m.side: {
         "path": Path(m.path).name, "dtype": str(m.decoder.dtype).removeprefix("torch."),

@@ -768,7 +768,8 @@ class Result(collections.abc.Mapping):
     draft_ids: list = field(default_factory=list)     # the overlap drafts, as far as the host saw them
     drafted: int = 0                        # drafts the target looked at
     accepted_tokens: int = 0                # drafts it agreed with; bonus ids not counted
-    rejected_at: int = -1                   # index of the first rejected draft of the first span, -1 if none
+    span_len: int = 0                       # head-start drafts that were verified in one forward
+    rejected_at: int = -1                   # index of the first rejected draft of that span, -1 if none
     rounds: int = 0
     accept_lens: list = field(default_factory=list)
     acceptance_rate: float = 0.0            # accepted / drafted
@@ -1233,6 +1234,7 @@ class Engine:
             result.acceptance_rate = result.accepted_tokens / result.drafted
         if result.rounds:
             result.tokens_per_round = result.accepted_tokens / result.rounds + 1
+        result.span_len = len(req.first_span)
         if req.first_span and req.accept_lens and req.accept_lens[0] < len(req.first_span):
             result.rejected_at = req.accept_lens[0]
         if deciding == "target":

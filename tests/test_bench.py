@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import bench
 import engine
@@ -65,6 +66,22 @@ def test_a_saved_run_prints_the_same_report_again(run, tmp_path, capsys):
     path.write_text(json.dumps(run[2]))
     assert bench.main(["--from-json", str(path)]) == 0
     assert capsys.readouterr().out.splitlines() == run[1]
+
+
+def test_the_timeline_draws_every_draft_and_fills_the_accepted_ones(tmp_path):
+    e = engine.load_engine(bench.TINY / "drafter", bench.TINY / "target", device="cpu")
+    options = bench.parse(QUICK)
+    options.ignore_eos, options.source = False, None
+    result = bench.run_sample(e, bench.read_dataset(CLIPS, None, 1)[0][0], "speculative", options)
+    cells = bench.draft_cells(result)
+    assert sum(accepted for *_, accepted in cells) == result.accepted_tokens
+    assert len(cells) >= result.drafted and all(end >= start for start, end, _ in cells)
+    picture, trace = tmp_path / "t.png", tmp_path / "t.json"
+    bench.draw_timeline(result, picture)
+    bench.write_trace(result, trace)
+    assert Image.open(picture).size[0] > 1000 and len(Image.open(picture).convert("RGB").getcolors(1 << 16)) > 6
+    bars = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
+    assert len(bars) == len(result.timeline) and {e["tid"] for e in bars} == {0, 1, 2}
 
 
 def test_json_dash_prints_nothing_but_the_object(user_env):

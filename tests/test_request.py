@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import engine
 from engine import MODES, Fixed, InputError
+from kernels.frames import draw_events
+from weights.media import read_events
 
 TINY = Path(engine.__file__).resolve().parent / "weights" / "tiny"
 CLIPS = TINY / "clips"
@@ -190,6 +193,32 @@ def test_nan_in_the_drafter_is_noted_and_nan_in_the_target_is_an_error(pair):
         finally:
             weight.copy_(kept)
     assert pair.generate(mode="speculative", **asked(0)).output_ids == ids
+
+
+# ---- other ways in
+
+
+def test_event_images_give_the_same_drafts_as_the_recording_they_were_drawn_from(pair, tmp_path):
+    given, paths = asked(0), []
+    for i, frame_HW3 in enumerate(draw_events(read_events(given["event_path"]))):
+        paths.append(tmp_path / f"{i}.png")
+        height, width, _ = frame_HW3.shape
+        Image.frombytes("RGB", (width, height), bytes(frame_HW3.flatten().tolist())).save(paths[-1])
+    drawn = pair.generate(mode="drafter_only", **given)
+    loaded = pair.generate(mode="drafter_only", **{**given, "event_path": None, "event_image_path": paths})
+    assert drawn.output_ids == loaded.output_ids
+    one = pair.generate(mode="drafter_only", **{**given, "event_path": None, "event_image_path": str(paths[0])})
+    assert one.prompt_rows["drafter"] == drawn.prompt_rows["drafter"] - 4     # one temporal row a frame
+
+
+def test_a_picture_in_place_of_a_video_goes_through_the_image_tower(pair, tmp_path):
+    path, given = tmp_path / "p.png", asked(0)
+    Image.new("RGB", (120, 96), (200, 40, 30)).save(path)
+    still = {**given, "video_path": None, "image_path": path}
+    alone = pair.generate(mode="target_only", **still)
+    assert alone.prompt_rows["target"] == len(pair.target.prompt(given["query"]).before) + pair.target.vision.P + len(
+        pair.target.prompt(given["query"]).after)
+    assert pair.generate(mode="speculative", **still).output_ids == alone.output_ids
 
 
 # ---- streaming and results
