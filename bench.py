@@ -146,10 +146,20 @@ def ceilings(device) -> dict:
     return {"read_bw": bandwidth, "gemm_flops": flops}
 
 
-def work_of(model, rows: int) -> dict:
-    """What one step at `rows` cache rows moves, and what a prefill of as many computes."""
-    return {"prompt_rows": rows, "weight_bytes": weight_bytes(model), "kv_bytes_per_row": kv_bytes(model),
-            "step_bytes": weight_bytes(model) + kv_bytes(model) * rows, "prefill_flop": prefill_flop(model, rows)}
+def work_of(model) -> dict:
+    """What a step moves and a prefill computes, as factors of the prompt's rows (`at_rows` puts them in).
+
+    Multiply and add count as two: every row through every layer, causal attention, the head for one row."""
+    c, d = model.config, model.decoder
+    return {"weight_bytes": weight_bytes(model), "kv_bytes_per_row": kv_bytes(model),
+            "flop_per_row": 2 * sum(t.numel() for layer in d.layers for t in layer.values()),
+            "flop_per_row_pair": 2 * c.H * c.K * c.L, "flop_head": 2 * d.head_VD.numel()}
+
+
+def at_rows(work: dict, rows: int) -> dict:
+    return work | {"prompt_rows": rows, "step_bytes": work["weight_bytes"] + work["kv_bytes_per_row"] * rows,
+                   "prefill_flop": work["flop_per_row"] * rows + work["flop_per_row_pair"] * rows * (rows + 1)
+                   + work["flop_head"]}
 
 
 def best_of(fn, runs: int = 5) -> float:
@@ -187,10 +197,11 @@ def run_sample(e, sample: Sample, mode: str, options) -> engine.Result:
                       draft_source=options.source if mode == "speculative" else None)
 
 
-def measure(e, samples, options, rows: list) -> None:
-    """Runs every mode on every sample, repeats and modes interleaved, and appends to `rows` as it goes."""
+def measure(e, samples, options, rows: list, keep=None) -> None:
+    """Runs every mode on every sample, repeats and modes interleaved, and appends to `rows` as it goes; `keep` is
+    called with each finished row."""
     progress = Progress(len(samples))
-    for _ in range(options.warmup):
+    for _ in range(options.warmup if samples else 0):
         for mode in options.modes:
             run_sample(e, samples[0], mode, options)
     if options.profile:
@@ -209,6 +220,8 @@ def measure(e, samples, options, rows: list) -> None:
             row["truth"] = sample.truth
             row["modes"] = {mode: summary(of, results.get("target_only")) for mode, of in results.items()}
         rows.append(row)
+        if keep:
+            keep(row)
         progress.step(sample.id)
     if options.profile:
         torch.cuda.profiler.stop()
@@ -282,6 +295,11 @@ def ratio_of(rows, mode: str):
     """{p50, low, high}: target_only's e2e over the mode's, paired by sample, with a bootstrap interval of 95 %."""
     ratios = [row["modes"]["target_only"]["e2e_ms"] / row["modes"][mode]["e2e_ms"] for row in rows
               if mode in row["modes"] and "target_only" in row["modes"]]
+    return interval(ratios)
+
+
+def interval(ratios: list[float]):
+    """{p50, low, high}: the median and its bootstrap interval of 95 %; None without values."""
     if not ratios:
         return None
     rng = random.Random(0)
@@ -362,16 +380,9 @@ def stage_rows(report) -> list:
     return table
 
 
-def prefill_flop(model, rows: int) -> float:
-    """Multiply and add counted as two; every row through every layer, causal attention, the head for one row."""
-    c, d = model.config, model.decoder
-    return (2 * rows * sum(t.numel() for layer in d.layers for t in layer.values()) + 2 * d.head_VD.numel()
-            + 2 * rows * (rows + 1) * c.H * c.K * c.L)
-
-
-def warnings_of(figures, rows, facts, options, weights) -> list:
-    found = []
-    if weights["kind"] == "random-7b":
+def warnings_of(figures, rows, head) -> list:
+    found, facts = [], head["machine"]
+    if head["weights"]["kind"] == "random-7b":
         found.append("RANDOM WEIGHTS: times are real, texts and acceptance mean nothing")
     for mode, of in figures.items():
         if of["e2e_ms"]["p80"] > 1.1 * of["e2e_ms"]["p20"]:
@@ -380,7 +391,7 @@ def warnings_of(figures, rows, facts, options, weights) -> list:
         found.append(f"{len(rows)} samples: the intervals of the ratios are rough below 10")
     if facts["others_on_gpu"]:
         found.append(f"{facts['others_on_gpu']} other processes use this GPU")
-    if options.device.type == "cpu":
+    if facts["gpu"] is None:
         found.append("on a CPU this shows that it works, not how fast it can be")
     for row in rows:
         for mode, of in row["modes"].items():
@@ -473,6 +484,113 @@ def write_json(path: str, report) -> None:
         partial.rename(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --json path") from None
+
+
+# ---- long runs: rows on disk, shards, merging, comparing ---------------------------------------------------------
+
+SAME = ("schema", "commit", "weights", "config")     # of a header: rows under different ones never share a table
+
+
+class RowFile:
+    """Finished rows, one JSON object a line under a header line, so that a run that dies loses nothing but the sample
+    it was in. Without a path it keeps nothing. `rows` are those found on resuming."""
+
+    def __init__(self, path: Path | None, head: dict, resume: bool):
+        self.path, self.rows, self.file = path, [], None
+        if path is None:
+            return
+        if path.exists() and not resume:
+            raise InputError(f"{path}: is already there; pass --resume to go on with it, or choose another --rows")
+        if path.exists():
+            found, self.rows, whole = read_rows(path)
+            differing = [name for name in SAME if found.get(name) != head[name]]
+            if differing:
+                raise InputError(f"{path}: was written under another {', '.join(differing)}; choose another --rows")
+            with open(path, "r+b") as file:                  # a line that was cut off is written again
+                file.truncate(whole)
+        try:
+            self.file = open(path, "a", encoding="utf-8")
+            if not path.stat().st_size:
+                self._line(head)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --rows") from None
+
+    def append(self, row: dict) -> None:
+        if self.file:
+            self._line(row)
+
+    def _line(self, value: dict) -> None:
+        self.file.write(json.dumps(value) + "\n")
+        self.file.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.file:
+            self.file.close()
+
+
+def read_rows(path: Path) -> tuple[dict, list, int]:
+    """(header, rows, bytes of whole lines) of a row file. A last line without its end is left out."""
+    try:
+        raw = path.read_bytes()
+        whole = raw.rfind(b"\n") + 1
+        head, *rows = [json.loads(line) for line in raw[:whole].splitlines()]
+        assert isinstance(head["config"], dict) and all("id" in row for row in rows)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise InputError(f"{path}: not a file of rows ({engine.describe(error)}); wants what --rows wrote") from None
+    return head, rows, whole
+
+
+def merged(paths: list[Path]) -> dict:
+    """One report of several row files, by id: differing headers, duplicates and holes are refused."""
+    heads, rows = [], {}
+    for path in paths:
+        head, found, _ = read_rows(path)
+        differing = [name for name in SAME if heads and head.get(name) != heads[0].get(name)]
+        if differing:
+            raise InputError(f"{path}: was written under another {', '.join(differing)} than {paths[0]}; merge runs of "
+                             f"one commit and one set of flags")
+        heads.append(head)
+        for row in found:
+            if row["id"] in rows:
+                raise InputError(f"{path}: sample {row['id']} is there twice; give every row file once")
+            rows[row["id"]] = row
+    missing = heads[0]["config"]["samples"] - len(rows)
+    if missing:
+        raise InputError(f"{paths[0]}: {missing} of {heads[0]['config']['samples']} samples are missing; give the row "
+                         f"files of all shards, finished")
+    return assemble({**heads[0], "command": f"bench.py --merge of {len(paths)} row files"},
+                    sorted(rows.values(), key=lambda row: row["id"]))
+
+
+def compare_runs(old_path: Path, new_path: Path) -> int:
+    """Each mode's end-to-end time in two saved runs, paired by sample, with an interval and a verdict in words."""
+    runs = []
+    for path in (old_path, new_path):
+        try:
+            report = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+            runs.append((report, {row["id"]: row["modes"] for row in report["samples"]}))
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise InputError(f"{path}: not a saved run ({engine.describe(error)}); wants what --json wrote") from None
+    (old, before), (new, after) = runs
+    shared = [i for i in before if i in after]
+    print(f"compare  {old_path.name} at {old['commit']} with {new_path.name} at {new['commit']}, {len(shared)} shared "
+          f"samples; above 1 the new run is faster")
+    if old["machine"]["gpu"] != new["machine"]["gpu"] or old["config"] != new["config"]:
+        print("warning  the two runs differ in machine or flags: a ratio across them says little")
+    for mode in [m for m in old["modes"] if m in new["modes"]]:
+        ratio = interval([before[i][mode]["e2e_ms"] / after[i][mode]["e2e_ms"] for i in shared
+                          if mode in before[i] and mode in after[i]])
+        if ratio is None:
+            continue
+        verdict = "faster" if ratio["low"] > 1 else "slower" if ratio["high"] < 1 else "no difference shown"
+        print(f"{mode:20} {ratio['p50']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]  {verdict}")
+    changed = [i for i in shared for m in before[i] if m in after[i] and m != "drafter_only"
+               and before[i][m]["ids"] != after[i][m]["ids"]]
+    print(f"outputs  {'the same' if not changed else f'{len(set(changed))} samples answer differently'}")
+    return int(bool(changed))
 
 
 # ---- the request as a picture ----------------------------------------------------------------------------------
@@ -815,6 +933,11 @@ def parse(argv):
     add("--repeats", type=int, default=3, metavar="N")
     add("--ignore-eos", action=argparse.BooleanOptionalAction, help="fixed length (default with random weights)")
     add("--json", metavar="PATH", help="also write the JSON object there; - prints nothing else on stdout")
+    add("--rows", type=Path, metavar="JSONL", help="append each finished sample there; a shard puts its number in")
+    add("--resume", action="store_true", help="go on with --rows: skip the samples it already holds")
+    add("--shard", metavar="I/N", help="every N-th sample from the I-th (default: torchrun's or SLURM's rank)")
+    add("--merge", nargs="+", type=Path, metavar="JSONL", help="one report of the row files of all shards")
+    add("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two saved runs, paired, with a verdict")
     add("--timeline", metavar="PNG", help="draw the last request measured (the last of --modes)")
     add("--trace", metavar="JSON", help="the same as a trace for ui.perfetto.dev")
     add("--profile", action="store_true", help="mark the measured runs for nsys (cudaProfilerApi) with NVTX names")
@@ -851,9 +974,24 @@ def check(options) -> None:
     if kind != "checkpoint":
         options.eventgpt, options.videollava = (TINY / "drafter", TINY / "target") if kind == "tiny" else (kind, kind)
     options.kind = kind
+    options.shard = read_shard(options.shard, os.environ)
+    if options.resume and not options.rows:
+        raise InputError("--resume: has nothing to go on with; pass --rows as well")
     options.source = None if options.draft_source == "drafter" else engine.SOURCES[options.draft_source]()
     options.dataset_dir = options.dataset_dir or TINY / "clips"
     options.ignore_eos = kind == "random-7b" if options.ignore_eos is None else options.ignore_eos
+
+
+def read_shard(text: str | None, environ) -> tuple[int, int]:
+    """(I, N) from a flag, or from torchrun's or SLURM's variables; (0, 1) without either. Shards never talk."""
+    ranks = [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"),
+             ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")]
+    if text is None:
+        text = next((f"{environ[i]}/{environ[n]}" for i, n in ranks if i in environ and n in environ), "0/1")
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise InputError(f"--shard: wanted I/N with I from 0 to N - 1, got {text!r}")
+    return int(index), int(count)
 
 
 def main(argv=None) -> int:
@@ -888,45 +1026,62 @@ def run(options, command) -> int:
     check(options)
     if options.figures:
         return figures_page(options)
+    if options.merge:
+        return publish(merged(options.merge), options)
+    if options.compare:
+        return compare_runs(*options.compare)
     samples, skipped = read_dataset(options.dataset_dir, options.question, options.max_samples)
+    listed, (shard, shards) = len(samples), options.shard
+    samples = samples[shard::shards]
+    if options.rows and shards > 1:                          # each shard its own file, whoever started it
+        options.rows = options.rows.with_suffix(f".{shard:05}-of-{shards:05}{options.rows.suffix}")
     e = engine.load_engine(options.eventgpt, options.videollava, device=options.device, dtype=options.dtype,
                            drafter_device=options.drafter_device, cache_rows=options.cache_rows,
                            draft_len=options.draft_len, overlap_len=options.overlap_len, tokenizer=options.tokenizer,
                            graphs=not options.eager)
-    facts, limits, rows, interrupted = machine(options.device), ceilings(options.device), [], False
-    try:
-        measure(e, samples, options, rows)
-    except KeyboardInterrupt:
-        interrupted = True
+    head = {"schema": SCHEMA, "commit": commit(), "dirty": bool(output_of("git", "status", "--porcelain")),
+            "command": " ".join(map(str, command)), "time": time.strftime("%Y-%m-%d"), "seed": 0,
+            "machine": machine(options.device), "weights": {"kind": options.kind, **{m.side: {
+                "path": Path(m.path).name, "dtype": str(m.decoder.dtype).removeprefix("torch."),
+                "bytes": sum(t.nbytes for t in m.decoder.w.values())} for m in e.models}},
+            "ceilings": {**ceilings(options.device), **{m.side: work_of(m) for m in e.models}},
+            "config": {"modes": options.modes, "max_new_tokens": options.max_new_tokens,
+                       "draft_len": options.draft_len, "overlap_len": options.overlap_len,
+                       "draft_source": options.draft_source, "ignore_eos": options.ignore_eos,
+                       "frame_rule": options.frame_rule, "graphs": not options.eager, "warmup": options.warmup,
+                       "repeats": options.repeats, "samples": listed,
+                       "devices": {m.side: str(m.device) for m in e.models}}, "skipped": skipped}
+    rows, interrupted = [], False
+    with RowFile(options.rows, head, options.resume) as kept:
+        rows += kept.rows
+        done = {row["id"] for row in rows}
+        try:
+            measure(e, [sample for sample in samples if sample.id not in done], options, rows, kept.append)
+        except KeyboardInterrupt:
+            interrupted = True
     for path, write in ((options.timeline, draw_timeline), (options.trace, write_trace)):
-        if path and rows and "error" not in rows[-1]:
+        if path and getattr(options, "shown", None):
             try:
                 write(options.shown, path)
             except OSError as error:
                 raise InputError(f"{path}: cannot be written ({error.strerror}); choose another path") from None
-    identical = compare(rows)
-    weights = {"kind": options.kind, **{m.side: {
-        "path": Path(m.path).name, "dtype": str(m.decoder.dtype).removeprefix("torch."),
-        "bytes": sum(t.nbytes for t in m.decoder.w.values())} for m in e.models}}
-    for model in e.models:
-        prompts = [of["prompt_rows"][model.side] for row in rows for of in row["modes"].values()
-                   if model.side in of["prompt_rows"]]
+    return publish(assemble(head, rows, interrupted), options)
+
+
+def assemble(head: dict, rows: list, interrupted: bool = False) -> dict:
+    """The report of these rows: every figure is computed here, from the rows and the header alone."""
+    identical, limits = compare(rows), dict(head["ceilings"])
+    for side in [side for side in STAGES if side in limits]:
+        prompts = [of["prompt_rows"][side] for row in rows for of in row["modes"].values() if side in of["prompt_rows"]]
         if prompts:
-            limits[model.side] = work_of(model, round(statistics.median(prompts)))
-    figures = mode_figures(rows, options.modes, identical["equal"] == identical["compared"])
-    report = {
-        "schema": SCHEMA, "commit": commit(),
-        "dirty": bool(output_of("git", "status", "--porcelain")), "command": " ".join(map(str, command)),
-        "time": time.strftime("%Y-%m-%d"), "seed": 0, "interrupted": interrupted, "machine": facts, "weights": weights,
-        "ceilings": limits, "config": {
-            "modes": options.modes, "max_new_tokens": options.max_new_tokens, "draft_len": options.draft_len,
-            "overlap_len": options.overlap_len, "draft_source": options.draft_source, "ignore_eos": options.ignore_eos,
-            "frame_rule": options.frame_rule, "graphs": not options.eager, "warmup": options.warmup,
-            "repeats": options.repeats, "samples": len(samples),
-            "devices": {m.side: str(m.device) for m in e.models}},
-        "samples": rows, "modes": figures, "controls": controls(rows, options.overlap_len), "identical": identical,
-        "skipped": skipped, "warnings": warnings_of(figures, rows, facts, options, weights)}
-    return publish(report, options)
+            limits[side] = at_rows(limits[side], round(statistics.median(prompts)))
+        else:
+            del limits[side]
+    config = head["config"]
+    figures = mode_figures(rows, config["modes"], identical["equal"] == identical["compared"])
+    return {**head, "interrupted": interrupted, "ceilings": limits, "samples": rows, "modes": figures,
+            "controls": controls(rows, config["overlap_len"]), "identical": identical,
+            "warnings": warnings_of(figures, rows, head)}
 
 
 def publish(report, options) -> int:

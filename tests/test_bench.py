@@ -1,5 +1,6 @@
 """The benchmark: a schema one can rely on, ratios one can recompute, refusals in one line."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -82,6 +83,67 @@ def test_the_timeline_draws_every_draft_and_fills_the_accepted_ones(tmp_path):
     assert Image.open(picture).size[0] > 1000 and len(Image.open(picture).convert("RGB").getcolors(1 << 16)) > 6
     bars = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
     assert len(bars) == len(result.timeline) and {e["tid"] for e in bars} == {0, 1, 2}
+
+
+# ---- long runs
+
+
+ROWS = ["--modes", "target_only,speculative", "--repeats", "1", "--warmup", "0", "--max-new-tokens", "12", "--device",
+        "cpu", "--max-samples", "6"]
+
+
+def ids_of(report):
+    return {row["id"]: {mode: of["ids"] for mode, of in row["modes"].items()} for row in report["samples"]}
+
+
+def test_a_killed_run_resumed_and_three_shards_merged_equal_one_run(tmp_path, capsys):
+    def last():
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    assert bench.main(ROWS) == 0
+    whole = ids_of(last())
+    for i in range(3):
+        assert bench.main([*ROWS, "--shard", f"{i}/3", "--rows", str(tmp_path / "r.jsonl")]) == 0
+    given, first = str(tmp_path / "r.jsonl"), tmp_path / "r.00000-of-00003.jsonl"
+    lines = first.read_bytes().splitlines(keepends=True)
+    first.write_bytes(b"".join(lines[:2]) + lines[2][:100])               # died while writing its second row
+    assert bench.main([*ROWS, "--shard", "0/3", "--rows", given]) == 2                # never overwritten silently
+    assert "--resume" in capsys.readouterr().err
+    shards = sorted(map(str, tmp_path.glob("r.*-of-00003.jsonl")))
+    assert bench.main(["--merge", *shards]) == 2 and "1 of 6 samples are missing" in capsys.readouterr().err
+    assert bench.main([*ROWS, "--shard", "0/3", "--rows", given, "--resume"]) == 0
+    capsys.readouterr()
+    assert bench.main(["--merge", *shards]) == 0
+    assert ids_of(last()) == whole
+    assert bench.main(["--merge", *shards, shards[0]]) == 2 and "twice" in capsys.readouterr().err
+    assert bench.main([*ROWS, "--max-new-tokens", "13", "--shard", "0/3", "--rows", given, "--resume"]) == 2
+    assert "another config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("environ,want", [
+    ({}, (0, 1)), ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)), ({"SLURM_PROCID": "1", "SLURM_NTASKS": "3"}, (1, 3)),
+    ({"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "8"}, (0, 8))], ids=str)
+def test_the_shard_comes_from_the_flag_or_the_launchers_variables(environ, want):
+    assert bench.read_shard(None, environ) == want and bench.read_shard("1/2", environ) == (1, 2)
+    for text in ("2/2", "a/b", "1", "-1/2", ""):
+        with pytest.raises(engine.InputError, match="--shard"):
+            bench.read_shard(text, environ)
+
+
+def test_compare_pairs_by_sample_and_says_what_it_shows(run, tmp_path, capsys):
+    report = copy.deepcopy(run[2])
+    old, new, other = tmp_path / "old.json", tmp_path / "new.json", tmp_path / "other.json"
+    old.write_text(json.dumps(report))
+    for row in report["samples"]:
+        row["modes"]["speculative"]["e2e_ms"] /= 2
+    new.write_text(json.dumps(report))
+    assert bench.main(["--compare", str(old), str(new)]) == 0
+    out = capsys.readouterr().out
+    assert "speculative          2.000 [2.000, 2.000]  faster" in out and "outputs  the same" in out
+    assert next(line for line in out.splitlines() if line.startswith("target_only")).endswith("no difference shown")
+    report["samples"][0]["modes"]["speculative"]["ids"][0] += 1
+    other.write_text(json.dumps(report))
+    assert bench.main(["--compare", str(old), str(other)]) == 1 and "1 samples answer" in capsys.readouterr().out
 
 
 def test_json_dash_prints_nothing_but_the_object(user_env):
