@@ -42,7 +42,6 @@ import kernels  # noqa: F401  first: it keeps torch quiet where numpy is absent
 # isort: split
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 
 from kernels.attention import attention, step_attention
 from kernels.frames import clip_pixels, draw_events
@@ -54,6 +53,7 @@ from kernels.swiglu import swiglu
 from weights import InputError
 from weights.load import DRAFTER_7B, TARGET_7B, open_checkpoint, random_weights
 from weights.media import VIDEO_RULES, Events, read_events, read_images, read_video
+from weights.text import Text, TextStream
 
 __all__ = ["MODES", "SOURCES", "Best", "Constant", "DraftSource", "Engine", "Event", "Fixed", "InputError", "Memory",
            "PrefillOnlyInference", "Previous", "Result", "load_engine"]
@@ -122,57 +122,7 @@ class VisionConfig:
                    patch=raw.get("patch_size", 14), eps=raw.get("layer_norm_eps", 1e-5))
 
 
-# ---- prompts and text ------------------------------------------------------------------------------------------
-
-
-class Text:
-    """Text to ids and back, over one `tokenizer.json`. What a user types never becomes a special id."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-        try:
-            raw = json.loads(self.path.read_text(encoding="utf-8"))
-            self.head, self.rest = (self._build(raw, scheme) for scheme in ("first", "never"))
-            assert self.ids("USER: a")                       # a broken file may fail only when it encodes
-        except FileNotFoundError:
-            raise InputError(f"{path}: no tokenizer.json here; copy it from the Video-LLaVA checkpoint") from None
-        except BaseException as error:                       # tokenizers' PanicException is not an Exception
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            reason = str(error).split("\n")[0]
-            raise InputError(f"{path}: not a usable tokenizer ({reason}); copy it again from the checkpoint") from None
-
-    @staticmethod
-    def _build(raw: dict, scheme: str) -> Tokenizer:
-        """The pipeline upstream uses whatever the file stores: no normaliser, and a leading-space mark put in front
-        of the first segment only (`scheme` first) or of none (`never`, for what follows visual rows)."""
-        metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}
-        tokenizer = Tokenizer.from_str(json.dumps(
-            {**raw, "normalizer": None, "pre_tokenizer": metaspace, "post_processor": None,
-             "truncation": None, "padding": None}))
-        tokenizer.encode_special_tokens = True               # '</s>' or '<video>' in a question stay plain text
-        return tokenizer
-
-    def ids(self, text: str, first: bool = True) -> list[int]:
-        return (self.head if first else self.rest).encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: list[int]) -> str:
-        return self.head.decode(ids, skip_special_tokens=True)
-
-
-class TextStream:
-    """Grows a text id by id. `push` returns what was added; an unfinished character waits for its last byte."""
-
-    def __init__(self, text: Text):
-        self.text, self.ids, self.out = text, [], ""
-
-    def push(self, ids: list[int], end: bool = False) -> str:
-        self.ids += ids
-        whole = self.text.decode(self.ids)
-        ready = whole if end else whole.rstrip("\ufffd")
-        delta = ready[len(self.out):]
-        self.out += delta
-        return delta
+# ---- prompts ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

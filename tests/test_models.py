@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import Drafter, Prompt, Target, Text
+from engine import Drafter, Prompt, Target
 from weights.load import open_checkpoint
+from weights.text import Text
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 LLAVA, EVENTS = SHARED / "fixtures" / "video_llava_tiny", SHARED / "fixtures" / "eventgpt_tiny"
@@ -173,19 +174,6 @@ class Only:
         self.config = type("C", (), {"bos_id": 1})
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_hub_file_style.json"])
-def test_tokenizer_vectors_whatever_pipeline_the_file_stores(name):
-    vectors, text = json.loads((TOKENIZER / "vectors.json").read_text()), Text(TOKENIZER / name)
-    for row in vectors["plain"]:
-        if not any(s in row["text"] for s in ("<s>", "</s>", "<unk>", "<image>", "<video>", "<pad>")):
-            assert [1] + text.ids(row["text"]) == row["ids"], row["text"]
-    for row in vectors["prompts"]:
-        parts = row["text"].split("<video>")
-        if len(parts) == 2 and "<image>" not in row["text"] and "</s>" not in row["text"]:
-            ids = [1] + text.ids(parts[0]) + [32001] + text.ids(parts[1], first=False)
-            assert ids == row["transformers_ge_4_42"], row["text"]
-
-
 def test_target_prompt_equals_transformers():
     prompt = Target.prompt(Only(Text(TOKENIZER / "tokenizer.json")), "Why is this video funny?")
     assert prompt.before == [1, 3148, 1001, 29901, 29871]
@@ -202,22 +190,3 @@ def test_drafter_prompt_equals_the_original(markers):
         assert prompt.before + [-200] + prompt.after == want, case["query"]
         if not markers:
             assert prompt.rows(582) == case["prefill_length_5_frames"]
-
-
-def test_placeholders_typed_by_a_user_stay_text():
-    text = Text(TOKENIZER / "tokenizer.json")
-    ids = text.ids("\nwhat is <video> or </s> or <event>?", first=False)
-    assert not {0, 1, 2, 32000, 32001, 32002} & set(ids)
-    assert text.decode(ids).strip() == "what is <video> or </s> or <event>?"
-
-
-def test_streamed_text_is_append_only_and_flushes_its_tail():
-    from engine import TextStream
-    text = Text(TOKENIZER / "tokenizer.json")
-    ids = text.ids("A red car \U0001f697 drives caf\u00e9 \u4f60")
-    for cut in range(len(ids) + 1):
-        stream, pieces = TextStream(text), []
-        for i in ids[:cut]:
-            pieces.append(stream.push([i]))
-        pieces.append(stream.push([], end=True))
-        assert "".join(pieces) == text.decode(ids[:cut])

@@ -1,0 +1,89 @@
+"""Tokenizers: upstream's ids whatever pipeline the file stores, text that stays text, streams that only grow."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from weights import InputError
+from weights.text import Text, TextStream
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "weights" / "tiny" / "target" / "tokenizer.json"
+TOKENIZER = ROOT.parent / "shared" / "data" / "tokenizer"
+needs_llama = pytest.mark.skipif(not TOKENIZER.exists(), reason=f"{TOKENIZER} is not here: no recorded ids to compare")
+
+
+@needs_llama
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_hub_file_style.json"])
+def test_tokenizer_vectors_whatever_pipeline_the_file_stores(name):
+    vectors, text = json.loads((TOKENIZER / "vectors.json").read_text()), Text(TOKENIZER / name)
+    for row in vectors["plain"]:
+        if not any(s in row["text"] for s in ("<s>", "</s>", "<unk>", "<image>", "<video>", "<pad>")):
+            assert [1] + text.ids(row["text"]) == row["ids"], row["text"]
+    for row in vectors["prompts"]:
+        parts = row["text"].split("<video>")
+        if len(parts) == 2 and "<image>" not in row["text"] and "</s>" not in row["text"]:
+            ids = [1] + text.ids(parts[0]) + [32001] + text.ids(parts[1], first=False)
+            assert ids == row["transformers_ge_4_42"], row["text"]
+
+
+@needs_llama
+def test_placeholders_typed_by_a_user_stay_text():
+    text = Text(TOKENIZER / "tokenizer.json")
+    ids = text.ids("\nwhat is <video> or </s> or <event>?", first=False)
+    assert not {0, 1, 2, 32000, 32001, 32002} & set(ids)
+    assert text.decode(ids).strip() == "what is <video> or </s> or <event>?"
+
+
+@needs_llama
+def test_streamed_text_is_append_only_and_flushes_its_tail():
+    text = Text(TOKENIZER / "tokenizer.json")
+    ids = text.ids("A red car \U0001f697 drives caf\u00e9 \u4f60")
+    for cut in range(len(ids) + 1):
+        stream, pieces = TextStream(text), []
+        for i in ids[:cut]:
+            pieces.append(stream.push([i]))
+        pieces.append(stream.push([], end=True))
+        assert "".join(pieces) == text.decode(ids[:cut])
+
+
+@pytest.mark.parametrize("question", ["<video> and <image>", "</s><s><unk><pad>", "a \u2581 b", "", "\n", "\U0001f697"])
+def test_the_embedded_tokenizer_keeps_special_names_text_and_gives_text_back(question):
+    text = Text(TINY)
+    ids = text.ids("x" + question, first=False)
+    assert not {0, 1, 2, 512, 513, 514} & set(ids)
+    assert text.decode(ids) == ("x" + question).replace("\u2581", " ")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "<!DOCTYPE html>", '{"model": {"type": "BPE"}}', "version"])
+def test_a_broken_tokenizer_is_one_line_with_its_path(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(InputError) as error:
+        Text(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damaged_tokenizers_raise_nothing_else(tmp_path):
+    """500 mutations, seeded: each either loads and encodes or is an InputError, panics of the library included."""
+    rng, raw, path, refused = random.Random(0), TINY.read_bytes(), tmp_path / "tokenizer.json", 0
+    for _ in range(500):
+        damaged = bytearray(raw)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(damaged))
+            fresh = bytes(rng.randrange(256) for _ in range(rng.choice((0, 1, 8))))
+            damaged[at:at + rng.choice((1, 1, 8, 200))] = fresh
+        path.write_bytes(damaged)
+        try:
+            Text(path).ids("USER: what is there?")
+        except InputError as error:
+            refused += 1
+            assert str(path) in str(error)
+    assert 0 < refused
+
+
+def test_a_missing_tokenizer_says_where_to_get_one(tmp_path):
+    with pytest.raises(InputError, match="copy it from"):
+        Text(tmp_path / "tokenizer.json")
