@@ -53,6 +53,8 @@ class Sample:
     video: Path
     events: Path | list             # one recording, or a list of event images
     truth: str | None = None
+    seq: str = ""                   # folder and number of the clip, as the data set names them
+    clip: str = ""
 
 
 def read_dataset(folder: Path, question: str | None, limit: int):
@@ -99,7 +101,8 @@ def read_record(folder: Path, record: dict, question: str | None) -> Sample:
         events = [inside("event_image", name) for name in record["event_image"]]
     else:
         events = inside("event_npy", record["event_data"])
-    return Sample(str(record["id"]), asked, inside("mp4", record["mp4_data"]), events, said.get("gpt"))
+    name = Path(record.get("mp4_data") or record["video_data"] + ".mp4")
+    return Sample(str(record["id"]), asked, inside("mp4", name), events, said.get("gpt"), str(name.parent), name.stem)
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------
@@ -207,7 +210,7 @@ def measure(e, samples, options, rows: list, keep=None) -> None:
     if options.profile:
         torch.cuda.profiler.start()
     for sample in samples:
-        row = {"id": sample.id, "question": sample.question, "modes": {}}
+        row = {"id": sample.id, "seq": sample.seq, "clip": sample.clip, "question": sample.question, "modes": {}}
         results = collections.defaultdict(list)
         try:
             for _ in range(options.repeats):
@@ -487,6 +490,33 @@ def write_json(path: str, report) -> None:
 
 
 # ---- long runs: rows on disk, shards, merging, comparing ---------------------------------------------------------
+
+STAGE_ORDER = {"eventgpt": ("drafter_only", "drafter", STAGES["drafter"]),
+               "videollava": ("target_only", "target", STAGES["target"][:5])}
+
+
+def write_pairs(path: str, report: dict) -> None:
+    """Both models' own answers of every sample, one JSON object a line, in the schema of the recorded pairs that
+    `--sources` reads. `ms` holds load, preprocess, encode, prefill and the whole of draft or decode."""
+    config, lines = report["config"], []
+    for row in report["samples"]:
+        if not {"target_only", "drafter_only"} <= row["modes"].keys():
+            continue
+        pair = {"src": "headstart", "seq": row["seq"], "clip": row["clip"], "uuid": row["id"],
+                "question": row["question"], "target_input": f"video8_{config['frame_rule']}",
+                "max_new_tokens": config["max_new_tokens"], "commit": report["commit"], "ms": {}}
+        for name, (mode, side, stages) in STAGE_ORDER.items():
+            of = row["modes"][mode]
+            pair |= {f"{name}_text": of["text"], f"{name}_ids": of["ids"]}
+            pair["ms"][name] = [sum(of["stages_ms"].get(side, {}).get(stage, [])) / config["repeats"]
+                                for stage in stages]
+        lines.append(json.dumps(pair))
+    try:
+        Path(path + ".partial").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        Path(path + ".partial").rename(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --record") from None
+
 
 SAME = ("schema", "commit", "weights", "config")     # of a header: rows under different ones never share a table
 
@@ -934,6 +964,7 @@ def parse(argv):
     add("--ignore-eos", action=argparse.BooleanOptionalAction, help="fixed length (default with random weights)")
     add("--json", metavar="PATH", help="also write the JSON object there; - prints nothing else on stdout")
     add("--rows", type=Path, metavar="JSONL", help="append each finished sample there; a shard puts its number in")
+    add("--record", metavar="JSONL", help="write both models' answers and stage times, for --sources")
     add("--resume", action="store_true", help="go on with --rows: skip the samples it already holds")
     add("--shard", metavar="I/N", help="every N-th sample from the I-th (default: torchrun's or SLURM's rank)")
     add("--merge", nargs="+", type=Path, metavar="JSONL", help="one report of the row files of all shards")
@@ -944,7 +975,8 @@ def parse(argv):
     add("--draft-source", default="drafter", choices=("drafter", *engine.SOURCES),
         help="who drafts in speculative mode (default %(default)s)")
     add("--sources", type=Path, metavar="PAIRS", help="acceptance of draft sources on recorded answers; no models")
-    add("--sources-src", default="test_tokens_1q", metavar="SRC", help="which rows of PAIRS (default %(default)s)")
+    add("--sources-src", default="test_tokens_1q", metavar="SRC",
+        help="which rows of PAIRS (default %(default)s; headstart for what --record wrote)")
     add("--from-json", type=Path, metavar="PATH", help="print the report of a saved run instead of measuring")
     add("--from-text", type=Path, metavar="PATH", help="with --update-readme: take the block's text from a file")
     add("--figures", action="store_true", help="step, verify, prefill and bit equality at 7B shapes (needs a GPU)")
@@ -975,6 +1007,8 @@ def check(options) -> None:
         options.eventgpt, options.videollava = (TINY / "drafter", TINY / "target") if kind == "tiny" else (kind, kind)
     options.kind = kind
     options.shard = read_shard(options.shard, os.environ)
+    if options.record and not {"target_only", "drafter_only"} <= set(options.modes):
+        raise InputError("--record: needs target_only and drafter_only among --modes; add them")
     if options.resume and not options.rows:
         raise InputError("--resume: has nothing to go on with; pass --rows as well")
     options.source = None if options.draft_source == "drafter" else engine.SOURCES[options.draft_source]()
@@ -1094,6 +1128,8 @@ def publish(report, options) -> int:
         print("\n".join(lines))
         if options.json:
             write_json(options.json, report)
+    if options.record:
+        write_pairs(options.record, report)
     if options.update_readme:
         update_readme(options.update_readme, lines)
     print(json.dumps(report))

@@ -85,6 +85,22 @@ def test_the_timeline_draws_every_draft_and_fills_the_accepted_ones(tmp_path):
     assert len(bars) == len(result.timeline) and {e["tid"] for e in bars} == {0, 1, 2}
 
 
+def test_recorded_pairs_hold_both_answers_and_feed_the_sources_page(tmp_path, capsys):
+    path = tmp_path / "pairs.jsonl"
+    assert bench.main([*QUICK, "--modes", "target_only,drafter_only", "--max-samples", "4", "--record", str(path)]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    pairs = [json.loads(line) for line in path.read_text().splitlines()]
+    for pair, row in zip(pairs, report["samples"], strict=True):
+        assert pair["videollava_ids"] == row["modes"]["target_only"]["ids"] and pair["uuid"] == row["id"]
+        assert pair["eventgpt_text"] == row["modes"]["drafter_only"]["text"]
+        total = sum(pair["ms"]["videollava"])
+        assert 0.3 * row["modes"]["target_only"]["e2e_ms"] < total < 1.5 * row["modes"]["target_only"]["e2e_ms"]
+        assert len(pair["ms"]["eventgpt"]) == 5 and min(pair["ms"]["eventgpt"]) > 0
+    assert bench.main(["--sources", str(path), "--sources-src", "headstart", "--device", "cpu"]) == 0
+    assert "4 recorded answers of 1 sequences" in capsys.readouterr().out
+    assert bench.main([*QUICK, "--modes", "target_only", "--record", str(path)]) == 2
+
+
 # ---- long runs
 
 
