@@ -1005,6 +1005,8 @@ def check(options) -> None:
                          f"and --videollava, or --weights random-7b")
     if kind != "checkpoint":
         options.eventgpt, options.videollava = (TINY / "drafter", TINY / "target") if kind == "tiny" else (kind, kind)
+    if options.profile and options.device.type != "cuda":
+        raise InputError("--profile: marks GPU work for nsys; run it on a GPU, or use --trace")
     options.kind = kind
     options.shard = read_shard(options.shard, os.environ)
     if options.record and not {"target_only", "drafter_only"} <= set(options.modes):

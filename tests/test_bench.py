@@ -223,6 +223,7 @@ def bad(tmp_path):
         "an unwritable report": (["--json", str(tmp_path / "no" / "such" / "x.json"), *QUICK, "--modes", "target_only"],
                                  "x.json"),
         "figures without a GPU": (["--figures", "--device", "cpu"], "GPU"),
+        "profile without a GPU": (["--profile", "--device", "cpu"], "--trace"),
     }
 
 
@@ -230,7 +231,7 @@ def bad(tmp_path):
     "no such data set", "a folder without the list", "paths that lead out", "unknown mode", "absent device",
     "not a device", "not a checkpoint", "swapped checkpoints", "a hub id that is not in the cache",
     "too many new tokens", "no new tokens", "a saved run that is none", "an unwritable report",
-    "figures without a GPU"])
+    "figures without a GPU", "profile without a GPU"])
 def test_bad_input_is_one_line_on_stderr_and_exit_2(name, tmp_path, capsys):
     flags, words = bad(tmp_path)[name]
     assert bench.main(flags) == 2
