@@ -1116,6 +1116,8 @@ class Engine:
                 kind, value, at = req.out.get()
                 if kind == "end":
                     running.discard(value)
+                    if value == "target":                    # a preview of what is already there helps nobody
+                        req.stop_drafting.set()
                 elif kind == "error":
                     error = error or at
                     req.cancelled.set()

@@ -3,6 +3,7 @@
 import functools
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,20 @@ def test_a_stream_closed_early_leaves_the_engine_usable(pair):
         stream.close()
     assert all(pool._work_queue.empty() for pool in pair.threads.values())
     assert pair.generate(mode="target_only", **asked(0)).output_ids == truth(pair, 0, 0)
+
+
+def test_the_preview_stops_when_the_answer_is_there(pair, monkeypatch):
+    real = pair.drafter.step
+
+    def slow(G=0):
+        time.sleep(0.05)
+        real(G)
+
+    monkeypatch.setattr(pair.drafter, "step", slow)
+    began = time.monotonic()
+    result = pair.generate(mode="prefill_only", **asked(0, max_new_tokens=100))
+    assert result.output_ids == truth(pair, 0, 0)
+    assert len(result.preview_ids) < 40 and time.monotonic() - began < result.wall_clock_time + 1.0
 
 
 def test_the_callers_thread_is_left_as_it_was_between_events(pair):
