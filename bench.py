@@ -55,6 +55,7 @@ class Sample:
     truth: str | None = None
     seq: str = ""                   # folder and number of the clip, as the data set names them
     clip: str = ""
+    at: int = 0                     # place in the data set: `previous` means the sample before this one
 
 
 def read_dataset(folder: Path, question: str | None, limit: int):
@@ -70,10 +71,15 @@ def read_dataset(folder: Path, question: str | None, limit: int):
     if not isinstance(records, list) or not records:
         raise InputError(f"{index}: wanted a list of records, got {type(records).__name__} of {len(records)}; "
                          f"see the layout in the README")
-    samples, problems = [], []
+    samples, problems, ids = [], [], set()
     for i, record in enumerate(records if limit < 0 else records[:limit]):
         try:
-            samples.append(read_record(folder, record, question))
+            sample = read_record(folder, record, question)
+            if sample.id in ids:                             # --resume and --merge go by id
+                raise InputError(f"id {sample.id} is there twice")
+            ids.add(sample.id)
+            sample.at = i
+            samples.append(sample)
         except (InputError, KeyError, TypeError, AttributeError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             problems.append(f"record {i}: {reason}")
@@ -200,17 +206,53 @@ def run_sample(e, sample: Sample, mode: str, options) -> engine.Result:
                       draft_source=options.source if mode == "speculative" else None)
 
 
+class LearnsOnce(engine.DraftSource):
+    """A source whose `learn` waits for `settle`: else a sample's second repeat drafts from the answer of its first."""
+
+    def __init__(self, source: engine.DraftSource):
+        self.source, self.answer = source, None
+        self.begin, self.propose, self.verdict = source.begin, source.propose, source.verdict
+
+    def learn(self, answer):
+        self.answer = answer
+
+    def settle(self) -> None:
+        """The sample is done: its answer may be remembered."""
+        if self.answer is not None:
+            self.source.learn(self.answer)
+        self.answer = None
+
+
+def warm_up(e, samples, options) -> None:
+    """Every mode on the first sample that can be run. A broken sample fails its own row later; three in a row point to
+    the flags or the models, and the first reason is raised."""
+    errors = []
+    for sample in samples[:3]:
+        try:
+            for _ in range(options.warmup):
+                for mode in options.modes:
+                    run_sample(e, sample, mode, options)
+        except InputError as error:
+            errors.append(error)
+        else:
+            break
+    else:
+        if errors:
+            raise errors[0]
+    if options.source is not None:
+        options.source.answer = None                         # what the warm-up said is not remembered
+
+
 def measure(e, samples, options, rows: list, keep=None) -> None:
     """Runs every mode on every sample, repeats and modes interleaved, and appends to `rows` as it goes; `keep` is
     called with each finished row."""
     progress = Progress(len(samples))
-    for _ in range(options.warmup if samples else 0):
-        for mode in options.modes:
-            run_sample(e, samples[0], mode, options)
+    warm_up(e, samples, options)
     if options.profile:
         torch.cuda.profiler.start()
     for sample in samples:
-        row = {"id": sample.id, "seq": sample.seq, "clip": sample.clip, "question": sample.question, "modes": {}}
+        row = {"id": sample.id, "at": sample.at, "seq": sample.seq, "clip": sample.clip,
+               "question": sample.question, "modes": {}}
         results = collections.defaultdict(list)
         try:
             for _ in range(options.repeats):
@@ -222,6 +264,8 @@ def measure(e, samples, options, rows: list, keep=None) -> None:
         else:
             row["truth"] = sample.truth
             row["modes"] = {mode: summary(of, results.get("target_only")) for mode, of in results.items()}
+        if options.source is not None:
+            options.source.settle()
         rows.append(row)
         if keep:
             keep(row)
@@ -261,13 +305,20 @@ def summary(results, baseline) -> dict:
         for (side, stage), value in per_request.items():
             each[side][stage].append(value)
     decided = last.mode != "drafter_only"
-    same = all(r.output_ids == baseline[0].output_ids for r in results) if decided and baseline else None
+    apart = [parting(r.output_ids, baseline[0].output_ids) for r in results] if decided and baseline else []
+    differs_at = min((at for at in apart if at is not None), default=None)
     return {"ids": last.output_ids, "text": last.output_text, "preview": last.preview_text,
             "finish_reason": last.finish_reason,
             **{name: median(values) for name, values in ms.items()}, "raw": ms, "stages_ms": each,
             "drafted": last.drafted, "accepted": last.accepted_tokens, "rounds": last.rounds,
-            "accept_lens": last.accept_lens, "overlap_drafts": last.free_tokens_count, "identical": same,
+            "accept_lens": last.accept_lens, "overlap_drafts": last.free_tokens_count, "differs_at": differs_at,
+            "identical": differs_at is None if apart else None,
             "prompt_rows": last.prompt_rows, "peak_memory": last.peak_memory, "drafter_error": last.drafter_error}
+
+
+def parting(ours, theirs) -> int | None:
+    """Where two lists of ids part for the first time, None if they are equal."""
+    return None if ours == theirs else prefix(ours, theirs, len(ours))
 
 
 def median(values):
@@ -279,18 +330,16 @@ def median(values):
 
 
 def compare(rows) -> dict:
-    """How many (sample, mode) pairs were compared with target_only, how many are equal, where the others part."""
+    """How many (sample, mode) pairs were compared with target_only, how many are equal, where the others part.
+    target_only itself is listed only where its own repeats differ."""
     compared, equal, differing = 0, 0, []
     for row in rows:
         for mode, of in row["modes"].items():
-            if of["identical"] is None or mode == "target_only":
+            if of["identical"] is None or (mode == "target_only" and of["identical"]):
                 continue
-            compared, equal = compared + 1, equal + bool(of["identical"])
+            compared, equal = compared + 1, equal + of["identical"]
             if not of["identical"]:
-                ours, theirs = of["ids"], row["modes"]["target_only"]["ids"]
-                at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]),
-                          min(len(ours), len(theirs)))
-                differing.append({"id": row["id"], "mode": mode, "position": at})
+                differing.append({"id": row["id"], "mode": mode, "position": of["differs_at"]})
     return {"compared": compared, "equal": equal, "differing": differing}
 
 
@@ -438,10 +487,12 @@ def render(report) -> list[str]:
         lines.append(f"{side:8} {stage:10} {low:9.3f} {mid:9.3f} {high:9.3f} {moved:>12} {part:>10}")
     lines.append(f"{'mode':20} {'e2e p50 ms':>10} {'[p20, p80]':>18} {'ttft':>8} {'ttfp':>8} {'tpot':>7} {'ids':>5} "
                  f"{'ratio to target_only':>22} {'accept':>7} {'tok/round':>9} {'overlap':>7}")
+    same = report["identical"]
+    differ = same["equal"] < same["compared"]
     for mode, of in report["modes"].items():
         e2e, r = of["e2e_ms"], of["ratio"]
         spread = f"[{e2e['p20']:.1f}, {e2e['p80']:.1f}]"
-        ratio = f"{r['p50']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" if r else "withheld"
+        ratio = f"{r['p50']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" if r else "withheld" if differ else "-"
         p50 = {k: fmt(of[k]["p50"] if of[k] else None) for k in ("ttft_ms", "ttfp_ms", "tpot_ms")}
         lines.append(f"{mode:20} {e2e['p50']:10.1f} {spread:>18} {p50['ttft_ms']:>8} {p50['ttfp_ms']:>8} "
                      f"{p50['tpot_ms']:>7} {of['tokens']:5} {ratio:>22} {fmt(of['accept_rate'], 2):>7} "
@@ -461,22 +512,42 @@ def render(report) -> list[str]:
     lines += [f"failed   {row['id']}: {row['error']}" for row in report["samples"] if "error" in row]
     lines += [f"skipped  {problem}" for problem in report["skipped"]]
     lines += [f"warning  {warning}" for warning in report["warnings"]]
-    same = report["identical"]
     lines += [f"differs  {d['id']}, {d['mode']}: first at answer id {d['position']}" for d in same["differing"]]
     lines.append(f"verdict  outputs identical to target_only in {same['equal']} of {same['compared']} comparisons"
-                 + ("" if same["equal"] == same["compared"] else ": ratios withheld"))
+                 + (": ratios withheld" if differ else "") if same["compared"] else
+                 "verdict  nothing was compared: it takes target_only and another mode that the target decides")
     return lines + [LEGEND]
 
 
-def update_readme(block: str, lines) -> None:
-    """Puts this run's report between the README's `bench BLOCK` markers."""
+def around_block(block: str) -> tuple[str, str]:
+    """The README up to and from a block's markers, both included."""
     path = HERE / "README.md"
     text, begin, end = path.read_text(encoding="utf-8"), f"<!-- bench {block} -->", f"<!-- /bench {block} -->"
     if begin not in text or end not in text:
         raise InputError(f"{path}: has no block {block!r}; add the two markers {begin} and {end}")
     head, rest = text.split(begin, 1)
+    return head + begin, end + rest.split(end, 1)[1]
+
+
+def update_readme(block: str, lines) -> None:
+    """Puts this run's report between the README's `bench BLOCK` markers."""
+    head, rest = around_block(block)
     body = "\n".join(lines)
-    path.write_text(f"{head}{begin}\n```\n{body}\n```\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+    (HERE / "README.md").write_text(f"{head}\n```\n{body}\n```\n{rest}", encoding="utf-8")
+
+
+def check_outputs(options) -> None:
+    """Whatever is to be written can be: a long run must not end in a path that was wrong from the start."""
+    for flag in ("json", "rows", "record", "timeline", "trace"):
+        path = getattr(options, flag)
+        folder = Path(path or ".").resolve().parent
+        if path and str(path) != "-" and not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise InputError(f"{path}: cannot be written ({folder} is not a folder one may write to); choose another "
+                             f"--{flag}")
+    if options.update_readme is not None:
+        around_block(options.update_readme)
+    elif options.from_text:
+        raise InputError("--from-text: goes into a block of the README; pass --update-readme BLOCK as well")
 
 
 def write_json(path: str, report) -> None:
@@ -567,7 +638,7 @@ def read_rows(path: Path) -> tuple[dict, list, int]:
         raw = path.read_bytes()
         whole = raw.rfind(b"\n") + 1
         head, *rows = [json.loads(line) for line in raw[:whole].splitlines()]
-        assert isinstance(head["config"], dict) and all("id" in row for row in rows)
+        assert isinstance(head["config"], dict) and all({"id", "at", "modes"} <= row.keys() for row in rows)
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise InputError(f"{path}: not a file of rows ({engine.describe(error)}); wants what --rows wrote") from None
     return head, rows, whole
@@ -592,7 +663,7 @@ def merged(paths: list[Path]) -> dict:
         raise InputError(f"{paths[0]}: {missing} of {heads[0]['config']['samples']} samples are missing; give the row "
                          f"files of all shards, finished")
     return assemble({**heads[0], "command": f"bench.py --merge of {len(paths)} row files"},
-                    sorted(rows.values(), key=lambda row: row["id"]))
+                    sorted(rows.values(), key=lambda row: row["at"]))
 
 
 def compare_runs(old_path: Path, new_path: Path) -> int:
@@ -945,6 +1016,7 @@ def parse(argv):
     add("--eventgpt", metavar="DIR|ID", help="drafter (default: the embedded pair's)")
     add("--videollava", metavar="DIR|ID", help="target (default: the embedded pair's)")
     add("--weights", choices=("tiny", "random-7b"), help="both models at once; random-7b is for speed only")
+    add("--tiny", action="store_true", help="the embedded pair on the CPU, also where there is a GPU")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json in place of the checkpoints'")
     add("--dataset-dir", "--dataset_dir", type=Path, metavar="DIR", help="clips (default: the embedded ones)")
     add("--question", help="ask this of every clip")
@@ -994,11 +1066,24 @@ def check(options) -> None:
             raise InputError(f"--modes: {mode!r} is not one of {', '.join(MODES)}; pick from these")
     if not options.modes:
         raise InputError(f"--modes: empty; pick from {', '.join(MODES)}")
-    for name, low in (("max_new_tokens", 1), ("repeats", 1), ("warmup", 0), ("max_samples", -1)):
-        if getattr(options, name) < low:
-            raise InputError(f"--{name.replace('_', '-')}: wanted at least {low}, got {getattr(options, name)}")
+    most = engine.STEP_ROWS - 1
+    for name, low, high in (("max_new_tokens", 1, None), ("repeats", 1, None), ("warmup", 0, None),
+                            ("cache_rows", 1, None), ("max_samples", 1, None), ("draft_len", 0, most),
+                            ("overlap_len", 0, most)):
+        value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
+        if value is None or (name == "max_samples" and value == -1):
+            continue
+        if value < low or (high is not None and value > high):
+            wanted = f"at least {low}" if high is None else f"{low}..{high}"
+            raise InputError(f"{flag}: wanted {wanted}{' or -1 for all' if name == 'max_samples' else ''}, got {value}")
     options.device = engine.pick_device(options.device)
     options.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[options.dtype]
+    if options.tiny:
+        options.weights, options.device = options.weights or "tiny", torch.device("cpu")
+        if options.weights != "tiny":
+            raise InputError("--tiny: is the embedded pair on the CPU; leave out --weights or --tiny")
+    if options.weights and (options.eventgpt or options.videollava):
+        raise InputError("--weights: names both models; leave out --eventgpt and --videollava, or --weights")
     kind = options.weights or ("checkpoint" if options.eventgpt or options.videollava else "tiny")
     if kind == "tiny" and not (TINY / "target").is_dir():
         raise InputError(f"{TINY}: the embedded pair is not here; clone the repository again, or pass --eventgpt "
@@ -1013,7 +1098,7 @@ def check(options) -> None:
         raise InputError("--record: needs target_only and drafter_only among --modes; add them")
     if options.resume and not options.rows:
         raise InputError("--resume: has nothing to go on with; pass --rows as well")
-    options.source = None if options.draft_source == "drafter" else engine.SOURCES[options.draft_source]()
+    options.source = None if options.draft_source == "drafter" else LearnsOnce(engine.SOURCES[options.draft_source]())
     options.dataset_dir = options.dataset_dir or TINY / "clips"
     options.ignore_eos = kind == "random-7b" if options.ignore_eos is None else options.ignore_eos
 
@@ -1048,14 +1133,22 @@ def main(argv=None) -> int:
 
 
 def run(options, command) -> int:
+    check_outputs(options)
     if options.from_json:
         try:
-            return publish(json.loads(options.from_json.read_text(encoding="utf-8").splitlines()[-1]), options)
+            report = json.loads(options.from_json.read_text(encoding="utf-8").splitlines()[-1])
+            render(report)
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise InputError(f"{options.from_json}: not a saved run ({type(error).__name__}: {error}); wants what "
                              f"--json wrote") from None
+        return publish(report, options)
     if options.from_text:
-        update_readme(options.update_readme or "", options.from_text.read_text(encoding="utf-8").splitlines())
+        try:
+            lines = options.from_text.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise InputError(f"{options.from_text}: cannot be read as text ({engine.describe(error)}); pass what a run "
+                             f"printed") from None
+        update_readme(options.update_readme, lines)
         return 0
     if options.sources:
         return sources_page(options)
@@ -1090,6 +1183,11 @@ def run(options, command) -> int:
     rows, interrupted = [], False
     with RowFile(options.rows, head, options.resume) as kept:
         rows += kept.rows
+        for row in rows if options.source is not None else []:              # remember them as if they had just run
+            if "speculative" in row["modes"]:
+                options.source.begin(row["question"])
+                options.source.learn(row["modes"]["speculative"]["ids"])
+                options.source.settle()
         done = {row["id"] for row in rows}
         try:
             measure(e, [sample for sample in samples if sample.id not in done], options, rows, kept.append)

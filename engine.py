@@ -169,7 +169,7 @@ class Decoder:
         shape = (config.L, config.N, cache_rows, config.K)
         self.k_cache_LNMK = torch.zeros(shape, dtype=self.dtype, device=self.device)   # zeros: unseen must be finite
         self.v_cache_LNMK = torch.zeros_like(self.k_cache_LNMK)
-        freq = 1.0 / config.theta ** (torch.arange(0, config.K, 2, dtype=torch.float32) / config.K)  # in upstream's order
+        freq = 1.0 / config.theta ** (torch.arange(0, config.K, 2, dtype=torch.float32) / config.K)  # upstream's
         angle_MK = torch.outer(torch.arange(cache_rows, dtype=torch.float32), freq).repeat(1, 2)
         self.cos_MK = angle_MK.cos().to(self.device, self.dtype)
         self.sin_MK = angle_MK.sin().to(self.device, self.dtype)

@@ -49,6 +49,25 @@ def test_the_library_example_runs_as_printed(user_env):
     assert done.returncode == 0 and len(done.stdout.split()) > 10, done.stderr[-500:]
 
 
+def test_the_long_run_commands_run_as_printed(tmp_path, user_env):
+    """Torchrun and all, in an empty folder, on the embedded clips; only the sizes are made small."""
+    block = next(b for b in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "--merge" in b)
+    small = "--max-samples 2 --repeats 1 --warmup 0 --max-new-tokens 8 --modes target_only --device cpu"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "clips").symlink_to(ROOT / "weights" / "tiny" / "clips")
+    lines = []
+    for line in block.strip().splitlines():
+        if "--compare" in line:
+            lines.append("cp out.json old.json")
+        lines.append(line + (f" {small}" if "--dataset-dir" in line else ""))
+    script = "\n".join(["set -e", *lines]).replace("bench.py", f'"{ROOT}/bench.py"')
+    script = script.replace("torchrun", f'"{sys.executable}" -m torch.distributed.run').replace("python ",
+                                                                                             f'"{sys.executable}" ')
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=200,
+                          env=user_env)
+    assert done.returncode == 0 and "outputs  the same" in done.stdout, done.stderr[-800:]
+
+
 def fix():
     path = ROOT / "README.md"
     path.write_text(POINTER.sub(lambda m: f"`{m[1]}#L{defining_line(m[1], m[3])} {m[3]}`", path.read_text()))
