@@ -857,17 +857,10 @@ class Engine:
             loaded = req.events()
         with line.stage("preprocess", model, host=True):
             pixels = pixels_of(loaded, model, req)
-        prompt = model.prompt(req.question)
         alone = req.mode in ("drafter_only", "prefill_only")
         limit = req.max_new_tokens if alone else min(req.overlap_len + 1, req.max_new_tokens)
         with model.on_stream():
-            with line.stage("encode", model):
-                visual_AD = model.visual_rows(pixels)
-            with line.stage("prefill", model):
-                hidden_SD = model.splice(prompt, visual_AD)
-                eos_id = -1 if req.ignore_eos else model.config.eos_id
-                model.prefill(hidden_SD, limit, eos_id, prompt.after[-1])
-            req.prompt_rows["drafter"] = model.prompt_rows
+            encode_and_prefill(model, pixels, limit, req)
             for state in self._decode(model, req, limit, "draft"):
                 now = line.now()
                 fresh = state[STATE + len(req.preview):STATE + state[N_OUT]]
@@ -884,7 +877,6 @@ class Engine:
             frames = req.video()
         with line.stage("preprocess", model, host=True):
             pixels = pixels_of(frames, model, req)
-        prompt = model.prompt(req.question)
         words = STATE + req.max_new_tokens + STEP_ROWS
         sent = 0
 
@@ -897,13 +889,7 @@ class Engine:
                 req.out.put(("final", fresh, line.now()))
 
         with model.on_stream():
-            with line.stage("encode", model):
-                visual_AD = model.visual_rows(pixels, req.image)
-            with line.stage("prefill", model):
-                hidden_SD = model.splice(prompt, visual_AD)
-                eos_id = -1 if req.ignore_eos else model.config.eos_id
-                model.prefill(hidden_SD, req.max_new_tokens, eos_id, prompt.after[-1])
-            req.prompt_rows["target"] = model.prompt_rows
+            encode_and_prefill(model, pixels, req.max_new_tokens, req)
             state = model.snapshot(words).read()
             req.prefill_end = line.now()
             emit(state)
@@ -1219,6 +1205,17 @@ def pixels_of(loaded, model: Model, req: Request):
         return clip_pixels(frames, model.vision.image, model.vision.mean, model.vision.std)
     except ValueError as error:
         raise InputError(f"{req.paths[model.side]}: {error}; use another recording or clip") from None
+
+
+def encode_and_prefill(model: Model, pixels, limit: int, req: Request) -> None:
+    """Queues both stages; the first id of at most `limit` is then in the model's state."""
+    prompt = model.prompt(req.question)
+    with req.timeline.stage("encode", model):
+        visual_AD = model.visual_rows(pixels, req.image and model.side == "target")
+    with req.timeline.stage("prefill", model):
+        eos_id = -1 if req.ignore_eos else model.config.eos_id
+        model.prefill(model.splice(prompt, visual_AD), limit, eos_id, prompt.after[-1])
+    req.prompt_rows[model.side] = model.prompt_rows
 
 
 def to_device(tensor, device):
