@@ -1124,6 +1124,9 @@ def main(argv=None) -> int:
             raise
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:                                  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except torch.OutOfMemoryError as error:
         if options.debug:
             raise

@@ -85,6 +85,12 @@ def test_the_timeline_draws_every_draft_and_fills_the_accepted_ones(tmp_path):
     assert len(bars) == len(result.timeline) and {e["tid"] for e in bars} == {0, 1, 2}
 
 
+def test_a_reader_that_leaves_early_causes_no_traceback(user_env):
+    command = f"{sys.executable} bench.py {' '.join(QUICK)} --modes target_only | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120, env=user_env)
+    assert done.stderr == "" and done.stdout.count("\n") == 1
+
+
 def test_recorded_pairs_hold_both_answers_and_feed_the_sources_page(tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
     assert bench.main([*QUICK, "--modes", "target_only,drafter_only", "--max-samples", "4", "--record", str(path)]) == 0
