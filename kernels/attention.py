@@ -281,6 +281,7 @@ def split_attention(q_SHK, k_NMK, v_NMK, pos_ids_S, cos_sin, work, **override):
     shape = dict(H=H, K=K, T=T, BLOCK_K=max(16, triton.next_power_of_2(K)), SPLIT=SPLIT, MAX_ROWS=MAX_ROWS,
                  PDL=work.pdl, launch_pdl=work.pdl, enable_fp_fusion=False)
     config = {**step_config(K, q_SHK.element_size(), work.pdl, q_SHK.device), **override}
+    assert SPLIT % config["BLOCK_M"] == 0, f"attention: tiles of {config['BLOCK_M']} rows overlap splits of {SPLIT}"
     step_kernel[(H, triton.cdiv(M, SPLIT))](
         q_SHK, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK, work.mixed_HTSK, work.top_HTS, work.total_HTS,
         q_SHK.stride(0), k_NMK.stride(0), v_NMK.stride(0), S, M, K ** -0.5 * LOG2E, GROUP=H // N,

@@ -86,16 +86,17 @@ def one_by_one(case, work):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_row_bits_and_cache_bits_ignore_how_many_rows_there_are(dtype, device, monkeypatch):
-    monkeypatch.setattr(module, "SPLIT", 32)                 # several splits in a small cache
-    case = step_case(32, 40, 1, 1, 80, 16, dtype, device)
-    work, (qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK) = SplitWork(device, 1, 16, 80), case
+    monkeypatch.setattr(module, "SPLIT", 64)                 # several splits in a small cache
+    case = step_case(32, 104, 1, 1, 144, 16, dtype, device)
+    work, (qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK) = SplitWork(device, 1, 16, 144), case
     single = (qkv_SE, k_NMK.clone(), v_NMK.clone(), *case[3:])
     rows = one_by_one(single, work)
     for S in (2, 16, 17, 32):
         k, v = k_NMK.clone(), v_NMK.clone()
         together = step_attention(qkv_SE[:S], k, v, pos_ids_S[:S], cos_MK, sin_MK, work)
         assert differing(together, rows[:S]) == 0, f"{S} rows"
-        assert differing(k[:, :40 + S], single[1][:, :40 + S]) == differing(v[:, :40 + S], single[2][:, :40 + S]) == 0
+        assert differing(k[:, :104 + S], single[1][:, :104 + S]) == differing(v[:, :104 + S],
+                                                                              single[2][:, :104 + S]) == 0
 
 
 def test_the_fixed_split_is_what_keeps_the_bits(device, monkeypatch):
