@@ -852,6 +852,88 @@ def sources_page(options) -> int:
     return 0
 
 
+# ---- peers -----------------------------------------------------------------------------------------------------
+
+
+def peers_page(options) -> int:
+    """transformers' Video-LLaVA beside ours, 7B shapes, one process, pixels and ids on the GPU, runs interleaved."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(f"--peers: transformers cannot be imported ({engine.describe(error)}); pip install "
+                         f"transformers into an environment of its own") from None
+    if options.device.type != "cuda":
+        raise InputError("--peers: compares 7B models on a GPU; run it where torch sees one")
+    from weights.load import TARGET_7B
+    e = engine.load_engine(None, "random-7b", device=options.device, cache_rows=2560)
+    lines = [f"peers, RANDOM 7B WEIGHTS bf16, {torch.cuda.get_device_name(options.device)}, torch {torch.__version__}, "
+             f"triton {triton.__version__}, transformers {transformers.__version__}, commit {commit()}, "
+             f"{time.strftime('%Y-%m-%d')}",
+             f"prompt of 2,076 rows with 8 frames, pixels on the GPU, {options.max_new_tokens} ids, milliseconds "
+             f"[p20, p80]; x ours: paired by run",
+             f"{'engine':38} {'vision + prefill':>24} {'x ours':>6} {'per id':>22} {'x ours':>6} {'all ids':>24} "
+             f"{'x ours':>6}"]
+    lines += peer_rows(e.target, peer_model(TARGET_7B, options.device), options.max_new_tokens)
+    print("\n".join(lines))
+    if options.update_readme:
+        update_readme(options.update_readme, lines)
+    return 0
+
+
+def peer_model(config: dict, device):
+    """transformers' model of our config's shapes, random weights in bf16 on the device (fp32 on a CPU)."""
+    from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
+    text, vision = ({"model_type": kind, **config[part]} for part, kind in
+                    (("text_config", "llama"), ("vision_config", "clip_vision_model")))
+    kept = {k: v for k, v in config.items() if k not in ("text_config", "vision_config", "model_type", "pad_token_id")}
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    try:
+        with torch.device(device):
+            return VideoLlavaForConditionalGeneration(
+                VideoLlavaConfig(text_config=text, vision_config=vision, **kept)).eval()
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def peer_rows(target, model, new: int, runs: int = 7) -> list[str]:
+    """The table's rows: ours, then transformers with a dynamic and with a static, compiled cache."""
+    device, visual = target.device, target.num_frames * (target.vision.P + 1)
+    pixels = torch.randn(target.num_frames, 3, target.vision.image, target.vision.image, device=device)
+    prompt = engine.Prompt([5] * 5, [5] * 15)
+    ids = torch.tensor([[5] * 5 + [model.config.video_token_index] * visual + [5] * 15], device=device)
+    given = dict(input_ids=ids, attention_mask=torch.ones_like(ids),
+                 pixel_values_videos=pixels[None].to(target.decoder.dtype))
+
+    def ours(count):
+        with torch.inference_mode(), target.on_stream():
+            return whole(target, prompt, pixels, count)
+
+    def theirs(count, **cache):
+        with torch.inference_mode():
+            out = model.generate(**given, do_sample=False, min_new_tokens=count, max_new_tokens=count, pad_token_id=0,
+                                 **cache)
+            assert out.shape[1] == ids.shape[1] + count, f"peers: {out.shape[1] - ids.shape[1]} ids, wanted {count}"
+
+    engines = {"headstart target_only": ours, "transformers, dynamic cache": theirs,
+               "transformers, static cache, compiled": lambda count: theirs(count, cache_implementation="static")}
+    taken = {name: [] for name in engines}
+    for run in range(-2, runs):                              # two rounds to compile and warm up
+        for name, call in engines.items():
+            first, both = host_time(target, lambda c=call: c(1)), host_time(target, lambda c=call: c(new))
+            if run >= 0:
+                taken[name].append((first, (both - first) / (new - 1), both))
+    rows, mine = [], taken["headstart target_only"]
+    for name, times in taken.items():
+        cells = []
+        for column, own in zip(zip(*times, strict=True), zip(*mine, strict=True), strict=True):
+            low, mid, high = quantiles(list(column))
+            ratio = statistics.median(t / o for t, o in zip(column, own, strict=True))
+            cells.append(f"{mid:8.2f} [{low:.2f}, {high:.2f}]".rjust(24 if len(cells) != 1 else 22) + f" {ratio:6.2f}")
+        rows.append(f"{name:38} " + " ".join(cells))
+    return rows
+
+
 # ---- the step and the verify, at real shapes ------------------------------------------------------------------
 
 
@@ -944,9 +1026,12 @@ def device_times(model, fn, runs: int = 20) -> list[float]:
 
 
 def host_time(model, fn) -> float:
-    torch.cuda.synchronize(model.device)
+    """Milliseconds from an idle device to an idle device."""
+    wait = torch.cuda.synchronize if model.on_gpu else lambda device: None
+    wait(model.device)
     start = time.perf_counter()
     fn()
+    wait(model.device)
     return (time.perf_counter() - start) * 1e3
 
 
@@ -1052,6 +1137,7 @@ def parse(argv):
     add("--from-json", type=Path, metavar="PATH", help="print the report of a saved run instead of measuring")
     add("--from-text", type=Path, metavar="PATH", help="with --update-readme: take the block's text from a file")
     add("--figures", action="store_true", help="step, verify, prefill and bit equality at 7B shapes (needs a GPU)")
+    add("--peers", action="store_true", help="transformers' Video-LLaVA beside ours (needs transformers and a GPU)")
     add("--generations", type=int, default=208, metavar="N", help="of --figures' forced drafts (default %(default)s)")
     add("--update-readme", metavar="BLOCK", help="put this run's report into README.md")
     add("--debug", action="store_true", help="show tracebacks")
@@ -1158,6 +1244,8 @@ def run(options, command) -> int:
     check(options)
     if options.figures:
         return figures_page(options)
+    if options.peers:
+        return peers_page(options)
     if options.merge:
         return publish(merged(options.merge), options)
     if options.compare:

@@ -354,7 +354,8 @@ class Model:
                 self.steps[G] = StepGraph(lambda G=G: self._round(G), self)
 
     def _round(self, G: int):
-        verify_ids_S, pos_ids_S, hidden_SD = open_round(self.state_W, self.draft_ids[G], self.decoder.embed_VD)
+        _, pos_ids_S, hidden_SD = open_round(self.state_W, self.draft_ids[G], self.decoder.embed_VD,
+                                                        self.decoder.work.round)
         logits_SV = self.decoder.forward(hidden_SD, pos_ids_S)
         close_round(logits_SV, self.draft_ids[G], self.state_W, self.decoder.work.round)
         return logits_SV
