@@ -123,8 +123,8 @@ def output_of(*command) -> str:
 
 
 def commit() -> str | None:
-    """The commit this runs from; GIT_COMMIT says it where there is no repository."""
-    return output_of("git", "rev-parse", "--short", "HEAD") or os.environ.get("GIT_COMMIT")
+    """The commit this runs from; GIT_COMMIT says it where there is no repository, or not the right one."""
+    return os.environ.get("GIT_COMMIT") or output_of("git", "rev-parse", "--short", "HEAD") or None
 
 
 def machine(device) -> dict:
@@ -1013,11 +1013,12 @@ def step_times(model, G: int, context: int, runs: int = 30) -> list[float]:
 
 
 def device_times(model, fn, runs: int = 20) -> list[float]:
-    """Milliseconds of each call on the model's stream, by events, after three calls."""
+    """Milliseconds of each call on the model's stream, by events, after three calls; each starts on an idle GPU."""
     for _ in range(3):
         fn()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for start, end in events:
+        torch.cuda.synchronize(model.device)
         start.record(model.stream)
         fn()
         end.record(model.stream)

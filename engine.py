@@ -285,6 +285,7 @@ class Model:
         # What a warm-up runs on: one id after a prompt of one row, no end in sight.
         self.warm_head = torch.tensor([1, 0, 0, 1, -1, decoder.cache_rows, 0, 0]).to(self.device)
         self.tail_id = torch.zeros(1, dtype=torch.long, device=self.device)     # the prompt's last id
+        self.recorded_W = None                               # `replay` puts ids here that stand in for its own choice
         self.draft_ids, self.pixels, self.steps, self.prompt_rows = {}, {}, {}, 0
         self.hidden_MD = torch.zeros(decoder.cache_rows, self.config.D, dtype=decoder.dtype, device=self.device)
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None      # one scratch for all its graphs
@@ -335,7 +336,7 @@ class Model:
 
     def _prefill(self, pos_ids_S):
         last = self.state_W[PROMPT_LEN:PROMPT_LEN + 1] - 1
-        logits_1V = self.decoder.forward(self.hidden_MD[:len(pos_ids_S)], pos_ids_S, only=last)
+        logits_1V = self._recorded(self.decoder.forward(self.hidden_MD[:len(pos_ids_S)], pos_ids_S, only=last))
         first_id(logits_1V[0], self.state_W, self.decoder.work.round)
         return logits_1V
 
@@ -356,8 +357,25 @@ class Model:
     def _round(self, G: int):
         _, pos_ids_S, hidden_SD = open_round(self.state_W, self.draft_ids[G], self.decoder.embed_VD,
                                                         self.decoder.work.round)
-        logits_SV = self.decoder.forward(hidden_SD, pos_ids_S)
+        logits_SV = self._recorded(self.decoder.forward(hidden_SD, pos_ids_S))
         close_round(logits_SV, self.draft_ids[G], self.state_W, self.decoder.work.round)
+        return logits_SV
+
+    def replay(self, ids) -> None:
+        """From here on this model computes as ever and says `ids`, recorded elsewhere, then end-of-sequence: real speed
+        at a real acceptance without the checkpoint. Call it before the first request; later calls change the ids."""
+        if self.recorded_W is None:
+            assert not self.steps, "replay: graphs without it exist already"
+            self.recorded_W = torch.zeros_like(self.state_W)
+        ids = list(ids) + [self.config.eos_id] * (len(self.recorded_W) - len(ids))
+        self.recorded_W.copy_(torch.tensor(ids[:len(self.recorded_W)]))
+
+    def _recorded(self, logits_SV):
+        """The logits of a step, after which n_out ids are known; in a replay the recorded ids win every row."""
+        if self.recorded_W is not None:
+            at_S = self.state_W[:1] + torch.arange(len(logits_SV), device=self.device)
+            ids_S = self.recorded_W.gather(0, at_S.clamp(max=len(self.recorded_W) - 1))
+            logits_SV.scatter_(1, ids_S[:, None], torch.finfo(logits_SV.dtype).max)
         return logits_SV
 
     def snapshot(self, words: int) -> Snapshot:
@@ -436,35 +454,45 @@ class Drafter(Model):
         return torch.cat([rows_RSD.mean(1), rows_RSD.mean(0)])
 
     def follow(self, committed_W, G: int):
-        """G drafts after the ids in `committed_W`, the target's state: int64 [G], -1 past the drafter's own end.
-
-        Each call starts with two rows, the last committed pair, so the row that a fully accepted round leaves
-        missing is always rewritten and the host has nothing to decide.
-        """
-        self.state_W[STATE:].copy_(committed_W[STATE:STATE + len(self.state_W) - STATE])
-        self.state_W[:2].copy_(committed_W[:2] * self.one_zero)       # keep n_out, clear done
-        self.state_W[LIMIT].fill_(len(self.state_W))                  # the limit was the head start's
-        n_out = self.state_W[:1].clone()
-        self.prepare_follow()
-        self.steps["follow"]()
+        """G drafts after the ids in `committed_W`, the target's state: int64 [G], -1 past the drafter's own end."""
+        n_out = committed_W[:1].clone()
+        self.resume(committed_W)
         for _ in range(G - 1):
             self.step(0)
         at_G = n_out + torch.arange(G, device=self.device)
         ids_G = self.state_W.gather(0, (STATE + at_G).clamp(max=len(self.state_W) - 1))
         return torch.where(at_G < self.state_W[:1], ids_G, -1)
 
-    def prepare_follow(self) -> None:
-        if "follow" not in self.steps:
-            self.steps["follow"] = StepGraph(self._follow_two_rows, self)
+    def resume(self, committed_W, rows: int = 2) -> None:
+        """Takes over the ids in `committed_W` (a target's state, or eight words that begin with n_out, and ids) and
+        drafts one more.
 
-    def _follow_two_rows(self):
+        The last `rows` committed ids are run again. Two of them are enough after a round, whose last accepted draft
+        has no row yet; so the row that a fully accepted round leaves missing is always written and the host has
+        nothing to decide. More rows catch up with a target that went on alone.
+        """
+        words = min(len(committed_W), len(self.state_W))
+        self.state_W[STATE:words].copy_(committed_W[STATE:words])
+        self.state_W[:2].copy_(committed_W[:2] * self.one_zero)       # keep n_out, clear done
+        self.state_W[LIMIT].fill_(len(self.state_W))                  # the limit was the head start's
+        self.prepare_resume(rows)
+        self.steps["resume", rows]()
+
+    def prepare_resume(self, rows: int = 2) -> None:
+        if ("resume", rows) not in self.steps:
+            self.steps["resume", rows] = StepGraph(lambda: self._resume(rows), self)
+
+    def _resume(self, rows: int):
         n_out = self.state_W[:1]
-        last_2 = n_out + torch.arange(-2, 0, device=self.device)
-        ids_2 = self.state_W.gather(0, STATE + last_2.clamp(min=0))
-        ids_2 = torch.where(last_2 < 0, self.tail_id, ids_2)           # before the first answer id comes the prompt
-        logits_2V = self.decoder.forward(self.decoder.embed_VD[ids_2], self.state_W[PROMPT_LEN] + last_2)
-        close_round(logits_2V[1:], ids_2[:0], self.state_W, self.decoder.work.round)
-        return logits_2V
+        first = (n_out - rows).clamp(min=-1)                           # before the first answer id comes the prompt
+        at_S = first + torch.arange(rows, device=self.device)          # from n_out on they are stale, and unseen
+        ids_S = self.state_W.gather(0, STATE + at_S.clamp(min=0, max=len(self.state_W) - STATE - 1))
+        ids_S = torch.where(at_S < 0, self.tail_id, ids_S)
+        known_S = ids_S.clamp(max=self.config.V - 1)                   # the target may know more ids than the drafter
+        logits_SV = self.decoder.forward(self.decoder.embed_VD[known_S], self.state_W[PROMPT_LEN] + at_S)
+        last_1V = self._recorded(logits_SV.index_select(0, n_out - 1 - first))
+        close_round(last_1V, ids_S[:0], self.state_W, self.decoder.work.round)
+        return last_1V
 
 
 # ---- step graphs -----------------------------------------------------------------------------------------------
@@ -1017,7 +1045,7 @@ class Engine:
             model.prepare_prefill(rows)
             model.prepare(0)
             if req.mode == "speculative":
-                model.prepare_follow()
+                model.prepare_resume()
 
     def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, image_path=None,
                mode="speculative", max_new_tokens=50, draft_len=None, overlap_len=None, draft_source=None,

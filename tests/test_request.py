@@ -140,6 +140,37 @@ def test_follow_is_the_drafters_greedy_continuation(pair):
         committed = committed + want[:agreed] + [want[agreed] if agreed < 5 else 9]
 
 
+def test_the_target_may_know_more_ids_than_the_drafter(pair):
+    """Video-LLaVA has 64 rows of vocabulary that EventGPT lacks; with random weights it says them."""
+    drafter = pair.drafter
+    pair.generate(mode="drafter_only", **asked(0))
+    committed_W = drafter.state_W.clone()
+    committed_W[:9] = torch.tensor([1, 0, 0, 0, -1, 99, 0, 0, drafter.config.V + 63])
+    with torch.inference_mode():
+        drafts = drafter.follow(committed_W, 3).tolist()
+    assert len(drafts) == 3 and all(0 <= i < drafter.config.V for i in drafts)
+
+
+@pytest.mark.parametrize("behind", [2, 5, 30])
+def test_a_drafter_left_behind_catches_up_by_running_the_missing_rows(pair, behind):
+    """The target went on alone for some ids: their rows are run together, and the drafts are as if one by one."""
+    drafter = pair.drafter
+    ids = truth(pair, 2, 0, True)
+    with torch.inference_mode():
+        pair.generate(mode="drafter_only", **{**asked(2), "max_new_tokens": 1})
+        committed_W = torch.tensor([behind + 1, 0, 0, 0, -1, 99, 0, 0] + ids)
+        for n_out in range(1, behind + 2):                   # id by id, as rounds would
+            committed_W[0] = n_out
+            drafter.resume(committed_W)
+        one_by_one = drafter.state_W[8:8 + behind + 2].tolist()
+        rows = drafter.decoder.k_cache_LNMK[:, :, :drafter.prompt_rows + behind + 1].clone()
+        drafter.decoder.k_cache_LNMK[:, :, drafter.prompt_rows:].normal_()
+        drafter.resume(committed_W, engine.STEP_ROWS)
+        assert drafter.state_W[0] == behind + 2 and drafter.state_W[8:8 + behind + 2].tolist() == one_by_one
+        caught_up = drafter.decoder.k_cache_LNMK[:, :, :drafter.prompt_rows + behind + 1]
+        assert torch.allclose(caught_up, rows, atol=1e-5)
+
+
 @torch.inference_mode()
 def test_stale_rows_of_the_previous_request_change_nothing(pair):
     ids = truth(pair, 1, 0)
