@@ -31,6 +31,7 @@ import contextlib
 import dataclasses
 import json
 import queue
+import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -720,6 +721,150 @@ SOURCES = {"previous": Previous, "constant": Constant, "memory": Memory,
            "best": lambda: Best(Memory(), Previous(), Constant())}
 
 
+# ---- when to draft ---------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """Drafts only where that is expected to pay: while P(accepted >= k) x step > price of draft k.
+
+    It learns times and acceptance from every request and never touches an id. Acceptance is the share of tries that
+    agreed, per kind of draft, question and depth, recent ones counting more; an unknown question takes the pool's
+    share. Whatever has no history is tried, and of the requests refused every `probe`-th is let through all the same,
+    so that drafts that got better are noticed.
+    """
+
+    def __init__(self, decay: float = 0.95, probe: int = 64):
+        self.decay, self.probe, self.refused = decay, probe, 0
+        self.times = {}                     # what -> its last few durations, seconds
+        self.tries = {}                     # (kind, question) -> [tried, agreed] for depth 1, 2, ...
+
+    def timed(self, what, seconds: float) -> None:
+        self.times.setdefault(what, collections.deque(maxlen=9)).append(seconds)
+
+    def seconds(self, what):
+        """The undisturbed duration of `what`, None if it was never seen."""
+        return min(self.times[what]) if what in self.times else None
+
+    def usual(self, what):
+        """Its median, for what the host does."""
+        return statistics.median(self.times[what]) if what in self.times else None
+
+    def accepted(self, kind: str, question: str, drafted: int, agreed: int) -> None:
+        for key in ((kind, question), (kind, None)):
+            depths = self.tries.setdefault(key, [])
+            for k in range(min(drafted, agreed + 1)):        # nothing is learnt behind the first rejection
+                if k == len(depths):
+                    depths.append([0.0, 0.0])
+                depths[k] = [self.decay * depths[k][0] + 1, self.decay * depths[k][1] + (k < agreed)]
+
+    def alive(self, kind: str, question: str, depth: int) -> list[float]:
+        """P(accepted >= k) for k = 1..depth. A depth never reached takes the share of the one before."""
+        depths = self.tries.get((kind, question)) or self.tries.get((kind, None)) or []
+        share, product_of_shares, found = 1.0, 1.0, []
+        for k in range(depth):
+            if k < len(depths):
+                share = (depths[k][1] + 0.2 * share) / (depths[k][0] + 0.2)
+            product_of_shares *= share
+            found.append(product_of_shares)
+        return found
+
+    def best_len(self, question: str, most: int):
+        """(drafts a round, seconds an id) that end an answer soonest on one device; 0 drafts is plain decode."""
+        step, draft, verify = (self.seconds(what) for what in ("step", "draft", "verify"))
+        if step is None or draft is None or verify is None:
+            return most, 0.0
+        best, ids = (0, step), 1.0
+        for G, share in enumerate(self.alive("round", question, most), 1):
+            ids += share
+            best = min(best, (G, (G * draft + verify) / ids), key=lambda pair: pair[1])
+        return best
+
+    def head_start(self, req: Request, now: float) -> bool:
+        """Whether the drafter should encode and prefill, `now` being the earliest it can begin."""
+        front, step, draft, ready = self.seconds("front"), self.seconds("step"), self.seconds("draft"), req.ready(now)
+        if front is None or step is None or draft is None or ready is None:
+            return True
+        at, gain = now + front, 0.0
+        for share in self.alive("span", req.question, req.overlap_len + 1)[1:]:       # the first id comes for free
+            at += draft
+            worth = share * step - min(draft, max(0.0, at - ready))
+            if worth <= 0:
+                break
+            gain += worth
+        if req.mode == "speculative":
+            gain += max(0.0, step - self.best_len(req.question, req.draft_len)[1]) * req.max_new_tokens
+        if gain > max(0.0, now + front - ready):
+            return True
+        self.refused += 1
+        return self.refused % self.probe == 0
+
+    def another(self, req: Request, drafted: int, now: float) -> bool:
+        """Whether a head start of `drafted` ids should grow, with a step already queued: for free while the target is
+        not ready, else for a price."""
+        step, draft, ready = self.seconds("step"), self.seconds("draft"), req.ready(now)
+        if step is None or draft is None or ready is None:
+            return not req.frames_ready.is_set()
+        price = min(draft, max(0.0, now + 2 * draft - ready))
+        return self.alive("span", req.question, drafted + 1)[-1] * step > price
+
+    def pays(self, kind: str, question: str, drafts: int) -> bool:
+        """Whether a round of drafts from the host ends an answer sooner than plain steps."""
+        step, took = self.seconds("step"), self.seconds(("round", kind))
+        return step is None or took is None or (1 + sum(self.alive(kind, question, drafts))) * step > took
+
+    def learn(self, req: Request, result: Result) -> None:
+        """Times of a request's stages, and how far its head start agreed with the answer, verified or not."""
+        begun = {stage: start for row, stage, start, _, _ in result.timeline if (row, stage) == ("drafter", "encode")}
+        for row, stage, start, end, note in result.timeline:
+            if (row, stage) in (("target", "decode"), ("target", "verify"), ("drafter", "draft")):
+                forwards = int(note.split()[0]) if note.endswith(" ids") else 1
+                self.timed({"decode": "step"}.get(stage, stage), (end - start) / forwards)
+            elif (row, stage) == ("drafter", "prefill"):
+                self.timed("front", end - begun["encode"])
+        for what, at in req.ready_at.items():
+            self.timed(what, at)
+        if result.preview_ids:
+            self.accepted("span", req.question, len(result.preview_ids),
+                          agreeing(result.preview_ids, result.output_ids))
+
+
+def agreeing(ours, theirs) -> int:
+    """How many ids two lists share from their start."""
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+
+
+class Ahead:
+    """What a drafter on its own device has drafted beyond the committed ids, and the target's word on it.
+
+    Each side looks when it likes and neither waits. An epoch is a stretch of drafting on one belief; the target opens
+    a new one by saying what it really committed, and what was drafted on the old belief is dropped.
+    """
+
+    def __init__(self):
+        self.lock, self.epoch, self.ids = threading.Lock(), 0, []
+
+    def publish(self, epoch: int, ids: list[int]) -> None:
+        """The drafter: everything it takes for the answer so far."""
+        with self.lock:
+            if epoch == self.epoch:
+                self.ids = ids
+
+    def correction(self, epoch: int):
+        """The drafter: (epoch, committed ids) if what it drafts on is no longer true, else None."""
+        with self.lock:
+            return (self.epoch, self.truth) if self.epoch > epoch else None
+
+    def span(self, committed: list[int], limit: int) -> list[int]:
+        """The target: at most `limit` drafts that follow its committed ids."""
+        with self.lock:
+            agreed = agreeing(self.ids, committed)
+            if agreed == len(committed):
+                return self.ids[agreed:agreed + limit]
+            if agreed < len(self.ids) or len(self.ids) + 2 < len(committed):      # wrong, or left behind
+                self.epoch, self.truth, self.ids = self.epoch + 1, committed, committed
+            return []
+
+
 # ---- the request -----------------------------------------------------------------------------------------------
 
 
@@ -847,10 +992,15 @@ class Request:
     source: DraftSource | None
     ignore_eos: bool
     timeline: Timeline
+    gate: Gate | None                       # None: draft whatever it costs
+    size: int                               # of the video file, in doublings: clips of a size take alike to decode
     out: queue.Queue = field(default_factory=queue.Queue)
     stop_drafting: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
     drafter_done: threading.Event = field(default_factory=threading.Event)
+    frames_ready: threading.Event = field(default_factory=threading.Event)      # the target wants the GPU
+    ready_at: dict = field(default_factory=dict)        # ("frames" or "events", size) -> seconds
+    ahead: Ahead = field(default_factory=Ahead)
     preview: list = field(default_factory=list)         # (id, seconds) as the host saw them
     accept_lens: list = field(default_factory=list)
     drafted: int = 0
@@ -859,6 +1009,13 @@ class Request:
     prompt_rows: dict = field(default_factory=dict)
     drafter_error: str | None = None
 
+    def ready(self, now: float):
+        """When the target's frames are ready, in seconds of this request, as far as one can tell; None: no idea."""
+        if self.frames_ready.is_set():
+            return min(now, self.ready_at["frames", self.size])
+        usual = self.gate.usual(("frames", self.size))
+        return None if usual is None else max(usual, now)
+
 
 class Engine:
     """A target and its drafter, answering one request at a time. See `load_engine`.
@@ -866,9 +1023,12 @@ class Engine:
     Two engines may live in one process; on one engine a second request waits for the first.
     """
 
-    def __init__(self, target: Target | None, drafter: Drafter | None, draft_len: int = 5, overlap_len: int = 15):
+    def __init__(self, target: Target | None, drafter: Drafter | None, draft_len: int = 5, overlap_len: int = 15,
+                 gate: bool = True):
         self.target, self.drafter = target, drafter
         self.draft_len, self.overlap_len = draft_len, overlap_len
+        self.gate = Gate() if gate else None
+        self.apart = bool(target and drafter) and target.device != drafter.device   # two devices: drafts cost nothing
         self.lock, self.owner = threading.Lock(), None       # owner: the thread whose request runs
         # One lasting thread a model: cuDNN keeps its plans per thread, and a new thread pays 70 ms to make them again.
         self.threads = {m.side: ThreadPoolExecutor(1, thread_name_prefix=m.side) for m in self.models}
@@ -880,24 +1040,73 @@ class Engine:
     # -- the two sides, each on a thread of its own
 
     def _drafter_side(self, req: Request) -> None:
-        """Events to drafts. Runs ahead of the target and stops when told, at its limit or at its own end."""
-        model, line = self.drafter, req.timeline
+        """Events to drafts. Runs ahead of the target and stops when told, at its limit, at its own end, or when the
+        gate says that another draft would cost the target more than it brings."""
+        model, line, gate = self.drafter, req.timeline, req.gate
+        alone = req.mode in ("drafter_only", "prefill_only")
+        ahead = self.apart and req.mode == "speculative"
+        if gate and not gate.head_start(req, gate.usual(("events", req.size)) or 0.0):
+            return
         with line.stage("load", model, host=True):
             loaded = req.events()
         with line.stage("preprocess", model, host=True):
             pixels = pixels_of(loaded, model, req)
-        alone = req.mode in ("drafter_only", "prefill_only")
-        limit = req.max_new_tokens if alone else min(req.overlap_len + 1, req.max_new_tokens)
+        req.ready_at["events", req.size] = line.now()
+        if gate and not gate.head_start(req, line.now()):    # what was expected of the clock may have come otherwise
+            return
+        limit = req.max_new_tokens if alone or ahead else min(req.overlap_len + 1, req.max_new_tokens)
         with model.on_stream():
             encode_and_prefill(model, pixels, limit, req)
-            for state in self._decode(model, req, limit, "draft"):
-                now = line.now()
-                fresh = state[STATE + len(req.preview):STATE + state[N_OUT]]
-                req.preview += [(i, now) for i in fresh]
-                if fresh:
-                    req.out.put(("preview", fresh, now))
-                if req.stop_drafting.is_set():
-                    break
+            if ahead:
+                return self._draft_ahead(req, limit)
+
+            def go_on(state):
+                return not req.stop_drafting.is_set() and (gate is None or gate.another(req, state[N_OUT], line.now()))
+
+            for state in self._decode(model, req, limit, "draft", go_on):
+                self._preview(req, state)
+
+    def _preview(self, req: Request, state) -> None:
+        now = req.timeline.now()
+        fresh = state[STATE + len(req.preview):STATE + state[N_OUT]]
+        req.preview += [(i, now) for i in fresh]
+        if fresh:
+            req.out.put(("preview", fresh, now))
+
+    def _draft_ahead(self, req: Request, limit: int) -> None:
+        """Drafts for as long as the answer grows, always on the guess that the target agrees so far. When it says
+        otherwise, its ids are taken up and the drafts made on the wrong guess are forgotten: by length, not by waiting.
+        """
+        model, ahead, words = self.drafter, req.ahead, STATE + limit + STEP_ROWS
+        epoch, own, ended, waiting = 0, [], False, model.snapshot(words)
+        while not req.stop_drafting.is_set():
+            truth = ahead.correction(epoch)
+            if truth:
+                epoch, ids = truth
+                right = min(agreeing(own, ids), max(len(own) - 1, 0))                # rows of these need not run again
+                with req.timeline.stage("draft", model, note="resume"):
+                    for end in [*range(right + STEP_ROWS, len(ids), STEP_ROWS), len(ids)]:
+                        head = torch.tensor([end, 0, 0, 0, 0, 0, 0, 0] + ids[:end])
+                        model.resume(to_device(head, model.device), 2 if end - right <= 2 else STEP_ROWS)
+                own, ended, waiting = ids, False, None
+            elif ended:
+                time.sleep(2e-4)                             # nothing to draft until the target disagrees
+                continue
+            else:
+                with req.timeline.stage("draft", model):
+                    model.step(0)
+            waiting, last = model.snapshot(words), waiting
+            if not model.on_gpu:
+                waiting, last = None, waiting
+            if last is None:
+                continue
+            state = last.read()
+            check_finite(state, model)
+            own = state[STATE:STATE + state[N_OUT]]
+            ended = bool(state[DONE]) or len(own) >= limit
+            ahead.publish(epoch, own)
+            if epoch == 0:
+                self._preview(req, state)
 
     def _target_side(self, req: Request) -> None:
         """Video to answer. Everything it emits is the target's own greedy id."""
@@ -906,6 +1115,8 @@ class Engine:
             frames = req.video()
         with line.stage("preprocess", model, host=True):
             pixels = pixels_of(frames, model, req)
+        req.ready_at["frames", req.size] = line.now()
+        req.frames_ready.set()
         words = STATE + req.max_new_tokens + STEP_ROWS
         sent = 0
 
@@ -922,24 +1133,29 @@ class Engine:
             state = model.snapshot(words).read()
             req.prefill_end = line.now()
             emit(state)
-            if req.mode in ("prefill_then_verify", "speculative"):
+            if req.mode == "speculative" and self.apart and req.source is None:
+                state = self._rounds_ahead(req, state, words, emit)
+            elif req.mode in ("prefill_then_verify", "speculative"):
                 req.stop_drafting.set()
                 state = self._verify_overlap(req, state, words, emit)
-            if req.mode == "speculative" and not state[DONE]:
-                self._rounds(req, state, words, emit)
-            elif not state[DONE]:
+                if req.mode == "speculative" and req.source is None:
+                    state = self._rounds_with_drafter(req, state, words, emit)
+                elif req.mode == "speculative":
+                    state = self._rounds_with_source(req, state, words, emit)
+            if not state[DONE]:
                 for state in self._decode(model, req, req.max_new_tokens, "decode"):
                     emit(state)
 
-    def _decode(self, model: Model, req: Request, limit: int, name: str):
-        """One-row steps to the end; yields states as the host sees them, one step behind what is queued."""
+    def _decode(self, model: Model, req: Request, limit: int, name: str, go_on=None):
+        """One-row steps to the end, or until `go_on`, told the newest state the host has seen, says no. Yields states
+        as the host sees them, one step behind what is queued; the last one has everything."""
         words, waiting = STATE + limit + STEP_ROWS, None
         state = model.snapshot(words).read()
         check_finite(state, model)
         yield state
         for _ in range(limit - state[N_OUT]):
-            if req.cancelled.is_set() or state[DONE]:
-                return
+            if req.cancelled.is_set() or state[DONE] or (go_on and not go_on(state)):
+                break
             with req.timeline.stage(name, model):
                 model.step(0)
             waiting, last = model.snapshot(words), waiting
@@ -949,72 +1165,132 @@ class Engine:
                 state = last.read()
                 check_finite(state, model)
                 yield state
-        if waiting is not None:
+        if waiting is not None and not req.cancelled.is_set():
             state = waiting.read()
             check_finite(state, model)
             yield state
 
     def _verify_overlap(self, req: Request, state, words: int, emit):
-        """The drafts made before prefill ended, verified as one span. Their guess of the first id must be right."""
-        if req.source is not None:
-            return state                                     # a host source proposes from the committed ids instead
-        drafts = [i for i, _ in list(req.preview)]
-        if not drafts or drafts[0] != state[STATE] or state[DONE]:
+        """The first span, verified in one forward: the drafts made before prefill ended, or what a source proposes."""
+        if state[DONE]:
             return state
-        span = drafts[1:1 + req.overlap_len]
+        if req.source is not None:
+            span = self._propose(req, state, req.overlap_len) if req.mode == "prefill_then_verify" else []
+        else:
+            drafts = [i for i, _ in list(req.preview)]
+            span = drafts[1:1 + req.overlap_len] if drafts[:1] == state[STATE:STATE + 1] else []
         if not span:
             return state
         req.first_span = span
-        return self._verify(req, span, req.overlap_len, words, emit)
+        state = self._verify(req, span, req.overlap_len, words, emit)
+        if req.source is not None:
+            guarded(req, req.source.verdict, len(span), min(len(span), state[ACCEPT_LEN]))
+        return state
+
+    def _propose(self, req: Request, state, limit: int) -> list[int]:
+        committed = state[STATE:STATE + state[N_OUT]]
+        return guarded(req, lambda: [int(i) for i in req.source.propose(committed, limit)][:limit]) or []
 
     def _verify(self, req: Request, drafts, G: int, words: int, emit):
         """One target forward over pending_id and up to G drafts; the rest of the span is padded and never matches."""
         model = self.target
         with req.timeline.stage("verify", model):
+            req.drafted += len(drafts)
             if isinstance(drafts, list):
                 padded = torch.tensor([i if -2**62 < i < 2**62 else -1 for i in drafts] + [-1] * (G - len(drafts)))
-                req.drafted += len(drafts)
-                model.draft_ids[G].copy_(to_device(padded, model.device))
+                model.draft_ids[G].copy_(to_device(padded, model.device), non_blocking=True)
             else:
-                req.drafted += G
-                model.draft_ids[G].copy_(drafts)
+                model.draft_ids[G].copy_(F.pad(drafts, (0, G - len(drafts)), value=-1), non_blocking=True)
             model.step(G)
         state = model.snapshot(words).read()
         req.accept_lens.append(state[ACCEPT_LEN])
         emit(state)
         return state
 
-    def _rounds(self, req: Request, state, words: int, emit) -> None:
-        """draft -> verify -> accept until the answer ends. The host looks once a round; a round itself never waits."""
-        model, drafter, G = self.target, self.drafter, req.draft_len
-        if req.source is None:
-            req.drafter_done.wait()
+    def _plain(self, req: Request, words: int, emit):
+        """One step without drafts, looked at like a round."""
+        with req.timeline.stage("decode", self.target):
+            self.target.step(0)
+        state = self.target.snapshot(words).read()
+        req.accept_lens.append(0)
+        emit(state)
+        return state
+
+    def _rounds_with_drafter(self, req: Request, state, words: int, emit):
+        """draft -> verify -> accept, both models on one device: the host looks once a round, a round never waits. Ends
+        with the answer, with the drafter, or when the gate sees no draft that pays."""
+        model, drafter, gate = self.target, self.drafter, req.gate
+        req.drafter_done.wait()
+        while not (state[DONE] or req.cancelled.is_set() or req.drafter_error or "drafter" not in req.prompt_rows):
+            G = req.draft_len if gate is None else gate.best_len(req.question, req.draft_len)[0]
+            if not G:
+                break
+            try:
+                with drafter.on_stream():
+                    wait_for(drafter, model)
+                    with req.timeline.stage("draft", drafter, note=f"{G} ids"):
+                        drafts_G = drafter.follow(model.state_W, G)
+                wait_for(model, drafter)
+                drafts_G = drafts_G.to(model.device)
+            except Exception as error:                       # a drafter that breaks must not cost the answer
+                req.drafter_error = describe(error)
+                break
+            state = self._verify(req, drafts_G, req.draft_len, words, emit)
+            if gate:
+                gate.accepted("round", req.question, G, min(G, state[ACCEPT_LEN]))
+        return state
+
+    def _rounds_with_source(self, req: Request, state, words: int, emit):
+        """The same with drafts from the host. While the gate sees none that pay, the target decodes without them and
+        the source is judged by what it would have said, which costs nothing."""
+        gate, source, line = req.gate, req.source, req.timeline
+        kind = getattr(source, "name", type(source).__name__)
         while not state[DONE] and not req.cancelled.is_set():
-            if req.source is not None and G:
-                committed = state[STATE:STATE + state[N_OUT]]
-                drafts = guarded(req, lambda ids: [int(i) for i in req.source.propose(ids, G)][:G], committed)
-                if drafts:
-                    state = self._verify(req, drafts, G, words, emit)
-                    guarded(req, req.source.verdict, len(drafts), min(len(drafts), state[ACCEPT_LEN]))
-                    continue
-            elif req.source is None and G and req.drafter_error is None:
-                try:
-                    with drafter.on_stream():
-                        wait_for(drafter, model)
-                        with req.timeline.stage("draft", drafter, note=f"{G} ids"):
-                            drafts_G = drafter.follow(model.state_W, G)
-                    wait_for(model, drafter)
-                    drafts_G = drafts_G.to(model.device)
-                except Exception as error:                   # a drafter that breaks must not cost the answer
-                    req.drafter_error = describe(error)
-                    continue
-                state = self._verify(req, drafts_G, G, words, emit)
-                continue
-            with req.timeline.stage("decode", model):
-                model.step(0)
-            state = model.snapshot(words).read()
-            req.accept_lens.append(0)
+            began = line.now()
+            drafts = self._propose(req, state, req.draft_len)
+            if drafts and gate and not gate.pays(kind, req.question, len(drafts)):
+                state = self._decode_and_judge(req, kind, emit)
+            elif drafts:
+                state = self._verify(req, drafts, req.draft_len, words, emit)
+                agreed = min(len(drafts), state[ACCEPT_LEN])
+                guarded(req, source.verdict, len(drafts), agreed)
+                if gate:
+                    gate.timed(("round", kind), line.now() - began)
+                    gate.accepted(kind, req.question, len(drafts), agreed)
+            else:
+                state = self._plain(req, words, emit)
+        return state
+
+    def _decode_and_judge(self, req: Request, kind: str, emit):
+        """Plain steps until the source's unverified drafts have been right often enough, or to the end."""
+        at, drafts = 0, []                                   # drafts that would have followed the first `at` ids
+
+        def go_on(state):
+            nonlocal at, drafts
+            ids = state[STATE:STATE + state[N_OUT]]
+            agreed = agreeing(drafts, ids[at:])
+            if drafts and agreed == len(ids) - at < len(drafts):
+                return True                                  # not decided yet
+            if drafts:
+                req.gate.accepted(kind, req.question, len(drafts), agreed)
+                guarded(req, req.source.verdict, len(drafts), agreed)
+            at, drafts = len(ids), self._propose(req, state, req.draft_len)
+            return not (drafts and req.gate.pays(kind, req.question, len(drafts)))
+
+        for state in self._decode(self.target, req, req.max_new_tokens, "decode", go_on):
             emit(state)
+        return state
+
+    def _rounds_ahead(self, req: Request, state, words: int, emit):
+        """Verifies what the drafter on the other device has ready, and steps alone where that is nothing."""
+        while not (state[DONE] or req.cancelled.is_set() or req.drafter_error):
+            span = req.ahead.span(state[STATE:STATE + state[N_OUT]], req.overlap_len)
+            req.first_span = req.first_span or (span if not req.accept_lens else [])
+            if span:
+                state = self._verify(req, span, req.overlap_len, words, emit)
+            else:
+                state = self._plain(req, words, emit)
+        return state
 
     # -- checks, assembly
 
@@ -1046,6 +1322,8 @@ class Engine:
             model.prepare(0)
             if req.mode == "speculative":
                 model.prepare_resume()
+                if self.apart:
+                    model.prepare_resume(STEP_ROWS)
 
     def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, image_path=None,
                mode="speculative", max_new_tokens=50, draft_len=None, overlap_len=None, draft_source=None,
@@ -1097,8 +1375,12 @@ class Engine:
             try:
                 active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
                 paths = {"target": video_path or image_path, "drafter": event_path or images and images[0]}
+                drafts = mode in ("prefill_then_verify", "speculative")
+                gate = self.gate if drafts and not (self.apart and draft_source is None) else None
+                size = Path(video_path or image_path).stat().st_size.bit_length() if uses_target else 0
                 req = Request(mode, question, frames, events, paths, image_path is not None, event_frames, canvas,
-                              max_new_tokens, draft_len, overlap_len, draft_source, ignore_eos, Timeline(active))
+                              max_new_tokens, draft_len, overlap_len, draft_source, ignore_eos, Timeline(active), gate,
+                              size)
                 for model in active:
                     if model.on_gpu:
                         torch.cuda.reset_peak_memory_stats(model.device)
@@ -1194,6 +1476,8 @@ class Engine:
         result.timeline, result.stages = req.timeline.resolve()
         if req.source is not None:
             guarded(req, req.source.learn, list(result.output_ids))
+        if self.gate and deciding == "target" and not (req.mode == "prefill_only"):
+            self.gate.learn(req, result)
         result.prompt_rows, result.drafter_error = req.prompt_rows, req.drafter_error
         result.accept_lens, result.drafted, result.rounds = req.accept_lens, req.drafted, len(req.accept_lens)
         result.accepted_tokens = sum(req.accept_lens)
@@ -1323,12 +1607,13 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
 
 
 def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,
-                draft_len=5, overlap_len=15, tokenizer=None, graphs=True, seed=0) -> Engine:
+                draft_len=5, overlap_len=15, tokenizer=None, graphs=True, seed=0, gate=True) -> Engine:
     """An Engine over the two checkpoints (either may be None). bf16 on a GPU and fp32 on the CPU unless told.
 
     eventgpt, videollava: folders, hub ids already in the cache, or `random-7b`. device: `cuda`, `cuda:N` or `cpu`;
     drafter_device: another one for the drafter. cache_rows: positions per model, by default what it was trained for.
-    tokenizer: a tokenizer.json in place of the checkpoints' own.
+    tokenizer: a tokenizer.json in place of the checkpoints' own. gate: draft only where it is expected to pay; False:
+    whatever it costs.
     """
     options = dict(dtype=dtype, cache_rows=cache_rows, graphs=graphs)
     target = drafter = None
@@ -1339,7 +1624,7 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
         shared = target.text.path if target is not None and not own.exists() else None
         drafter = load_model(Drafter, eventgpt, drafter_device or device, tokenizer=tokenizer or shared, seed=seed + 1,
                              **options)
-    return Engine(target, drafter, draft_len, overlap_len)
+    return Engine(target, drafter, draft_len, overlap_len, gate)
 
 
 class PrefillOnlyInference:

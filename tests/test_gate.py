@@ -1,0 +1,220 @@
+"""The gate prices drafts and never touches an id; drafting ahead gives the same ids whatever arrives late or wrong."""
+
+import random
+import time
+
+import pytest
+import torch
+from test_request import RECORDS, asked, pair, truth  # noqa: F401  the fixture
+
+import engine
+from engine import STATE, Ahead, Fixed, Gate
+
+
+def priced(step=5.0, draft=5.0, verify=5.3, front=20.0):
+    gate = Gate()
+    for what, ms in (("step", step), ("draft", draft), ("verify", verify), ("front", front)):
+        gate.timed(what, ms / 1e3)
+    return gate
+
+
+def taught(gate, kind, agreed, drafted=15, times=20):
+    for _ in range(times):
+        gate.accepted(kind, "q", drafted, agreed)
+    return gate
+
+
+class Asked:
+    """As much of a request as the gate looks at."""
+    question, overlap_len, draft_len, max_new_tokens, mode, size = "q", 15, 5, 50, "prefill_then_verify", 0
+
+    def __init__(self, ready_ms):
+        self.frames_ready, self.ready_ms = engine.threading.Event(), ready_ms
+
+    def ready(self, now):
+        return None if self.ready_ms is None else max(self.ready_ms / 1e3, now)
+
+
+def test_acceptance_is_counted_per_depth_and_stops_at_the_first_rejection():
+    gate = taught(Gate(), "span", agreed=3)
+    alive = gate.alive("span", "q", 6)
+    assert alive[:3] == pytest.approx([1, 1, 1]) and alive[3] < 0.05 and alive == sorted(alive, reverse=True)
+    assert gate.alive("span", "another question", 6) == alive and gate.alive("round", "q", 3) == [1, 1, 1]
+
+
+def test_half_the_tries_is_half_the_probability():
+    gate = Gate(decay=1.0)
+    for i in range(400):
+        gate.accepted("span", "q", 5, 5 if i % 2 else 0)
+    assert gate.alive("span", "q", 5) == pytest.approx([0.5] * 5, abs=0.01)
+
+
+@pytest.mark.parametrize("draft, agreed, wanted", [(5.0, 5, 0), (1.7, 5, 5), (1.7, 0, 0), (1.7, 2, 2)])
+def test_rounds_are_as_long_as_pays(draft, agreed, wanted):
+    """A drafter that steps as slowly as its target never pays on one device, however right it is."""
+    gate = taught(priced(draft=draft), "round", agreed, drafted=5)
+    assert gate.best_len("q", 5)[0] == wanted
+
+
+@pytest.mark.parametrize("ready, agreed, wanted", [
+    (100, 0, True),                                          # the window is free: who asks whether it helps
+    (10, 0, False), (10, 12, True),                          # 10 ms late: only if drafts are accepted
+    (None, 0, True)])                                        # nothing known
+def test_a_head_start_is_made_where_it_is_free_or_pays(ready, agreed, wanted):
+    gate = taught(priced(draft=1.7), "span", agreed)
+    assert gate.head_start(Asked(ready), now=0.0) is wanted
+
+
+def test_a_refused_head_start_is_probed_now_and_then():
+    gate = taught(priced(), "span", 0)
+    said = [gate.head_start(Asked(10), 0.0) for _ in range(2 * gate.probe)]
+    assert sum(said) == 2
+
+
+def test_drafts_stop_before_the_target_needs_the_gpu():
+    gate = taught(priced(), "span", 0)
+    assert gate.another(Asked(100), 3, now=0.05) and not gate.another(Asked(100), 3, now=0.095)
+    assert taught(priced(draft=1.7), "span", 15).another(Asked(100), 3, now=0.2)     # these pay even then
+
+
+def test_a_source_pays_by_its_own_acceptance_alone():
+    gate = taught(priced(), "memory", 0)
+    gate.timed(("round", "memory"), 5.6e-3)
+    gate.timed(("round", "other"), 5.6e-3)
+    assert not gate.pays("memory", "q", 15) and gate.pays("other", "q", 15)
+
+
+def test_a_hopeless_source_is_dropped_and_a_better_one_is_noticed_without_a_single_draft(pair, monkeypatch):  # noqa: F811
+    """While the gate is closed the source is judged against the ids that the target says anyway."""
+    ids = truth(pair, 0, 0, True)
+    pair.gate = priced()
+    pair.gate.timed(("round", "Fixed"), 5.4e-3)
+    monkeypatch.setattr(pair.gate, "timed", lambda what, seconds: None)          # the prices stay
+    try:
+        for _ in range(3):
+            closed = pair.generate(mode="speculative", draft_source=Fixed([3] * 64), ignore_eos=True, **asked(0))
+            assert closed.output_ids == ids
+        assert closed.drafted == 0 and closed.rounds == 0
+        for _ in range(4):
+            opened = pair.generate(mode="speculative", draft_source=Fixed(ids), ignore_eos=True, **asked(0))
+            assert opened.output_ids == ids
+        assert opened.accepted_tokens > 20
+    finally:
+        pair.gate = None
+
+
+@pytest.mark.parametrize("mode", ["prefill_then_verify", "speculative"])
+def test_a_closed_gate_leaves_the_drafter_alone(pair, mode):  # noqa: F811
+    pair.gate = taught(taught(priced(), "span", 0), "round", 0)
+    request = asked(0)
+    size = request["video_path"].stat().st_size.bit_length()
+    pair.gate.timed(("frames", size), 1e-3)
+    try:
+        result = pair.generate(mode=mode, ignore_eos=True, **request)
+    finally:
+        pair.gate = None
+    assert result.output_ids == truth(pair, 0, 0, True)
+    assert "drafter" not in result.stages and result.preview_ids == [] and result.drafter_error is None
+
+
+def test_with_the_gate_every_mode_still_gives_the_targets_answer(pair):  # noqa: F811
+    pair.gate = Gate()
+    try:
+        for i in range(len(RECORDS)):
+            for mode in ("prefill_then_verify", "speculative"):
+                assert pair.generate(mode=mode, **asked(i)).output_ids == truth(pair, i, 0), (i, mode)
+    finally:
+        pair.gate = None
+
+
+# -- drafting ahead on another device
+
+
+def test_ahead_drops_what_was_drafted_on_a_wrong_belief():
+    ahead = Ahead()
+    ahead.publish(0, [1, 2, 3, 4])
+    assert ahead.span([1, 2], 5) == [3, 4] and ahead.span([1, 2, 3, 4], 5) == [] and ahead.correction(0) is None
+    assert ahead.span([1, 2, 9], 5) == [] and ahead.correction(0) == (1, [1, 2, 9])
+    ahead.publish(0, [1, 2, 3, 4, 5])                        # was on its way when the target spoke
+    assert ahead.span([1, 2, 9], 5) == []
+    ahead.publish(1, [1, 2, 9, 10])
+    assert ahead.span([1, 2, 9], 5) == [10] and ahead.correction(1) is None
+    assert ahead.span([1, 2, 9, 10, 11, 12, 13, 14], 5) == [] and ahead.correction(1)[0] == 2    # left far behind
+
+
+@pytest.fixture
+def apart(pair):  # noqa: F811
+    """The pair on two pretend devices."""
+    pair.apart = True
+    yield pair
+    pair.apart = False
+
+
+def delayed(model, monkeypatch, seed, most):
+    """Every forward of the model ends up to `most` seconds late."""
+    rng, step = random.Random(seed), model.step
+    monkeypatch.setattr(model, "step", lambda G=0: (time.sleep(rng.random() * most), step(G))[1])
+
+
+@pytest.mark.parametrize("slow", ["neither", "drafter", "target", "both"])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_interleaving_gives_the_targets_ids(apart, monkeypatch, slow, seed):
+    for model in apart.models:
+        if slow in (model.side, "both"):
+            delayed(model, monkeypatch, seed, 0.02)
+    for i in (seed, seed + 3):
+        result = apart.generate(mode="speculative", ignore_eos=True, **asked(i))
+        assert result.output_ids == truth(apart, i, 0, True) and result.drafter_error is None
+        assert sum(a + 1 for a in result.accept_lens) >= len(result.output_ids) - 1
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.2, 0.6, 1.0])
+def test_wrong_drafts_ahead_are_dropped_by_length(apart, monkeypatch, wrong):
+    """The drafter says the target's answer with a share of ids replaced, as in a replay."""
+    rng, (drafter, target) = random.Random(1), (apart.drafter, apart.target)
+    ids = truth(apart, 1, 0, True)
+    steps = drafter.steps, target.steps
+    drafter.steps, target.steps = {}, {}
+    try:
+        with torch.inference_mode():
+            drafter.replay([(i + 1) % 100 if rng.random() < wrong else i for i in ids])
+        delayed(target, monkeypatch, 0, 0.02)                # so that the drafter gets ahead
+        result = apart.generate(mode="speculative", ignore_eos=True, **asked(1))
+    finally:
+        drafter.recorded_W = None
+        drafter.steps, target.steps = steps
+    assert result.output_ids == ids
+    if wrong == 0.0:
+        assert result.accepted_tokens > len(ids) // 2
+    if wrong == 1.0:
+        assert result.accepted_tokens == 0
+
+
+@pytest.mark.parametrize("when", [0, 3])
+def test_a_drafter_that_dies_ahead_is_noted(apart, monkeypatch, when):
+    calls, step = [], apart.drafter.step
+
+    def dying(G=0):
+        calls.append(G)
+        if len(calls) > when:
+            raise RuntimeError("gone")
+        step(G)
+
+    monkeypatch.setattr(apart.drafter, "step", dying)
+    delayed(apart.target, monkeypatch, 0, 0.02)
+    result = apart.generate(mode="speculative", ignore_eos=True, **asked(2))
+    assert result.output_ids == truth(apart, 2, 0, True) and "gone" in result.drafter_error
+
+
+def test_a_replay_says_what_was_recorded(pair):  # noqa: F811
+    target = pair.target
+    steps, target.steps = target.steps, {}
+    try:
+        with torch.inference_mode():
+            target.replay([7, 8, 9, 10, 11, 12])
+        alone = pair.generate(mode="target_only", **asked(0))
+        drafted = pair.generate(mode="speculative", draft_source=Fixed([7, 8, 9, 99, 11]), **asked(0))
+    finally:
+        target.recorded_W, target.steps = None, steps
+    assert alone.output_ids == drafted.output_ids == [7, 8, 9, 10, 11, 12, target.config.eos_id]
+    assert drafted.accept_lens[0] == 2 and STATE == 8
