@@ -210,7 +210,7 @@ class LearnsOnce(engine.DraftSource):
     """A source whose `learn` waits for `settle`: else a sample's second repeat drafts from the answer of its first."""
 
     def __init__(self, source: engine.DraftSource):
-        self.source, self.answer = source, None
+        self.source, self.answer, self.name = source, None, type(source).__name__
         self.begin, self.propose, self.verdict = source.begin, source.propose, source.verdict
 
     def learn(self, answer):
@@ -706,7 +706,10 @@ def draft_cells(result) -> list[tuple]:
     lens = list(result.accept_lens)
     head = lens.pop(0) if result.span_len else 0                                # the drafter's first id has no bar
     single = [(start, end) for row, stage, start, end, note in result.timeline
-              if (row, stage) == ("drafter", "draft") and not note]
+              if (row, stage) == ("drafter", "draft") and not note.endswith(" ids")]
+    if result.ahead:                                                            # right where the answer says the same
+        right = {bar for bar, at, i in result.ahead if result.output_ids[at:at + 1] == [i]}
+        return [(start, end, bar in right) for bar, (start, end) in enumerate(single, 1)]
     cells = [(start, end, i < head) for i, (start, end) in enumerate(single)]
     for row, stage, start, end, note in result.timeline:
         if (row, stage) == ("drafter", "draft") and note:
@@ -850,6 +853,115 @@ def sources_page(options) -> int:
     if options.update_readme:
         update_readme(options.update_readme, lines)
     return 0
+
+
+# ---- replay: real speed at recorded acceptance -------------------------------------------------------------------
+
+
+def replay_page(options) -> int:
+    """7B compute that says recorded ids: every draft source at its true acceptance, end to end, against target_only of
+    the same run, paired. A stream is one recorded sequence; whole sequences, the shortest first, until there are
+    enough answers. The recorded clips are not here: files of the embedded data set take their place."""
+    pairs = read_pairs(options.replay, options.sources_src)
+    rates = [float(p) for p in options.accept.split(",") if p]
+    clips, _ = read_dataset(options.dataset_dir, None, -1)
+    e = engine.load_engine(options.eventgpt, options.videollava, device=options.device, dtype=options.dtype,
+                           drafter_device=options.drafter_device, cache_rows=options.cache_rows, draft_len=15,
+                           tokenizer=options.tokenizer, graphs=not options.eager, gate=options.gate == "on")
+    most = max(i for row in pairs for name in ("target", "drafter") for i in row[name])
+    for model in e.models:
+        if most >= model.config.V:
+            raise InputError(f"{options.replay}: holds id {most}, the {model.side} knows {model.config.V}; pass models "
+                             f"of the same vocabulary, such as --weights random-7b")
+        with torch.inference_mode():
+            model.replay([])
+    streams = collections.defaultdict(list)
+    for row in pairs:
+        streams[row["seq"]].append(row)
+    chosen, wanted = [], options.max_samples if options.max_samples > 0 else 300
+    for seq in sorted(streams, key=lambda seq: (len(streams[seq]), seq)):
+        chosen += [seq] if sum(len(streams[s]) for s in chosen) < wanted else []
+    taken = collections.defaultdict(list)
+    progress, rng = Progress(sum(len(streams[seq]) for seq in chosen)), random.Random(0)
+    gates = collections.defaultdict(engine.Gate)             # each setting is priced by its own acceptance
+    for stream, seq in enumerate([chosen[0], *chosen]):      # three answers of the first to warm up
+        settings = replay_settings([row for row in pairs if row["seq"] != seq], rates, e.apart)
+        for number, row in enumerate(streams[seq] if stream else streams[seq][:3]):
+            clip, cell = clips[number % len(clips)], {}
+            for name, (mode, source, said) in settings.items():
+                e.gate = gates[name] if options.gate == "on" else None
+                ids = row["target"][:options.max_new_tokens]
+                drafter_ids = said(row, rng)
+                with torch.inference_mode():
+                    e.target.replay(ids)
+                    e.drafter.replay(drafter_ids)
+                cell[name] = e.generate(
+                    event_path=clip.events, video_path=clip.video, query=row["question"], mode=mode,
+                    draft_source=source, max_new_tokens=len(ids), ignore_eos=True,
+                    overlap_len=31 if name.startswith("one shot") else 15)
+                if cell[name].output_ids != ids:
+                    raise RuntimeError(f"replay: {name}, {seq} {row['clip']}: other ids than recorded")
+            if not stream:
+                continue
+            for name, result in cell.items():
+                forwards = sum(bar[:2] in (("target", "verify"), ("target", "decode")) for bar in result.timeline)
+                taken[name].append((result.wall_clock_time * 1e3, result.ttft * 1e3, forwards,
+                                    result.free_tokens_count, len(result.output_ids)))
+            options.shown = cell[list(cell)[-1]]
+            progress.step(f"{seq} {row['clip']}")
+    lines = replay_report(taken, e, options, chosen)
+    print("\n".join(lines))
+    for path, write in ((options.timeline, draw_timeline), (options.trace, write_trace)):
+        if path:
+            write(options.shown, path)
+    if options.update_readme:
+        update_readme(options.update_readme, lines)
+    return 0
+
+
+def replay_settings(others, rates, apart: bool) -> dict:
+    """{name: (mode, source, what the drafter says of a row)}, target_only first. Sources live as long as a stream."""
+    raw = lambda row, rng: row["drafter"]                                    # noqa: E731
+    settings = {"target_only": ("target_only", None, raw)}
+    if not rates:
+        cross, own = engine.Memory(16), engine.Memory(16)
+        for row in others:
+            cross.teach(row["target"])
+            own.teach(row["target"])
+        cross.learn = lambda answer: None                    # other sequences only
+        settings |= {"one shot, previous answer": ("prefill_then_verify", engine.Previous(), raw),
+                     "memory, cold stream": ("speculative", engine.Memory(16), raw),
+                     "memory, other sequences": ("speculative", cross, raw),
+                     "memory, both": ("speculative", own, raw)}
+        for source, name in ((cross, "other sequences"), (own, "both")):
+            source.name = name                               # the gate judges each for itself
+    for p in rates:
+        settings[f"drafter right with {p}"] = ("speculative", None, lambda row, rng, p=p: [
+            i if rng.random() < p else (i + 1) % 32000 for i in row["target"]])
+    return settings | ({} if apart else {"drafter, raw": ("prefill_then_verify", None, raw)})
+
+
+def replay_report(taken, e, options, chosen) -> list[str]:
+    where = " and ".join(dict.fromkeys(torch.cuda.get_device_name(m.device) if m.on_gpu else "CPU" for m in e.models))
+    kind = {"tiny": "EMBEDDED TOY PAIR", "random-7b": "RANDOM 7B WEIGHTS"}.get(options.kind, "checkpoints")
+    devices = f", drafter on {e.drafter.device}" if e.apart else ""
+    lines = [f"replay, {kind} {str(e.target.decoder.dtype).removeprefix('torch.')}, {where}{devices}, torch "
+             f"{torch.__version__}, triton {triton.__version__}, commit {commit()}, {time.strftime('%Y-%m-%d')}",
+             f"{len(taken['target_only'])} recorded answers of {len(chosen)} sequences ({options.replay.name}, "
+             f"{options.sources_src}), at most {options.max_new_tokens} ids, gate {options.gate}; files to last id, ms",
+             f"{'drafts':30} {'p20':>7} {'p50':>7} {'p80':>7} {'ttft':>7} {'ratio to target_only':>24} {'worst':>6} "
+             f"{'ids/forward':>11} {'overlap':>7}"]
+    alone = [t[0] for t in taken["target_only"]]
+    for name, rows in taken.items():
+        low, mid, high = quantiles([t[0] for t in rows])
+        ratios = [a / t[0] for a, t in zip(alone, rows, strict=True)]
+        r, worst = interval(ratios), sorted(ratios)[int(0.05 * len(ratios))]
+        per = sum(t[4] - 1 for t in rows) / sum(t[2] for t in rows)              # the first id comes with the prefill
+        lines.append(f"{name:30} {low:7.1f} {mid:7.1f} {high:7.1f} {statistics.median(t[1] for t in rows):7.1f} "
+                     f"{r['p50']:7.3f} [{r['low']:.3f}, {r['high']:.3f}] {worst:6.3f} {per:11.2f} "
+                     f"{statistics.median(t[3] for t in rows):7.0f}")
+    return lines + [f"verdict  recorded ids said in all {len(taken) * len(alone)} requests; worst: the 5th percentile "
+                    f"of the ratios", LEGEND.splitlines()[0]]
 
 
 # ---- peers -----------------------------------------------------------------------------------------------------
@@ -1141,6 +1253,9 @@ def parse(argv):
     add("--peers", action="store_true", help="transformers' Video-LLaVA beside ours (needs transformers and a GPU)")
     add("--generations", type=int, default=208, metavar="N", help="of --figures' forced drafts (default %(default)s)")
     add("--update-readme", metavar="BLOCK", help="put this run's report into README.md")
+    add("--gate", default="on", choices=("on", "off"), help="draft only where it should pay (default %(default)s)")
+    add("--replay", type=Path, metavar="PAIRS", help="7B compute that says recorded ids: speed at true acceptance")
+    add("--accept", default="", metavar="LIST", help="of --replay: drafters that are right with these probabilities")
     add("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)
 
@@ -1163,6 +1278,11 @@ def check(options) -> None:
         if value < low or (high is not None and value > high):
             wanted = f"at least {low}" if high is None else f"{low}..{high}"
             raise InputError(f"{flag}: wanted {wanted}{' or -1 for all' if name == 'max_samples' else ''}, got {value}")
+    local, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if options.device is None and local < torch.cuda.device_count():
+        options.device = f"cuda:{local}"                     # torchrun: a GPU for each process
+    if processes > 1:                                             # which it starts with one CPU thread each
+        torch.set_num_threads(max(1, os.cpu_count() // processes))
     options.device = engine.pick_device(options.device)
     options.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[options.dtype]
     if options.tiny:
@@ -1247,6 +1367,8 @@ def run(options, command) -> int:
         return figures_page(options)
     if options.peers:
         return peers_page(options)
+    if options.replay:
+        return replay_page(options)
     if options.merge:
         return publish(merged(options.merge), options)
     if options.compare:
@@ -1259,7 +1381,7 @@ def run(options, command) -> int:
     e = engine.load_engine(options.eventgpt, options.videollava, device=options.device, dtype=options.dtype,
                            drafter_device=options.drafter_device, cache_rows=options.cache_rows,
                            draft_len=options.draft_len, overlap_len=options.overlap_len, tokenizer=options.tokenizer,
-                           graphs=not options.eager)
+                           graphs=not options.eager, gate=options.gate == "on")
     head = {"schema": SCHEMA, "commit": commit(), "dirty": bool(output_of("git", "status", "--porcelain")),
             "command": " ".join(map(str, command)), "time": time.strftime("%Y-%m-%d"), "seed": 0,
             "machine": machine(options.device), "weights": {"kind": options.kind, **{m.side: {
@@ -1268,7 +1390,7 @@ def run(options, command) -> int:
             "ceilings": {**ceilings(options.device), **{m.side: work_of(m) for m in e.models}},
             "config": {"modes": options.modes, "max_new_tokens": options.max_new_tokens,
                        "draft_len": options.draft_len, "overlap_len": options.overlap_len,
-                       "draft_source": options.draft_source, "ignore_eos": options.ignore_eos,
+                       "draft_source": options.draft_source, "gate": options.gate, "ignore_eos": options.ignore_eos,
                        "frame_rule": options.frame_rule, "graphs": not options.eager, "warmup": options.warmup,
                        "repeats": options.repeats, "samples": listed,
                        "devices": {m.side: str(m.device) for m in e.models}}, "skipped": skipped}

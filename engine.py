@@ -745,6 +745,11 @@ class Gate:
         """The undisturbed duration of `what`, None if it was never seen."""
         return min(self.times[what]) if what in self.times else None
 
+    @property
+    def step(self):
+        """Seconds of a plain step, or of a verify where none was ever seen: that costs about the same."""
+        return self.seconds("step") or self.seconds("verify")
+
     def usual(self, what):
         """Its median, for what the host does."""
         return statistics.median(self.times[what]) if what in self.times else None
@@ -770,7 +775,7 @@ class Gate:
 
     def best_len(self, question: str, most: int):
         """(drafts a round, seconds an id) that end an answer soonest on one device; 0 drafts is plain decode."""
-        step, draft, verify = (self.seconds(what) for what in ("step", "draft", "verify"))
+        step, draft, verify = self.step, self.seconds("draft"), self.seconds("verify")
         if step is None or draft is None or verify is None:
             return most, 0.0
         best, ids = (0, step), 1.0
@@ -781,7 +786,7 @@ class Gate:
 
     def head_start(self, req: Request, now: float) -> bool:
         """Whether the drafter should encode and prefill, `now` being the earliest it can begin."""
-        front, step, draft, ready = self.seconds("front"), self.seconds("step"), self.seconds("draft"), req.ready(now)
+        front, step, draft, ready = self.seconds("front"), self.step, self.seconds("draft"), req.ready(now)
         if front is None or step is None or draft is None or ready is None:
             return True
         at, gain = now + front, 0.0
@@ -801,7 +806,7 @@ class Gate:
     def another(self, req: Request, drafted: int, now: float) -> bool:
         """Whether a head start of `drafted` ids should grow, with a step already queued: for free while the target is
         not ready, else for a price."""
-        step, draft, ready = self.seconds("step"), self.seconds("draft"), req.ready(now)
+        step, draft, ready = self.step, self.seconds("draft"), req.ready(now)
         if step is None or draft is None or ready is None:
             return not req.frames_ready.is_set()
         price = min(draft, max(0.0, now + 2 * draft - ready))
@@ -809,7 +814,7 @@ class Gate:
 
     def pays(self, kind: str, question: str, drafts: int) -> bool:
         """Whether a round of drafts from the host ends an answer sooner than plain steps."""
-        step, took = self.seconds("step"), self.seconds(("round", kind))
+        step, took = self.step, self.seconds(("round", kind))
         return step is None or took is None or (1 + sum(self.alive(kind, question, drafts))) * step > took
 
     def learn(self, req: Request, result: Result) -> None:
@@ -841,7 +846,7 @@ class Ahead:
     """
 
     def __init__(self):
-        self.lock, self.epoch, self.ids = threading.Lock(), 0, []
+        self.lock, self.epoch, self.ids, self.drafted = threading.Lock(), 0, [], []
 
     def publish(self, epoch: int, ids: list[int]) -> None:
         """The drafter: everything it takes for the answer so far."""
@@ -908,6 +913,7 @@ class Result(collections.abc.Mapping):
     prompt_rows: dict = field(default_factory=dict)   # side -> rows
     peak_memory: int = 0                    # bytes on the target's device; on the CPU the process's peak
     drafter_error: str | None = None        # why the drafter gave up, if it did; the answer is not affected
+    ahead: list = field(default_factory=list)         # (forward, place, id) of drafts made on a device of its own
 
     def __getitem__(self, key):
         try:
@@ -1078,7 +1084,7 @@ class Engine:
         otherwise, its ids are taken up and the drafts made on the wrong guess are forgotten: by length, not by waiting.
         """
         model, ahead, words = self.drafter, req.ahead, STATE + limit + STEP_ROWS
-        epoch, own, ended, waiting = 0, [], False, model.snapshot(words)
+        epoch, own, ended, bar, waiting = 0, [], False, 0, (0, model.snapshot(words))      # own: ids as it believes
         while not req.stop_drafting.is_set():
             truth = ahead.correction(epoch)
             if truth:
@@ -1095,16 +1101,18 @@ class Engine:
             else:
                 with req.timeline.stage("draft", model):
                     model.step(0)
-            waiting, last = model.snapshot(words), waiting
+            bar += 1
+            waiting, last = (bar, model.snapshot(words)), waiting
             if not model.on_gpu:
                 waiting, last = None, waiting
             if last is None:
                 continue
-            state = last.read()
+            state = last[1].read()
             check_finite(state, model)
             own = state[STATE:STATE + state[N_OUT]]
             ended = bool(state[DONE]) or len(own) >= limit
             ahead.publish(epoch, own)
+            ahead.drafted.append((last[0], len(own) - 1, own[-1]))
             if epoch == 0:
                 self._preview(req, state)
 
@@ -1485,7 +1493,7 @@ class Engine:
             result.acceptance_rate = result.accepted_tokens / result.drafted
         if result.rounds:
             result.tokens_per_round = result.accepted_tokens / result.rounds + 1
-        result.span_len = len(req.first_span)
+        result.span_len, result.ahead = len(req.first_span), req.ahead.drafted
         if req.first_span and req.accept_lens and req.accept_lens[0] < len(req.first_span):
             result.rejected_at = req.accept_lens[0]
         if deciding == "target":

@@ -70,7 +70,7 @@ def test_a_saved_run_prints_the_same_report_again(run, tmp_path, capsys):
 
 
 def test_the_timeline_draws_every_draft_and_fills_the_accepted_ones(tmp_path):
-    e = engine.load_engine(bench.TINY / "drafter", bench.TINY / "target", device="cpu")
+    e = engine.load_engine(bench.TINY / "drafter", bench.TINY / "target", device="cpu", gate=False)
     options = bench.parse(QUICK)
     options.ignore_eos, options.source = False, None
     result = bench.run_sample(e, bench.read_dataset(CLIPS, None, 1)[0][0], "speculative", options)
@@ -104,6 +104,14 @@ def test_recorded_pairs_hold_both_answers_and_feed_the_sources_page(tmp_path, ca
         assert len(pair["ms"]["eventgpt"]) == 5 and min(pair["ms"]["eventgpt"]) > 0
     assert bench.main(["--sources", str(path), "--sources-src", "headstart", "--device", "cpu"]) == 0
     assert "4 recorded answers of 1 sequences" in capsys.readouterr().out
+    replay = ["--replay", str(path), "--sources-src", "headstart", "--device", "cpu", "--gate", "off"]
+    assert bench.main([*replay, "--accept", "1.0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    per_forward = {name.strip(): float(rest.split("]")[1].split()[1]) for name, rest in
+                   ((line[:30], line[30:]) for line in lines[3:6])}
+    assert per_forward["target_only"] == 1 and per_forward["drafter right with 1.0"] > 3
+    assert "recorded ids said in all 12 requests" in lines[-2]
+    assert bench.main(["--replay", str(path), "--sources-src", "nobody", "--device", "cpu"]) == 2
     assert bench.main([*QUICK, "--modes", "target_only", "--record", str(path)]) == 2
 
 
