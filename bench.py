@@ -12,6 +12,7 @@ differ or a sample failed, 2 bad input, 130 interrupted."""
 import argparse
 import collections
 import json
+import math
 import os
 import platform
 import random
@@ -432,6 +433,22 @@ def stage_rows(report) -> list:
     return table
 
 
+def break_even(report) -> list[str]:
+    """At these stage times, from how many accepted drafts on a head start pays: the gate's sum, with p50 of each."""
+    p50 = {(side, stage): mid for side, stage, _, mid, *_ in stage_rows(report)}
+    apart = len(set(report["config"]["devices"].values())) > 1
+    wanted = [(side, stage) for side in ("target", "drafter") for stage in ("load", "preprocess")]
+    wanted += [("drafter", "encode"), ("drafter", "prefill"), ("target", "decode")]
+    if apart or not all(key in p50 for key in wanted):
+        return []
+    front, step = p50["drafter", "encode"] + p50["drafter", "prefill"], p50["target", "decode"]
+    window = sum(p50[key] for key in wanted[:2]) - sum(p50[key] for key in wanted[2:4])
+    late = max(0.0, front - window) + max(0.0, p50.get(("target", "verify"), step) - step)
+    pays_from = max(1, math.ceil(late / step))
+    return [f"gate     {report['config']['gate']}; the drafter needs {front:.1f} ms on the GPU before its first id, the "
+            f"target waits {window:.1f} ms longer for its frames: a head start pays from {pays_from} accepted drafts on"]
+
+
 def warnings_of(figures, rows, head) -> list:
     found, facts = [], head["machine"]
     if head["weights"]["kind"] == "random-7b":
@@ -485,6 +502,7 @@ def render(report) -> list[str]:
         moved = f"{amount:.3f} {unit}" if amount else ""
         part = f"{share:.0%}" if share else ""
         lines.append(f"{side:8} {stage:10} {low:9.3f} {mid:9.3f} {high:9.3f} {moved:>12} {part:>10}")
+    lines += break_even(report)
     lines.append(f"{'mode':20} {'e2e p50 ms':>10} {'[p20, p80]':>18} {'ttft':>8} {'ttfp':>8} {'tpot':>7} {'ids':>5} "
                  f"{'ratio to target_only':>22} {'accept':>7} {'tok/round':>9} {'overlap':>7}")
     same = report["identical"]

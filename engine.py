@@ -275,13 +275,14 @@ class Model:
     copies. `step(G)` is one round of a target with G drafts; `step(0)` is plain decode.
     """
     side = ""                                                # "drafter" or "target"
+    priority = 0                                             # of its stream; lower goes first
 
     def __init__(self, decoder: Decoder, text: Text, path: str, graphs: bool = True):
         self.decoder, self.text, self.path = decoder, text, path
         self.device, self.config = decoder.device, decoder.config
         self.on_gpu = self.device.type == "cuda"
         self.graphs = graphs and self.on_gpu
-        self.stream = torch.cuda.Stream(self.device) if self.on_gpu else None
+        self.stream = torch.cuda.Stream(self.device, priority=self.priority) if self.on_gpu else None
         self.state_W = torch.zeros(STATE + decoder.cache_rows, dtype=torch.long, device=self.device)
         # What a warm-up runs on: one id after a prompt of one row, no end in sight.
         self.warm_head = torch.tensor([1, 0, 0, 1, -1, decoder.cache_rows, 0, 0]).to(self.device)
@@ -386,6 +387,7 @@ class Model:
 class Target(Model):
     """Video-LLaVA. Its greedy answer is the truth. Source: transformers' VideoLlavaForConditionalGeneration."""
     side = "target"
+    priority = -1
 
     def __init__(self, config: dict, weights: dict, text: Text, path: str, cache_rows=None, graphs=True):
         decoder_config = DecoderConfig.read(config.get("text_config", {}))
@@ -518,8 +520,8 @@ class StepGraph:
             with torch.cuda.stream(stream):
                 fn()
             torch.cuda.synchronize(model.device)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=model.pool, capture_error_mode="thread_local"):
+            self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(model.device, priority=model.priority)
+            with torch.cuda.graph(self.graph, pool=model.pool, stream=stream, capture_error_mode="thread_local"):
                 self.out = fn()
             model.state_W.copy_(kept)
             torch.cuda.synchronize(model.device)
@@ -750,6 +752,11 @@ class Gate:
         """Seconds of a plain step, or of a verify where none was ever seen: that costs about the same."""
         return self.seconds("step") or self.seconds("verify")
 
+    @property
+    def draft(self):
+        """Seconds of a draft; the target's step stands in while none was made."""
+        return self.seconds("draft") or self.step
+
     def usual(self, what):
         """Its median, for what the host does."""
         return statistics.median(self.times[what]) if what in self.times else None
@@ -775,7 +782,7 @@ class Gate:
 
     def best_len(self, question: str, most: int):
         """(drafts a round, seconds an id) that end an answer soonest on one device; 0 drafts is plain decode."""
-        step, draft, verify = self.step, self.seconds("draft"), self.seconds("verify")
+        step, draft, verify = self.step, self.draft, self.seconds("verify")
         if step is None or draft is None or verify is None:
             return most, 0.0
         best, ids = (0, step), 1.0
@@ -786,7 +793,7 @@ class Gate:
 
     def head_start(self, req: Request, now: float) -> bool:
         """Whether the drafter should encode and prefill, `now` being the earliest it can begin."""
-        front, step, draft, ready = self.seconds("front"), self.step, self.seconds("draft"), req.ready(now)
+        front, step, draft, ready = self.seconds("front"), self.step, self.draft, req.ready(now)
         if front is None or step is None or draft is None or ready is None:
             return True
         at, gain = now + front, 0.0
@@ -806,7 +813,7 @@ class Gate:
     def another(self, req: Request, drafted: int, now: float) -> bool:
         """Whether a head start of `drafted` ids should grow, with a step already queued: for free while the target is
         not ready, else for a price."""
-        step, draft, ready = self.step, self.seconds("draft"), req.ready(now)
+        step, draft, ready = self.step, self.draft, req.ready(now)
         if step is None or draft is None or ready is None:
             return not req.frames_ready.is_set()
         price = min(draft, max(0.0, now + 2 * draft - ready))
