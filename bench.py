@@ -445,8 +445,8 @@ def break_even(report) -> list[str]:
     window = sum(p50[key] for key in wanted[:2]) - sum(p50[key] for key in wanted[2:4])
     late = max(0.0, front - window) + max(0.0, p50.get(("target", "verify"), step) - step)
     pays_from = max(1, math.ceil(late / step))
-    return [f"gate     {report['config']['gate']}; the drafter needs {front:.1f} ms on the GPU before its first id, the "
-            f"target waits {window:.1f} ms longer for its frames: a head start pays from {pays_from} accepted drafts on"]
+    return [f"gate     {report['config']['gate']}; the drafter needs {front:.1f} ms of GPU before its first id, the "
+            f"target waits {window:.1f} ms longer for its frames: a head start pays from {pays_from} accepted drafts"]
 
 
 def warnings_of(figures, rows, head) -> list:
