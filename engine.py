@@ -52,8 +52,17 @@ from kernels.round import close_round, first_id, open_round
 from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 from weights import InputError
-from weights.load import DRAFTER_7B, TARGET_7B, open_checkpoint, random_weights
-from weights.media import VIDEO_RULES, Events, read_events, read_images, read_video
+from weights.load import (
+    DRAFTER_7B,
+    TARGET_7B,
+    free_bytes,
+    insist_on_room,
+    no_room,
+    open_checkpoint,
+    plan,
+    random_weights,
+)
+from weights.media import VIDEO_RULES, Events, insist_file, read_events, read_images, read_video
 from weights.text import Text, TextStream
 
 __all__ = ["MODES", "SOURCES", "Best", "Constant", "DraftSource", "Engine", "Event", "Fixed", "InputError", "Memory",
@@ -82,6 +91,10 @@ class DecoderConfig:
     max_rows: int = 4096        # positions the model was trained for
     bos_id: int = 1
     eos_id: int = 2
+
+    def cache_bytes(self, rows: int, itemsize: int) -> int:
+        """Keys and values, the rotary tables beside them, and the rows a prefill starts from."""
+        return rows * itemsize * (2 * self.L * self.N * self.K + 2 * self.K + self.D)
 
     @classmethod
     def read(cls, raw: dict) -> DecoderConfig:
@@ -674,10 +687,9 @@ class Memory(DraftSource):
                         del self.after[key]
 
     def save(self, path) -> None:
-        partial = Path(f"{path}.partial")
         with self.lock:
-            partial.write_text(json.dumps({"order": self.order, "most": self.most, "answers": list(self.kept)}))
-        partial.rename(path)
+            text = json.dumps({"order": self.order, "most": self.most, "answers": list(self.kept)})
+        replace_file(path, text.encode())
 
     @classmethod
     def load(cls, path) -> Memory:
@@ -686,7 +698,7 @@ class Memory(DraftSource):
             memory = cls(int(raw["order"]), int(raw["most"]))
             for ids, weight in raw["answers"]:
                 memory.teach([int(i) for i in ids], int(weight))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InputError(f"{path}: not a saved memory ({describe(error)}); wants what Memory.save wrote") from None
         return memory
 
@@ -1356,7 +1368,8 @@ class Engine:
             raise InputError(f"mode {mode!r}: not one of {', '.join(MODES)}; pick one of these")
         for name, value, low, high in (("max_new_tokens", max_new_tokens, 1, 1_000_000),
                                        ("draft_len", draft_len, 0, STEP_ROWS - 1),
-                                       ("overlap_len", overlap_len, 0, STEP_ROWS - 1)):
+                                       ("overlap_len", overlap_len, 0, STEP_ROWS - 1),
+                                       ("event_frames", event_frames, 1, 1000)):
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise InputError(f"{name}: wanted a whole number {low}..{high}, got {value!r}; change it")
         uses_target = mode != "drafter_only"
@@ -1373,13 +1386,15 @@ class Engine:
                              + ("none" if event_path is None else "both") + "; pass exactly one")
         if frame_rule not in VIDEO_RULES:
             raise InputError(f"frame_rule {frame_rule!r}: not one of {', '.join(VIDEO_RULES)}; pick one of these")
-        for path in [p for p in (video_path, image_path) if uses_target] + [event_path if uses_drafter else None]:
-            if path is not None and not Path(path).exists():
-                raise InputError(f"{path}: no such file; check the path")
-        question = check_question(query)
-        images = [event_image_path] if isinstance(event_image_path, (str, Path)) else event_image_path
+        images = event_image_path if isinstance(event_image_path, (list, tuple)) else [event_image_path]
         if uses_drafter and event_path is None and not images:
             raise InputError("event_image_path: an empty list; pass one PNG or several")
+        for path, wanted, used in ((video_path, "a video file", uses_target), (image_path, "an image", uses_target),
+                                   (event_path, "an .npy or .npz of events", uses_drafter),
+                                   *((image, "a PNG or JPEG", uses_drafter) for image in images)):
+            if used and path is not None:
+                insist_file(path, wanted)
+        question = check_question(query)
         frames = (lambda: read_images([image_path])) if image_path is not None else (
             lambda: read_video(video_path, self.target.num_frames, frame_rule))
         events = (lambda: read_events(event_path)) if event_path is not None else (lambda: read_images(images))
@@ -1389,7 +1404,7 @@ class Engine:
             self.owner = threading.get_ident()
             try:
                 active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
-                paths = {"target": video_path or image_path, "drafter": event_path or images and images[0]}
+                paths = {"target": video_path or image_path, "drafter": event_path or next(iter(images), None)}
                 drafts = mode in ("prefill_then_verify", "speculative")
                 gate = self.gate if drafts and not (self.apart and draft_source is None) else None
                 size = Path(video_path or image_path).stat().st_size.bit_length() if uses_target else 0
@@ -1522,6 +1537,20 @@ def guarded(req: Request, call, *args):
         return None
 
 
+def replace_file(path, content: bytes) -> None:
+    """Writes under another name and renames, so that nobody ever sees half a file. InputError if it cannot be done;
+    what was there before is then untouched."""
+    partial = Path(f"{path}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.rename(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); free some room, or choose another "
+                         f"path") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
@@ -1604,21 +1633,60 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
     """A Target or a Drafter from a folder, a hub id in the local cache, or the word `random-7b` (real shapes,
     random numbers from `seed`, for speed work only)."""
     device = pick_device(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if str(path) == "random-7b":
-        config = TARGET_7B if cls is Target else DRAFTER_7B
-        weights, folder = random_weights(config, device, dtype, seed), Path(__file__).parent / "weights/tiny/target"
-    else:
-        checkpoint = open_checkpoint(path)
-        wanted = "video_llava" if cls is Target else "EventChat_llama"
-        if checkpoint.config.get("model_type") != wanted:
-            raise InputError(f"{path}: holds a {checkpoint.config.get('model_type')} model, the {cls.side} needs "
-                             f"{wanted}; swap --eventgpt and --videollava?")
-        config, folder = checkpoint.config, checkpoint.folder
-        weights = checkpoint.load(device, dtype)
+    dtype = dtype or default_dtype(device)
+    config, checkpoint = open_model(cls, path)
+    folder = Path(__file__).parent / "weights/tiny/target" if checkpoint is None else checkpoint.folder
     text = Text(tokenizer or Path(folder) / "tokenizer.json")
-    with torch.inference_mode():
-        return cls(config, weights, text, str(path), cache_rows, graphs)
+    V = DecoderConfig.read(config.get("text_config", config)).V
+    if text.size > V:
+        raise InputError(f"{text.path}: has {text.size} pieces, the {cls.side} {path} embeds {V}; take the "
+                         f"tokenizer.json of this checkpoint")
+    try:
+        weights = checkpoint.load(device, dtype) if checkpoint else random_weights(config, device, dtype, seed)
+        with torch.inference_mode():
+            return cls(config, weights, text, str(path), cache_rows, graphs)
+    except (RuntimeError, MemoryError) as error:             # torch.OutOfMemoryError is one; the CPU has no class
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise no_room(path, device, memory_needs(config, dtype, cache_rows)) from None
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def open_model(cls, path):
+    """(config, Checkpoint) of one side, from its headers alone; the Checkpoint of `random-7b` is None."""
+    if str(path) == "random-7b":
+        return TARGET_7B if cls is Target else DRAFTER_7B, None
+    checkpoint = open_checkpoint(path)
+    wanted, kind = "video_llava" if cls is Target else "EventChat_llama", checkpoint.config.get("model_type")
+    if kind != wanted:
+        raise InputError(f"{path}: holds a {kind} model, the {cls.side} needs {wanted}; swap --eventgpt and "
+                         f"--videollava?")
+    return checkpoint.config, checkpoint
+
+
+def memory_needs(config: dict, dtype: torch.dtype, cache_rows: int | None) -> dict:
+    """{"weights", "cache"}: bytes of a model before any request; one takes its activations on top."""
+    decoder = DecoderConfig.read(config.get("text_config", config))
+    return {"weights": plan(config).nbytes(dtype.itemsize),
+            "cache": decoder.cache_bytes(cache_rows or decoder.max_rows, dtype.itemsize)}
+
+
+def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None,
+                  cache_rows=None) -> dict:
+    """{side: {"device", "weights", "cache", "free"}}, bytes, from headers alone. InputError if it cannot fit."""
+    budget, on = {}, {}
+    for cls, path, name in ((Target, videollava, device), (Drafter, eventgpt, drafter_device or device)):
+        if path is not None:
+            where = pick_device(name)
+            needs = memory_needs(open_model(cls, path)[0], dtype or default_dtype(where), cache_rows)
+            budget[cls.side] = {"device": str(where), **needs, "free": free_bytes(where)[0]}
+            on.setdefault(where, {}).update({f"{cls.side} {part}": n for part, n in needs.items()})
+    for where, parts in on.items():
+        insist_on_room(" and ".join(str(p) for p in (videollava, eventgpt) if p is not None), where, parts)
+    return budget
 
 
 def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,
@@ -1630,6 +1698,7 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
     tokenizer: a tokenizer.json in place of the checkpoints' own. gate: draft only where it is expected to pay; False:
     whatever it costs.
     """
+    memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows)
     options = dict(dtype=dtype, cache_rows=cache_rows, graphs=graphs)
     target = drafter = None
     if videollava is not None:

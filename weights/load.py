@@ -50,9 +50,8 @@ LOOKS_LIKE = [                       # the keys of other checkpoints that people
 
 
 def refusal(path, reason, way_out) -> InputError:
-    """InputError "PATH: reason; way out" on one printable line, whatever the path and the file put into it."""
-    line = f"{path}: {reason}; {way_out}"
-    return InputError("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+    """InputError "PATH: reason; way out"."""
+    return InputError(f"{path}: {reason}; {way_out}")
 
 
 def brief(value, limit=80) -> str:
@@ -283,7 +282,7 @@ class Checkpoint:
         checkpoint tensor. InputError if a file cannot be read through, or if a value is NaN or infinite.
         """
         device = torch.device(device)
-        insist_on_room(self.plan, device, dtype, self.folder)
+        insist_on_room(self.folder, device, {"weights": self.plan.nbytes(dtype.itemsize)})
         return dict(self.tensors(device, dtype, progress))
 
     def tensors(self, device, dtype, progress=None):
@@ -436,17 +435,29 @@ def read_tensor(file, stored, done, total):
                       "check the disk or network share and try again") from None
 
 
-def insist_on_room(wanted: Plan, device, dtype, path):
-    """Refuses, in GiB, what the GPU cannot hold. Memory that torch keeps for reuse counts as free."""
-    if device.type != "cuda":
-        return
-    free, whole = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    needed = wanted.nbytes(dtype.itemsize)
-    if needed > free:
-        raise refusal(path, f"its weights need {needed / 2**30:.1f} GiB in {str(dtype)[6:]}, {device} has "
-                      f"{free / 2**30:.1f} of {whole / 2**30:.1f} GiB free",
-                      "free the GPU, choose another one, or run on the cpu")
+def free_bytes(device: torch.device) -> tuple[int, int]:
+    """(free, whole) bytes of a device. What torch keeps for reuse counts as free; on the host, what Linux could hand
+    out without swapping."""
+    if device.type == "cuda":
+        free, whole = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), whole
+    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free, whole = (int(facts[name].split()[0]) << 10 for name in ("MemAvailable", "MemTotal"))
+    return free, whole
+
+
+def insist_on_room(path, device: torch.device, parts: dict):
+    """Refuses what the device cannot hold. parts: what for -> bytes."""
+    if sum(parts.values()) > free_bytes(device)[0]:
+        raise no_room(path, device, parts)
+
+
+def no_room(path, device: torch.device, parts: dict) -> InputError:
+    """The refusal, in GiB: what is needed, for what, and what is free."""
+    free, whole = (n / 2**30 for n in free_bytes(device))
+    needs = ", ".join(f"{name} {n / 2**30:.3f}" for name, n in parts.items())
+    return refusal(path, f"needs {sum(parts.values()) / 2**30:.3f} GiB ({needs}), {device} has {free:.3f} of "
+                   f"{whole:.3f} GiB free", "lower --cache-rows, free memory, or choose another --device")
 
 
 # ---- random weights at real shapes -------------------------------------------------------------------------------
@@ -473,7 +484,7 @@ def random_weights(config, device, dtype, seed) -> dict:
     write into the residual stream are smaller by sqrt(2 layers), so activations stay of order one at any depth.
     """
     device, wanted = torch.device(device), plan(config)
-    insist_on_room(wanted, device, dtype, "random weights")
+    insist_on_room("random weights", device, {"weights": wanted.nbytes(dtype.itemsize)})
     generator = torch.Generator(device).manual_seed(seed)
     layers = sum(tensor.name.endswith(".attn_norm") for tensor in wanted.wanted)
     weights = {}

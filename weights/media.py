@@ -92,6 +92,16 @@ def nearest_name(name):
     return f"did you mean {near[0]}?" if near else f"check the name; {folder} exists"
 
 
+def insist_file(path, wanted):
+    """InputError unless `path` is a file that can be opened now; nothing of it is read."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise input_error(brief(path), f"is a {type(path).__name__}, wanted the path of {wanted}", "give it as text")
+    try:
+        open_regular(path, wanted)[0].close()
+    except Refused as refused:
+        raise input_error(path, *refused.args) from None
+
+
 def looks_like(head, way_out):
     """(what the first bytes of a file say it is, the way out: fetching it again where only a page or pointer came)."""
     text = head[:64].lstrip().lower()

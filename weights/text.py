@@ -17,6 +17,7 @@ class Text:
             raw = json.loads(self.path.read_text(encoding="utf-8"))
             self.head, self.rest = (self._build(raw, scheme) for scheme in ("first", "never"))
             assert self.ids("USER: a")                       # a broken file may fail only when it encodes
+            self.size = 1 + max(self.head.get_vocab(with_added_tokens=False).values())     # ids a text may turn into
         except FileNotFoundError:
             raise InputError(f"{path}: no tokenizer.json here; copy it from the Video-LLaVA checkpoint") from None
         except BaseException as error:                       # tokenizers' PanicException is not an Exception
