@@ -11,6 +11,8 @@ differ or a sample failed, 2 bad input, 130 interrupted."""
 
 import argparse
 import collections
+import fcntl
+import io
 import json
 import math
 import os
@@ -20,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +69,8 @@ def read_dataset(folder: Path, question: str | None, limit: int):
         records = json.loads(index.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{index}: no such file; --dataset-dir wants the folder that holds it") from None
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{index}: cannot be read as JSON ({reason}); fetch it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{index}: cannot be read as JSON ({engine.describe(error)}); fetch it again") from None
     if not isinstance(records, list) or not records:
         raise InputError(f"{index}: wanted a list of records, got {type(records).__name__} of {len(records)}; "
                          f"see the layout in the README")
@@ -81,35 +83,56 @@ def read_dataset(folder: Path, question: str | None, limit: int):
             ids.add(sample.id)
             sample.at = i
             samples.append(sample)
-        except (InputError, KeyError, TypeError, AttributeError) as error:
-            reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            problems.append(f"record {i}: {reason}")
+        except InputError as error:
+            problems.append(f"record {i}: {error}")
     if not samples:
         raise InputError(f"{index}: none of {len(problems)} records can be run ({problems[0]}); check the folder")
     return samples, problems
 
 
 def read_record(folder: Path, record: dict, question: str | None) -> Sample:
+    """One listed record as a Sample. InputError says which key is wrong, or which file is not there."""
+    def wanted(of, key, kinds=(str,)):
+        value = of.get(key) if isinstance(of, dict) else None
+        if not isinstance(value, kinds) or isinstance(value, bool) or value in ("", []):
+            raise InputError(f"{key} is {json.dumps(value)[:60]}, wanted {' or '.join(k.__name__ for k in kinds)}; "
+                             f"mend the record")
+        return value
+
     def inside(*parts):
         path = folder.joinpath(*parts)
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{path}: leads out of the data set; use relative paths")
-        if not path.exists():
-            raise InputError(f"{path}: no such file")
+        try:
+            # Links are the user's own, as far as the folder beside the data set; what the list says stays inside.
+            named = Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder))
+            home = folder.resolve()
+            home = home.parent if home.parent.parent != home.parent else home      # never the whole disk
+            if not named or not path.resolve().is_relative_to(home):
+                raise InputError(f"{path}: leads out of the data set; use relative paths")
+            if not path.exists():
+                raise InputError(f"{path}: no such file; complete the data set")
+        except (OSError, ValueError, RuntimeError) as error:             # too long, no right to look, NUL, a link loop
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: cannot be looked up ({engine.describe(error)}); check the path") from None
         return path
 
-    said = {turn["from"]: turn["value"] for turn in reversed(record.get("conversations") or [])}
-    asked = question or said.get("human", "").replace("<event>", "").strip()
+    if not isinstance(record, dict):
+        raise InputError(f"is a {type(record).__name__}, wanted an object; mend the list")
+    turns = [turn for turn in record.get("conversations") or [] if isinstance(turn, dict)]
+    human, truth = (next((turn for turn in turns if turn.get("from") == who), None) for who in ("human", "gpt"))
+    asked = question or (wanted(human, "value").replace("<event>", "").strip() if human else "")
     if not asked:
-        raise InputError("has no question; pass --question")
-    if record.get("event_data") and (folder / "event_npy" / record["event_data"]).exists():
-        events = inside("event_npy", record["event_data"])
-    elif record.get("event_image"):
-        events = [inside("event_image", name) for name in record["event_image"]]
-    else:
-        events = inside("event_npy", record["event_data"])
-    name = Path(record.get("mp4_data") or record["video_data"] + ".mp4")
-    return Sample(str(record["id"]), asked, inside("mp4", name), events, said.get("gpt"), str(name.parent), name.stem)
+        raise InputError("conversations hold no question; pass --question")
+    try:
+        events = inside("event_npy", wanted(record, "event_data"))
+    except InputError:                                       # pictures may stand in for a recording that is not there
+        if not record.get("event_image"):
+            raise
+        names = wanted(record, "event_image", (list,))
+        events = [inside("event_image", wanted({"event_image": name}, "event_image")) for name in names]
+    name = Path(wanted(record, "mp4_data") if record.get("mp4_data") else wanted(record, "video_data") + ".mp4")
+    return Sample(str(wanted(record, "id", (str, int))), asked, inside("mp4", name), events,
+                  wanted(truth, "value") if truth and truth.get("value") else None, str(name.parent), name.stem)
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------
@@ -126,6 +149,11 @@ def output_of(*command) -> str:
 def commit() -> str | None:
     """The commit this runs from; GIT_COMMIT says it where there is no repository, or not the right one."""
     return os.environ.get("GIT_COMMIT") or output_of("git", "rev-parse", "--short", "HEAD") or None
+
+
+def dirty() -> bool | None:
+    """Whether the tree differs from its commit; None where there is no git."""
+    return bool(output_of("git", "status", "--porcelain")) if output_of("git", "rev-parse", "--git-dir") else None
 
 
 def machine(device) -> dict:
@@ -233,7 +261,8 @@ def warm_up(e, samples, options) -> None:
             for _ in range(options.warmup):
                 for mode in options.modes:
                     run_sample(e, sample, mode, options)
-        except InputError as error:
+        except Exception as error:
+            show(error, options)
             errors.append(error)
         else:
             break
@@ -260,8 +289,9 @@ def measure(e, samples, options, rows: list, keep=None) -> None:
                 for mode in options.modes:
                     results[mode].append(run_sample(e, sample, mode, options))
                     options.shown = results[mode][-1]
-        except InputError as error:
-            row["error"] = str(error)
+        except Exception as error:                           # whatever it is, the other samples are worth having
+            show(error, options)
+            row["error"] = str(error) if isinstance(error, InputError) else engine.describe(error)
         else:
             row["truth"] = sample.truth
             row["modes"] = {mode: summary(of, results.get("target_only")) for mode, of in results.items()}
@@ -273,6 +303,12 @@ def measure(e, samples, options, rows: list, keep=None) -> None:
         progress.step(sample.id)
     if options.profile:
         torch.cuda.profiler.stop()
+
+
+def show(error: Exception, options) -> None:
+    """The traceback of a failed sample, under --debug."""
+    if options.debug:
+        traceback.print_exception(error)
 
 
 class Progress:
@@ -476,6 +512,14 @@ def fmt(value, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def memory_line(memory: dict) -> str:
+    """What both sides take before any request, beside what each device had free before they were loaded."""
+    sides = [f"{side} {of['weights'] / 1e9:.3f} GB weights + {of['cache'] / 1e9:.3f} GB cache on {of['device']}"
+             for side, of in memory.items()]
+    free = {of["device"]: f"{of['device']} {of['free'] / 1e9:.1f} GB" for of in memory.values()}
+    return f"memory   {' | '.join(sides)} | free {', '.join(free.values())}"
+
+
 def header(report) -> list[str]:
     w, m, c = report["weights"], report["machine"], report["config"]
     label = {"tiny": "embedded trained toy pair", "random-7b": "RANDOM 7B WEIGHTS"}.get(w["kind"], "checkpoints")
@@ -492,7 +536,8 @@ def header(report) -> list[str]:
 
 def render(report) -> list[str]:
     """The report as lines of text. It is made from the JSON object alone, so every printed number can be recomputed."""
-    f, lines, target = report["ceilings"], header(report), report["ceilings"].get("target")
+    f, target = report["ceilings"], report["ceilings"].get("target")
+    lines = ([memory_line(report["memory"])] if "memory" in report else []) + header(report)
     step = target["step_bytes"] / f["read_bw"] * 1e3 if target else None
     prefill = target["prefill_flop"] / f["gemm_flops"] * 1e3 if target else None
     lines.append(f"ceiling  read {f['read_bw'] / 1e12:.3f} TB/s, matrix {f['gemm_flops'] / 1e12:.2f} TFLOP/s, measured "
@@ -551,7 +596,7 @@ def update_readme(block: str, lines) -> None:
     """Puts this run's report between the README's `bench BLOCK` markers."""
     head, rest = around_block(block)
     body = "\n".join(lines)
-    (HERE / "README.md").write_text(f"{head}\n```\n{body}\n```\n{rest}", encoding="utf-8")
+    engine.replace_file(HERE / "README.md", f"{head}\n```\n{body}\n```\n{rest}".encode())
 
 
 def check_outputs(options) -> None:
@@ -562,20 +607,12 @@ def check_outputs(options) -> None:
         if path and str(path) != "-" and not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise InputError(f"{path}: cannot be written ({folder} is not a folder one may write to); choose another "
                              f"--{flag}")
+        if path and Path(path).is_dir():
+            raise InputError(f"{path}: cannot be written (is a folder); choose another --{flag}")
     if options.update_readme is not None:
         around_block(options.update_readme)
     elif options.from_text:
         raise InputError("--from-text: goes into a block of the README; pass --update-readme BLOCK as well")
-
-
-def write_json(path: str, report) -> None:
-    """To a temporary name and renamed, so that a reader never sees half a file."""
-    partial = Path(path + ".partial")
-    try:
-        partial.write_text(json.dumps(report) + "\n", encoding="utf-8")
-        partial.rename(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --json path") from None
 
 
 # ---- long runs: rows on disk, shards, merging, comparing ---------------------------------------------------------
@@ -600,14 +637,15 @@ def write_pairs(path: str, report: dict) -> None:
             pair["ms"][name] = [sum(of["stages_ms"].get(side, {}).get(stage, [])) / config["repeats"]
                                 for stage in stages]
         lines.append(json.dumps(pair))
-    try:
-        Path(path + ".partial").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        Path(path + ".partial").rename(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --record") from None
+    engine.replace_file(path, "".join(line + "\n" for line in lines).encode())
 
 
 SAME = ("schema", "commit", "weights", "config")     # of a header: rows under different ones never share a table
+
+
+def insist_new(path: Path, resume: bool) -> None:
+    if path.exists() and not resume:
+        raise InputError(f"{path}: is already there; pass --resume to go on with it, or choose another --rows")
 
 
 class RowFile:
@@ -618,29 +656,37 @@ class RowFile:
         self.path, self.rows, self.file = path, [], None
         if path is None:
             return
-        if path.exists() and not resume:
-            raise InputError(f"{path}: is already there; pass --resume to go on with it, or choose another --rows")
-        if path.exists():
+        try:
+            self.file = open(path, "ab", buffering=0)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # goes with the process, however it ends
+        except BlockingIOError:
+            raise InputError(f"{path}: another run is writing to it; wait for it, or choose another --rows") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --rows") from None
+        start = path.read_bytes()[:1 << 20]
+        if start.startswith(b'{"schema": ') and b"\n" not in start:
+            self.file.truncate(0)                            # it died over its first line
+        elif start:
             found, self.rows, whole = read_rows(path)
             differing = [name for name in SAME if found.get(name) != head[name]]
             if differing:
                 raise InputError(f"{path}: was written under another {', '.join(differing)}; choose another --rows")
-            with open(path, "r+b") as file:                  # a line that was cut off is written again
-                file.truncate(whole)
-        try:
-            self.file = open(path, "a", encoding="utf-8")
-            if not path.stat().st_size:
-                self._line(head)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --rows") from None
+            self.file.truncate(whole)                        # a line that was cut off is written again
+        if not path.stat().st_size:
+            self._line(head)
 
     def append(self, row: dict) -> None:
         if self.file:
             self._line(row)
 
     def _line(self, value: dict) -> None:
-        self.file.write(json.dumps(value) + "\n")
-        self.file.flush()
+        line = json.dumps(value).encode() + b"\n"
+        try:
+            while line:                                      # a nearly full disk takes a part of it first
+                line = line[self.file.write(line):]
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}); free some room and go on with "
+                             f"--resume, finished samples are kept") from None
 
     def __enter__(self):
         return self
@@ -657,7 +703,7 @@ def read_rows(path: Path) -> tuple[dict, list, int]:
         whole = raw.rfind(b"\n") + 1
         head, *rows = [json.loads(line) for line in raw[:whole].splitlines()]
         assert isinstance(head["config"], dict) and all({"id", "at", "modes"} <= row.keys() for row in rows)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise InputError(f"{path}: not a file of rows ({engine.describe(error)}); wants what --rows wrote") from None
     return head, rows, whole
 
@@ -779,7 +825,9 @@ def draw_timeline(result, path: str) -> None:
         at += 26 + draw.textlength(stage)
     draw.text((at + 8, y + 32), "ms; filled drafts accepted, hollow rejected; shaded: before the first answer id",
               fill="black")
-    image.save(path, "PNG")
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    engine.replace_file(path, content.getvalue())
 
 
 def write_trace(result, path: str) -> None:
@@ -788,7 +836,7 @@ def write_trace(result, path: str) -> None:
               for i, name in enumerate(ROWS)]
     events += [{"name": stage, "ph": "X", "ts": start * 1e6, "dur": (end - start) * 1e6, "pid": 0,
                 "tid": ROWS.index(row), "args": {"note": note}} for row, stage, start, end, note in result.timeline]
-    Path(path).write_text(json.dumps({"traceEvents": events}))
+    engine.replace_file(path, json.dumps({"traceEvents": events}).encode())
 
 
 # ---- draft sources on recorded answers -------------------------------------------------------------------------
@@ -1226,60 +1274,77 @@ def forced_drafts(model, generations: int, new: int = 128, rows: int = 700) -> t
 # ---- main ------------------------------------------------------------------------------------------------------
 
 
+class Parser(argparse.ArgumentParser):
+    """A wrong flag is one line, like every other bad input."""
+
+    def error(self, message):
+        raise InputError(f"{message}; python bench.py --help lists all flags")
+
+
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = Parser(prog="bench.py", description=__doc__, usage="python bench.py [FLAGS]", allow_abbrev=False,
+                    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                        prog, max_help_position=32, width=120))
+    add = parser.add_argument_group("model").add_argument
     add("--eventgpt", metavar="DIR|ID", help="drafter (default: the embedded pair's)")
     add("--videollava", metavar="DIR|ID", help="target (default: the embedded pair's)")
     add("--weights", choices=("tiny", "random-7b"), help="both models at once; random-7b is for speed only")
     add("--tiny", action="store_true", help="the embedded pair on the CPU, also where there is a GPU")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json in place of the checkpoints'")
-    add("--dataset-dir", "--dataset_dir", type=Path, metavar="DIR", help="clips (default: the embedded ones)")
-    add("--question", help="ask this of every clip")
-    add("--max-samples", "--max_samples", type=int, default=-1, metavar="N", help="the first N, -1 all (default)")
-    add("--modes", default=",".join(MODES), help="comma list of %(default)s")
-    add("--max-new-tokens", "--max_new_tokens", type=int, default=50, metavar="N")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda if there)")
+    add("--drafter-device", metavar="DEVICE", help="another device for the drafter")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--cache-rows", type=int, metavar="M", help="cache positions (default: what the model was trained for)")
+    add("--eager", action="store_true", help="no CUDA graphs")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset-dir", type=Path, metavar="DIR", help="clips (default: the embedded ones)")
+    add("--question", metavar="TEXT", help="ask this of every clip")
+    add("--max-samples", type=int, default=-1, metavar="N", help="the first N, -1 all (default)")
+    add("--frame-rule", default="uniform", choices=("uniform", "first"), help="which 8 video frames")
+    add("--shard", metavar="I/N", help="every N-th sample from the I-th (default: torchrun's or SLURM's rank)")
+    add = parser.add_argument_group("run").add_argument
+    add("--modes", default=",".join(MODES), metavar="A,B", help="default: all five, see the README")
+    add("--max-new-tokens", type=int, default=50, metavar="N", help="default %(default)s")
     add("--draft-len", type=int, default=5, metavar="G", help="drafts a round (default %(default)s)")
     add("--overlap-len", type=int, default=15, metavar="G", help="drafts of the head start (default %(default)s)")
-    add("--cache-rows", type=int, metavar="M", help="cache positions (default: what the model was trained for)")
-    add("--frame-rule", default="uniform", choices=("uniform", "first"), help="which 8 video frames")
-    add("--device", help="cpu, cuda or cuda:N (default: cuda if there)")
-    add("--drafter-device", help="another device for the drafter")
-    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--eager", action="store_true", help="no CUDA graphs")
-    add("--warmup", type=int, default=1, metavar="N")
-    add("--repeats", type=int, default=3, metavar="N")
+    add("--draft-source", default="drafter", metavar="NAME", choices=("drafter", *engine.SOURCES),
+        help=f"who drafts in speculative mode: drafter, {', '.join(engine.SOURCES)}")
+    add("--gate", default="on", choices=("on", "off"), help="draft only where it should pay (default %(default)s)")
+    add("--warmup", type=int, default=1, metavar="N", help="rounds before measuring (default %(default)s)")
+    add("--repeats", type=int, default=3, metavar="N", help="of each mode and sample (default %(default)s)")
     add("--ignore-eos", action=argparse.BooleanOptionalAction, help="fixed length (default with random weights)")
-    add("--json", metavar="PATH", help="also write the JSON object there; - prints nothing else on stdout")
-    add("--rows", type=Path, metavar="JSONL", help="append each finished sample there; a shard puts its number in")
-    add("--record", metavar="JSONL", help="write both models' answers and stage times, for --sources")
+    add("--rows", type=Path, metavar="JSONL", help="append each finished sample; a shard puts its number in")
     add("--resume", action="store_true", help="go on with --rows: skip the samples it already holds")
-    add("--shard", metavar="I/N", help="every N-th sample from the I-th (default: torchrun's or SLURM's rank)")
-    add("--merge", nargs="+", type=Path, metavar="JSONL", help="one report of the row files of all shards")
-    add("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two saved runs, paired, with a verdict")
+    add("--profile", action="store_true", help="mark the measured runs for nsys with NVTX names")
+    add("--debug", action="store_true", help="show tracebacks")
+    add = parser.add_argument_group("report").add_argument
+    add("--json", metavar="PATH", help="also write the JSON object there; - prints nothing else on stdout")
+    add("--record", metavar="JSONL", help="write both models' answers and stage times, for --sources")
     add("--timeline", metavar="PNG", help="draw the last request measured (the last of --modes)")
     add("--trace", metavar="JSON", help="the same as a trace for ui.perfetto.dev")
-    add("--profile", action="store_true", help="mark the measured runs for nsys (cudaProfilerApi) with NVTX names")
-    add("--draft-source", default="drafter", choices=("drafter", *engine.SOURCES),
-        help="who drafts in speculative mode (default %(default)s)")
+    add("--update-readme", metavar="BLOCK", help="put this run's report into README.md")
+    add = parser.add_argument_group("instead of measuring a pair").add_argument
+    add("--merge", nargs="+", type=Path, metavar="JSONL", help="one report of the row files of all shards")
+    add("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two saved runs, paired, with a verdict")
+    add("--from-json", type=Path, metavar="PATH", help="print the report of a saved run")
+    add("--from-text", type=Path, metavar="PATH", help="with --update-readme: take the block's text from a file")
     add("--sources", type=Path, metavar="PAIRS", help="acceptance of draft sources on recorded answers; no models")
     add("--sources-src", default="test_tokens_1q", metavar="SRC",
         help="which rows of PAIRS (default %(default)s; headstart for what --record wrote)")
-    add("--from-json", type=Path, metavar="PATH", help="print the report of a saved run instead of measuring")
-    add("--from-text", type=Path, metavar="PATH", help="with --update-readme: take the block's text from a file")
     add("--figures", action="store_true", help="step, verify, prefill and bit equality at 7B shapes (needs a GPU)")
     add("--peers", action="store_true", help="transformers' Video-LLaVA beside ours (needs transformers and a GPU)")
     add("--generations", type=int, default=208, metavar="N", help="of --figures' forced drafts (default %(default)s)")
-    add("--update-readme", metavar="BLOCK", help="put this run's report into README.md")
-    add("--gate", default="on", choices=("on", "off"), help="draft only where it should pay (default %(default)s)")
     add("--replay", type=Path, metavar="PAIRS", help="7B compute that says recorded ids: speed at true acceptance")
     add("--accept", default="", metavar="LIST", help="of --replay: drafters that are right with these probabilities")
-    add("--debug", action="store_true", help="show tracebacks")
+    for name, kind in (("dataset_dir", Path), ("max_samples", int), ("max_new_tokens", int)):    # the research code's
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def check(options) -> None:
     """Turns flags into values, or names the first that cannot be one."""
+    if options.question is not None and not engine.check_question(options.question).strip():
+        raise InputError("--question: is empty; leave it out to ask what the data set asks")
     options.modes = [m for m in options.modes.split(",") if m]
     for mode in options.modes:
         if mode not in MODES:
@@ -1341,19 +1406,25 @@ def read_shard(text: str | None, environ) -> tuple[int, int]:
 
 
 def main(argv=None) -> int:
-    options = parse(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")        # an answer may hold what the terminal cannot show
+    debug = "--debug" in (sys.argv if argv is None else argv)
     try:
-        return run(options, ["bench.py", *(sys.argv[1:] if argv is None else argv)])
+        return run(parse(argv), ["bench.py", *(sys.argv[1:] if argv is None else argv)])
     except InputError as error:
-        if options.debug:
+        if debug:
             raise
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:                                # before the first sample: nothing to show
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:                                  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except torch.OutOfMemoryError as error:
-        if options.debug:
+        if debug:
             raise
         print(f"out of GPU memory: {str(error).splitlines()[0]}; lower --cache-rows, or use another --drafter-device",
               file=sys.stderr)
@@ -1396,11 +1467,17 @@ def run(options, command) -> int:
     samples = samples[shard::shards]
     if options.rows and shards > 1:                          # each shard its own file, whoever started it
         options.rows = options.rows.with_suffix(f".{shard:05}-of-{shards:05}{options.rows.suffix}")
-    e = engine.load_engine(options.eventgpt, options.videollava, device=options.device, dtype=options.dtype,
-                           drafter_device=options.drafter_device, cache_rows=options.cache_rows,
-                           draft_len=options.draft_len, overlap_len=options.overlap_len, tokenizer=options.tokenizer,
-                           graphs=not options.eager, gate=options.gate == "on")
-    head = {"schema": SCHEMA, "commit": commit(), "dirty": bool(output_of("git", "status", "--porcelain")),
+    if options.rows:
+        insist_new(options.rows, options.resume)
+    place = dict(device=options.device, dtype=options.dtype, drafter_device=options.drafter_device,
+                 cache_rows=options.cache_rows)
+    memory = engine.memory_budget(options.eventgpt, options.videollava, **place)
+    if sys.stderr.isatty():
+        print(memory_line(memory), file=sys.stderr)          # before loading, which may take long or fail
+    e = engine.load_engine(options.eventgpt, options.videollava, draft_len=options.draft_len,
+                           overlap_len=options.overlap_len, tokenizer=options.tokenizer, graphs=not options.eager,
+                           gate=options.gate == "on", **place)
+    head = {"schema": SCHEMA, "commit": commit(), "dirty": dirty(), "memory": memory,
             "command": " ".join(map(str, command)), "time": time.strftime("%Y-%m-%d"), "seed": 0,
             "machine": machine(options.device), "weights": {"kind": options.kind, **{m.side: {
                 "path": Path(m.path).name, "dtype": str(m.decoder.dtype).removeprefix("torch."),
@@ -1427,10 +1504,7 @@ def run(options, command) -> int:
             interrupted = True
     for path, write in ((options.timeline, draw_timeline), (options.trace, write_trace)):
         if path and getattr(options, "shown", None):
-            try:
-                write(options.shown, path)
-            except OSError as error:
-                raise InputError(f"{path}: cannot be written ({error.strerror}); choose another path") from None
+            write(options.shown, path)
     return publish(assemble(head, rows, interrupted), options)
 
 
@@ -1459,14 +1533,14 @@ def publish(report, options) -> int:
     if options.json != "-":
         print("\n".join(lines))
         if options.json:
-            write_json(options.json, report)
+            engine.replace_file(options.json, json.dumps(report).encode() + b"\n")
     if options.record:
         write_pairs(options.record, report)
     if options.update_readme:
         update_readme(options.update_readme, lines)
     print(json.dumps(report))
-    failed = identical["equal"] < identical["compared"] or any("error" in row for row in rows)
-    return 130 if interrupted else int(failed)
+    failed = identical["equal"] < identical["compared"] or report["skipped"] or any("error" in row for row in rows)
+    return 130 if interrupted else int(bool(failed))
 
 
 if __name__ == "__main__":
