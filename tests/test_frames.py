@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from kernels import frames
@@ -193,6 +194,38 @@ def test_table_equals_rescale_in_double_and_normalise_in_float32():
     assert (table[:, 255] - torch.tensor([1.9303361, 2.0748837, 2.1458969])).abs().max() <= 2.5e-7
 
 
+def by_pillow(frame, size, crop):
+    """[3, crop, crop] uint8: the whole frame resized in one call, then its centre: the recipe as upstream spells it."""
+    height, width = frames.resized_hw(*frame.shape[:2], size)
+    image = Image.fromarray(frame.numpy()).resize((width, height), Image.Resampling.BICUBIC)
+    top, left = (height - crop) // 2, (width - crop) // 2
+    cut = image.crop((left, top, left + crop, top + crop))
+    return torch.frombuffer(bytearray(cut.tobytes()), dtype=torch.uint8).view(crop, crop, 3).permute(2, 0, 1)
+
+
+def odd_frames(count, seed, most=120):
+    """Frames of random sizes, half noise and half hard edges, which overshoot between the two passes of a resize."""
+    seeded = torch.Generator().manual_seed(seed)
+    for number in range(count):
+        height, width = (torch.randint(1, most, (2,), generator=seeded)).tolist()
+        frame = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=seeded)
+        yield frame if number % 2 else (frame > 127).byte() * 255
+
+
+def test_crops_equal_pillows():
+    """500 random sizes, grown, shrunk and kept, portrait and landscape."""
+    for number, frame in enumerate(odd_frames(500, seed=8)):
+        size = (28, 33, 56, 1)[number % 4]
+        crop = max(1, size - number % 3)
+        assert torch.equal(frames.crop_u8(frame, size, crop), by_pillow(frame, size, crop)), tuple(frame.shape)
+
+
+def test_normalising_gives_the_tables_bits_for_every_input():
+    every = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    for mean, std in ((frames.CLIP_MEAN, frames.CLIP_STD), ((0.5, 0.1, 0.9), (0.5, 0.3, 1e-3))):
+        assert torch.equal(frames.normalised(every, mean, std).view(3, 256), frames.clip_table(mean, std))
+
+
 def test_pixels_are_the_table_of_the_crop():
     given = torch.randint(0, 256, (31, 47, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     crop, table = frames.crop_u8(given, 28), frames.clip_table()
@@ -205,6 +238,17 @@ def test_many_frames_on_threads_equal_one_at_a_time():
     given = [torch.randint(0, 256, (40 + i, 90 - 9 * i, 3), dtype=torch.uint8, generator=seeded) for i in range(9)]
     together = frames.clip_pixels(given, 56)
     assert torch.equal(together, torch.cat([frames.clip_pixels([frame], 56) for frame in given]))
+
+
+def test_a_forked_child_starts_its_own_threads():
+    """The pool is copied by a fork and its threads are not: waiting for them would never end."""
+    script = ("import os, sys, torch\nfrom kernels import frames\nframes.cores = lambda: 2\n"
+              "given = [torch.full((9, 12, 3), 7, dtype=torch.uint8)] * 3\nwant = frames.crops_u8(given, 4)\n"
+              "child = os.fork()\n"
+              "if child == 0: os._exit(0 if torch.equal(frames.crops_u8(given, 4), want) else 3)\n"
+              "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_smaller_crop_is_the_centre_of_the_larger():
