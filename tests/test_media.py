@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy
@@ -25,6 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from weights import InputError, media
+from weights.tiny.make_clips import write_film
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -448,6 +450,12 @@ def test_damaged_images_only_raise_input_error(tmp_path):
     assert good >= 10 and bad >= 50
 
 
+def test_damaged_h264_only_raises_input_error(tmp_path):
+    paths = [film(tmp_path, name, 1, keyframe=6) for name in ("a.mp4", "b.mkv")]
+    good, bad = survive(media.read_video, [path.read_bytes() for path in paths], tmp_path, ".mp4", 160, check_clip)
+    assert good >= 10 and bad >= 10
+
+
 def test_damaged_videos_only_raise_input_error(tmp_path):
     blobs = [clip_bytes(tmp_path, "a.mp4", 12), clip_bytes(tmp_path, "b.mkv", 12), clip_bytes(tmp_path, "c.avi", 12)]
     good, bad = survive(media.read_video, blobs, tmp_path, ".mp4", 120, check_clip)
@@ -776,6 +784,222 @@ def test_file_that_vanishes_while_reading_is_an_input_error(tmp_path, monkeypatc
 def test_wrong_rule_is_a_value_error_of_the_caller(tmp_path):
     with pytest.raises(ValueError, match="uniform"):
         media.read_video(tmp_path / "a.mp4", rule="last")
+
+
+# ---- video, the quick way: packets first, then only the frames that are wanted ---------------------------------------
+
+def film(folder, name, seconds=2.4, **options):
+    """A moving clip; its container goes by the name's ending, H.264 unless told."""
+    codec = options.get("codec", "libx264")
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV cannot write {codec}")
+    write_film(folder / name, seconds, **{"size": (96, 64)} | options)
+    return folder / name
+
+
+def assert_frames_of_the_plain_way(path, nums=(8, 1, 5)):
+    """What read_video gives is, frame by frame, what decoding everything and counting gives. Returns all frames."""
+    every = every_frame(path)
+    for num_frames in nums:
+        read = media.read_video(path, num_frames)
+        counted = media.counted_frames(path, num_frames, "uniform")
+        for index, a, b in zip(media.sample_indices(len(every), num_frames), read, counted, strict=True):
+            assert torch.equal(a, every[index]) and torch.equal(b, every[index]), (num_frames, index)
+    return every
+
+
+def uneven(number):
+    """Time stamps of a variable frame rate: gaps of 1, 2 and 9."""
+    return 12 * (number // 3) + (0, 1, 3)[number % 3]
+
+
+PLANNED = {     # name: (file name, options of write_film)
+    "one keyframe": ("a.mp4", {}),
+    "many keyframes": ("a.mp4", {"keyframe": 7}),
+    "every frame a keyframe": ("a.mp4", {"keyframe": 1}),
+    "no B-frames": ("a.mp4", {"keyframe": 9, "bf": "0"}),
+    "deep B-pyramid": ("a.mp4", {"keyframe": 25, "bf": "7", "x264-params": "sliced-threads=0:b-pyramid=normal:ref=5"}),
+    "open GOP": ("a.mp4", {"keyframe": 6, "x264-params": "sliced-threads=0:open-gop=1"}),
+    "several slices a picture": ("a.mp4", {"keyframe": 11, "x264-params": "slices=3"}),
+    "mkv": ("a.mkv", {"keyframe": 13}),
+    "mov": ("a.mov", {"keyframe": 13}),
+    "variable frame rate": ("a.mp4", {"keyframe": 8, "pts": uneven}),
+    "variable frame rate mkv": ("a.mkv", {"keyframe": 8, "pts": uneven}),
+    "shorter than eight frames": ("a.mp4", {"seconds": 0.2}),
+    "main profile": ("a.mp4", {"keyframe": 10, "profile": "main"}),
+    "4:4:4": ("a.mp4", {"keyframe": 10, "pixel_format": "yuv444p"}),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("name", PLANNED)
+def test_planned_frames_equal_the_plain_way(tmp_path, monkeypatch, name, threads):
+    file_name, options = PLANNED[name]
+    path = film(tmp_path, file_name, **options)
+    monkeypatch.setattr(media, "cores", lambda: threads)
+    assert media.planned_frames(path, 8) is not None
+    every = assert_frames_of_the_plain_way(path)
+    assert len(every) == (5 if "shorter" in name else 60)
+
+
+def test_frames_nobody_needs_are_not_decoded(tmp_path):
+    path = film(tmp_path, "a.mp4", keyframe=10)
+    container, stream, _ = media.open_video(path)
+    with container:
+        runs, order = media.plan([p for p in container.demux(stream) if p.size], stream, 3)
+    assert order == sorted(order) and len(order) == 3 and [len(wanted) for _, wanted in runs] == [1, 1, 1]
+    assert sum(len(packets) for packets, _ in runs) == 3      # frames 0, 20 and 40 begin their groups
+    packets, _ = runs[1]
+    assert packets[0].is_keyframe
+
+
+UNPLANNED = {     # name: (file name, options, where the plain way decodes what)
+    "vp9 webm": ("a.webm", {"codec": "libvpx-vp9", "deadline": "realtime", "cpu-used": "8", "keyframe": 8}),
+    "mpeg4": ("a.mp4", {"codec": "mpeg4", "keyframe": 8}),
+    "avi, without time stamps": ("a.avi", {"keyframe": 8, "bf": "0"}),
+    "avi, without time stamps, B-frames": ("a.avi", {"keyframe": 8, "bf": "2"}),
+    "fields": ("a.mp4", {"keyframe": 8, "x264-params": "sliced-threads=0:interlaced=1"}),
+    "edit list": ("a.mp4", {"keyframe": 8, "pts": lambda number: number - 5}),
+}
+
+
+@pytest.mark.parametrize("name", UNPLANNED)
+def test_where_a_plan_would_be_in_doubt_the_frames_are_counted(tmp_path, monkeypatch, name):
+    file_name, options = UNPLANNED[name]
+    path = film(tmp_path, file_name, **options)
+    assert media.planned_frames(path, 8) is None
+    decoded, decode = [], media.decode_frames
+    monkeypatch.setattr(media, "decode_frames", lambda *a, **k: decoded.append(a) or decode(*a, **k))
+    read = media.read_video(path)
+    assert decoded
+    with av.open(str(path)) as container:        # upstream's own recipe, spelt out
+        total = container.streams.video[0].frames
+    every = every_frame(path)
+    indices = media.sample_indices(total or len(every), 8)
+    if indices[-1] >= len(every):
+        indices = media.sample_indices(len(every), 8)
+    assert all(torch.equal(a, every[index]) for a, index in zip(read, indices, strict=True))
+
+
+def fake_packet(pts, **flags):
+    packet = {"pts": pts, "is_corrupt": False, "is_discard": False, "has_sidedata": lambda _: False} | flags
+    return SimpleNamespace(**packet)
+
+
+DOUBTS = {     # name: (pts in decoding order, numbers of the IDR packets, header count, flags of packet 3)
+    "no time stamp": ([0, 2, 1, None, 4], {0}, 5, {}),
+    "a time stamp twice": ([0, 2, 1, 2, 4], {0}, 5, {}),
+    "header counts more": ([0, 2, 1, 3, 4], {0}, 6, {}),
+    "header counts fewer": ([0, 2, 1, 3, 4], {0}, 4, {}),
+    "begins inside a group": ([0, 2, 1, 3, 4], {3}, 5, {}),
+    "no keyframe": ([0, 2, 1, 3, 4], set(), 5, {}),
+    "a keyframe shown too early": ([0, 2, 4, 3, 5], {0, 3}, 5, {}),
+    "a frame after a keyframe shown before it": ([0, 1, 2, 4, 3], {0, 3}, 5, {}),
+    "reordered deeper than the decoder expects": ([0, 5, 4, 3, 2, 1], {0}, 6, {}),
+    "ends inside a packet": ([0, 2, 1, 3, 4], {0}, 5, {"is_corrupt": True}),
+    "cut away by an edit list": ([0, 2, 1, 3, 4], {0}, 5, {"is_discard": True}),
+    "new parameters on the way": ([0, 2, 1, 3, 4], {0}, 5, {"has_sidedata": lambda kind: kind == "new_extradata"}),
+    "a packet of two pictures": ([0, 2, 1, 3, 4], {0}, 5, {"picture": None}),
+}
+
+
+def plan_of_fakes(monkeypatch, times, idr, header_count, flags, depth=2):
+    packets = [fake_packet(pts, **(flags if number == 3 else {})) for number, pts in enumerate(times)]
+    pictures = {id(packet): getattr(packet, "picture", media.Picture(number in idr, True))
+                for number, packet in enumerate(packets)}
+    monkeypatch.setattr(media, "avcc_length_bytes", lambda stream: 4)
+    monkeypatch.setattr(media, "picture_of", lambda packet, length_bytes: pictures[id(packet)])
+    context = SimpleNamespace(reorder_depth=depth)
+    return media.plan(packets, SimpleNamespace(frames=header_count, codec_context=context), 4)
+
+
+def test_clean_packets_make_a_plan(monkeypatch):
+    runs, order = plan_of_fakes(monkeypatch, [0, 2, 1, 3, 5, 4], {0, 3}, 6, {})
+    assert order == [0, 1, 3, 4] and [sorted(wanted) for _, wanted in runs] == [[0, 1], [3, 4]]
+    assert plan_of_fakes(monkeypatch, [0, 2, 1, 3, 5, 4], {0, 3}, 0, {})      # a container without a count
+    assert plan_of_fakes(monkeypatch, [0, 5, 4, 3, 2, 1], {0}, 6, {}, depth=4)
+
+
+@pytest.mark.parametrize("name", DOUBTS)
+def test_no_plan_in_doubt(monkeypatch, name):
+    assert plan_of_fakes(monkeypatch, *DOUBTS[name]) is None
+
+
+@pytest.mark.parametrize("damage", ["two pictures", "half a picture", "parameters inside", "cut", "mixed kinds"])
+def test_packets_that_are_not_one_picture_are_told(damage):
+    def unit(head, body=b"\x80\x11\x22"):
+        return (len(body) + 1).to_bytes(4, "big") + bytes([head]) + body
+    slice_, remark = unit(0x41), unit(0x06, b"\x05\x01\x00")
+    assert media.picture_of(slice_ + remark, 4) == (False, True)
+    assert media.picture_of(unit(0x01), 4) == (False, False) and media.picture_of(unit(0x65), 4) == (True, True)
+    assert media.picture_of(unit(0x41) + unit(0x41, b"\x40\x11"), 4) == (False, True)      # its second slice
+    bad = {"two pictures": slice_ * 2, "half a picture": unit(0x41, b"\x40\x11"), "cut": slice_[:-1],
+           "parameters inside": unit(0x67) + slice_, "mixed kinds": unit(0x65) + unit(0x41, b"\x40\x11")}
+    assert media.picture_of(bad[damage], 4) is None
+
+
+def test_a_plan_that_does_not_come_true_falls_back(tmp_path, monkeypatch):
+    """The decoder gives no frame of a time that the packets announced: the plain way answers."""
+    path = film(tmp_path, "a.mp4", keyframe=10)
+    decode_runs = media.decode_runs
+    monkeypatch.setattr(media, "decode_runs",
+                        lambda *a: {pts: frame for pts, frame in decode_runs(*a).items() if pts != 0})
+    assert media.planned_frames(path, 8) is None
+    assert_frames_of_the_plain_way(path)
+
+
+def test_truncated_h264_is_answered_as_by_the_plain_way(tmp_path):
+    """Cut in front of the last frame wanted it is refused; cut behind it, it is read. Both ways agree."""
+    whole = film(tmp_path, "whole.mp4", keyframe=10)
+    write_film(tmp_path / "fast.mkv", 2.4, (96, 64), 10)
+    with av.open(str(whole), "r") as given, av.open(str(tmp_path / "fast.mp4"), "w",
+                                                    options={"movflags": "faststart"}) as out:
+        stream = out.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    blob, every = (tmp_path / "fast.mp4").read_bytes(), every_frame(whole)
+    begin = blob.index(b"mdat")
+    refused(media.read_video, saved(tmp_path, blob[:begin + (len(blob) - begin) // 2], "half.mp4"), ["h264 frames"])
+    late = saved(tmp_path, blob[:-20], "late.mp4")
+    assert media.planned_frames(late, 8) is None
+    for index, frame in zip(media.sample_indices(60, 8), media.read_video(late), strict=True):
+        assert torch.equal(frame, every[index]), index
+    # An mkv has no count to fall short of: what is there is the clip.
+    cut = saved(tmp_path, (tmp_path / "fast.mkv").read_bytes()[:-3000], "cut.mkv")
+    assert 40 < len(assert_frames_of_the_plain_way(cut)) < 60
+
+
+@pytest.mark.parametrize("options, whole", [
+    ({}, True), ({"profile": "baseline", "bf": "0"}, True), ({"pixel_format": "yuv444p"}, True),
+    ({"size": (90, 50)}, True), ({"x264-params": "sliced-threads=0:interlaced=1"}, False),
+    ({"x264-params": "sliced-threads=0:cqm=jvt"}, True)])
+def test_parameter_sets_tell_frames_from_fields(tmp_path, options, whole):
+    container, stream, _ = media.open_video(film(tmp_path, "a.mp4", 0.2, **options))
+    with container:
+        data = bytes(stream.codec_context.extradata)
+        sps = data[8:8 + int.from_bytes(data[6:8], "big")]
+        assert media.whole_frames(sps, stream.width, stream.height) == whole
+        assert not media.whole_frames(sps, stream.width + 16, stream.height)
+        assert not any(media.whole_frames(sps[:cut], stream.width, stream.height) for cut in range(7))
+
+
+def test_a_clip_that_changes_size_is_refused(tmp_path):
+    """VP8 may change its size at any keyframe; upstream cannot stack such frames."""
+    if "libvpx" not in av.codecs_available:
+        pytest.skip("this PyAV cannot write libvpx")
+    for name, size in (("a.mkv", (64, 48)), ("b.mkv", (96, 64))):
+        clip(tmp_path, name, 9, codec="libvpx", size=size)
+    path, time = tmp_path / "both.mkv", 0
+    with av.open(str(tmp_path / "a.mkv")) as a, av.open(str(tmp_path / "b.mkv")) as b, av.open(str(path), "w") as out:
+        stream = out.add_stream_from_template(a.streams.video[0])
+        for packet in (*a.demux(video=0), *b.demux(video=0)):
+            if packet.size:
+                packet.stream, packet.pts, packet.dts, time = stream, 40 * time, 40 * time, time + 1
+                out.mux(packet)
+    refused(media.read_video, path, ["change size", "64 x 48", "96 x 64"])
+    assert len(media.read_video(path, 4, "first")) == 4      # these are all of one size
 
 
 # ---- the module as a whole -------------------------------------------------------------------------------------------

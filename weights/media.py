@@ -7,7 +7,9 @@
 Whatever is wrong with a file ends in InputError: one line with the path, what was wanted, what came, what to try.
 `python -m weights.media FILE` says what a file holds."""
 
+import bisect
 import difflib
+import functools
 import io
 import os
 import pickletools
@@ -17,6 +19,7 @@ import struct
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import av
@@ -32,6 +35,8 @@ MAX_HEADER_BYTES = 10_000            # of an .npy, numpy's own limit
 MAX_IMAGE_PIXELS = 50_000_000
 MAX_VIDEO_PIXELS = 4096 * 4096       # of one frame
 MAX_VIDEO_FRAMES = 108_000           # an hour at 30 a second; uniform sampling decodes nearly all of them
+MAX_HELD_BYTES = 1 << 28             # of a clip whose packets are held in memory while their frames are chosen
+MAX_DECODE_THREADS = 8               # of one decoder; more cost more to start than they bring on a clip of seconds
 MAX_SIDE_RATIO = 256                 # the shorter side grows to the model's 224 or 336, and the longer with it
 VIDEO_FORMATS = "mov,mp4,matroska,webm,avi"    # an open list lets a playlist named .mp4 read other files
 VIDEO_RULES = ("uniform", "first")
@@ -585,19 +590,34 @@ def read_video(path, num_frames=8, rule="uniform"):
     if rule not in VIDEO_RULES or num_frames < 1:
         raise ValueError(f"read_video: wanted rule in {VIDEO_RULES} and num_frames >= 1, got {rule!r} and {num_frames}")
     try:
-        total, trusted = (num_frames, True) if rule == "first" else announced_frames(path)
-        indices = sample_indices(total, num_frames, rule)
-        kept, decoded = decode_frames(path, indices, stop_early=trusted)
-        if decoded <= indices[-1] or (not trusted and decoded != total):
-            indices = sample_indices(decoded, num_frames, rule)
-            if not kept.keys() >= set(indices):
-                kept, _ = decode_frames(path, indices, stop_early=True)
-        return [kept[index] for index in indices]
+        frames = planned_frames(path, num_frames) if rule == "uniform" else None
+        return one_size(frames or counted_frames(path, num_frames, rule))
     except Refused as refused:
         raise input_error(path, *refused.args) from None
     except KeyError:
         raise input_error(path, "decoded to a different number of frames the second time",
                           "is it still being written? copy it first") from None
+
+
+def counted_frames(path, num_frames, rule):
+    """The frames of `read_video` for any file: decoded one after the other and counted as they come."""
+    total, trusted = (num_frames, True) if rule == "first" else announced_frames(path)
+    indices = sample_indices(total, num_frames, rule)
+    kept, decoded = decode_frames(path, indices, stop_early=trusted)
+    if decoded <= indices[-1] or (not trusted and decoded != total):
+        indices = sample_indices(decoded, num_frames, rule)
+        if not kept.keys() >= set(indices):
+            kept, _ = decode_frames(path, indices, stop_early=True)
+    return [kept[index] for index in indices]
+
+
+def one_size(frames):
+    """The frames, if they agree in size: upstream cannot stack others, and guesses nothing either."""
+    sizes = list(dict.fromkeys((frame.shape[1], frame.shape[0]) for frame in frames))
+    if len(sizes) > 1:
+        raise Refused("its pictures change size on the way, from {} x {} to {} x {}".format(*sizes[0], *sizes[1]),
+                      "cut it there, or scale it to one size: ffmpeg -i IN -vf scale=640:480 OUT.mp4")
+    return frames
 
 
 def open_video(path):
@@ -691,15 +711,212 @@ def decode_frames(path, indices, stop_early):
     return kept, decoded
 
 
+# The quick way, for the H.264 in mp4, mov and mkv. Reading packets is cheap and decoding them is not: the packets alone
+# say how many frames there are, which of them are wanted, and which packets those need. What is wanted is known by its
+# time stamp, so groups of pictures decode side by side, and pictures that no other refers to are never decoded.
+# Where the packets leave any doubt that `counted_frames` would give these very frames, it gives them.
+
+class Picture(NamedTuple):
+    """What the bytes of one H.264 packet say. It holds one whole frame, or there is none of these."""
+    idr: bool          # nothing after it refers to anything before it
+    referred: bool     # others may be predicted from it
+
+
+def planned_frames(path, num_frames):
+    """Uniformly sampled frames as `counted_frames` gives them, or None wherever that cannot be shown beforehand."""
+    container, stream, codec = open_video(path)
+    with container:
+        try:
+            if codec != "h264" or not 0 < container.size <= MAX_HELD_BYTES:
+                return None
+            packets = []
+            for packet in container.demux(stream):
+                if packet.size:
+                    packets.append(packet)
+                if len(packets) > MAX_VIDEO_FRAMES:
+                    return None
+            runs, order = plan(packets, stream, num_frames) or (None, None)
+            kept = runs and decode_runs(path, stream, runs)
+        except (Refused, *VIDEO_ERRORS):         # counted_frames meets the same, and knows how to say it
+            return None
+    return [kept[pts] for pts in order] if kept and kept.keys() >= set(order) else None
+
+
+def plan(packets, stream, num_frames):
+    """(runs, pts of each frame to take), or None in doubt. A run: packets from an IDR on, and the pts to keep."""
+    length_bytes = avcc_length_bytes(stream)
+    if not length_bytes or stream.frames not in (0, len(packets)):
+        return None
+    pictures, times, highest = [], [], None
+    for packet in packets:
+        picture = picture_of(packet, length_bytes)
+        if picture is None or packet.pts is None or packet.is_corrupt or packet.is_discard or packet.has_sidedata(
+                "new_extradata"):
+            return None
+        if picture.idr and highest is not None and packet.pts <= highest:
+            return None                          # shown before something that was sent before it
+        highest = packet.pts if highest is None else max(highest, packet.pts)
+        pictures.append(picture)
+        times.append(packet.pts)
+    shown, begins = sorted(times), [i for i, picture in enumerate(pictures) if picture.idr]
+    if not begins or begins[0] != 0 or len(set(times)) < len(times):
+        return None
+    if any(shown[begin] != times[begin] for begin in begins):
+        return None                              # shown after something that was sent after it
+    if reordering(times) > stream.codec_context.reorder_depth:
+        return None                              # more than the decoder sets out to put right
+    order = [shown[index] for index in sample_indices(len(packets), num_frames)]
+    wanted, runs = set(order), []
+    for begin, end in zip(begins, [*begins[1:], len(packets)], strict=True):
+        inside = [i for i in range(begin, end) if times[i] in wanted]
+        if inside:
+            needed = [i for i in range(begin, inside[-1] + 1) if pictures[i].referred or times[i] in wanted]
+            runs.append(([packets[i] for i in needed], {times[i] for i in inside}))
+    return runs, order
+
+
+def reordering(times):
+    """The most pictures that are sent before one and shown after it."""
+    past, most = [], 0
+    for time in times:
+        place = bisect.bisect(past, time)
+        most = max(most, len(past) - place)
+        past.insert(place, time)
+    return most
+
+
+def picture_of(packet, length_bytes):
+    """Picture of an H.264 packet, or None unless it is exactly one, of slices that agree, with nothing beside it."""
+    data, at, kinds, firsts = memoryview(packet), 0, set(), 0
+    while at + length_bytes + 1 < len(data):
+        length, head = int.from_bytes(data[at:at + length_bytes], "big"), data[at + length_bytes]
+        kind = head & 31
+        if kind in (1, 5):                       # a slice of a plain picture, of an IDR picture
+            kinds.add((kind == 5, head & 0x60 != 0))
+            firsts += data[at + length_bytes + 1] >> 7      # its first macroblock is number 0
+        elif kind not in (6, 9, 12):             # remarks, delimiters and filling; new parameters are not foreseen
+            return None
+        at += length_bytes + length
+    return Picture(*kinds.pop()) if at == len(data) and len(kinds) == 1 and firsts == 1 else None
+
+
+def avcc_length_bytes(stream):
+    """Bytes of a length field, of an H.264 stream with one set of parameters and whole frames only; else None."""
+    data = bytes(stream.codec_context.extradata or b"")
+    if len(data) < 12 or data[0] != 1 or data[5] & 31 != 1:
+        return None
+    sps = data[8:8 + int.from_bytes(data[6:8], "big")]
+    return (data[4] & 3) + 1 if whole_frames(sps, stream.width, stream.height) else None
+
+
+def whole_frames(sps, width, height):
+    """Whether a sequence parameter set rules out fields and gaps, which would undo "one packet, one frame"."""
+    profile, payload = sps[1] if len(sps) > 4 else 0, sps[4:]      # unit type, profile, constraints, level
+    payload = payload.replace(b"\0\0\3", b"\0\0")
+    bits, at = "".join(f"{byte:08b}" for byte in payload), 0
+
+    def number():                                # an Exp-Golomb code
+        nonlocal at
+        zeros = bits.index("1", at) - at
+        at += 2 * zeros + 1
+        return int(bits[at - zeros - 1:at], 2) - 1
+
+    try:
+        number()                                 # its id
+        if profile in (100, 110, 122, 244, 44, 83, 86, 118, 128):
+            planes = number() == 3               # chroma format 3 has a bit for separate planes
+            at += planes
+            number(), number()                   # bit depths
+            at += 1
+            if bits[at] != "0":                  # scaling lists would have to be read past
+                return False
+            at += 1
+        number()                                 # bits of a frame number
+        order = number()
+        if order == 0:
+            number()
+        elif order == 1:
+            at += 1
+            number(), number()
+            for _ in range(number()):
+                number()
+        number()                                 # reference frames
+        gaps = bits[at]
+        at += 1
+        sides = [16 * (number() + 1) for _ in range(2)]
+        # Sides that fit prove that the reading kept step.
+        fits = all(0 <= side - wanted < 16 for side, wanted in zip(sides, (width, height), strict=True))
+        return fits and gaps == "0" and bits[at] == "1"
+    except (ValueError, IndexError):             # it ends early
+        return False
+
+
+def decode_runs(path, stream, runs):
+    """{pts: [H, W, 3] uint8} of all runs, or None in doubt. Runs go to threads, each with a container of its own."""
+    runs = sorted(runs, key=lambda run: len(run[0]))          # the longest is taken first
+    workers = min(len(runs), cores())
+    threads = max(1, min(cores() // workers, MAX_DECODE_THREADS))
+
+    def work(stream):
+        kept = {}
+        stream.thread_count = threads
+        while runs:
+            try:
+                packets, wanted = runs.pop()
+            except IndexError:                   # another thread was quicker
+                break
+            for packet in (*packets, None):      # None: whatever is still on its way
+                for frame in stream.decode(packet):
+                    if frame.pts in wanted:
+                        if frame.pts in kept or frame.is_corrupt:
+                            return None
+                        kept[frame.pts] = rgb_tensor(frame)
+            stream.codec_context.flush_buffers()
+        return kept
+
+    def work_alone():
+        container, stream, _ = open_video(path)
+        with container:
+            return work(stream)
+
+    others = [pool().submit(work_alone) for _ in range(workers - 1)]
+    try:
+        parts = [work(stream)]
+    finally:
+        wait(others)                             # the packets belong to a container that is closed next
+    parts += [other.result() for other in others]
+    return None if None in parts else {pts: frame for part in parts for pts, frame in part.items()}
+
+
+def cores():
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def pool():
+    """Threads that stay: starting them anew costs more than they save on a short clip."""
+    return ThreadPoolExecutor(16, "media")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=pool.cache_clear)     # a forked child has the object and none of its threads
+
+
 def rgb_tensor(frame):
-    """[H, W, 3] uint8 (own memory) of a decoded frame, through libswscale with its defaults, as upstream."""
+    """[H, W, 3] uint8 of a decoded frame, through libswscale with its defaults, as upstream."""
     check_size(frame.width, frame.height, MAX_VIDEO_PIXELS)
     # One thread: starting more costs more than converting, 0.5 against 0.06 ms for 346 x 260.
     rgb = frame.reformat(format="rgb24", threads=1)
     plane, height, width = rgb.planes[0], rgb.height, rgb.width
-    line = plane.line_size                       # rows are padded where 3 * width is not aligned
-    rows = torch.frombuffer(plane, dtype=torch.uint8, count=height * line).view(height, line)
-    return rows[:, :3 * width].clone(memory_format=torch.contiguous_format).view(height, width, 3)
+    line, used = plane.line_size, 3 * width      # rows are padded where 3 * width is not aligned
+    if line == used:
+        pixels = plane                           # its memory is the picture's alone, and lives as long as the tensor
+    else:
+        padded = memoryview(plane)
+        pixels = bytearray().join([padded[at:at + used] for at in range(0, height * line, line)])
+    # A copy by torch would wake a team of workers whose waiting holds up the decoder's threads.
+    return torch.frombuffer(pixels, dtype=torch.uint8, count=height * used).view(height, width, 3)
 
 
 # ---- what is in this file? -------------------------------------------------------------------------------------------

@@ -46,6 +46,16 @@ def write_events(path, x, y, t, p) -> None:
             archive.writestr(entry, member + raw(array))
 
 
+def rgb_frame(image) -> av.VideoFrame:
+    """uint8 [H, W, 3] as a frame to encode; its rows may be longer there."""
+    height, row = image.shape[0], image.shape[1] * 3
+    frame = av.VideoFrame(image.shape[1], height, "rgb24")
+    padded = torch.zeros(height, frame.planes[0].line_size, dtype=torch.uint8)
+    padded[:, :row] = image.reshape(height, row)
+    frame.planes[0].update(raw(padded))
+    return frame
+
+
 def write_video(path, frames, fps=scenes.FPS, crf=16) -> None:
     """uint8 [T, H, W, 3] as H.264."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,11 +64,41 @@ def write_video(path, frames, fps=scenes.FPS, crf=16) -> None:
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(crf), "preset": "slow"})
         stream.width, stream.height, stream.pix_fmt = width - width % 2, height - height % 2, "yuv420p"
         for image in frames[:, :stream.height, :stream.width]:
-            frame = av.VideoFrame(stream.width, stream.height, "rgb24")
-            plane, row = frame.planes[0], stream.width * 3
-            padded = torch.zeros(stream.height, plane.line_size, dtype=torch.uint8)
-            padded[:, :row] = image.reshape(stream.height, row)
-            plane.update(raw(padded))
+            container.mux(stream.encode(rgb_frame(image)))
+        container.mux(stream.encode(None))
+
+
+BENCH_CLIPS = {     # name: (seconds, (width, height), frames from one keyframe to the next)
+    "0.5s": (0.5, (640, 480), 250), "1s": (1, (640, 480), 250), "5s": (5, (640, 480), 250), "20s": (20, (640, 480), 50),
+    "20s-one-key": (20, (640, 480), 1000), "60s": (60, (640, 480), 50), "1s-large": (1, (1440, 1080), 250),
+    "20s-large": (20, (1440, 1080), 50)}
+
+
+def write_film(path, seconds, size=(640, 480), keyframe=250, fps=25, codec="libx264", pixel_format="yuv420p", pts=None,
+               **options) -> None:
+    """A texture that drifts past, with a square that runs across it: the codec has motion and detail to work on.
+
+    pts: the time stamp of frame number n in 1 / fps; options go to the encoder. One slice a picture, as cameras and
+    phones write them: x264 left to itself cuts as many as the machine has cores."""
+    (width, height), seeded = size, torch.Generator().manual_seed(0)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    coarse = torch.randint(0, 256, (1, 3, height // 8 + 40, width // 8 + 40), generator=seeded).float()
+    texture = torch.nn.functional.interpolate(coarse, scale_factor=8, mode="bilinear").round()
+    texture = texture[0].permute(1, 2, 0).to(torch.uint8)
+    side = height // 5
+    if codec == "libx264":
+        options = {"preset": "veryfast", "crf": "23", "sc_threshold": "0", "x264-params": "sliced-threads=0"} | options
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options={"g": str(keyframe), **options})
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        stream.codec_context.time_base = Fraction(1, fps)
+        for number in range(round(seconds * fps)):
+            down, right = abs(2 * number % 400 - 200), abs(3 * number % 500 - 250)
+            image = texture[down:down + height, right:right + width].contiguous()
+            at = 4 * number % (width - side)
+            image[side:2 * side, at:at + side] = torch.tensor([255 - number % 200, number % 256, 90], dtype=torch.uint8)
+            frame = rgb_frame(image)
+            frame.pts, frame.time_base = pts(number) if pts else number, Fraction(1, fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
