@@ -1,11 +1,13 @@
 """frames: draws events into frames, and brings any frame onto the square pixel grid of a CLIP tower.
 A frame is [H, W, 3] uint8, red first. Everything here is bit-exact with upstream, so it is torch and Pillow, no Triton:
-Pillow's bicubic rounds and clamps to uint8 between its two passes, and a float resize differs by up to 24 of 255.
+Pillow's bicubic rounds and clamps to uint8 between its two passes, and a float resize differs by up to 24 of 255. On a
+GPU the same two passes are products of whole numbers in float64.
 Bytes: 132,268 events are 1.2 MB as x, y, p; five frames of 480 x 640 are 4.6 MB drawn and 6.8 MB as fp32 pixels of 336.
 Measured on 2 CPU cores: drawing them 6.4 ms; 8 frames of 480 x 640 to 224, 16 ms with a thread per core, 21 without."""
 
 import ctypes
 import functools
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +18,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 RESCALE = 0.00392156862745098    # 1/255 as CLIP's preprocessor_config.json spells it; the product is taken in double
 COLOURS = ((0, 0, 255), (255, 0, 0))    # negative blue, positive red, on white
+ONE = 1 << 22                    # what a weight of 1 is to Pillow
 MAX_THREADS = 16                 # more frames than these wait their turn
 MAX_RESIZED_PIXELS = 50_000_000  # a frame of 1 x 4000 would grow to 336 x 1,344,000 before its crop
 
@@ -105,14 +108,20 @@ def crop_into(address, frame_HW3, size, crop):
     ctypes.memmove(address, planes, len(planes))
 
 
-def crops_u8(frames, size, crop=None):
-    """[R, 3, crop, crop] uint8 on the CPU, of R frames [H, W, 3] uint8 of any sizes. crop: `size` unless given."""
+def checked_crop(frames, size, crop):
+    """The side of the crop, after refusing what cannot be resized before any thread or GPU works on it."""
     crop = size if crop is None else crop
     assert 0 < crop <= size, f"a centre of {crop} cannot be cut from a shorter side of {size}"
     for frame in frames:
         assert frame.dtype == torch.uint8 and frame.ndim == 3 and frame.shape[2] == 3 and frame.numel() > 0, \
             f"wanted frames of uint8 [H, W, 3], got {frame.dtype} {tuple(frame.shape)}"
-        resized_hw(*frame.shape[:2], size)       # refuses before any thread works
+        resized_hw(*frame.shape[:2], size)
+    return crop
+
+
+def crops_u8(frames, size, crop=None):
+    """[R, 3, crop, crop] uint8 on the CPU, of R frames [H, W, 3] uint8 of any sizes. crop: `size` unless given."""
+    crop = checked_crop(frames, size, crop)
     frames = [frame.cpu().contiguous() for frame in frames]
     crops = torch.empty(len(frames), 3, crop, crop, dtype=torch.uint8)
     places = [crops.data_ptr() + i * 3 * crop * crop for i in range(len(frames))]
@@ -125,6 +134,71 @@ def crops_u8(frames, size, crop=None):
 def crop_u8(frame_HW3, size, crop=None):
     """[3, crop, crop] uint8 on the CPU: one frame resized and cropped. crop: `size` unless given."""
     return crops_u8([frame_HW3], size, crop)[0]
+
+
+@functools.lru_cache(maxsize=64)
+def bicubic_weights(have, want, begin, count, pinned=False):
+    """[count, have] float64 of whole numbers: what Pillow's bicubic takes of `have` pixels, in units of 2^-22, for the
+    `count` of `want` pixels from `begin` on. Pinned ones travel without waiting."""
+    scale = have / want
+    widened = max(scale, 1.0)                    # when shrinking, the kernel spans as many more pixels
+    support = 2.0 * widened
+    centre = (torch.arange(begin, begin + count, dtype=torch.float64) + 0.5) * scale
+    first = (centre - support + 0.5).trunc().clamp(min=0)
+    end = (centre + support + 0.5).trunc().clamp(max=have)
+    at = first[:, None] + torch.arange(2 * math.ceil(support) + 1, dtype=torch.float64)
+    x = ((at - centre[:, None] + 0.5) * (1.0 / widened)).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+    weight = torch.where(x < 1, near, torch.where(x < 2, far, 0.0)).where(at < end[:, None], 0.0)
+    total = torch.zeros(count, dtype=torch.float64)
+    for tap in weight.unbind(1):                 # one after the other, as Pillow adds them
+        total += tap
+    weight /= total[:, None]
+    weight = (weight * ONE + torch.where(weight < 0, -0.5, 0.5)).trunc()
+    dense = torch.zeros(count, have, dtype=torch.float64, pin_memory=pinned)
+    return dense.scatter_add_(1, at.clamp(max=have - 1).long(), weight)
+
+
+def crop_exact(frames_RHW3, size, crop):
+    """[R, 3, crop, crop] uint8 of frames of one size, on their device, bit for bit what Pillow makes of them.
+
+    Both passes are products of whole numbers below 2^53 in float64, so any order of adding gives the same sums. Pillow
+    works in 8 bits between the passes, and takes the vertical one first where that leaves it less to do."""
+    height, width = frames_RHW3.shape[1:3]
+    high, wide = resized_hw(height, width, size)
+    top, left = (high - crop) // 2, (wide - crop) // 2
+    device = frames_RHW3.device
+    across, down = (bicubic_weights(*of, crop, device.type == "cuda").to(device, non_blocking=True)
+                    for of in ((width, wide, left), (height, high, top)))
+
+    def to_bytes(sums):
+        return sums.add_(ONE // 2).div_(ONE).floor_().clamp_(0, 255)
+
+    planes = frames_RHW3.permute(0, 3, 1, 2).double()
+    if height > high and height - high > 2 * (width - wide):     # Pillow 13's rule, found by trying both
+        planes = to_bytes(to_bytes(down @ planes) @ across.t())
+    else:
+        planes = to_bytes(down @ to_bytes(planes @ across.t()))
+    return planes.to(torch.uint8)
+
+
+def crops_on(device, frames, size, crop):
+    """[R, 3, crop, crop] uint8 on a GPU: whole frames travel as bytes, through pinned memory, and are resized there."""
+    crops, begin = [], 0
+    while begin < len(frames):
+        shape, end = frames[begin].shape, begin + 1
+        # Frames of one size go together, up to 64 MiB of float64 at a time.
+        while end < len(frames) and frames[end].shape == shape and (end - begin + 1) * shape.numel() <= 1 << 23:
+            end += 1
+        batch = frames[begin:end]
+        if all(frame.device.type == "cpu" for frame in batch):
+            staged = torch.empty(len(batch), *shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            batch = torch.stack(batch, out=staged).to(device, non_blocking=True)
+        else:
+            batch = torch.stack([frame.to(device) for frame in batch])
+        crops.append(crop_exact(batch, size, crop))
+        begin = end
+    return torch.cat(crops)
 
 
 def clip_table(mean=CLIP_MEAN, std=CLIP_STD):
@@ -146,11 +220,14 @@ def clip_pixels(frames, size, mean=CLIP_MEAN, std=CLIP_STD, crop=None, device="c
     """[R, 3, crop, crop] float32 on `device`: every frame brought to a shorter side of `size`, centre kept, normalised.
 
     frames: R tensors [H, W, 3] uint8; sizes may differ. crop: side of the centre square, `size` unless given.
-    The crops travel to the device as uint8, a quarter of the bytes, and are normalised there."""
+    On the CPU Pillow resizes. A GPU gets the frames as uint8, and resizes to the same bits. Does not wait for it."""
     frames = list(frames)
     if not frames:
         raise ValueError("no frames given: at least 1 is needed")
-    return normalised(crops_u8(frames, size, crop).to(device), mean, std)
+    device = torch.device(device)
+    if device.type == "cpu":
+        return normalised(crops_u8(frames, size, crop), mean, std)
+    return normalised(crops_on(device, frames, size, checked_crop(frames, size, crop)), mean, std)
 
 
 def main():
@@ -181,6 +258,14 @@ def main():
             equal &= torch.equal(frame.cpu(), draw_ref(few.x[b:e], few.y[b:e], few.p[b:e], *frame.shape[:2]))
         print(f"draw_events {device:>4}: {'equal to' if equal else 'NOT EQUAL to'} the plain loop, 5000 events")
         assert equal
+    sizes = torch.randint(1, 200, (200, 2), generator=seeded).tolist()
+    odd = [torch.randint(0, 256, (h, w, 3), generator=seeded, dtype=torch.uint8) for h, w in sizes + [(480, 640)] * 8]
+    for device in devices:
+        wrong = sum(not torch.equal(crop_exact(frame[None].to(device), size, size)[0].cpu(), crop_u8(frame, size))
+                    for frame, size in zip(odd, [28, 56, 33, 1] * 50 + [224, 336] * 4, strict=True))
+        print(f"crop_exact {device:>4}: {'equal to' if wrong == 0 else 'NOT EQUAL to'} Pillow, {len(odd)} sizes")
+        assert wrong == 0
+        assert torch.equal(clip_pixels(odd, 28, device=device).cpu(), clip_pixels(odd, 28)), f"clip_pixels on {device}"
     table = clip_table()
     print(f"clip_table: 0 -> {table[:, 0].tolist()}, 255 -> {table[:, 255].tolist()}")
     print("what                                      p50 ms")
@@ -191,8 +276,9 @@ def main():
     for size in (224, 336):
         one = median_ms(lambda size=size: [crop_u8(frame, size) for frame in frames])
         print(f"crop_u8 x 8, 480 x 640 to {size}, no threads {one:8.2f}")
-        all_of_it = median_ms(lambda size=size: clip_pixels(frames, size))
-        print(f"clip_pixels, 8 of 480 x 640 to {size}        {all_of_it:8.2f}")
+        for device in devices:
+            all_of_it = median_ms(lambda size=size, device=device: clip_pixels(frames, size, device=device))
+            print(f"clip_pixels, 8 of 480 x 640 to {size}, {device:>4}  {all_of_it:8.2f}")
 
 
 if __name__ == "__main__":

@@ -220,6 +220,54 @@ def test_crops_equal_pillows():
         assert torch.equal(frames.crop_u8(frame, size, crop), by_pillow(frame, size, crop)), tuple(frame.shape)
 
 
+def test_products_of_whole_numbers_equal_pillow():
+    """500 random sizes; tall ones among them take the vertical pass first."""
+    for number, frame in enumerate(odd_frames(500, seed=9)):
+        size = (28, 33, 56, 1)[number % 4]
+        crop = max(1, size - number % 3)
+        found = frames.crop_exact(frame[None], size, crop)[0]
+        assert torch.equal(found, by_pillow(frame, size, crop)), (tuple(frame.shape), size, crop)
+
+
+@pytest.mark.parametrize("height, width, size", [(480, 640, 224), (480, 640, 336), (1080, 1440, 336), (640, 480, 336),
+                                                 (1280, 719, 224), (100, 177, 336), (336, 336, 336), (260, 346, 336)])
+def test_products_of_whole_numbers_equal_pillow_at_real_sizes(height, width, size):
+    seeded = torch.Generator().manual_seed(height)
+    frame = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=seeded)
+    assert torch.equal(frames.crop_exact(frame[None], size, size)[0], by_pillow(frame, size, size))
+
+
+def test_vertical_pass_comes_first_where_pillow_has_it_first():
+    """Only the two orders are possible, so frames on which they differ tell which one Pillow took."""
+    told = {True: 0, False: 0}
+    for frame in odd_frames(400, seed=10):
+        high, wide = frames.resized_hw(*frame.shape[:2], 28)
+        image = Image.fromarray(frame.numpy())
+        across = image.resize((wide, image.height), Image.Resampling.BICUBIC)
+        down = image.resize((image.width, high), Image.Resampling.BICUBIC)
+        ways = [first.resize((wide, high), Image.Resampling.BICUBIC).tobytes() for first in (across, down)]
+        if ways[0] != ways[1]:
+            vertical = frame.shape[0] > high and frame.shape[0] - high > 2 * (frame.shape[1] - wide)
+            assert image.resize((wide, high), Image.Resampling.BICUBIC).tobytes() == ways[vertical], frame.shape
+            told[vertical] += 1
+    assert told[True] >= 10 and told[False] >= 10, told
+
+
+def test_frames_on_their_way_to_a_device_keep_their_order():
+    given = list(odd_frames(9, seed=11))
+    given = given[:4] + [given[4]] * 3 + given[5:]
+    found = frames.crops_on(torch.device("cpu"), given, 28, 26)
+    assert torch.equal(found, frames.crops_u8(given, 28, 26))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_pixels_equal_the_cpus():
+    given = list(odd_frames(40, seed=12)) + [torch.randint(0, 256, (480, 640, 3), dtype=torch.uint8)] * 8
+    for size in (28, 224, 336):
+        assert torch.equal(frames.clip_pixels(given, size, device="cuda").cpu(), frames.clip_pixels(given, size))
+
+
 def test_normalising_gives_the_tables_bits_for_every_input():
     every = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
     for mean, std in ((frames.CLIP_MEAN, frames.CLIP_STD), ((0.5, 0.1, 0.9), (0.5, 0.3, 1e-3))):
