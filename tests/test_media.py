@@ -1030,3 +1030,14 @@ def test_command_line_describes_a_file_and_exits_2_on_a_bad_one(tmp_path):
     path.write_bytes(b"text")
     done = subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_the_bench_prints_a_row_for_every_clip(tmp_path, monkeypatch, capsys):
+    from weights.tiny import make_clips
+    monkeypatch.setattr(make_clips, "BENCH_CLIPS", {"a": (0.4, (96, 64), 5), "b": (1, (64, 48), 250)})
+    media.bench(seconds_each=0)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and "0.4 s, 96 x 64, keyframe every 0.2 s" in lines[2] and "132,268 events" in lines[4]
+    for line in lines[2:]:
+        read, rest, p20, p50, p80, runs = map(float, line.split()[-6:])
+        assert 0 < read < p80 and 0 < rest < p80 and 0 < p20 <= p50 <= p80 and runs == 4

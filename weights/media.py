@@ -5,7 +5,7 @@
     frames = read_video("clip.mp4", num_frames=8)  # list of [H, W, 3] uint8
 
 Whatever is wrong with a file ends in InputError: one line with the path, what was wanted, what came, what to try.
-`python -m weights.media FILE` says what a file holds."""
+`python -m weights.media FILE` says what a file holds; `--bench` times made clips from file to pixels."""
 
 import bisect
 import difflib
@@ -20,6 +20,7 @@ import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -921,11 +922,51 @@ def rgb_tensor(frame):
 
 # ---- what is in this file? -------------------------------------------------------------------------------------------
 
+def bench(seconds_each=1.0):
+    """Prints the media table: made clips, from file to eight normalised frames of 224, and five event frames of 336."""
+    from tempfile import TemporaryDirectory
+    from time import perf_counter
+
+    from kernels.check import quantiles, table
+    from kernels.frames import clip_pixels, draw_events
+    from weights.tiny.make_clips import BENCH_CLIPS, write_events, write_film
+
+    def row(name, load, preprocess):
+        times, end = [], perf_counter() + seconds_each
+        while len(times) < 5 or perf_counter() < end:
+            begin = perf_counter()
+            loaded = load()
+            between = perf_counter()
+            preprocess(loaded)
+            times.append([1e3 * (t - begin) for t in (between, perf_counter())])
+        read, whole = zip(*times[1:], strict=True)
+        rest = [b - a for a, b in zip(read, whole, strict=True)]
+        return [name, quantiles(read)[1], quantiles(rest)[1], *quantiles(whole), len(whole)]
+
+    rows = []
+    with TemporaryDirectory() as folder:
+        for name, (seconds, size, keyframe) in BENCH_CLIPS.items():
+            path = os.path.join(folder, f"{name}.mp4")
+            write_film(path, seconds, size, keyframe)
+            label = f"{seconds} s, {size[0]} x {size[1]}, keyframe every {min(keyframe / 25, seconds):g} s"
+            rows.append(row(label, lambda path=path: read_video(path), lambda frames: clip_pixels(frames, 224)))
+        seeded = torch.Generator().manual_seed(0)
+        x, y, t, p = (torch.randint(0, top, (132_268,), generator=seeded) for top in (640, 480, 50_000, 2))
+        write_events(Path(folder) / "events.npz", x, y, t, p)
+        rows.append(row("132,268 events, 640 x 480", lambda: read_events(Path(folder) / "events.npz"),
+                        lambda events: clip_pixels(draw_events(events), 336)))
+    table(f"media, ms, {cores()} cores, torch threads {torch.get_num_threads()}, PyAV {av.__version__}: file to pixels",
+          ["what", "read p50", "draw, resize p50", "p20", "p50", "p80", "runs"], rows)
+
+
 def main(argv):
     """One line per file of the command line: events, image or video, whichever it reads as."""
     if not argv:
         print(__doc__)
         return 2
+    if argv == ["--bench"]:
+        bench()
+        return 0
     for path in argv:
         kind = os.path.splitext(path)[1].lower()
         try:
