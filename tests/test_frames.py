@@ -281,6 +281,15 @@ def test_pixels_are_the_table_of_the_crop():
     assert torch.equal(frames.clip_pixels([given], 28)[0], wanted)
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_threads_write_into_tensors_of_any_mode(monkeypatch, mode):
+    monkeypatch.setattr(frames, "cores", lambda: 2)
+    given = list(odd_frames(5, seed=13))
+    wanted = frames.normalised(frames.crops_u8(given, 300))      # 90,000 elements a plane: several pieces
+    with mode():
+        assert torch.equal(frames.clip_pixels(given, 300), wanted)
+
+
 def test_many_frames_on_threads_equal_one_at_a_time():
     seeded = torch.Generator().manual_seed(4)
     given = [torch.randint(0, 256, (40 + i, 90 - 9 * i, 3), dtype=torch.uint8, generator=seeded) for i in range(9)]
