@@ -473,15 +473,15 @@ def break_even(report) -> list[str]:
     """At these stage times, from how many accepted drafts on a head start pays: the gate's sum, with p50 of each."""
     p50 = {(side, stage): mid for side, stage, _, mid, *_ in stage_rows(report)}
     apart = len(set(report["config"]["devices"].values())) > 1
-    wanted = [(side, stage) for side in ("target", "drafter") for stage in ("load", "preprocess")]
-    wanted += [("drafter", "encode"), ("drafter", "prefill"), ("target", "decode")]
+    begin = ("preprocess", "encode", "prefill")
+    wanted = [("target", "load"), ("drafter", "load"), ("target", "decode"), *(("drafter", stage) for stage in begin)]
     if apart or not all(key in p50 for key in wanted):
         return []
-    front, step = p50["drafter", "encode"] + p50["drafter", "prefill"], p50["target", "decode"]
-    window = sum(p50[key] for key in wanted[:2]) - sum(p50[key] for key in wanted[2:4])
+    front, step = sum(p50["drafter", stage] for stage in begin), p50["target", "decode"]
+    window = p50["target", "load"] - p50["drafter", "load"]
     late = max(0.0, front - window) + max(0.0, p50.get(("target", "verify"), step) - step)
     pays_from = max(1, math.ceil(late / step))
-    return [f"gate     {report['config']['gate']}; the drafter needs {front:.1f} ms of GPU before its first id, the "
+    return [f"gate     {report['config']['gate']}; the drafter needs {front:.1f} ms before its first id, the "
             f"target waits {window:.1f} ms longer for its frames: a head start pays from {pays_from} accepted drafts"]
 
 

@@ -838,13 +838,12 @@ class Gate:
 
     def learn(self, req: Request, result: Result) -> None:
         """Times of a request's stages, and how far its head start agreed with the answer, verified or not."""
-        begun = {stage: start for row, stage, start, _, _ in result.timeline if (row, stage) == ("drafter", "encode")}
         for row, stage, start, end, note in result.timeline:
             if (row, stage) in (("target", "decode"), ("target", "verify"), ("drafter", "draft")):
                 forwards = int(note.split()[0]) if note.endswith(" ids") else 1
                 self.timed({"decode": "step"}.get(stage, stage), (end - start) / forwards)
             elif (row, stage) == ("drafter", "prefill"):
-                self.timed("front", end - begun["encode"])
+                self.timed("front", end - req.ready_at["events", req.size])
         for what, at in req.ready_at.items():
             self.timed(what, at)
         if result.preview_ids:
@@ -1074,14 +1073,12 @@ class Engine:
             return
         with line.stage("load", model, host=True):
             loaded = req.events()
-        with line.stage("preprocess", model, host=True):
-            pixels = pixels_of(loaded, model, req)
         req.ready_at["events", req.size] = line.now()
         if gate and not gate.head_start(req, line.now()):    # what was expected of the clock may have come otherwise
             return
         limit = req.max_new_tokens if alone or ahead else min(req.overlap_len + 1, req.max_new_tokens)
         with model.on_stream():
-            encode_and_prefill(model, pixels, limit, req)
+            encode_and_prefill(model, loaded, limit, req)
             if ahead:
                 return self._draft_ahead(req, limit)
 
@@ -1140,8 +1137,6 @@ class Engine:
         model, line = self.target, req.timeline
         with line.stage("load", model, host=True):
             frames = req.video()
-        with line.stage("preprocess", model, host=True):
-            pixels = pixels_of(frames, model, req)
         req.ready_at["frames", req.size] = line.now()
         req.frames_ready.set()
         words = STATE + req.max_new_tokens + STEP_ROWS
@@ -1156,7 +1151,7 @@ class Engine:
                 req.out.put(("final", fresh, line.now()))
 
         with model.on_stream():
-            encode_and_prefill(model, pixels, req.max_new_tokens, req)
+            encode_and_prefill(model, frames, req.max_new_tokens, req)
             state = model.snapshot(words).read()
             req.prefill_end = line.now()
             emit(state)
@@ -1556,17 +1551,22 @@ def describe(error: Exception) -> str:
 
 
 def pixels_of(loaded, model: Model, req: Request):
-    """Float pixels [R, 3, X, X] of a recording or of frames; what cannot be drawn or resized is the user's to mend."""
+    """Float pixels [R, 3, X, X] of a recording or of frames, on the model's device, which draws and resizes: what
+    travels is bytes. What cannot be drawn or resized is the user's to mend."""
     try:
-        frames = draw_events(loaded, req.event_frames, req.canvas) if isinstance(loaded, Events) else loaded
-        return clip_pixels(frames, model.vision.image, model.vision.mean, model.vision.std)
+        if isinstance(loaded, Events):
+            there = {name: to_device(getattr(loaded, name), model.device) for name in ("x", "y", "p")}
+            loaded = draw_events(loaded._replace(**there), req.event_frames, req.canvas)
+        return clip_pixels(loaded, model.vision.image, model.vision.mean, model.vision.std, device=model.device)
     except ValueError as error:
         raise InputError(f"{req.paths[model.side]}: {error}; use another recording or clip") from None
 
 
-def encode_and_prefill(model: Model, pixels, limit: int, req: Request) -> None:
-    """Queues both stages; the first id of at most `limit` is then in the model's state."""
+def encode_and_prefill(model: Model, loaded, limit: int, req: Request) -> None:
+    """Queues all from frames or events to the first id of at most `limit`, which is then in the model's state."""
     prompt = model.prompt(req.question)
+    with req.timeline.stage("preprocess", model, host=not model.on_gpu):
+        pixels = pixels_of(loaded, model, req)
     with req.timeline.stage("encode", model):
         visual_AD = model.visual_rows(pixels, req.image and model.side == "target")
     with req.timeline.stage("prefill", model):

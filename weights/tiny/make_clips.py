@@ -1,9 +1,11 @@
 """make_clips: held-out clips in the data-set layout of the repository we come from: events, mp4, questions, answers.
 
     python -m weights.tiny.make_clips OUT [--count 6] [--davis FOLDER]
+    python -m weights.tiny.make_clips OUT --films 1s,20s
 
 OUT/EventGPT_Instruction_Subset.json lists them; events are .npz (x, y, t, p; no pickles), video is H.264. With --davis,
-the DAVIS346 traffic recording (events.npz, frames.mp4, frame_times.npz, LICENSE) is cut into three windows as well."""
+the DAVIS346 traffic recording (events.npz, frames.mp4, frame_times.npz, LICENSE) is cut into three windows as well.
+--films makes clips of camera size for timing instead; their events are noise."""
 
 import argparse
 import ctypes
@@ -148,13 +150,29 @@ def make_davis(out: Path, source: Path, windows: int = 3) -> list[dict]:
     return records
 
 
+def make_films(out: Path, names: list[str]) -> list[dict]:
+    """Clips of BENCH_CLIPS with 132,268 random events each, as many as a real recording of 50 ms has."""
+    seeded, records = torch.Generator().manual_seed(0), []
+    for name in names:
+        seconds, size, keyframe = BENCH_CLIPS[name]
+        x, y, t, p = (torch.randint(0, top, (132_268,), generator=seeded) for top in (*size, 50_000, 2))
+        write_events(out / "event_npy" / name / "000000.npz", x, y, t, p)
+        write_film(out / "mp4" / name / "000000.mp4", seconds, size, keyframe)
+        records.append(record(name, 0, [{"from": "human", "value": f"<event>\n{scenes.QUESTIONS[0]}"}]))
+    return records
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=6)
     parser.add_argument("--davis", type=Path)
+    parser.add_argument("--films", metavar="NAMES", help=f"of {', '.join(BENCH_CLIPS)}")
     options = parser.parse_args()
-    records = make_scenes(options.out, options.count)
+    if options.films and not set(options.films.split(",")) <= set(BENCH_CLIPS):
+        parser.error(f"--films: wanted names of {', '.join(BENCH_CLIPS)}, got {options.films}")
+    films = options.films.split(",") if options.films else []
+    records = make_films(options.out, films) if films else make_scenes(options.out, options.count)
     if options.davis:
         records += make_davis(options.out, options.davis)
     (options.out / "EventGPT_Instruction_Subset.json").write_text(json.dumps(records, indent=1) + "\n")
