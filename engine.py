@@ -817,7 +817,9 @@ class Gate:
             gain += worth
         if req.mode == "speculative":
             gain += max(0.0, step - self.best_len(req.question, req.draft_len)[1]) * req.max_new_tokens
-        if gain > max(0.0, now + front - ready):
+        beside, alone = (self.usual(("frames", req.size, drafting)) for drafting in (True, False))
+        price = max(0.0, beside - alone) if beside and alone else 0.0        # reading events slows the video's decoder
+        if gain > price + max(0.0, now + front - ready):
             return True
         self.refused += 1
         return self.refused % self.probe == 0
@@ -846,6 +848,9 @@ class Gate:
                 self.timed("front", end - req.ready_at["events", req.size])
         for what, at in req.ready_at.items():
             self.timed(what, at)
+        if ("frames", req.size) in req.ready_at:
+            drafting = "load" in result.stages.get("drafter", {})
+            self.timed(("frames", req.size, drafting), req.ready_at["frames", req.size])
         if result.preview_ids:
             self.accepted("span", req.question, len(result.preview_ids),
                           agreeing(result.preview_ids, result.output_ids))

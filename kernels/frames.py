@@ -13,6 +13,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+import PIL
 import torch
 from PIL import Image
 
@@ -23,6 +24,7 @@ COLOURS = ((0, 0, 255), (255, 0, 0))    # negative blue, positive red, on white
 ONE = 1 << 22                    # what a weight of 1 is to Pillow
 SERIAL = 32_000                  # elements; torch splits the work of 32,768 and more among its own threads
 MAX_THREADS = 16                 # more frames than these wait their turn
+VERTICAL_FIRST = int(PIL.__version__.split(".")[0]) >= 13        # Pillow 12 always began across
 MAX_RESIZED_PIXELS = 50_000_000  # a frame of 1 x 4000 would grow to 336 x 1,344,000 before its crop
 
 
@@ -207,7 +209,7 @@ def crop_exact(frames_RHW3, size, crop):
     """[R, 3, crop, crop] uint8 of frames of one size, on their device, bit for bit what Pillow makes of them.
 
     Both passes are products of whole numbers below 2^53 in float64, so any order of adding gives the same sums. Pillow
-    works in 8 bits between the passes, and takes the vertical one first where that leaves it less to do."""
+    works in 8 bits between the passes, and from 13 on takes the vertical one first where that leaves it less to do."""
     height, width = frames_RHW3.shape[1:3]
     high, wide = resized_hw(height, width, size)
     top, left = (high - crop) // 2, (wide - crop) // 2
@@ -219,7 +221,7 @@ def crop_exact(frames_RHW3, size, crop):
         return sums.add_(ONE // 2).div_(ONE).floor_().clamp_(0, 255)
 
     planes = frames_RHW3.permute(0, 3, 1, 2).double()
-    if height > high and height - high > 2 * (width - wide):     # Pillow 13's rule, found by trying both
+    if VERTICAL_FIRST and height > high and height - high > 2 * (width - wide):  # the rule, found by trying both
         planes = to_bytes(to_bytes(down @ planes) @ across.t())
     else:
         planes = to_bytes(down @ to_bytes(planes @ across.t()))

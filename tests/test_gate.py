@@ -65,6 +65,15 @@ def test_a_head_start_is_made_where_it_is_free_or_pays(ready, agreed, wanted):
     assert gate.head_start(Asked(ready), now=0.0) is wanted
 
 
+def test_what_reading_events_costs_the_video_is_part_of_the_price():
+    gate = taught(priced(draft=1.7), "span", 0)
+    for _ in range(5):
+        gate.timed(("frames", 0, True), 0.053)
+        gate.timed(("frames", 0, False), 0.050)
+    assert not gate.head_start(Asked(100), now=0.0)
+    assert taught(gate, "span", 12, times=50).head_start(Asked(100), now=0.0)
+
+
 def test_a_refused_head_start_is_probed_now_and_then():
     gate = taught(priced(), "span", 0)
     said = [gate.head_start(Asked(10), 0.0) for _ in range(2 * gate.probe)]
