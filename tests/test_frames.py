@@ -247,7 +247,8 @@ def test_vertical_pass_comes_first_where_pillow_has_it_first():
         down = image.resize((image.width, high), Image.Resampling.BICUBIC)
         ways = [first.resize((wide, high), Image.Resampling.BICUBIC).tobytes() for first in (across, down)]
         if ways[0] != ways[1]:
-            vertical = frames.VERTICAL_FIRST and frame.shape[0] > high and frame.shape[0] - high > 2 * (frame.shape[1] - wide)
+            tall = frame.shape[0] > high and frame.shape[0] - high > 2 * (frame.shape[1] - wide)
+            vertical = frames.VERTICAL_FIRST and tall
             assert image.resize((wide, high), Image.Resampling.BICUBIC).tobytes() == ways[vertical], frame.shape
             told[vertical] += 1
     assert told[True] >= 10 * frames.VERTICAL_FIRST and told[False] >= 10, told
