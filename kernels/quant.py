@@ -1,0 +1,315 @@
+"""quant: y = x @ w.T with weights packed to 8 or 4 bits, for the drafter's steps of 1..32 rows; the same call and the
+same folds (norm, SwiGLU, residual) as kernels/skinny.py, which hands over to it when the weight is a Packed.
+
+A weight is scale * (u - 2^(bits-1)), u unsigned. One fp16 scale stands over a group of 128 inner columns of one output.
+A group fills 128 * bits / 32 words: value i of word j is column i * words + j, so that unpacking value i of consecutive
+words meets consecutive columns of x. Unpacking costs an and-or and a subtraction: the bits land in the mantissa of
+2^(23 - place), which makes that float the integer plus a constant.
+
+Up to 4 rows: one program sums BLOCK_O outputs by plain multiply-add, its threads side by side along the inner columns,
+16 bytes of words each, the next words on their way while these are used; the first are asked for before the wait on
+the kernel ahead. The scale meets the sum of 4 words, never a weight; the norm's factor meets the result, its sum of
+squares is taken along the way. HALF: two 4-bit weights at a time in fp16, 4 products a chain, fp32 from there on.
+More rows: one program makes BLOCK_O outputs of all rows by tensor cores from weights unpacked into the dtype.
+A row's bits may depend on the row count; only drafts hang on them, never an answer.
+
+Bytes: O*D*bits/8 + O*D/64 of scales. LLaMA-7B, a layer at 4 bits: qkv 26.0 MB, o 8.7, gate-up 46.5, down 23.2; with an
+8-bit head of 133 MB 3.47 GB a step, 1.12 ms at 3.1 TB/s; all at 8 bits 6.71 GB, 2.16 ms."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.attention import MAX_ROWS
+from kernels.check import INTERPRETED, self_check
+from kernels.rmsnorm import rmsnorm_ref
+from kernels.swiglu import silu_times, swiglu_ref
+
+BITS = {"int8": (8, 8), "int4": (4, 8)}                      # of the layers' products, of the head
+GEMV_ROWS = 4                                                # up to here plain multiply-add
+RATIOS = {8: (1.0,), 4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)}  # of the widest scale, tried for the least squared error
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight [O, D] in few bits."""
+    words_OW: torch.Tensor      # int32, W = D * bits / 32
+    scale_OG: torch.Tensor      # fp16, G = D / group
+    bits: int                   # 4 or 8
+    group: int                  # inner columns under one scale
+
+    @property
+    def shape(self):
+        return torch.Size((self.words_OW.shape[0], self.words_OW.shape[1] * 32 // self.bits))
+
+    @property
+    def nbytes(self) -> int:
+        return self.words_OW.nbytes + self.scale_OG.nbytes
+
+
+def quantise(w_OD, bits, group=128) -> Packed:
+    """Rounds to the nearest of 2^bits steps. The largest weight of a group, with its sign, is the lowest step, which has
+    no counterpart above; at 4 bits narrower scales are tried too, as a few clipped weights can pay for finer steps."""
+    (O, D), half, per = w_OD.shape, 1 << bits - 1, 32 // bits
+    group = min(group, D)
+    span = group // per                                      # words of a group
+    if D % group or span < 4 or span & (span - 1):
+        raise ValueError(f"quantise: {D} inner columns in groups of {group}; wants whole groups, a power of two from "
+                         f"{4 * per} up")
+    w = w_OD.float().reshape(O, D // group, group)
+    widest = w.gather(2, w.abs().argmax(2, keepdim=True)) / -half
+    best = scale = q = None
+    for ratio in RATIOS[bits]:
+        s = (widest * ratio).half()
+        steps = (w / s.float().masked_fill(s == 0, 1)).round_().clamp_(-half, half - 1)
+        err = (steps * s.float() - w).square_().sum(2, keepdim=True)
+        if best is None:
+            best, scale, q = err, s, steps
+        else:
+            better = err < best
+            best, scale, q = err.minimum(best), torch.where(better, s, scale), torch.where(better, steps, q)
+    u = (q + half).to(torch.int32).view(O, D // group, per, span)
+    words = u[:, :, 0].clone()
+    for i in range(1, per):
+        words |= u[:, :, i] << bits * i
+    return Packed(words.view(O, D // per), scale.view(O, D // group), bits, group)
+
+
+def dequantise(w: Packed, dtype=torch.float32):
+    """[O, D]; exact in fp32."""
+    (O, D), per = w.shape, 32 // w.bits
+    words = w.words_OW.view(O, D // w.group, 1, w.group // per)
+    shift = torch.arange(0, 32, w.bits, dtype=torch.int32, device=words.device).view(1, 1, per, 1)
+    u = (words >> shift) & (1 << w.bits) - 1
+    scaled = (u - (1 << w.bits - 1)).to(dtype).flatten(2) * w.scale_OG.to(dtype)[:, :, None]
+    return scaled.view(O, D)
+
+
+def quant_skinny_ref(x_SD, w: Packed, norm=None, residual=None, gated=False):
+    x_SD = x_SD if norm is None else rmsnorm_ref(x_SD, *norm)
+    y_SO = torch.nn.functional.linear(x_SD, dequantise(w, x_SD.dtype))
+    y_SO = swiglu_ref(y_SO) if gated else y_SO
+    return y_SO if residual is None else residual + y_SO
+
+
+@triton.jit
+def unpack(words, I: tl.constexpr, BITS: tl.constexpr):
+    """Value I of each word as fp32, exact, in -2^(BITS-1) .. 2^(BITS-1) - 1."""
+    FIT: tl.constexpr = 23 // BITS                           # values whose place lies inside a mantissa
+    PLACE: tl.constexpr = I % FIT * BITS
+    moved = words if I < FIT else words >> I // FIT * FIT * BITS
+    MASK: tl.constexpr = ((1 << BITS) - 1) << PLACE
+    MAGIC: tl.constexpr = (150 - PLACE) << 23                # 2^(23 - PLACE): its last place is worth 2^-PLACE
+    OFFSET: tl.constexpr = (1 << 23 - PLACE) + (1 << BITS - 1)
+    return ((moved & MASK) | MAGIC).to(tl.float32, bitcast=True) - OFFSET
+
+
+@triton.jit
+def half_pair(low, high):
+    """Two fp32 as fp16 in one word, a sixteenth of their size: 4 products with up to 8 then fit up to |x| = 32,000."""
+    return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low * 0.0625, high * 0.0625],
+                                     dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def dot_of_nibbles(words, x04, x15, x26, x37):
+    """A sixteenth of the sum of a word's eight weights times eight x, fp32. Values n and n + 4 share an instruction:
+    0x6400 + u is 1024 + u in fp16, 0x6400 + 16 u is 1024 + 16 u."""
+    return tl.inline_asm_elementwise("""{
+        .reg .b32 w, a, b, c, d, s; .reg .f16 low, high; .reg .f32 f, g;
+        shr.u32 w, $1, 8;
+        lop3.b32 a, $1, 0x000f000f, 0x64006400, 0xea;
+        lop3.b32 b, $1, 0x00f000f0, 0x64006400, 0xea;
+        lop3.b32 c, w, 0x000f000f, 0x64006400, 0xea;
+        lop3.b32 d, w, 0x00f000f0, 0x64006400, 0xea;
+        add.rn.f16x2 a, a, 0xe408e408;
+        fma.rn.f16x2 b, b, 0x2c002c00, 0xd480d480;
+        add.rn.f16x2 c, c, 0xe408e408;
+        fma.rn.f16x2 d, d, 0x2c002c00, 0xd480d480;
+        mul.rn.f16x2 s, a, $2;
+        fma.rn.f16x2 s, b, $3, s;
+        fma.rn.f16x2 s, c, $4, s;
+        fma.rn.f16x2 s, d, $5, s;
+        mov.b32 {low, high}, s;
+        cvt.f32.f16 f, low;
+        cvt.f32.f16 g, high;
+        add.f32 $0, f, g;
+        }""", "=f,r,r,r,r,r", [words, x04, x15, x26, x37], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def columns(x_ptrs, norm_ptrs, seen, held, NORM: tl.constexpr):
+    """(x, times the norm's weight, in fp32; x itself) at the columns of one value of each word."""
+    x = tl.load(x_ptrs, mask=seen, other=0.0).to(tl.float32)                                       # [BLOCK_S, BLOCK_W]
+    scaled = x
+    if NORM:
+        scaled = x * tl.load(norm_ptrs, mask=held, other=0.0).to(tl.float32)
+    return scaled, x
+
+
+@triton.jit
+def finish(y, s, out, width, S, y_ptr, residual_ptr, residual_stride, RESIDUAL: tl.constexpr, GATED: tl.constexpr):
+    """Stores sums y [BLOCK_S, BLOCK_O], rounded where the plain chain rounds."""
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    held = (s < S)[:, None] & (out < width)[None, :]
+    if GATED:
+        both = tl.permute(tl.reshape(y, (y.shape[0], 2, y.shape[1] // 2)), (0, 2, 1))
+        gate, up = tl.split(both)
+        rounded = silu_times(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
+    else:
+        rounded = y.to(dtype)
+    if RESIDUAL:
+        kept = tl.load(residual_ptr + s.to(tl.int64)[:, None] * residual_stride + out[None, :], mask=held, other=0.0)
+        rounded = (kept.to(tl.float32) + rounded.to(tl.float32)).to(dtype)
+    tl.store(y_ptr + s.to(tl.int64)[:, None] * width + out[None, :], rounded, mask=held)
+
+
+@triton.jit(do_not_specialize=["S"])
+def gemv_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, norm_ptr, residual_ptr, x_stride, residual_stride, S, O, eps,
+                D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_S: tl.constexpr,
+                BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr, HALF: tl.constexpr, LATE: tl.constexpr,
+                NORM: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr):
+    """BLOCK_O outputs of all rows; GATED, half of them are gates and half are ups.
+
+    BLOCK_W is 128 words a warp: then words, x and scales, each loaded in its own best layout, meet in one layout, and
+    nothing passes through shared memory before the last sum."""
+    tile = tl.program_id(0)
+    PER: tl.constexpr = 32 // BITS                                   # values of a word
+    WORDS: tl.constexpr = D // PER
+    SPAN: tl.constexpr = GROUP // PER                                # words of a group
+    WIDE: tl.constexpr = BLOCK_O // 2 if GATED else BLOCK_O          # outputs that are stored
+    width = O // 2 if GATED else O
+    local, word, quad = tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_W // 4) * 4
+    w_row = tl.minimum(tile * WIDE + local % WIDE, width - 1) + local // WIDE * width   # past the edge any row will do
+    w_ptrs = w_ptr + w_row.to(tl.int64)[:, None] * WORDS + word[None, :]
+    scale_ptrs = scale_ptr + w_row[:, None] * (D // GROUP) + (quad // SPAN)[None, :]
+    w = tl.load(w_ptrs, mask=(word < WORDS)[None, :], other=0, eviction_policy="evict_first")      # [BLOCK_O, BLOCK_W]
+    scale = tl.load(scale_ptrs, mask=(quad < WORDS)[None, :], other=0.0)                       # [BLOCK_O, BLOCK_W / 4]
+    if PDL:                                                          # weights depend on nobody: on their way already
+        gdc_wait()
+        if LATE == 0:
+            gdc_launch_dependents()
+    s = tl.arange(0, BLOCK_S)
+    col = word // SPAN * GROUP + word % SPAN
+    x_ptrs = x_ptr + s.to(tl.int64)[:, None] * x_stride + col[None, :]
+    norm_ptrs = norm_ptr + col[None, :]
+    square = tl.zeros((BLOCK_S, BLOCK_W), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_S, BLOCK_O, BLOCK_W // 4), dtype=tl.float32)
+    for start in range(0, WORDS, BLOCK_W):
+        ahead = start + BLOCK_W
+        next_w, next_scale = w, scale
+        if ahead < WORDS:
+            next_w = tl.load(w_ptrs + ahead, mask=(ahead + word < WORDS)[None, :], other=0,
+                             eviction_policy="evict_first")
+            next_scale = tl.load(scale_ptrs + ahead // SPAN, mask=(ahead + quad < WORDS)[None, :], other=0.0)
+        held = (start + word < WORDS)[None, :]                       # the last words need not fill a round
+        seen = held & (s < S)[:, None]
+        at = start * PER
+        if HALF:
+            x0, raw0 = columns(x_ptrs + at, norm_ptrs + at, seen, held, NORM)
+            x1, raw1 = columns(x_ptrs + at + SPAN, norm_ptrs + at + SPAN, seen, held, NORM)
+            x2, raw2 = columns(x_ptrs + at + 2 * SPAN, norm_ptrs + at + 2 * SPAN, seen, held, NORM)
+            x3, raw3 = columns(x_ptrs + at + 3 * SPAN, norm_ptrs + at + 3 * SPAN, seen, held, NORM)
+            x4, raw4 = columns(x_ptrs + at + 4 * SPAN, norm_ptrs + at + 4 * SPAN, seen, held, NORM)
+            x5, raw5 = columns(x_ptrs + at + 5 * SPAN, norm_ptrs + at + 5 * SPAN, seen, held, NORM)
+            x6, raw6 = columns(x_ptrs + at + 6 * SPAN, norm_ptrs + at + 6 * SPAN, seen, held, NORM)
+            x7, raw7 = columns(x_ptrs + at + 7 * SPAN, norm_ptrs + at + 7 * SPAN, seen, held, NORM)
+            if NORM:
+                square += raw0 * raw0 + raw1 * raw1 + raw2 * raw2 + raw3 * raw3
+                square += raw4 * raw4 + raw5 * raw5 + raw6 * raw6 + raw7 * raw7
+            part = dot_of_nibbles(w[None, :, :], half_pair(x0, x4)[:, None, :], half_pair(x1, x5)[:, None, :],
+                                  half_pair(x2, x6)[:, None, :], half_pair(x3, x7)[:, None, :])
+        else:
+            part = tl.zeros((BLOCK_S, BLOCK_O, BLOCK_W), dtype=tl.float32)
+            for i in tl.static_range(PER):
+                x, raw = columns(x_ptrs + at + i * SPAN, norm_ptrs + at + i * SPAN, seen, held, NORM)
+                if NORM:
+                    square += raw * raw
+                part += unpack(w, i, BITS)[None, :, :] * x[:, None, :]
+        four = tl.sum(tl.reshape(part, (BLOCK_S, BLOCK_O, BLOCK_W // 4, 4)), 3)
+        acc += four * scale.to(tl.float32)[None, :, :]
+        w, scale = next_w, next_scale
+    if PDL and LATE == 1:
+        gdc_launch_dependents()
+    y = tl.sum(acc, 2)                                                                             # [BLOCK_S, BLOCK_O]
+    if HALF:
+        y *= 16.0
+    if NORM:
+        y *= tl.rsqrt(tl.sum(square, 1) / D + eps)[:, None]
+    finish(y, s, tile * WIDE + tl.arange(0, WIDE), width, S, y_ptr, residual_ptr, residual_stride, RESIDUAL, GATED)
+
+
+@triton.jit(do_not_specialize=["S"])
+def unpack_dot_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, norm_ptr, residual_ptr, x_stride, residual_stride, S, O, eps,
+                      D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_S: tl.constexpr,
+                      BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+                      GATED: tl.constexpr, PDL: tl.constexpr):
+    """BLOCK_O outputs of all rows, one product of the tensor cores for each value of the words of a tile."""
+    tile = tl.program_id(0)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    PER: tl.constexpr = 32 // BITS
+    WORDS: tl.constexpr = D // PER
+    SPAN: tl.constexpr = GROUP // PER
+    WIDE: tl.constexpr = BLOCK_O // 2 if GATED else BLOCK_O
+    width = O // 2 if GATED else O
+    local, word, s = tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_S)
+    w_row = tl.minimum(tile * WIDE + local % WIDE, width - 1) + local // WIDE * width
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    square = tl.zeros((BLOCK_W, BLOCK_S), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_O, BLOCK_S), dtype=tl.float32)
+    for start in range(0, WORDS, BLOCK_W):
+        at = start + word
+        held = at < WORDS                                            # the last words need not fill a round
+        w = tl.load(w_ptr + w_row.to(tl.int64)[:, None] * WORDS + at[None, :], mask=held[None, :], other=0)
+        scale = tl.load(scale_ptr + w_row[:, None] * (D // GROUP) + (at // SPAN)[None, :], mask=held[None, :],
+                        other=0.0).to(tl.float32)                                                  # [BLOCK_O, BLOCK_W]
+        col = at // SPAN * GROUP + at % SPAN
+        for i in tl.static_range(PER):
+            place = (col + i * SPAN)[:, None]
+            x = tl.load(x_ptr + s.to(tl.int64)[None, :] * x_stride + place, mask=held[:, None] & (s < S)[None, :],
+                        other=0.0)                                                                 # [BLOCK_W, BLOCK_S]
+            if NORM:
+                square += x.to(tl.float32) * x.to(tl.float32)
+                x = (x.to(tl.float32) * tl.load(norm_ptr + place, mask=held[:, None], other=0.0).to(tl.float32)).to(dtype)
+            acc = tl.dot((unpack(w, i, BITS) * scale).to(dtype), x, acc, input_precision="ieee")
+    if NORM:
+        acc *= tl.rsqrt(tl.sum(square, 0) / D + eps)[None, :]
+    finish(tl.trans(acc), s, tile * WIDE + tl.arange(0, WIDE), width, S, y_ptr, residual_ptr, residual_stride,
+           RESIDUAL, GATED)
+
+
+def launch_config(S, O, bits):
+    """Tile and warps. Not measured yet: `python -m kernels.quant --tune` prints what to put here."""
+    if S > GEMV_ROWS:
+        return dict(BLOCK_S=16 if S <= 16 else 32, BLOCK_O=32, BLOCK_W=64, num_warps=4, num_stages=2)
+    warps = 2 if O <= 4096 else 1
+    return dict(BLOCK_S=triton.next_power_of_2(S), BLOCK_O=4, BLOCK_W=128 * warps, num_warps=warps,
+                HALF=bits == 4 and not INTERPRETED, LATE=0)
+
+
+def quant_skinny(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **override):
+    """x @ dequantise(w).T, [S, O] for S in 1..32 rows. Arguments as those of `skinny`; work says whether to start
+    early and is otherwise not used."""
+    (S, D), O = x_SD.shape, w.shape[0]
+    assert 1 <= S <= MAX_ROWS, f"quant_skinny: {S} rows, wanted 1..{MAX_ROWS}"
+    assert w.shape[1] == D and x_SD.stride(1) == 1, \
+        f"quant_skinny: weight {tuple(w.shape)} for rows of {D}, strides {x_SD.stride()}"
+    width = O // 2 if gated else O
+    assert residual is None or residual.shape == (S, width) and residual.stride(1) == 1, \
+        f"quant_skinny: residual {tuple(residual.shape)} beside a result of {(S, width)}"
+    if x_SD.device.type == "cpu" and not INTERPRETED:
+        return quant_skinny_ref(x_SD, w, norm, residual, gated)
+    y_SO = torch.empty((S, width), dtype=x_SD.dtype, device=x_SD.device)
+    pdl, config = work is not None and work.pdl, {**launch_config(S, O, w.bits), **override}
+    kernel = gemv_kernel if "HALF" in config else unpack_dot_kernel
+    kernel[(triton.cdiv(O, config["BLOCK_O"]),)](
+        x_SD, w.words_OW, w.scale_OG, y_SO, norm[0] if norm else x_SD, residual if residual is not None else x_SD,
+        x_SD.stride(0), residual.stride(0) if residual is not None else 0, S, O, norm[1] if norm else 0.0, D=D,
+        BITS=w.bits, GROUP=w.group, NORM=norm is not None, RESIDUAL=residual is not None, GATED=gated, PDL=pdl,
+        launch_pdl=pdl, **config)
+    return y_SO
