@@ -34,6 +34,7 @@ import triton
 
 from engine import MODES, InputError
 from kernels.check import differing, gemm_tflops, quantiles, read_tbps
+from kernels.quant import BITS
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "weights" / "tiny"
@@ -212,7 +213,19 @@ def best_of(fn, runs: int = 5) -> float:
 def step_weights(model) -> list:
     """The matrices that one decode step reads: every layer's and the head, not the embedding table."""
     d = model.decoder
-    return [t for layer in d.layers for t in layer.values()] + [d.head_VD]
+    return [t for layer in d.step_layers for t in layer.values()] + [d.step_head_VD]
+
+
+def dtype_of(decoder) -> str:
+    full = str(decoder.dtype).removeprefix("torch.")
+    return f"{full}, steps {decoder.packed}," if decoder.packed else full
+
+
+def all_bytes(decoder) -> int:
+    """Weights a model holds, towers included, and packed copies."""
+    packed = [t for layer in decoder.step_layers for t in layer.values()] + [decoder.step_head_VD]
+    held = {id(t): t for t in [*decoder.w.values(), *packed]}            # unpacked, a step's weights are the model's
+    return sum(t.nbytes for t in held.values())
 
 
 def weight_bytes(model) -> int:
@@ -933,7 +946,8 @@ def replay_page(options) -> int:
     clips, _ = read_dataset(options.dataset_dir, None, -1)
     e = engine.load_engine(options.eventgpt, options.videollava, device=options.device, dtype=options.dtype,
                            drafter_device=options.drafter_device, cache_rows=options.cache_rows, draft_len=15,
-                           tokenizer=options.tokenizer, graphs=not options.eager, gate=options.gate == "on")
+                           tokenizer=options.tokenizer, graphs=not options.eager, gate=options.gate == "on",
+                           drafter_dtype=options.drafter_dtype)
     most = max(i for row in pairs for name in ("target", "drafter") for i in row[name])
     for model in e.models:
         if most >= model.config.V:
@@ -1294,6 +1308,7 @@ def parse(argv):
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there)")
     add("--drafter-device", metavar="DEVICE", help="another device for the drafter")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--drafter-dtype", default="bf16", choices=("bf16", *BITS), help="of the drafter's steps, packed at load")
     add("--cache-rows", type=int, metavar="M", help="cache positions (default: what the model was trained for)")
     add("--eager", action="store_true", help="no CUDA graphs")
     add = parser.add_argument_group("data").add_argument
@@ -1476,12 +1491,12 @@ def run(options, command) -> int:
         print(memory_line(memory), file=sys.stderr)          # before loading, which may take long or fail
     e = engine.load_engine(options.eventgpt, options.videollava, draft_len=options.draft_len,
                            overlap_len=options.overlap_len, tokenizer=options.tokenizer, graphs=not options.eager,
-                           gate=options.gate == "on", **place)
+                           gate=options.gate == "on", drafter_dtype=options.drafter_dtype, **place)
     head = {"schema": SCHEMA, "commit": commit(), "dirty": dirty(), "memory": memory,
             "command": " ".join(map(str, command)), "time": time.strftime("%Y-%m-%d"), "seed": 0,
             "machine": machine(options.device), "weights": {"kind": options.kind, **{m.side: {
-                "path": Path(m.path).name, "dtype": str(m.decoder.dtype).removeprefix("torch."),
-                "bytes": sum(t.nbytes for t in m.decoder.w.values())} for m in e.models}},
+                "path": Path(m.path).name, "dtype": dtype_of(m.decoder), "bytes": all_bytes(m.decoder)}
+                for m in e.models}},
             "ceilings": {**ceilings(options.device), **{m.side: work_of(m) for m in e.models}},
             "config": {"modes": options.modes, "max_new_tokens": options.max_new_tokens,
                        "draft_len": options.draft_len, "overlap_len": options.overlap_len,

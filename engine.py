@@ -46,6 +46,7 @@ import torch.nn.functional as F
 
 from kernels.attention import attention, step_attention
 from kernels.frames import clip_pixels, draw_events
+from kernels.quant import BITS, quantise
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
 from kernels.rope_store import rope_store
 from kernels.round import close_round, first_id, open_round
@@ -179,6 +180,7 @@ class Decoder:
         self.device, self.dtype = self.embed_VD.device, self.embed_VD.dtype
         self.layers = [{name: weights[f"text.layers.{i}.{name}"] for name in
                         ("attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down")} for i in range(config.L)]
+        self.step_layers, self.step_head_VD, self.packed = self.layers, self.head_VD, None
         self.work = Workspace(self.device, config.D, config.H, config.K, cache_rows)
         shape = (config.L, config.N, cache_rows, config.K)
         self.k_cache_LNMK = torch.zeros(shape, dtype=self.dtype, device=self.device)   # zeros: unseen must be finite
@@ -192,6 +194,15 @@ class Decoder:
     def cache_rows(self) -> int:
         return self.k_cache_LNMK.shape[2]
 
+    def pack(self, name: str) -> None:
+        """From now on steps read `int8` or `int4` copies of the weights, to be faster and a little wrong: for drafters
+        alone. Prefill keeps the full weights beside them: it computes, so fewer bytes would not make it faster, and
+        its rows, which every draft looks back at, stay exact."""
+        of_layers, of_head = BITS[name]
+        self.step_layers = [layer | {product: quantise(layer[product], of_layers) for product in
+                                     ("qkv", "o", "gate_up", "down")} for layer in self.layers]
+        self.step_head_VD, self.packed = quantise(self.head_VD, of_head), name
+
     def forward(self, hidden_SD, pos_ids_S, only=None):
         """Writes cache rows pos_ids_S; returns logits [S, V], or [1, V] of the one row that `only` (int64 [1]) names.
 
@@ -202,7 +213,7 @@ class Decoder:
         if rows <= STEP_ROWS:
             for layer in range(c.L):
                 hidden_SD = self._step_layer(layer, hidden_SD, pos_ids_S)
-            logits_SV = skinny(hidden_SD, self.head_VD, self.work, norm=(self.w["text.norm"], c.eps))
+            logits_SV = skinny(hidden_SD, self.step_head_VD, self.work, norm=(self.w["text.norm"], c.eps))
             return logits_SV if only is None else logits_SV.index_select(0, only)
         fresh_SD = None                                      # the last block's output, not yet added to the stream
         for layer in range(c.L):
@@ -214,7 +225,7 @@ class Decoder:
     def _step_layer(self, layer: int, hidden_SD, pos_ids_S):
         """Few rows at consecutive positions, six launches: the weights are read once, and a row's bits do not
         depend on how many rows there are. That is what makes a verify row equal a decode row."""
-        c, w, work = self.config, self.layers[layer], self.work
+        c, w, work = self.config, self.step_layers[layer], self.work
         qkv_SE = skinny(hidden_SD, w["qkv"], work, norm=(w["attn_norm"], c.eps))
         mixed_SHK = step_attention(qkv_SE, self.k_cache_LNMK[layer], self.v_cache_LNMK[layer], pos_ids_S,
                                    self.cos_MK, self.sin_MK, work)
@@ -1634,9 +1645,10 @@ def pick_device(name) -> torch.device:
     return device
 
 
-def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, graphs=True, seed=0):
+def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, graphs=True, seed=0, packed=None):
     """A Target or a Drafter from a folder, a hub id in the local cache, or the word `random-7b` (real shapes,
-    random numbers from `seed`, for speed work only)."""
+    random numbers from `seed`, for speed work only). packed: `int8` or `int4` weights for the steps of a Drafter."""
+    assert packed is None or cls is Drafter, "the target decides, so its weights stay as they are"
     device = pick_device(device)
     dtype = dtype or default_dtype(device)
     config, checkpoint = open_model(cls, path)
@@ -1649,7 +1661,10 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
     try:
         weights = checkpoint.load(device, dtype) if checkpoint else random_weights(config, device, dtype, seed)
         with torch.inference_mode():
-            return cls(config, weights, text, str(path), cache_rows, graphs)
+            model = cls(config, weights, text, str(path), cache_rows, graphs)
+            if packed is not None:
+                model.decoder.pack(packed)
+            return model
     except (RuntimeError, MemoryError) as error:             # torch.OutOfMemoryError is one; the CPU has no class
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
             raise
@@ -1695,14 +1710,18 @@ def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=No
 
 
 def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,
-                draft_len=5, overlap_len=15, tokenizer=None, graphs=True, seed=0, gate=True) -> Engine:
+                draft_len=5, overlap_len=15, tokenizer=None, graphs=True, seed=0, gate=True,
+                drafter_dtype="bf16") -> Engine:
     """An Engine over the two checkpoints (either may be None). bf16 on a GPU and fp32 on the CPU unless told.
 
     eventgpt, videollava: folders, hub ids already in the cache, or `random-7b`. device: `cuda`, `cuda:N` or `cpu`;
     drafter_device: another one for the drafter. cache_rows: positions per model, by default what it was trained for.
     tokenizer: a tokenizer.json in place of the checkpoints' own. gate: draft only where it is expected to pay; False:
-    whatever it costs.
+    whatever it costs. drafter_dtype: `int8` or `int4` packs the weights of the drafter's steps (answers stay the
+    same, drafts are cheaper and a little worse); `bf16` leaves them as loaded.
     """
+    if drafter_dtype not in ("bf16", *BITS):
+        raise InputError(f"drafter_dtype: {drafter_dtype!r} is not one of bf16, {', '.join(BITS)}; pick from these")
     memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows)
     options = dict(dtype=dtype, cache_rows=cache_rows, graphs=graphs)
     target = drafter = None
@@ -1712,7 +1731,7 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
         own = Path(str(eventgpt)) / "tokenizer.json"
         shared = target.text.path if target is not None and not own.exists() else None
         drafter = load_model(Drafter, eventgpt, drafter_device or device, tokenizer=tokenizer or shared, seed=seed + 1,
-                             **options)
+                             packed=None if drafter_dtype == "bf16" else drafter_dtype, **options)
     return Engine(target, drafter, draft_len, overlap_len, gate)
 
 

@@ -2,11 +2,11 @@
 same folds (norm, SwiGLU, residual) as kernels/skinny.py, which hands over to it when the weight is a Packed.
 
 A weight is scale * (u - 2^(bits-1)), u unsigned. One fp16 scale stands over a group of 128 inner columns of one output.
-A group fills 128 * bits / 32 words: value i of word j is column i * words + j, so that unpacking value i of consecutive
-words meets consecutive columns of x. Unpacking costs an and-or and a subtraction: the bits land in the mantissa of
+A group fills 128 * bits / 32 words: value i of word j is column i * words + j, so that value i of consecutive words
+meets consecutive columns of x. Unpacking costs an and-or and a subtraction: the bits land in the mantissa of
 2^(23 - place), which makes that float the integer plus a constant.
 
-Up to 4 rows: one program sums BLOCK_O outputs by plain multiply-add, its threads side by side along the inner columns,
+One or two rows: one program sums BLOCK_O outputs by plain multiply-add, its threads along the inner columns,
 16 bytes of words each, the next words on their way while these are used; the first are asked for before the wait on
 the kernel ahead. The scale meets the sum of 4 words, never a weight; the norm's factor meets the result, its sum of
 squares is taken along the way. HALF: two 4-bit weights at a time in fp16, 4 products a chain, fp32 from there on.
@@ -29,7 +29,7 @@ from kernels.rmsnorm import rmsnorm_ref
 from kernels.swiglu import silu_times, swiglu_ref
 
 BITS = {"int8": (8, 8), "int4": (4, 8)}                      # of the layers' products, of the head
-GEMV_ROWS = 4                                                # up to here plain multiply-add
+GEMV_ROWS = 2                                                # up to here plain multiply-add
 RATIOS = {8: (1.0,), 4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)}  # of the widest scale, tried for the least squared error
 
 
@@ -51,8 +51,8 @@ class Packed:
 
 
 def quantise(w_OD, bits, group=128) -> Packed:
-    """Rounds to the nearest of 2^bits steps. The largest weight of a group, with its sign, is the lowest step, which has
-    no counterpart above; at 4 bits narrower scales are tried too, as a few clipped weights can pay for finer steps."""
+    """Rounds to the nearest of 2^bits steps. The largest weight of a group, with its sign, is the lowest step, which
+    has no counterpart above; at 4 bits narrower scales are tried too: a few clipped weights can pay for finer steps."""
     (O, D), half, per = w_OD.shape, 1 << bits - 1, 32 // bits
     group = min(group, D)
     span = group // per                                      # words of a group
@@ -109,26 +109,31 @@ def unpack(words, I: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def half_pair(low, high):
-    """Two fp32 as fp16 in one word, a sixteenth of their size: 4 products with up to 8 then fit up to |x| = 32,000."""
-    return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low * 0.0625, high * 0.0625],
-                                     dtype=tl.int32, is_pure=True, pack=1)
+    """Two fp32 as fp16 in one word."""
+    return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32,
+                                     is_pure=True, pack=1)
 
 
 @triton.jit
 def dot_of_nibbles(words, x04, x15, x26, x37):
     """A sixteenth of the sum of a word's eight weights times eight x, fp32. Values n and n + 4 share an instruction:
-    0x6400 + u is 1024 + u in fp16, 0x6400 + 16 u is 1024 + 16 u."""
+    0x6400 + u is 1024 + u in fp16, 0x6400 + 16 u is 1024 + 16 u; (u - 8) / 16 is exact, and a chain of four products
+    fits fp16 up to |x| = 32,000."""
     return tl.inline_asm_elementwise("""{
-        .reg .b32 w, a, b, c, d, s; .reg .f16 low, high; .reg .f32 f, g;
+        .reg .b32 w, a, b, c, d, s, by16, by256, less64, less4; .reg .f16 low, high; .reg .f32 f, g;
+        mov.b32 by16, 0x2c002c00;
+        mov.b32 by256, 0x1c001c00;
+        mov.b32 less64, 0xd408d408;
+        mov.b32 less4, 0xc480c480;
         shr.u32 w, $1, 8;
         lop3.b32 a, $1, 0x000f000f, 0x64006400, 0xea;
         lop3.b32 b, $1, 0x00f000f0, 0x64006400, 0xea;
         lop3.b32 c, w, 0x000f000f, 0x64006400, 0xea;
         lop3.b32 d, w, 0x00f000f0, 0x64006400, 0xea;
-        add.rn.f16x2 a, a, 0xe408e408;
-        fma.rn.f16x2 b, b, 0x2c002c00, 0xd480d480;
-        add.rn.f16x2 c, c, 0xe408e408;
-        fma.rn.f16x2 d, d, 0x2c002c00, 0xd480d480;
+        fma.rn.f16x2 a, a, by16, less64;
+        fma.rn.f16x2 b, b, by256, less4;
+        fma.rn.f16x2 c, c, by16, less64;
+        fma.rn.f16x2 d, d, by256, less4;
         mul.rn.f16x2 s, a, $2;
         fma.rn.f16x2 s, b, $3, s;
         fma.rn.f16x2 s, c, $4, s;
@@ -141,9 +146,9 @@ def dot_of_nibbles(words, x04, x15, x26, x37):
 
 
 @triton.jit
-def columns(x_ptrs, norm_ptrs, seen, held, NORM: tl.constexpr):
-    """(x, times the norm's weight, in fp32; x itself) at the columns of one value of each word."""
-    x = tl.load(x_ptrs, mask=seen, other=0.0).to(tl.float32)                                       # [BLOCK_S, BLOCK_W]
+def columns(x_ptrs, norm_ptrs, held, NORM: tl.constexpr):
+    """(x times the norm's weight, x itself), fp32, at the columns of one value of each word."""
+    x = tl.load(x_ptrs, mask=held, other=0.0).to(tl.float32)                                                # [BLOCK_W]
     scaled = x
     if NORM:
         scaled = x * tl.load(norm_ptrs, mask=held, other=0.0).to(tl.float32)
@@ -151,28 +156,62 @@ def columns(x_ptrs, norm_ptrs, seen, held, NORM: tl.constexpr):
 
 
 @triton.jit
-def finish(y, s, out, width, S, y_ptr, residual_ptr, residual_stride, RESIDUAL: tl.constexpr, GATED: tl.constexpr):
-    """Stores sums y [BLOCK_S, BLOCK_O], rounded where the plain chain rounds."""
+def row_times_words(acc, square, w, scale, x_ptrs, norm_ptrs, held, BITS: tl.constexpr, SPAN: tl.constexpr,
+                    HALF: tl.constexpr, NORM: tl.constexpr):
+    """(acc, square) with a round of words [BLOCK_O, BLOCK_W] times one row of x added; acc [BLOCK_O, BLOCK_W / 4]."""
+    if HALF:
+        x0, raw0 = columns(x_ptrs, norm_ptrs, held, NORM)
+        x4, raw4 = columns(x_ptrs + 4 * SPAN, norm_ptrs + 4 * SPAN, held, NORM)
+        x1, raw1 = columns(x_ptrs + SPAN, norm_ptrs + SPAN, held, NORM)
+        x5, raw5 = columns(x_ptrs + 5 * SPAN, norm_ptrs + 5 * SPAN, held, NORM)
+        x2, raw2 = columns(x_ptrs + 2 * SPAN, norm_ptrs + 2 * SPAN, held, NORM)
+        x6, raw6 = columns(x_ptrs + 6 * SPAN, norm_ptrs + 6 * SPAN, held, NORM)
+        x3, raw3 = columns(x_ptrs + 3 * SPAN, norm_ptrs + 3 * SPAN, held, NORM)
+        x7, raw7 = columns(x_ptrs + 7 * SPAN, norm_ptrs + 7 * SPAN, held, NORM)
+        if NORM:
+            square += raw0 * raw0
+            square += raw1 * raw1
+            square += raw2 * raw2
+            square += raw3 * raw3
+            square += raw4 * raw4
+            square += raw5 * raw5
+            square += raw6 * raw6
+            square += raw7 * raw7
+        part = dot_of_nibbles(w, half_pair(x0, x4)[None, :], half_pair(x1, x5)[None, :], half_pair(x2, x6)[None, :],
+                              half_pair(x3, x7)[None, :])
+    else:
+        part = tl.zeros(w.shape, dtype=tl.float32)
+        for i in tl.static_range(32 // BITS):
+            x, raw = columns(x_ptrs + i * SPAN, norm_ptrs + i * SPAN, held, NORM)
+            if NORM:
+                square += raw * raw
+            part += unpack(w, i, BITS) * x[None, :]
+    four = tl.sum(tl.reshape(part, (w.shape[0], w.shape[1] // 4, 4)), 2)
+    return acc + four * scale, square
+
+
+@triton.jit
+def finish(y, row, out, width, held, y_ptr, residual_ptr, residual_stride, RESIDUAL: tl.constexpr,
+           GATED: tl.constexpr):
+    """Stores sums y [outputs, rows], rounded where the plain chain rounds; GATED, gates stand before ups."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    held = (s < S)[:, None] & (out < width)[None, :]
     if GATED:
-        both = tl.permute(tl.reshape(y, (y.shape[0], 2, y.shape[1] // 2)), (0, 2, 1))
-        gate, up = tl.split(both)
+        gate, up = tl.split(tl.permute(tl.reshape(y, (2, y.shape[0] // 2, y.shape[1])), (1, 2, 0)))
         rounded = silu_times(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
     else:
         rounded = y.to(dtype)
     if RESIDUAL:
-        kept = tl.load(residual_ptr + s.to(tl.int64)[:, None] * residual_stride + out[None, :], mask=held, other=0.0)
+        kept = tl.load(residual_ptr + row.to(tl.int64)[None, :] * residual_stride + out[:, None], mask=held, other=0.0)
         rounded = (kept.to(tl.float32) + rounded.to(tl.float32)).to(dtype)
-    tl.store(y_ptr + s.to(tl.int64)[:, None] * width + out[None, :], rounded, mask=held)
+    tl.store(y_ptr + row.to(tl.int64)[None, :] * width + out[:, None], rounded, mask=held)
 
 
-@triton.jit(do_not_specialize=["S"])
-def gemv_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, norm_ptr, residual_ptr, x_stride, residual_stride, S, O, eps,
-                D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_S: tl.constexpr,
+@triton.jit
+def gemv_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, norm_ptr, residual_ptr, x_stride, residual_stride, O, eps,
+                D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
                 BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr, HALF: tl.constexpr, LATE: tl.constexpr,
                 NORM: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr):
-    """BLOCK_O outputs of all rows; GATED, half of them are gates and half are ups.
+    """BLOCK_O outputs of one row or two; GATED, half of them are gates and half are ups.
 
     BLOCK_W is 128 words a warp: then words, x and scales, each loaded in its own best layout, meet in one layout, and
     nothing passes through shared memory before the last sum."""
@@ -192,54 +231,35 @@ def gemv_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, norm_ptr, residual_ptr, x_stride
         gdc_wait()
         if LATE == 0:
             gdc_launch_dependents()
-    s = tl.arange(0, BLOCK_S)
     col = word // SPAN * GROUP + word % SPAN
-    x_ptrs = x_ptr + s.to(tl.int64)[:, None] * x_stride + col[None, :]
-    norm_ptrs = norm_ptr + col[None, :]
-    square = tl.zeros((BLOCK_S, BLOCK_W), dtype=tl.float32)
-    acc = tl.zeros((BLOCK_S, BLOCK_O, BLOCK_W // 4), dtype=tl.float32)
+    acc0 = tl.zeros((BLOCK_O, BLOCK_W // 4), dtype=tl.float32)
+    acc1 = acc0
+    square0 = tl.zeros((BLOCK_W,), dtype=tl.float32)
+    square1 = square0
     for start in range(0, WORDS, BLOCK_W):
         ahead = start + BLOCK_W
-        next_w, next_scale = w, scale
-        if ahead < WORDS:
-            next_w = tl.load(w_ptrs + ahead, mask=(ahead + word < WORDS)[None, :], other=0,
-                             eviction_policy="evict_first")
-            next_scale = tl.load(scale_ptrs + ahead // SPAN, mask=(ahead + quad < WORDS)[None, :], other=0.0)
-        held = (start + word < WORDS)[None, :]                       # the last words need not fill a round
-        seen = held & (s < S)[:, None]
-        at = start * PER
-        if HALF:
-            x0, raw0 = columns(x_ptrs + at, norm_ptrs + at, seen, held, NORM)
-            x1, raw1 = columns(x_ptrs + at + SPAN, norm_ptrs + at + SPAN, seen, held, NORM)
-            x2, raw2 = columns(x_ptrs + at + 2 * SPAN, norm_ptrs + at + 2 * SPAN, seen, held, NORM)
-            x3, raw3 = columns(x_ptrs + at + 3 * SPAN, norm_ptrs + at + 3 * SPAN, seen, held, NORM)
-            x4, raw4 = columns(x_ptrs + at + 4 * SPAN, norm_ptrs + at + 4 * SPAN, seen, held, NORM)
-            x5, raw5 = columns(x_ptrs + at + 5 * SPAN, norm_ptrs + at + 5 * SPAN, seen, held, NORM)
-            x6, raw6 = columns(x_ptrs + at + 6 * SPAN, norm_ptrs + at + 6 * SPAN, seen, held, NORM)
-            x7, raw7 = columns(x_ptrs + at + 7 * SPAN, norm_ptrs + at + 7 * SPAN, seen, held, NORM)
-            if NORM:
-                square += raw0 * raw0 + raw1 * raw1 + raw2 * raw2 + raw3 * raw3
-                square += raw4 * raw4 + raw5 * raw5 + raw6 * raw6 + raw7 * raw7
-            part = dot_of_nibbles(w[None, :, :], half_pair(x0, x4)[:, None, :], half_pair(x1, x5)[:, None, :],
-                                  half_pair(x2, x6)[:, None, :], half_pair(x3, x7)[:, None, :])
-        else:
-            part = tl.zeros((BLOCK_S, BLOCK_O, BLOCK_W), dtype=tl.float32)
-            for i in tl.static_range(PER):
-                x, raw = columns(x_ptrs + at + i * SPAN, norm_ptrs + at + i * SPAN, seen, held, NORM)
-                if NORM:
-                    square += raw * raw
-                part += unpack(w, i, BITS)[None, :, :] * x[:, None, :]
-        four = tl.sum(tl.reshape(part, (BLOCK_S, BLOCK_O, BLOCK_W // 4, 4)), 3)
-        acc += four * scale.to(tl.float32)[None, :, :]
+        next_w = tl.load(w_ptrs + ahead, mask=(ahead + word < WORDS)[None, :], other=0, eviction_policy="evict_first")
+        next_scale = tl.load(scale_ptrs + ahead // SPAN, mask=(ahead + quad < WORDS)[None, :], other=0.0)
+        held = start + word < WORDS                                  # the last words need not fill a round
+        at = start * PER + col
+        scale = scale.to(tl.float32)
+        acc0, square0 = row_times_words(acc0, square0, w, scale, x_ptr + at, norm_ptr + at, held, BITS, SPAN, HALF,
+                                        NORM)
+        if ROWS == 2:
+            acc1, square1 = row_times_words(acc1, square1, w, scale, x_ptr + x_stride + at, norm_ptr + at, held, BITS,
+                                            SPAN, HALF, NORM)
         w, scale = next_w, next_scale
     if PDL and LATE == 1:
         gdc_launch_dependents()
-    y = tl.sum(acc, 2)                                                                             # [BLOCK_S, BLOCK_O]
-    if HALF:
-        y *= 16.0
-    if NORM:
-        y *= tl.rsqrt(tl.sum(square, 1) / D + eps)[:, None]
-    finish(y, s, tile * WIDE + tl.arange(0, WIDE), width, S, y_ptr, residual_ptr, residual_stride, RESIDUAL, GATED)
+    out = tile * WIDE + tl.arange(0, WIDE)
+    for row in tl.static_range(ROWS):
+        y = tl.sum(acc0 if row == 0 else acc1, 1)                                                           # [BLOCK_O]
+        if HALF:
+            y *= 16.0
+        if NORM:
+            y *= tl.rsqrt(tl.sum(square0 if row == 0 else square1) / D + eps)
+        finish(y[:, None], row + tl.arange(0, 1), out, width, (out < width)[:, None], y_ptr, residual_ptr,
+               residual_stride, RESIDUAL, GATED)
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -275,11 +295,13 @@ def unpack_dot_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, norm_ptr, residual_ptr, x_
                         other=0.0)                                                                 # [BLOCK_W, BLOCK_S]
             if NORM:
                 square += x.to(tl.float32) * x.to(tl.float32)
-                x = (x.to(tl.float32) * tl.load(norm_ptr + place, mask=held[:, None], other=0.0).to(tl.float32)).to(dtype)
+                weight = tl.load(norm_ptr + place, mask=held[:, None], other=0.0)
+                x = (x.to(tl.float32) * weight.to(tl.float32)).to(dtype)
             acc = tl.dot((unpack(w, i, BITS) * scale).to(dtype), x, acc, input_precision="ieee")
     if NORM:
         acc *= tl.rsqrt(tl.sum(square, 0) / D + eps)[None, :]
-    finish(tl.trans(acc), s, tile * WIDE + tl.arange(0, WIDE), width, S, y_ptr, residual_ptr, residual_stride,
+    out = tile * WIDE + tl.arange(0, WIDE)
+    finish(acc, s, out, width, (out < width)[:, None] & (s < S)[None, :], y_ptr, residual_ptr, residual_stride,
            RESIDUAL, GATED)
 
 
@@ -288,8 +310,7 @@ def launch_config(S, O, bits):
     if S > GEMV_ROWS:
         return dict(BLOCK_S=16 if S <= 16 else 32, BLOCK_O=32, BLOCK_W=64, num_warps=4, num_stages=2)
     warps = 2 if O <= 4096 else 1
-    return dict(BLOCK_S=triton.next_power_of_2(S), BLOCK_O=4, BLOCK_W=128 * warps, num_warps=warps,
-                HALF=bits == 4 and not INTERPRETED, LATE=0)
+    return dict(BLOCK_O=4, BLOCK_W=128 * warps, num_warps=warps, HALF=bits == 4 and not INTERPRETED, LATE=0)
 
 
 def quant_skinny(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **override):
@@ -306,10 +327,153 @@ def quant_skinny(x_SD, w: Packed, work=None, norm=None, residual=None, gated=Fal
         return quant_skinny_ref(x_SD, w, norm, residual, gated)
     y_SO = torch.empty((S, width), dtype=x_SD.dtype, device=x_SD.device)
     pdl, config = work is not None and work.pdl, {**launch_config(S, O, w.bits), **override}
-    kernel = gemv_kernel if "HALF" in config else unpack_dot_kernel
+    kernel, rows = (gemv_kernel, dict(ROWS=S)) if S <= GEMV_ROWS else (unpack_dot_kernel, dict(S=S))
     kernel[(triton.cdiv(O, config["BLOCK_O"]),)](
         x_SD, w.words_OW, w.scale_OG, y_SO, norm[0] if norm else x_SD, residual if residual is not None else x_SD,
-        x_SD.stride(0), residual.stride(0) if residual is not None else 0, S, O, norm[1] if norm else 0.0, D=D,
+        x_SD.stride(0), residual.stride(0) if residual is not None else 0, O=O, eps=norm[1] if norm else 0.0, D=D,
         BITS=w.bits, GROUP=w.group, NORM=norm is not None, RESIDUAL=residual is not None, GATED=gated, PDL=pdl,
-        launch_pdl=pdl, **config)
+        launch_pdl=pdl, **rows, **config)
     return y_SO
+
+
+FOLDS = dict(qkv=("norm",), o=("residual",), gate_up=("norm", "gated"), down=("residual",), head=("norm",))
+SWEEP = [dict(BLOCK_O=outputs, BLOCK_W=128 * warps, num_warps=warps)
+         for outputs in (2, 4, 8, 16) for warps in (1, 2, 4)]
+
+
+def packed_chain(name):
+    """The random layers that kernels/skinny.py times, at this precision; "bf16" leaves them as they are."""
+    from kernels.skinny import Chain
+
+    torch.manual_seed(0)
+    chain = Chain()
+    chain.head = [chain.head_VD]
+    if name != "bf16":
+        of_layers, of_head = BITS[name]
+        for layers in chain.w.values():
+            for i, w_OD in enumerate(layers):
+                layers[i] = quantise(w_OD, of_layers)
+        chain.head_VD = quantise(chain.head_VD, of_head)
+        chain.head = [quantise(torch.randn(chain.V, chain.D, device="cuda") * 0.02, of_head) for _ in range(4)]
+    return chain
+
+
+def folded(chain, name, S, D, O):
+    """(x, keywords) of a product as a layer calls it."""
+    x, kinds = torch.randn(S, D, device="cuda").bfloat16(), FOLDS[name]
+    keywords = dict(norm=chain.norm) if "norm" in kinds else {}
+    if "residual" in kinds:
+        keywords["residual"] = torch.randn(S, O, device="cuda").bfloat16()
+    return x, keywords | (dict(gated=True) if "gated" in kinds else {})
+
+
+def product_us(chain, work, name, S, **override):
+    """(microseconds of one product in a row of them over all layers, TB/s of what it has to read)."""
+    from kernels.check import time_ms
+    from kernels.skinny import skinny
+
+    weights = chain.head if name == "head" else chain.w[name]
+    x, keywords = folded(chain, name, S, weights[0].shape[1], weights[0].shape[0])
+    us = 1e3 * time_ms(lambda: [skinny(x, w, work, **keywords, **override) for w in weights])[1] / len(weights)
+    return us, 1e-6 * weights[0].nbytes / us
+
+
+def agreement(chain, work):
+    """Rows of a table: distances from fp64 of the dequantised weights, for every product, path and row count."""
+    from kernels.check import assert_no_worse
+
+    rows = []
+    for name in FOLDS:
+        w = chain.head_VD if name == "head" else chain.w[name][0]
+        for S in (1, 2, 3, 16, 32):
+            x, keywords = folded(chain, name, S, w.shape[1], w.shape[0])
+            wide = {k: (v[0].double(), v[1]) if k == "norm" else v.double() if torch.is_tensor(v) else v
+                    for k, v in keywords.items()}
+            truth, plain = quant_skinny_ref(x.double(), w, **wide), quant_skinny_ref(x, w, **keywords)
+            for half in (False, True) if S <= GEMV_ROWS and w.bits == 4 else (None,):
+                override = {} if half is None else dict(HALF=half)
+                ours = quant_skinny(x, w, work, **keywords, **override)
+                label = f"{name} {w.bits} bits, {S} rows{'' if not half else ', half'}"
+                rows.append((label, *assert_no_worse(ours, plain, truth, what=label)))
+    return rows
+
+
+def step_ms(chain, work, S, context=700, **override):
+    from kernels.check import time_ms
+
+    x, pos_ids_S = torch.randn(S, chain.D, device="cuda").bfloat16(), context + torch.arange(S, device="cuda")
+    return time_ms(lambda: chain.step(x, pos_ids_S, work, **override))[1]
+
+
+def tune(chain, work, name):
+    """Sweeps tile and warps of each product over all layers, then tries the best in a whole step."""
+    from kernels.check import table
+
+    best, others = {}, []
+    for product in FOLDS:
+        bits = (chain.head_VD if product == "head" else chain.w[product][0]).bits
+        timed = [(*product_us(chain, work, product, 1, **c), c) for c in SWEEP]
+        if bits == 4:                                        # the sweep took the default, two weights at a time
+            for _, _, c in sorted(timed, key=lambda t: t[0])[:3]:
+                plain = c | dict(HALF=False)
+                timed.append((*product_us(chain, work, product, 1, **plain), plain))
+        timed.sort(key=lambda t: t[0])
+        best[product] = timed[0][2]
+        others += [(product, c) for _, _, c in timed[1:3]]
+        table(f"{name}, {product}, {bits} bits, 1 row; best first", ("choice", "us", "TB/s"),
+              [(str(c), us, tbps) for us, tbps, c in timed[:8]])
+        us, tbps = product_us(chain, work, product, 2, **best[product])
+        print(f"    2 rows at the best: {us:.2f} us, {tbps:.2f} TB/s", flush=True)
+    rows = [("launch_config", step_ms(chain, work, 1), step_ms(chain, work, 2)),
+            ("best of each", step_ms(chain, work, 1, **best), step_ms(chain, work, 2, **best))]
+    late = {product: c | dict(LATE=1) for product, c in best.items()}
+    rows.append(("best of each, all released late", step_ms(chain, work, 1, **late), step_ms(chain, work, 2, **late)))
+    for product in FOLDS:
+        one = best | {product: late[product]}
+        rows.append((f"{product} released late", step_ms(chain, work, 1, **one), step_ms(chain, work, 2, **one)))
+    for product, c in others:
+        one = best | {product: c}
+        rows.append((f"{product} {c}", step_ms(chain, work, 1, **one), step_ms(chain, work, 2, **one)))
+    table(f"{name}: a step at context 700, p50 ms", ("choice", "1 row", "2 rows"), rows)
+
+
+def main():
+    """Agreement with fp64, each product, then a step, beside bf16. --tune int4 or --tune int8: the sweep alone."""
+    import sys
+
+    from kernels.check import read_tbps, table
+    from kernels.skinny import Workspace
+
+    chosen = [name for name in BITS if name in sys.argv] or list(BITS)
+    stream, products, steps = read_tbps(), [], []
+    for name in chosen if "--tune" in sys.argv else ("bf16", *chosen):
+        chain = packed_chain(name)
+        works = {on: Workspace("cuda", chain.D, chain.H, chain.K, chain.M, pdl=on) for on in (None, False)}
+        if "--tune" in sys.argv:
+            tune(chain, works[None], name)
+            continue
+        if name != "bf16":
+            rows = agreement(chain, works[None])
+            table(f"{name}, distance from fp64", ("product, rows", "ours", "plain torch"), rows)
+        for product in FOLDS:
+            if name != "bf16" or product != "head":          # one bf16 head would stay in the cache
+                one, two = (product_us(chain, works[None], product, S) for S in (1, 2))
+                products.append((f"{name} {product}", *one, *two))
+        moved = sum(w.nbytes for layers in chain.w.values() for w in layers) + chain.head_VD.nbytes
+        moved += 4 * chain.L * 700 * chain.H * chain.K
+        times = [step_ms(chain, works[None], S) for S in (1, 2, 16, 32)]
+        steps.append((name, *times, step_ms(chain, works[False], 1), moved / 1e9, 1e-9 * moved / times[0],
+                      1e-7 * moved / times[0] / stream))
+        del chain
+        torch.cuda.empty_cache()
+    if steps:
+        table(f"one product after the other over all layers; read-only stream {stream:.3f} TB/s",
+              ("", "us 1 row", "TB/s", "us 2 rows", "TB/s"), products)
+        table("a step of 32 layers and the head at context 700, p50 ms", ("", "1 row", "2 rows", "16 rows", "32 rows",
+              "1 row, no early start", "GB", "TB/s", "% of stream"), steps)
+
+
+if __name__ == "__main__":
+    from kernels import quant  # kernels/skinny.py would not know this file's own Packed
+
+    self_check(quant.main, __file__)

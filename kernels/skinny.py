@@ -30,6 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import SplitWork, prefetch, step_attention
 from kernels.check import INTERPRETED, self_check, stages_that_fit
+from kernels.quant import Packed, quant_skinny
 from kernels.rmsnorm import rmsnorm_ref
 from kernels.round import RoundWork
 from kernels.swiglu import silu_times, swiglu_ref
@@ -196,7 +197,10 @@ def skinny(x_SD, w_OD, work=None, norm=None, residual=None, gated=False, **overr
 
     norm: (w_D, eps), RMSNorm of x first. residual: [S, O], added last. gated: w is gate over up, the result
     silu(gate) * up, [S, O/2]. Every step rounds as the plain chain does. work: a Workspace; the sums of squares a norm
-    needs are then those that the product with a residual left when it made x. override: launch choices, for tuning."""
+    needs are then those that the product with a residual left when it made x. override: launch choices, for tuning.
+    A Packed weight goes to kernels/quant.py, where a row's bits may depend on S."""
+    if isinstance(w_OD, Packed):
+        return quant_skinny(x_SD, w_OD, work, norm, residual, gated, **override)
     (S, D), O = x_SD.shape, w_OD.shape[0]
     assert 1 <= S <= MAX_ROWS, f"skinny: {S} rows, wanted 1..{MAX_ROWS}"
     assert w_OD.shape == (O, D) and w_OD.is_contiguous() and x_SD.stride(1) == 1 and x_SD.dtype == w_OD.dtype, \
