@@ -15,7 +15,8 @@ import engine
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIPS = bench.TINY / "clips"
-QUICK = ["--max-samples", "2", "--repeats", "2", "--warmup", "0", "--max-new-tokens", "24", "--device", "cpu"]
+QUICK = ["--gate", "off", "--max-samples", "2", "--repeats", "2", "--warmup", "0", "--max-new-tokens", "24",
+         "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
