@@ -296,7 +296,7 @@ def measure(e, samples, options, rows: list, keep=None) -> None:
     for sample in samples:
         row = {"id": sample.id, "at": sample.at, "seq": sample.seq, "clip": sample.clip,
                "question": sample.question, "modes": {}}
-        results = collections.defaultdict(list)
+        results, began = collections.defaultdict(list), time.perf_counter()
         try:
             for _ in range(options.repeats):
                 for mode in options.modes:
@@ -308,6 +308,7 @@ def measure(e, samples, options, rows: list, keep=None) -> None:
         else:
             row["truth"] = sample.truth
             row["modes"] = {mode: summary(of, results.get("target_only")) for mode, of in results.items()}
+        row["took_s"] = time.perf_counter() - began
         if options.source is not None:
             options.source.settle()
         rows.append(row)
@@ -723,7 +724,7 @@ def read_rows(path: Path) -> tuple[dict, list, int]:
 
 def merged(paths: list[Path]) -> dict:
     """One report of several row files, by id: differing headers, duplicates and holes are refused."""
-    heads, rows = [], {}
+    heads, rows, took = [], {}, []
     for path in paths:
         head, found, _ = read_rows(path)
         differing = [name for name in SAME if heads and head.get(name) != heads[0].get(name)]
@@ -731,6 +732,7 @@ def merged(paths: list[Path]) -> dict:
             raise InputError(f"{path}: was written under another {', '.join(differing)} than {paths[0]}; merge runs of "
                              f"one commit and one set of flags")
         heads.append(head)
+        took.append(sum(row.get("took_s", 0.0) for row in found))
         for row in found:
             if row["id"] in rows:
                 raise InputError(f"{path}: sample {row['id']} is there twice; give every row file once")
@@ -739,7 +741,7 @@ def merged(paths: list[Path]) -> dict:
     if missing:
         raise InputError(f"{paths[0]}: {missing} of {heads[0]['config']['samples']} samples are missing; give the row "
                          f"files of all shards, finished")
-    return assemble({**heads[0], "command": f"bench.py --merge of {len(paths)} row files"},
+    return assemble({**heads[0], "command": f"bench.py --merge of {len(paths)} row files", "shards_s": took},
                     sorted(rows.values(), key=lambda row: row["at"]))
 
 
@@ -767,6 +769,10 @@ def compare_runs(old_path: Path, new_path: Path) -> int:
         print(f"{mode:20} {ratio['p50']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]  {verdict}")
     changed = [i for i in shared for m in before[i] if m in after[i] and m != "drafter_only"
                and before[i][m]["ids"] != after[i][m]["ids"]]
+    wall = [max(run.get("shards_s") or [sum(row.get("took_s", 0.0) for row in run["samples"])]) for run in (old, new)]
+    if all(wall):
+        print(f"wall     {wall[0]:.1f} s -> {wall[1]:.1f} s for all samples, {wall[0] / wall[1]:.2f}x"
+              + (f", over {len(new['shards_s'])} shards, the slowest counts" if new.get("shards_s") else ""))
     print(f"outputs  {'the same' if not changed else f'{len(set(changed))} samples answer differently'}")
     return int(bool(changed))
 
@@ -965,7 +971,7 @@ def replay_page(options) -> int:
     progress, rng = Progress(sum(len(streams[seq]) for seq in chosen)), random.Random(0)
     gates = collections.defaultdict(engine.Gate)             # each setting is priced by its own acceptance
     for stream, seq in enumerate([chosen[0], *chosen]):      # three answers of the first to warm up
-        settings = replay_settings([row for row in pairs if row["seq"] != seq], rates, e.apart)
+        settings = replay_settings([row for row in pairs if row["seq"] != seq], rates, e.apart, options.only)
         for number, row in enumerate(streams[seq] if stream else streams[seq][:3]):
             clip, cell = clips[number % len(clips)], {}
             for name, (mode, source, said) in settings.items():
@@ -999,26 +1005,36 @@ def replay_page(options) -> int:
     return 0
 
 
-def replay_settings(others, rates, apart: bool) -> dict:
+def replay_settings(others, rates, apart: bool, only: str | None) -> dict:
     """{name: (mode, source, what the drafter says of a row)}, target_only first. Sources live as long as a stream."""
-    raw = lambda row, rng: row["drafter"]                                    # noqa: E731
-    settings = {"target_only": ("target_only", None, raw)}
-    if not rates:
-        cross, own = engine.Memory(16), engine.Memory(16)
+    def taught(name, learns=True):
+        source = engine.Memory(16)
+        source.name = name                                   # the gate judges each for itself
         for row in others:
-            cross.teach(row["target"])
-            own.teach(row["target"])
-        cross.learn = lambda answer: None                    # other sequences only
-        settings |= {"one shot, previous answer": ("prefill_then_verify", engine.Previous(), raw),
-                     "memory, cold stream": ("speculative", engine.Memory(16), raw),
-                     "memory, other sequences": ("speculative", cross, raw),
-                     "memory, both": ("speculative", own, raw)}
-        for source, name in ((cross, "other sequences"), (own, "both")):
-            source.name = name                               # the gate judges each for itself
-    for p in rates:
-        settings[f"drafter right with {p}"] = ("speculative", None, lambda row, rng, p=p: [
-            i if rng.random() < p else (i + 1) % 32000 for i in row["target"]])
-    return settings | ({} if apart else {"drafter, raw": ("prefill_then_verify", None, raw)})
+            source.teach(row["target"])
+        if not learns:
+            source.learn = lambda answer: None
+        return source
+
+    def says(p):
+        return lambda row, rng: [i if rng.random() < p else (i + 1) % 32000 for i in row["target"]]
+
+    made = {"target_only": lambda: ("target_only", None, raw)}
+    if not rates:
+        made |= {"one shot, previous answer": lambda: ("prefill_then_verify", engine.Previous(), raw),
+                 "memory, cold stream": lambda: ("speculative", engine.Memory(16), raw),
+                 "memory, other sequences": lambda: ("speculative", taught("other sequences", learns=False), raw),
+                 "memory, both": lambda: ("speculative", taught("both"), raw)}
+    made |= {f"drafter right with {p}": lambda p=p: ("speculative", None, says(p)) for p in rates}
+    if not apart:
+        made["drafter, raw"] = lambda: ("prefill_then_verify", None, raw)
+    return {name: make() for name, make in made.items()
+            if name == "target_only" or only is None or any(word in name for word in only.split(","))}
+
+
+def raw(row, rng) -> list[int]:
+    """What EventGPT said of this clip."""
+    return row["drafter"]
 
 
 def replay_report(taken, e, options, chosen) -> list[str]:
@@ -1351,6 +1367,7 @@ def parse(argv):
     add("--generations", type=int, default=208, metavar="N", help="of --figures' forced drafts (default %(default)s)")
     add("--replay", type=Path, metavar="PAIRS", help="7B compute that says recorded ids: speed at true acceptance")
     add("--accept", default="", metavar="LIST", help="of --replay: drafters that are right with these probabilities")
+    add("--only", metavar="WORDS", help="of --replay: settings whose names hold one of these comma-separated words")
     for name, kind in (("dataset_dir", Path), ("max_samples", int), ("max_new_tokens", int)):    # the research code's
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -1503,7 +1520,7 @@ def run(options, command) -> int:
                        "draft_source": options.draft_source, "gate": options.gate, "ignore_eos": options.ignore_eos,
                        "frame_rule": options.frame_rule, "graphs": not options.eager, "warmup": options.warmup,
                        "repeats": options.repeats, "samples": listed,
-                       "devices": {m.side: str(m.device) for m in e.models}}, "skipped": skipped}
+                       "devices": places(e)}, "skipped": skipped}
     rows, interrupted = [], False
     with RowFile(options.rows, head, options.resume) as kept:
         rows += kept.rows
@@ -1521,6 +1538,11 @@ def run(options, command) -> int:
         if path and getattr(options, "shown", None):
             write(options.shown, path)
     return publish(assemble(head, rows, interrupted), options)
+
+
+def places(e) -> dict:
+    """{side: device}, without its number: shards of one run are alike wherever they ran."""
+    return {m.side: m.device.type + (", its own" if e.apart and m is e.drafter else "") for m in e.models}
 
 
 def assemble(head: dict, rows: list, interrupted: bool = False) -> dict:

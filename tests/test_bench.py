@@ -146,6 +146,8 @@ def test_a_killed_run_resumed_and_three_shards_merged_equal_one_run(tmp_path, ca
     capsys.readouterr()
     assert bench.main(["--merge", *shards]) == 0
     merged = last()
+    assert len(merged["shards_s"]) == 3 and sum(merged["shards_s"]) == pytest.approx(
+        sum(row["took_s"] for row in merged["samples"]))
     assert list(ids_of(merged).items()) == list(ids_of(whole).items())                         # in the same order
     assert merged["controls"] == whole["controls"]               # `previous` needs the order of the data set
     assert bench.main(["--merge", *shards, shards[0]]) == 2 and "twice" in capsys.readouterr().err

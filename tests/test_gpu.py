@@ -14,8 +14,9 @@ CLIPS = TINY / "clips"
 pytestmark = pytest.mark.gpu
 
 
-def load(dtype=torch.bfloat16, graphs=True):
-    return engine.load_engine(TINY / "drafter", TINY / "target", device="cuda", dtype=dtype, graphs=graphs)
+def load(dtype=torch.bfloat16, graphs=True, **options):
+    return engine.load_engine(TINY / "drafter", TINY / "target", device="cuda", dtype=dtype, graphs=graphs, gate=False,
+                              **options)
 
 
 def asked(i, **options):
@@ -60,6 +61,19 @@ def test_rounds_never_wait_for_the_gpu():
                 e.target.state_W[0].item()                   # the guard itself is on
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("drafter_dtype", ["bf16", "int4"])
+def test_a_drafter_on_a_gpu_of_its_own_gives_the_targets_ids(drafter_dtype):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    e = load(drafter_device="cuda:1", drafter_dtype=drafter_dtype)
+    for i in range(4):
+        ids = e.generate(mode="target_only", ignore_eos=True, **asked(i)).output_ids
+        for mode in ("prefill_only", "prefill_then_verify", "speculative"):
+            result = e.generate(mode=mode, ignore_eos=True, **asked(i))
+            assert result.output_ids == ids and result.drafter_error is None, mode
+    assert result.ahead and result.accepted_tokens > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
