@@ -218,7 +218,7 @@ def step_weights(model) -> list:
 
 def dtype_of(decoder) -> str:
     full = str(decoder.dtype).removeprefix("torch.")
-    return f"{full}, steps {decoder.packed}," if decoder.packed else full
+    return f"{full} with {decoder.packed} steps" if decoder.packed else full
 
 
 def all_bytes(decoder) -> int:

@@ -146,6 +146,23 @@ def dot_of_nibbles(words, x04, x15, x26, x37):
 
 
 @triton.jit
+def scales(ptrs, BY_HAND: tl.constexpr):
+    """The fp16 at these addresses as fp32. BY_HAND: in whatever layout the sums have. tl.load would choose one of its
+    own, and Triton 3.6 then sends the sums through shared memory in every round."""
+    if BY_HAND:
+        return tl.inline_asm_elementwise("{.reg .f16 h; ld.global.nc.b16 h, [$1]; cvt.f32.f16 $0, h;}", "=f,l", [ptrs],
+                                         dtype=tl.float32, is_pure=False, pack=1)
+    return tl.load(ptrs).to(tl.float32)
+
+
+@triton.jit
+def loads_before():
+    """Keeps loads above this line above it. Nobody waits for their data."""
+    tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False,
+                              pack=1)
+
+
+@triton.jit
 def columns(x_ptrs, norm_ptrs, held, NORM: tl.constexpr):
     """(x times the norm's weight, x itself), fp32, at the columns of one value of each word."""
     x = tl.load(x_ptrs, mask=held, other=0.0).to(tl.float32)                                                # [BLOCK_W]
@@ -209,12 +226,14 @@ def finish(y, row, out, width, held, y_ptr, residual_ptr, residual_stride, RESID
 @triton.jit
 def gemv_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, norm_ptr, residual_ptr, x_stride, residual_stride, O, eps,
                 D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-                BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr, HALF: tl.constexpr, LATE: tl.constexpr,
-                NORM: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr):
+                BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr, UNROLL: tl.constexpr, HALF: tl.constexpr,
+                BY_HAND: tl.constexpr, LATE: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+                GATED: tl.constexpr, PDL: tl.constexpr):
     """BLOCK_O outputs of one row or two; GATED, half of them are gates and half are ups.
 
-    BLOCK_W is 128 words a warp: then words, x and scales, each loaded in its own best layout, meet in one layout, and
-    nothing passes through shared memory before the last sum."""
+    BLOCK_W is 128 words a warp: then words and x, each loaded in its own best layout, meet in one layout, and nothing
+    passes through shared memory before the last sum. UNROLL: with one round a loop, ptxas gives the next words the
+    registers of these and so loads them last."""
     tile = tl.program_id(0)
     PER: tl.constexpr = 32 // BITS                                   # values of a word
     WORDS: tl.constexpr = D // PER
@@ -224,9 +243,10 @@ def gemv_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, norm_ptr, residual_ptr, x_stride
     local, word, quad = tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_W // 4) * 4
     w_row = tl.minimum(tile * WIDE + local % WIDE, width - 1) + local // WIDE * width   # past the edge any row will do
     w_ptrs = w_ptr + w_row.to(tl.int64)[:, None] * WORDS + word[None, :]
-    scale_ptrs = scale_ptr + w_row[:, None] * (D // GROUP) + (quad // SPAN)[None, :]
+    scale_ptrs = scale_ptr + w_row[:, None] * (D // GROUP)
+    LAST: tl.constexpr = D // GROUP - 1                              # past the edge x is 0, and any scale will do
     w = tl.load(w_ptrs, mask=(word < WORDS)[None, :], other=0, eviction_policy="evict_first")      # [BLOCK_O, BLOCK_W]
-    scale = tl.load(scale_ptrs, mask=(quad < WORDS)[None, :], other=0.0)                       # [BLOCK_O, BLOCK_W / 4]
+    scale = scales(scale_ptrs + tl.minimum(quad // SPAN, LAST)[None, :], BY_HAND)              # [BLOCK_O, BLOCK_W / 4]
     if PDL:                                                          # weights depend on nobody: on their way already
         gdc_wait()
         if LATE == 0:
@@ -236,13 +256,14 @@ def gemv_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, norm_ptr, residual_ptr, x_stride
     acc1 = acc0
     square0 = tl.zeros((BLOCK_W,), dtype=tl.float32)
     square1 = square0
-    for start in range(0, WORDS, BLOCK_W):
+    for start in tl.range(0, WORDS, BLOCK_W, loop_unroll_factor=UNROLL):
         ahead = start + BLOCK_W
         next_w = tl.load(w_ptrs + ahead, mask=(ahead + word < WORDS)[None, :], other=0, eviction_policy="evict_first")
-        next_scale = tl.load(scale_ptrs + ahead // SPAN, mask=(ahead + quad < WORDS)[None, :], other=0.0)
+        next_scale = scales(scale_ptrs + tl.minimum((ahead + quad) // SPAN, LAST)[None, :], BY_HAND)
+        if BY_HAND:
+            loads_before()                                           # ptxas would put them last, to save registers
         held = start + word < WORDS                                  # the last words need not fill a round
         at = start * PER + col
-        scale = scale.to(tl.float32)
         acc0, square0 = row_times_words(acc0, square0, w, scale, x_ptr + at, norm_ptr + at, held, BITS, SPAN, HALF,
                                         NORM)
         if ROWS == 2:
@@ -310,7 +331,8 @@ def launch_config(S, O, bits):
     if S > GEMV_ROWS:
         return dict(BLOCK_S=16 if S <= 16 else 32, BLOCK_O=32, BLOCK_W=64, num_warps=4, num_stages=2)
     warps = 2 if O <= 4096 else 1
-    return dict(BLOCK_O=4, BLOCK_W=128 * warps, num_warps=warps, HALF=bits == 4 and not INTERPRETED, LATE=0)
+    return dict(BLOCK_O=4, BLOCK_W=128 * warps, num_warps=warps, UNROLL=2, HALF=bits == 4 and not INTERPRETED,
+                BY_HAND=not INTERPRETED, LATE=0)
 
 
 def quant_skinny(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **override):
