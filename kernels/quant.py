@@ -360,7 +360,8 @@ def quant_skinny(x_SD, w: Packed, work=None, norm=None, residual=None, gated=Fal
 
 FOLDS = dict(qkv=("norm",), o=("residual",), gate_up=("norm", "gated"), down=("residual",), head=("norm",))
 SWEEP = [dict(BLOCK_O=outputs, BLOCK_W=128 * warps, num_warps=warps)
-         for outputs in (2, 4, 8, 16) for warps in (1, 2, 4)]
+         for outputs, warps in ((2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4), (16, 1))]
+REFINE = [dict(UNROLL=1), dict(UNROLL=4)]                    # of the best three
 
 
 def packed_chain(name):
@@ -434,16 +435,15 @@ def tune(chain, work, name):
     best, others = {}, []
     for product in FOLDS:
         bits = (chain.head_VD if product == "head" else chain.w[product][0]).bits
-        timed = [(*product_us(chain, work, product, 1, **c), c) for c in SWEEP]
-        if bits == 4:                                        # the sweep took the default, two weights at a time
-            for _, _, c in sorted(timed, key=lambda t: t[0])[:3]:
-                plain = c | dict(HALF=False)
-                timed.append((*product_us(chain, work, product, 1, **plain), plain))
+        timed = sorted(((*product_us(chain, work, product, 1, **c), c) for c in SWEEP), key=lambda t: t[0])
+        for _, _, c in timed[:3]:
+            for more in REFINE + ([dict(HALF=False)] if bits == 4 else []):
+                timed.append((*product_us(chain, work, product, 1, **c, **more), c | more))
         timed.sort(key=lambda t: t[0])
         best[product] = timed[0][2]
         others += [(product, c) for _, _, c in timed[1:3]]
         table(f"{name}, {product}, {bits} bits, 1 row; best first", ("choice", "us", "TB/s"),
-              [(str(c), us, tbps) for us, tbps, c in timed[:8]])
+              [(str(c), us, tbps) for us, tbps, c in timed])
         us, tbps = product_us(chain, work, product, 2, **best[product])
         print(f"    2 rows at the best: {us:.2f} us, {tbps:.2f} TB/s", flush=True)
     rows = [("launch_config", step_ms(chain, work, 1), step_ms(chain, work, 2)),

@@ -1,11 +1,12 @@
 """evaluate: what the tiny pair gets right on held-out scenes, and how many drafts the target accepts.
 
-    python -m weights.tiny.evaluate [--count 40] [--device cpu] [--json PATH]
+    python -m weights.tiny.evaluate [--count 40] [--device cpu] [--packed] [--json PATH]
 
 Scenes that training never saw go the whole way: events through .npz, frames through H.264, Pillow's resize, the engine.
 Beside both models stand two controls that see nothing: `answer`, the text training saw most often for the same
 question, and `value`, each attribute's own most frequent value. An attribute is read back from a text by scenes.parse
-and counts where the true answer states it. Exits 1 if a speculative answer differs from target_only's."""
+and counts where the true answer states it. --packed: the acceptance of a drafter whose steps read 8 or 4 bit weights.
+Exits 1 if a speculative answer differs from target_only's."""
 
 import argparse
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 from engine import Fixed, load_engine
+from kernels.quant import BITS
 from weights.tiny import make_clips, scenes
 
 HERE = Path(__file__).resolve().parent
@@ -115,29 +117,49 @@ def report(figures: dict) -> str:
     return "\n".join(lines)
 
 
+def packed_report(figures: dict) -> str:
+    """{drafter dtype: figures of `evaluate`} as a table."""
+    lines = [f"{'steps':14}{'agree, ids':>12}{'accept_rate':>13}{'tokens_per_round':>18}{'drafter right':>15}"
+             f"{'lossless':>10}"]
+    for name, f in figures.items():
+        lines.append(f"{name:14}{f['drafter_agrees_for']:12.1f}{f['accept_rate']['drafter']:13.3f}"
+                     f"{f['tokens_per_round']['drafter']:18.2f}{f['exact']['drafter']:15.2f}"
+                     f"{'no' if f['unequal'] else 'yes':>10}")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=40, help="held-out scenes (default %(default)s)")
     parser.add_argument("--eventgpt", default=HERE / "drafter", help="drafter folder (default: the embedded one)")
     parser.add_argument("--videollava", default=HERE / "target", help="target folder (default: the embedded one)")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for bf16 there (default %(default)s)")
+    parser.add_argument("--packed", action="store_true", help="the drafter as loaded, then with packed weights")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     options = parser.parse_args()
     torch.set_num_threads(min(4, torch.get_num_threads()))
-    engine = load_engine(options.eventgpt, options.videollava, device=options.device)
-
     def progress(done):
         print(f"\r{done}/{options.count}", end="" if done < options.count else "\n", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        figures = evaluate(engine, options.count, Path(folder), progress)
+        figures = {}
+        for dtype in ("bf16", *BITS) if options.packed else ("bf16",):
+            engine = load_engine(options.eventgpt, options.videollava, device=options.device, drafter_dtype=dtype)
+            name = "as loaded" if dtype == "bf16" else dtype
+            figures[name] = evaluate(engine, options.count, Path(folder), progress)
     where = torch.cuda.get_device_name(engine.target.device) if engine.target.on_gpu else "CPU"
     print(f"embedded trained toy pair, {where}, {str(engine.target.decoder.dtype).removeprefix('torch.')}, torch "
-          f"{torch.__version__}, python -m weights.tiny.evaluate --count {options.count}")
-    print(report(figures))
+          f"{torch.__version__}, python -m weights.tiny.evaluate --count {options.count}"
+          f"{' --packed' if options.packed else ''}")
+    unequal = any(f["unequal"] for f in figures.values())
+    if options.packed:
+        print(packed_report(figures))
+    else:
+        figures = figures["as loaded"]
+        print(report(figures))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    return 1 if figures["unequal"] else 0
+    return 1 if unequal else 0
 
 
 if __name__ == "__main__":
