@@ -80,7 +80,7 @@ def read_dataset(folder: Path, question: str | None, limit: int):
         try:
             sample = read_record(folder, record, question)
             if sample.id in ids:                             # --resume and --merge go by id
-                raise InputError(f"id {sample.id} is there twice")
+                raise InputError(f"id {sample.id} is there twice; give each record its own")
             ids.add(sample.id)
             sample.at = i
             samples.append(sample)
@@ -119,7 +119,8 @@ def read_record(folder: Path, record: dict, question: str | None) -> Sample:
 
     if not isinstance(record, dict):
         raise InputError(f"is a {type(record).__name__}, wanted an object; mend the list")
-    turns = [turn for turn in record.get("conversations") or [] if isinstance(turn, dict)]
+    turns = wanted(record, "conversations", (list,)) if record.get("conversations") else []
+    turns = [turn for turn in turns if isinstance(turn, dict)]
     human, truth = (next((turn for turn in turns if turn.get("from") == who), None) for who in ("human", "gpt"))
     asked = question or (wanted(human, "value").replace("<event>", "").strip() if human else "")
     if not asked:
@@ -1384,7 +1385,7 @@ def check(options) -> None:
     if not options.modes:
         raise InputError(f"--modes: empty; pick from {', '.join(MODES)}")
     most = engine.STEP_ROWS - 1
-    for name, low, high in (("max_new_tokens", 1, None), ("repeats", 1, None), ("warmup", 0, None),
+    for name, low, high in (("max_new_tokens", 1, 1_000_000), ("repeats", 1, None), ("warmup", 0, None),
                             ("cache_rows", 1, None), ("max_samples", 1, None), ("draft_len", 0, most),
                             ("overlap_len", 0, most)):
         value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
@@ -1392,11 +1393,12 @@ def check(options) -> None:
             continue
         if value < low or (high is not None and value > high):
             wanted = f"at least {low}" if high is None else f"{low}..{high}"
-            raise InputError(f"{flag}: wanted {wanted}{' or -1 for all' if name == 'max_samples' else ''}, got {value}")
+            either = " or -1 for all" if name == "max_samples" else ""
+            raise InputError(f"{flag}: wanted {wanted}{either}, got {value}; change it")
     local, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if options.device is None and local < torch.cuda.device_count():
         options.device = f"cuda:{local}"                     # torchrun: a GPU for each process
-    if processes > 1:                                             # which it starts with one CPU thread each
+    if processes > 1:                                        # which it starts with one CPU thread each
         torch.set_num_threads(max(1, os.cpu_count() // processes))
     options.device = engine.pick_device(options.device)
     options.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[options.dtype]
@@ -1433,7 +1435,7 @@ def read_shard(text: str | None, environ) -> tuple[int, int]:
         text = next((f"{environ[i]}/{environ[n]}" for i, n in ranks if i in environ and n in environ), "0/1")
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise InputError(f"--shard: wanted I/N with I from 0 to N - 1, got {text!r}")
+        raise InputError(f"--shard: wanted I/N with I from 0 to N - 1, got {text!r}; number the shards from 0")
     return int(index), int(count)
 
 
