@@ -32,7 +32,7 @@ import engine  # first: it keeps torch quiet where numpy is absent
 import torch
 import triton
 
-from engine import MODES, InputError
+from engine import MODES, UNREADABLE, InputError
 from kernels.check import differing, gemm_tflops, quantiles, read_tbps
 from kernels.quant import BITS
 
@@ -717,8 +717,10 @@ def read_rows(path: Path) -> tuple[dict, list, int]:
         raw = path.read_bytes()
         whole = raw.rfind(b"\n") + 1
         head, *rows = [json.loads(line) for line in raw[:whole].splitlines()]
-        assert isinstance(head["config"], dict) and all({"id", "at", "modes"} <= row.keys() for row in rows)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        assert isinstance(head["config"], dict) and type(head["config"]["samples"]) is int
+        assert all(type(row["id"]) is str and type(row["at"]) is int and row["modes"].keys() <= set(MODES)
+                   for row in rows), "a line that is no finished sample"
+    except UNREADABLE as error:
         raise InputError(f"{path}: not a file of rows ({engine.describe(error)}); wants what --rows wrote") from None
     return head, rows, whole
 
@@ -742,8 +744,14 @@ def merged(paths: list[Path]) -> dict:
     if missing:
         raise InputError(f"{paths[0]}: {missing} of {heads[0]['config']['samples']} samples are missing; give the row "
                          f"files of all shards, finished")
-    return assemble({**heads[0], "command": f"bench.py --merge of {len(paths)} row files", "shards_s": took},
-                    sorted(rows.values(), key=lambda row: row["at"]))
+    try:
+        report = assemble({**heads[0], "command": f"bench.py --merge of {len(paths)} row files", "shards_s": took},
+                          sorted(rows.values(), key=lambda row: row["at"]))
+        render(report)
+    except UNREADABLE as error:
+        raise InputError(f"{paths[0]}: cannot be made a report ({engine.describe(error)}); wants what --rows "
+                         f"wrote") from None
+    return report
 
 
 def compare_runs(old_path: Path, new_path: Path) -> int:
@@ -753,29 +761,38 @@ def compare_runs(old_path: Path, new_path: Path) -> int:
         try:
             report = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
             runs.append((report, {row["id"]: row["modes"] for row in report["samples"]}))
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        except UNREADABLE as error:
             raise InputError(f"{path}: not a saved run ({engine.describe(error)}); wants what --json wrote") from None
-    (old, before), (new, after) = runs
+    try:
+        lines, changed = compared(*runs[0], *runs[1])
+    except UNREADABLE as error:
+        raise InputError(f"{old_path}, {new_path}: no two saved runs ({engine.describe(error)}); want what --json "
+                         f"wrote") from None
+    print("\n".join([f"compare  {old_path.name} with {new_path.name}, commits {lines[0]}", *lines[1:]]))
+    return int(bool(changed))
+
+
+def compared(old: dict, before: dict, new: dict, after: dict) -> tuple[list, set]:
+    """(lines, ids of samples that answer differently) of two reports and their samples by id."""
     shared = [i for i in before if i in after]
-    print(f"compare  {old_path.name} at {old['commit']} with {new_path.name} at {new['commit']}, {len(shared)} shared "
-          f"samples; above 1 the new run is faster")
+    lines = [f"{old['commit']} with {new['commit']}, {len(shared)} shared samples; above 1 the new run is faster"]
     if old["machine"]["gpu"] != new["machine"]["gpu"] or old["config"] != new["config"]:
-        print("warning  the two runs differ in machine or flags: a ratio across them says little")
+        lines.append("warning  the two runs differ in machine or flags: a ratio across them says little")
     for mode in [m for m in old["modes"] if m in new["modes"]]:
         ratio = interval([before[i][mode]["e2e_ms"] / after[i][mode]["e2e_ms"] for i in shared
                           if mode in before[i] and mode in after[i]])
         if ratio is None:
             continue
         verdict = "faster" if ratio["low"] > 1 else "slower" if ratio["high"] < 1 else "no difference shown"
-        print(f"{mode:20} {ratio['p50']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]  {verdict}")
-    changed = [i for i in shared for m in before[i] if m in after[i] and m != "drafter_only"
-               and before[i][m]["ids"] != after[i][m]["ids"]]
+        lines.append(f"{mode:20} {ratio['p50']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]  {verdict}")
+    changed = {i for i in shared for m in before[i] if m in after[i] and m != "drafter_only"
+               and before[i][m]["ids"] != after[i][m]["ids"]}
     wall = [max(run.get("shards_s") or [sum(row.get("took_s", 0.0) for row in run["samples"])]) for run in (old, new)]
     if all(wall):
-        print(f"wall     {wall[0]:.1f} s -> {wall[1]:.1f} s for all samples, {wall[0] / wall[1]:.2f}x"
-              + (f", over {len(new['shards_s'])} shards, the slowest counts" if new.get("shards_s") else ""))
-    print(f"outputs  {'the same' if not changed else f'{len(set(changed))} samples answer differently'}")
-    return int(bool(changed))
+        lines.append(f"wall     {wall[0]:.1f} s -> {wall[1]:.1f} s for all samples, {wall[0] / wall[1]:.2f}x"
+                     + (f", over {len(new['shards_s'])} shards, the slowest counts" if new.get("shards_s") else ""))
+    lines.append(f"outputs  {'the same' if not changed else f'{len(changed)} samples answer differently'}")
+    return lines, changed
 
 
 # ---- the request as a picture ----------------------------------------------------------------------------------
@@ -869,7 +886,11 @@ def read_pairs(path: Path, src: str) -> list[dict]:
         rows = [{"seq": r["seq"], "clip": r["clip"], "question": r["question"],
                  "target": [i for i in r["videollava_ids"] if i != 2],
                  "drafter": [i for i in r["eventgpt_ids"] if i != 2]} for r in rows if r.get("src") == src]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        assert all(type(r[name]) is str for r in rows for name in ("seq", "question")), "names that are no text"
+        assert {type(r["clip"]) for r in rows} in ({int}, {str}, set()), "clips that are neither numbers nor names"
+        assert all(type(i) is int for r in rows for i in r["target"] + r["drafter"]), "ids that are no whole numbers"
+        assert all(r["target"] for r in rows), "an answer without ids"
+    except UNREADABLE as error:
         raise InputError(f"{path}: not recorded pairs ({engine.describe(error)}); wants one JSON object a line with "
                          f"src, seq, clip, question, videollava_ids, eventgpt_ids") from None
     if not rows:
@@ -1471,7 +1492,7 @@ def run(options, command) -> int:
         try:
             report = json.loads(options.from_json.read_text(encoding="utf-8").splitlines()[-1])
             render(report)
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        except UNREADABLE as error:
             raise InputError(f"{options.from_json}: not a saved run ({type(error).__name__}: {error}); wants what "
                              f"--json wrote") from None
         return publish(report, options)

@@ -71,6 +71,8 @@ __all__ = ["MODES", "SOURCES", "Best", "Constant", "DraftSource", "Engine", "Eve
 
 MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
+              RecursionError)        # what taking a damaged JSON file at its word may raise
 STATE = 8               # words before the ids in a request's state; kernels/round.py names them
 N_OUT, DONE, ACCEPT_LEN, PROMPT_LEN, EOS_ID, LIMIT, NONFINITE = range(7)
 
@@ -99,7 +101,8 @@ class DecoderConfig:
 
     @classmethod
     def read(cls, raw: dict) -> DecoderConfig:
-        """From a Hugging Face LLaMA config; `rope_parameters` is the newer home of `rope_theta`."""
+        """From a Hugging Face LLaMA config; `rope_parameters` is the newer home of `rope_theta`. null is no value."""
+        raw = {name: value for name, value in raw.items() if value is not None}
         H, D = raw.get("num_attention_heads", 32), raw.get("hidden_size", 4096)
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
@@ -130,6 +133,7 @@ class VisionConfig:
 
     @classmethod
     def read(cls, raw: dict) -> VisionConfig:
+        raw = {name: value for name, value in raw.items() if value is not None}
         if raw.get("hidden_act", "quick_gelu") != "quick_gelu":
             raise InputError(f"config.json: vision activation {raw['hidden_act']}, only quick_gelu is supported")
         return cls(C=raw.get("hidden_size", 1024), layers=raw.get("num_hidden_layers", 24),
@@ -709,7 +713,7 @@ class Memory(DraftSource):
             memory = cls(int(raw["order"]), int(raw["most"]))
             for ids, weight in raw["answers"]:
                 memory.teach([int(i) for i in ids], int(weight))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        except UNREADABLE as error:
             raise InputError(f"{path}: not a saved memory ({describe(error)}); wants what Memory.save wrote") from None
         return memory
 

@@ -5,8 +5,8 @@
         case.call(engine)                   # the library: InputError, unless case.exit is 0
         bench.main(case.flags)              # the command line: case.exit
 
-`python tests/hostile.py FOLDER` writes them all, a folder each, and prints the flags that try them. ELSEWHERE says why a
-row of the list has no more than a flag to try."""
+`python tests/hostile.py FOLDER` writes them all, a folder each, and prints the flags that try them. ELSEWHERE says why
+a row of the list has no more than a flag to try."""
 
 import contextlib
 import fcntl

@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import sys
 import warnings
 import zipfile
@@ -173,7 +174,7 @@ def read_pickled(path):
                           "nothing of it was run; ask its author for safetensors, or for the tensors alone") from None
         raise refusal(path, "not a file of torch.save, or a damaged one", "copy or download it again") from None
     except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
-            MemoryError, RecursionError, OverflowError, zipfile.BadZipFile) as error:
+            MemoryError, RecursionError, OverflowError, zipfile.BadZipFile, struct.error) as error:
         # What a damaged pickle does to the reader is open-ended; these are the classes that mutations of real ones met.
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise refusal(path, f"not a file of torch.save, or a damaged one ({brief(reason)})",

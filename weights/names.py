@@ -80,6 +80,15 @@ TEXT_DEFAULTS = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_he
                  "vocab_size": 32000}
 VISION_DEFAULTS = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
                    "image_size": 224, "patch_size": 14}
+_POSITIVE = ("a number above 0", lambda v: type(v) in (int, float) and 0 < v < 1e30)
+_COUNT = ("a whole number above 0", lambda v: type(v) is int and 0 < v < 2 ** 31)
+_ID = ("an id of the vocabulary", lambda v: type(v) is int and 0 <= v < 2 ** 31)
+_FLAG = ("true or false", lambda v: type(v) is bool)
+VALUES = {"rms_norm_eps": _POSITIVE, "layer_norm_eps": _POSITIVE, "rope_theta": _POSITIVE,
+          "max_position_embeddings": _COUNT, "video_seq_length": _COUNT, "bos_token_id": _ID, "eos_token_id": _ID,
+          **dict.fromkeys(("event_feature_adaptor", "mm_use_im_patch_token", "mm_use_im_start_end",
+                           "tie_word_embeddings"), _FLAG),
+          "vision_feature_select_strategy": ("default or full", lambda v: v in ("default", "full"))}
 LIMIT = {"num_hidden_layers": 1000}                     # more would fill memory with names; others stay below 2**31
 LLAMA_VOCAB = 32000                                     # pieces before any added token
 
@@ -147,9 +156,12 @@ def plan(config: dict, where="config.json") -> Plan:
     if kind == "EventChat_llama":
         insist(config, EVENTGPT_FIXED, where)
         insist_markers(config, where)
+    check_values(text, where)
     if kind != "llama":
         vision = section(config, "vision_config", where)
         insist(vision, VISION_FIXED, where)
+        check_values(config, where)
+        check_values(vision, where)
         D, C = size(text, "hidden_size", where), size(vision, "hidden_size", where, VISION_DEFAULTS)
         for tower in ("video", "image") if kind == "video_llava" else ("events",):
             layer = config.get("vision_feature_layer", -2) if kind == "video_llava" else -1
@@ -165,7 +177,8 @@ def plan(config: dict, where="config.json") -> Plan:
 def text_plan(text, where, wanted, unused):
     """Appends the decoder's tensors. Sizes that a config leaves out are LLaMA-7B's, as upstream."""
     insist(text, TEXT_FIXED, where)
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = section(text, "rope_parameters", where) or section(text, "rope_scaling", where)
+    check_values(rope, where)
     insist(rope, {"rope_type": "default", "type": "default"}, where)
     D, F, V, H, L = (size(text, name, where) for name in
                      ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_hidden_layers"))
@@ -259,9 +272,18 @@ def insist(config, fixed, where):
                              f"{value!r}; use a checkpoint of the published architecture")
 
 
+def check_values(config, where):
+    """Refuses the wrong kind of value under keys that are no sizes of a tensor. Absent and null mean the default."""
+    for name, (wanted, fine) in VALUES.items():
+        value = config.get(name)
+        if value is not None and not fine(value):
+            raise InputError(f"{where}: {name} is {str(value)[:60]!r}, wanted {wanted}; "
+                             f"copy config.json from the checkpoint again")
+
+
 def extra_rows(config) -> int:
     """Embedding rows that EventGPT's flags append: a patch token (unless its flag is false), then two markers."""
-    return int(config.get("mm_use_im_patch_token", True)) + 2 * int(config.get("mm_use_im_start_end") or False)
+    return bool(config.get("mm_use_im_patch_token", True)) + 2 * bool(config.get("mm_use_im_start_end"))
 
 
 def insist_markers(config, where):

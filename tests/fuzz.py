@@ -1,0 +1,434 @@
+"""fuzz: seeded damage to every kind of file the program reads, in child processes with bounds on time and memory.
+
+    python tests/fuzz.py --mutations 20000
+    python tests/fuzz.py --mutations 500 --kind npy,config
+
+A damaged file is read through or refused with InputError. Anything else is a violation and makes the exit code 1:
+another exception, a signal, a mutation that takes longer than SECONDS, something executed, an accepted file without
+content, or a child that grows by more than MEGABYTES over what it held after its imports. `--seed N --mutations 1`
+repeats one."""
+
+import argparse
+import io
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+BATCH = 2500                         # mutations a child lives for
+SECONDS = 10                         # for one mutation; what is refused takes milliseconds
+MEGABYTES = 256                      # over the baseline after imports and one sound file
+COLUMNS = ("accepted", "refused", "foreign", "signals", "executed", "empty")
+ODD = [None, True, False, 0, -1, 1, 3.5, -1e308, 2 ** 31, 2 ** 63, 10 ** 30, float("nan"), float("inf"), "", "x",
+       "\ud800", "a\0b", "../../x", "/etc/passwd", "\n", [], {}, [[]], [None], [1] * 50, {"": None}, "9" * 400,
+       {"rope_type": "linear"}, "x" * 5000]
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------
+
+
+def nodes(value, found):
+    """Every (container, key) of a JSON value."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        found.append((value, key))
+        nodes(value[key], found)
+    return found
+
+
+def damaged_json(raw: bytes, chance) -> bytes:
+    """A few entries of a JSON text replaced by odd ones, removed, or doubled."""
+    value = json.loads(raw)
+    for _ in range(chance.choice((1, 1, 1, 2, 4))):
+        places = nodes(value, [])
+        if not places:
+            break
+        at, key = chance.choice(places[:400] if chance.random() < 0.5 else places)
+        kind = chance.randrange(4)
+        if kind == 0:
+            del at[key]
+        elif kind == 1 and isinstance(at, list):
+            at.insert(key, at[key])
+        elif kind == 2:
+            at[key] = chance.choice(places)[0]
+            try:
+                json.dumps(value)
+            except ValueError:                               # it now holds itself
+                at[key] = None
+        else:
+            at[key] = chance.choice(ODD)
+    return json.dumps(value).encode()
+
+
+def damaged_lines(raw: bytes, chance) -> bytes:
+    lines = raw.splitlines()
+    at = chance.randrange(len(lines))
+    lines[at] = damaged_json(lines[at], chance)
+    return b"\n".join(lines) + b"\n"
+
+
+def damaged(kind, raw, chance):
+    from test_media import damaged as damaged_bytes
+    if kind in ("config", "tokenizer", "dataset", "memory") and chance.random() < 0.6:
+        return damaged_json(raw, chance)
+    if kind in ("pairs", "rows") and chance.random() < 0.6:
+        return damaged_lines(raw, chance)
+    return damaged_bytes(raw, chance)
+
+
+# ---- one kind of file: (sound ones, reader that returns whether there is content) -------------------------------
+
+
+def npy(folder):
+    from test_media import ATTACKS, RunsCommand, check_events, npy_of_dict, npy_of_pickle, small_events
+
+    from weights.media import read_events
+    sound = [npy_of_dict(small_events(12) | {"time_start": 1.0}, protocol) for protocol in (2, 3, 4, 5)]
+    traps = [npy_of_dict(small_events(12) | {"n": RunsCommand(f"touch {folder / 'canary'}")}, p) for p in (2, 4)]
+    traps += [npy_of_pickle(pickled) for name, (pickled, _) in ATTACKS.items() if name != "deep nesting"]
+    return "e.npy", sound * 4 + traps, lambda path: check_events(read_events(path))
+
+
+def npz(folder):
+    import numpy
+    from test_media import check_events, npy_of_array, npz_of, small_events
+
+    from weights.media import read_events
+    rows = numpy.zeros(12, [("x", "u2"), ("y", "u2"), ("t", "i8"), ("p", "u1")])
+    blobs = [npz_of(**small_events(12)), npz_of(True, **small_events(12)), npy_of_array(rows)]
+    return "e.npz", blobs, lambda path: check_events(read_events(path))
+
+
+def png(folder):
+    from test_media import check_image, image_bytes, some_image
+
+    from weights.media import read_image
+    blobs = [image_bytes(some_image(mode, (40, 30))) for mode in ("RGB", "RGBA", "P", "L", "I;16")]
+    blobs += [image_bytes(some_image("RGB", (40, 30)), "JPEG"), image_bytes(some_image("CMYK", (40, 30)), "JPEG")]
+    return "i.png", blobs, lambda path: check_image(read_image(path))
+
+
+def mp4(folder):
+    import av
+    from test_media import check_clip, clip_bytes
+
+    from weights.media import read_video
+    blobs = [clip_bytes(folder, f"s{i}.{end}", 12, **more) for i, (end, more) in enumerate((
+        ("mp4", {}), ("mkv", {}), ("avi", {}), ("mp4", {"options": {"movflags": "faststart"}}),
+        ("mp4", {"options": {"movflags": "frag_keyframe+empty_moov"}}),
+        *((("mp4", {"codec": "libx264"}),) if "libx264" in av.codecs_available else ()), ("avi", {"codec": "mjpeg",
+                                                                          "pixel_format": "yuvj420p"})))]
+    return "v.mp4", blobs, lambda path: check_clip(read_video(path))
+
+
+def safetensors(folder):
+    import torch
+    from test_load import make
+
+    from weights.load import open_checkpoint
+
+    def read(path):
+        weights = open_checkpoint(path.parent).load("cpu", torch.float32)
+        assert weights and all(torch.isfinite(t).all() for t in weights.values())
+    make(folder)
+    return "model.safetensors", [(folder / "model.safetensors").read_bytes()], read
+
+
+def config(folder):
+    """The config of either side, from the file to an answered request."""
+    import shutil
+
+    import torch
+    from test_load import CLIP, TEXT, tensors_of, write
+
+    import engine
+    text = {**TEXT, "vocab_size": 576, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+            "bos_token_id": 1, "eos_token_id": 2, "rope_scaling": None, "tie_word_embeddings": False}
+    both = [{"model_type": "video_llava", "text_config": text, "vision_config": CLIP, "vision_feature_layer": -2,
+             "vision_feature_select_strategy": "default", "video_seq_length": 40, "projector_hidden_act": "gelu"},
+            {**text, "model_type": "EventChat_llama", "mm_visual_tower": "clip", "vision_config": CLIP,
+             "event_feature_adaptor": True, "mm_use_im_patch_token": False, "mm_use_im_start_end": False}]
+    for side, raw in zip(("target", "drafter"), both, strict=True):
+        write(folder / side, raw, tensors_of(raw))
+        shutil.copy(ROOT / "weights/tiny/target/tokenizer.json", folder / side)
+    frames = [torch.zeros(32, 32, 3, dtype=torch.uint8)] * 8
+    engine.read_video = lambda path, count, rule: frames * (count // 8) + frames[:count % 8]
+    engine.read_images = lambda paths: frames[:1]
+    here = str(ROOT / "README.md")                           # a path that exists; the frames above stand for its pixels
+
+    def read(path):
+        raw = path.read_bytes()
+        is_target = b"video_llava" in raw[:4000]
+        side = folder / ("target" if is_target else "drafter")
+        (side / "config.json").write_bytes(raw)
+        e = engine.load_engine(None, side, "cpu") if is_target else engine.load_engine(side, None, "cpu")
+        try:
+            asked = {"video_path": here, "mode": "target_only"} if is_target else {"event_image_path": [here],
+                                                                                  "mode": "drafter_only"}
+            assert e.generate(query="a", max_new_tokens=2, **asked).output_ids
+        finally:
+            for pool in e.threads.values():
+                pool.shutdown()
+    return "config.json", [json.dumps(raw).encode() for raw in both], read
+
+
+def tokenizer(folder):
+    from weights.text import Text
+
+    def read(path):
+        text = Text(path)
+        assert text.ids("USER: what is there?") and isinstance(text.decode([5, 300, 511, 9999]), str)
+    return "tokenizer.json", [(ROOT / "weights/tiny/target/tokenizer.json").read_bytes()], read
+
+
+def dataset(folder):
+    import bench
+    for kind in ("event_npy", "mp4", "event_image"):
+        (folder / kind / "a").mkdir(parents=True)
+    for name in ("event_npy/a/0.npy", "mp4/a/0.mp4", "event_image/a/0.png"):
+        (folder / name).touch()
+    turns = [{"from": "human", "value": "<event>\nWhat is there?"}, {"from": "gpt", "value": "A car."}]
+    records = [{"id": i, "event_data": "a/0.npy", "video_data": "a/0", "split": "test", "conversations": turns}
+               for i in range(3)]
+    records += [{"id": "i", "event_image": ["a/0.png"] * 5, "mp4_data": "a/0.mp4", "conversations": turns}]
+
+    def read(path):
+        samples, problems = bench.read_dataset(path.parent, None, -1)
+        assert samples and all(line.isprintable() for line in problems)
+        for sample in samples:
+            for file in (sample.video, *(sample.events if isinstance(sample.events, list) else [sample.events])):
+                assert file.resolve().is_relative_to(folder.resolve().parent), file
+    return "EventGPT_Instruction_Subset.json", [json.dumps(records).encode()], read
+
+
+def pairs(folder):
+    import bench
+    rows = [{"src": "s", "seq": f"q{i % 2}", "clip": f"{i:03}", "question": "q", "videollava_ids": [5, 6, 7 + i % 2, 2],
+             "eventgpt_ids": [5, 9, 2]} for i in range(6)]
+
+    def read(path):
+        found = bench.read_pairs(path, "s")
+        assert found and bench.one_shot_controls(found, 5) and bench.memory_controls(found, 3, [2])
+    return "p.jsonl", ["\n".join(map(json.dumps, rows)).encode()], read
+
+
+def memory(folder):
+    from engine import Memory
+    source = Memory(order=4, most=10)
+    for ids in ([1, 2, 3], [2, 3, 4, 5]):
+        source.learn(ids)
+    source.save(folder / "sound.json")
+
+    def read(path):
+        loaded = Memory.load(path)
+        loaded.learn([1, 2, 3])
+        assert all(isinstance(i, int) for i in loaded.propose([1, 2], 5)), "proposes what is no id"
+    return "m.json", [(folder / "sound.json").read_bytes()], read
+
+
+def rows(folder):
+    import bench
+    of = {"raw": {"e2e_ms": [1.0], "ttft_ms": [1.0], "ttfp_ms": [None], "tpot_ms": [1.0]}, "ids": [5, 6], "text": "a",
+          "preview": "", "finish_reason": "stop", "e2e_ms": 1.0, "ttft_ms": 1.0, "ttfp_ms": None, "tpot_ms": 1.0,
+          "stages_ms": {"target": {"decode": [1.0]}}, "drafted": 1, "accepted": 1, "rounds": 1, "accept_lens": [1],
+          "overlap_drafts": 0, "differs_at": None, "identical": True, "prompt_rows": {"target": 5}, "peak_memory": 1,
+          "drafter_error": None}
+    work = {"weight_bytes": 1, "kv_bytes_per_row": 1, "flop_per_row": 1, "flop_per_row_pair": 1, "flop_head": 1}
+    head = {"schema": 1, "commit": "a", "dirty": False, "command": "c", "time": "t", "seed": 0, "skipped": [],
+            "machine": {"gpu": None, "driver": None, "torch": "t", "triton": "t", "python": "p", "threads": 1,
+                        "cores": 1, "others_on_gpu": None},
+            "weights": {"kind": "tiny", "target": {"path": "p", "dtype": "d", "bytes": 1}},
+            "ceilings": {"read_bw": 1.0, "gemm_flops": 1.0, "target": work},
+            "config": {"modes": ["target_only"], "max_new_tokens": 2, "draft_len": 5, "overlap_len": 15,
+                       "draft_source": "drafter", "ignore_eos": False, "frame_rule": "uniform", "graphs": True,
+                       "warmup": 0, "repeats": 1, "samples": 2, "devices": {}}}
+    lines = [head] + [{"id": f"{i}", "at": i, "seq": "", "clip": "", "question": "q", "truth": None,
+                       "modes": {"target_only": of}} for i in range(2)]
+
+    def read(path):
+        report = bench.merged([path])
+        assert report["samples"] and bench.render(report)
+    return "r.jsonl", ["\n".join(map(json.dumps, lines)).encode() + b"\n"], read
+
+
+def pickled(folder):
+    """Torch files through the converter."""
+    import torch
+    from test_media import RunsCommand
+
+    from weights.convert import convert
+    blobs = []
+    for content in ({"a": torch.ones(3, 4), "b": torch.arange(5)}, {"model": {"w": torch.ones(2)}, "epoch": 3},
+                    {"a": torch.ones(2), "n": RunsCommand(f"touch {folder / 'canary'}")}):
+        for zipped in (True, False):
+            buffer = io.BytesIO()
+            torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
+            blobs.append(buffer.getvalue())
+
+    def read(path):
+        for made in convert(path):
+            assert made.stat().st_size > 8
+            made.unlink()
+    return "w.bin", blobs, read
+
+
+KINDS = {"npy": npy, "npz": npz, "png": png, "mp4": mp4, "safetensors": safetensors, "config": config,
+         "tokenizer": tokenizer, "dataset": dataset, "pairs": pairs, "memory": memory, "rows": rows, "pickled": pickled}
+
+
+# ---- the child -------------------------------------------------------------------------------------------------
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def child(kind: str, first: int, last: int, folder: Path) -> None:
+    """Tries the seeds first..last-1, and keeps its tally in `folder`/tally, so that a crash loses none of it."""
+    from weights import InputError
+    warnings.simplefilter("error")                           # a warning would be a second line on the user's screen
+    name, blobs, read = KINDS[kind](folder)
+    path = folder / name
+    for blob in blobs[:8]:                                   # a sound file first: the baseline has every library loaded
+        path.write_bytes(blob)
+        try:
+            read(path)
+        except InputError:
+            pass
+    damaged(kind, blobs[0], random.Random(0))
+    base, tally = peak_mb(), dict.fromkeys(COLUMNS, 0) | {"slowest": 0.0, "peak": 0.0, "notes": []}
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (4 * MEGABYTES << 20), hard))         # addresses, not pages
+    for seed in range(first, last):
+        chance = random.Random(f"{kind} {seed}")
+        path.write_bytes(damaged(kind, blobs[seed % len(blobs)], chance))
+        tally["seed"] = seed
+        save(folder, tally)
+        began = time.perf_counter()
+        try:
+            read(path)
+            tally["accepted"] += 1
+        except InputError as error:
+            tally["refused"] += 1
+            if not str(error).isprintable() or not str(error):
+                note(tally, "foreign", seed, "not one line")
+        except AssertionError as error:
+            note(tally, "empty", seed, error)
+        except BaseException as error:
+            note(tally, "foreign", seed, error)
+        tally["slowest"] = max(tally["slowest"], (time.perf_counter() - began) * 1e3)
+        tally["peak"] = max(0.0, peak_mb() - base)
+        if (folder / "canary").exists():
+            note(tally, "executed", seed, "the canary exists")
+            (folder / "canary").unlink()
+    save(folder, tally | {"seed": last})
+
+
+def note(tally, column, seed, what):
+    tally[column] += 1
+    if len(tally["notes"]) < 5:
+        where = ""
+        if isinstance(what, BaseException) and what.__traceback__:
+            at = what.__traceback__
+            while at.tb_next:
+                at = at.tb_next
+            where = f" at {Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}"
+        tally["notes"].append(ascii(f"{column}, seed {seed}: {type(what).__name__}: {str(what)[:150]}{where}")[1:-1])
+
+
+def save(folder, tally):
+    text = json.dumps(tally).encode()
+    with open(folder / "tally", "r+b" if (folder / "tally").exists() else "wb") as file:
+        file.write(text.ljust(4096))                         # one page, in place: cheap enough for every mutation
+
+
+# ---- the parent ------------------------------------------------------------------------------------------------
+
+
+def fuzz(kind: str, first: int, count: int) -> dict:
+    """The tally of one kind, over as many children as it takes."""
+    total = dict.fromkeys(COLUMNS, 0) | {"slowest": 0.0, "peak": 0.0, "notes": []}
+    at, end = first, first + count
+    while at < end:
+        with tempfile.TemporaryDirectory() as name:
+            folder, stop = Path(name), min(at + BATCH, end)
+            command = [sys.executable, __file__, "--child", kind, "--seed", str(at), "--mutations", str(stop - at),
+                       "--folder", name]
+            env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+            with open(folder / "stderr", "w+") as stderr:
+                code = watched(subprocess.Popen(command, env=env, stderr=stderr), folder)
+                stderr.seek(0)
+                said = stderr.read()[-300:]
+            try:
+                tally = json.loads((folder / "tally").read_text())
+            except (OSError, ValueError):
+                raise SystemExit(f"fuzz: {kind}: the child ended with {code} before its first file: {said}") from None
+        for column in COLUMNS:
+            total[column] += tally[column]
+        for column in ("slowest", "peak"):
+            total[column] = max(total[column], tally[column])
+        total["notes"] += tally["notes"]
+        if code:
+            total["signals"] += 1
+            total["notes"].append(f"signals, seed {tally['seed']}: child ended with {code}")
+        at = tally["seed"] + bool(code)
+    return total
+
+
+def watched(process, folder) -> int:
+    """Its exit code; killed if its tally stands still for SECONDS."""
+    seen, since = None, time.monotonic() + 60                # imports take their time
+    while process.poll() is None:
+        time.sleep(0.05)
+        try:
+            now = (folder / "tally").stat().st_mtime_ns
+        except OSError:
+            now = None
+        if now != seen:
+            seen, since = now, time.monotonic()
+        elif time.monotonic() - since > SECONDS:
+            process.kill()
+    return process.wait()
+
+
+def violations(tally: dict) -> bool:
+    return any(tally[column] for column in COLUMNS[2:]) or tally["peak"] > MEGABYTES
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mutations", type=int, default=500, help="of each kind (default %(default)s)")
+    parser.add_argument("--kind", default=",".join(KINDS), help="comma list of %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (default %(default)s)")
+    parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.child:
+        child(options.child, options.seed, options.seed + options.mutations, options.folder)
+        return 0
+    unknown = set(options.kind.split(",")) - set(KINDS)
+    if unknown:
+        parser.error(f"--kind: {', '.join(sorted(unknown))} is none of {', '.join(KINDS)}")
+    print(f"{'kind':12} {'mutations':>9} " + " ".join(f"{name:>8}" for name in COLUMNS) + "  slowest ms  peak MB")
+    failed = False
+    for kind in options.kind.split(","):
+        tally = fuzz(kind, options.seed, options.mutations)
+        print(f"{kind:12} {options.mutations:9} " + " ".join(f"{tally[name]:8}" for name in COLUMNS)
+              + f" {tally['slowest']:11.1f} {tally['peak']:8.1f}", flush=True)
+        for line in tally["notes"][:8]:
+            print(f"  {line}")
+        failed |= violations(tally)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
