@@ -1144,7 +1144,7 @@ class Engine:
             if last is None:
                 continue
             state = last[1].read()
-            check_finite(state, model)
+            check_finite(state, model, "draft")
             own = state[STATE:STATE + state[N_OUT]]
             ended = bool(state[DONE]) or len(own) >= limit
             ahead.publish(epoch, own)
@@ -1162,9 +1162,9 @@ class Engine:
         words = STATE + req.max_new_tokens + STEP_ROWS
         sent = 0
 
-        def emit(state):
+        def emit(state, stage):
             nonlocal sent
-            check_finite(state, model)
+            check_finite(state, model, stage)
             fresh = state[STATE + sent:STATE + state[N_OUT]]
             sent += len(fresh)
             if fresh:
@@ -1174,7 +1174,7 @@ class Engine:
             encode_and_prefill(model, frames, req.max_new_tokens, req)
             state = model.snapshot(words).read()
             req.prefill_end = line.now()
-            emit(state)
+            emit(state, "prefill")
             if req.mode == "speculative" and self.apart and req.source is None:
                 state = self._rounds_ahead(req, state, words, emit)
             elif req.mode in ("prefill_then_verify", "speculative"):
@@ -1186,14 +1186,14 @@ class Engine:
                     state = self._rounds_with_source(req, state, words, emit)
             if not state[DONE]:
                 for state in self._decode(model, req, req.max_new_tokens, "decode"):
-                    emit(state)
+                    emit(state, "decode")
 
     def _decode(self, model: Model, req: Request, limit: int, name: str, go_on=None):
         """One-row steps to the end, or until `go_on`, told the newest state the host has seen, says no. Yields states
         as the host sees them, one step behind what is queued; the last one has everything."""
         words, waiting = STATE + limit + STEP_ROWS, None
         state = model.snapshot(words).read()
-        check_finite(state, model)
+        check_finite(state, model, "prefill")
         yield state
         for _ in range(limit - state[N_OUT]):
             if req.cancelled.is_set() or state[DONE] or (go_on and not go_on(state)):
@@ -1205,11 +1205,11 @@ class Engine:
                 waiting, last = None, waiting                # the CPU has nothing queued: look at once
             if last is not None:
                 state = last.read()
-                check_finite(state, model)
+                check_finite(state, model, name)
                 yield state
         if waiting is not None and not req.cancelled.is_set():
             state = waiting.read()
-            check_finite(state, model)
+            check_finite(state, model, name)
             yield state
 
     def _verify_overlap(self, req: Request, state, words: int, emit):
@@ -1246,7 +1246,7 @@ class Engine:
             model.step(G)
         state = model.snapshot(words).read()
         req.accept_lens.append(state[ACCEPT_LEN])
-        emit(state)
+        emit(state, "verify")
         return state
 
     def _plain(self, req: Request, words: int, emit):
@@ -1255,7 +1255,7 @@ class Engine:
             self.target.step(0)
         state = self.target.snapshot(words).read()
         req.accept_lens.append(0)
-        emit(state)
+        emit(state, "decode")
         return state
 
     def _rounds_with_drafter(self, req: Request, state, words: int, emit):
@@ -1320,7 +1320,7 @@ class Engine:
             return not (drafts and req.gate.pays(kind, req.question, len(drafts)))
 
         for state in self._decode(self.target, req, req.max_new_tokens, "decode", go_on):
-            emit(state)
+            emit(state, "decode")
         return state
 
     def _rounds_ahead(self, req: Request, state, words: int, emit):
@@ -1614,10 +1614,10 @@ class NonFinite(InputError):
     """A model computed NaN. Ends the request for the target; only ends the drafting for the drafter."""
 
 
-def check_finite(state, model: Model) -> None:
+def check_finite(state, model: Model, stage: str) -> None:
     if state[NONFINITE]:
-        raise NonFinite(f"{model.path}: the {model.side}'s logits hold NaN or infinity; check the checkpoint "
-                         f"(python -m weights.load) and the dtype")
+        raise NonFinite(f"{model.path}: the {model.side}'s logits hold NaN or infinity after {stage}; check the "
+                        f"checkpoint (python -m weights.load --check) and the dtype")
 
 
 def peak_memory(device) -> int:

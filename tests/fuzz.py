@@ -9,6 +9,7 @@ content, or a child that grows by more than MEGABYTES over what it held after it
 repeats one."""
 
 import argparse
+import copy
 import io
 import json
 import os
@@ -64,7 +65,7 @@ def damaged_json(raw: bytes, chance) -> bytes:
             except ValueError:                               # it now holds itself
                 at[key] = None
         else:
-            at[key] = chance.choice(ODD)
+            at[key] = copy.deepcopy(chance.choice(ODD))
     return json.dumps(value).encode()
 
 

@@ -505,7 +505,7 @@ def columns_of_pickle(file, size):
                 stopped = True
                 break
             walker.step(op.name, arg)
-    except (ValueError, LookupError, TypeError, ArithmeticError, struct.error) as error:
+    except (ValueError, LookupError, TypeError, ArithmeticError, struct.error, DeprecationWarning) as error:
         announced = re.search(r"expected (\d+) bytes in a \w+, but only (\d+) remain", str(error))
         if announced:
             raise Refused(f"announces {announced[1]} bytes, the file has {announced[2]} left",

@@ -1,0 +1,311 @@
+"""Faults: whatever breaks midway, the answer or the rows are those of a run in which nothing broke, or one line says
+why not; and the next request is answered as if nothing had happened. `tests/long_run.py` has the long forms."""
+
+import functools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import long_run
+import pytest
+import torch
+
+import bench
+import engine
+from engine import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = bench.TINY
+RECORDS = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_text())
+QUICK = ["--repeats", "1", "--warmup", "0", "--max-new-tokens", "6", "--device", "cpu", "--modes", "target_only"]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return engine.load_engine(TINY / "drafter", TINY / "target", device="cpu")
+
+
+@pytest.fixture
+def quick_ceilings(monkeypatch):
+    monkeypatch.setattr(bench, "ceilings", lambda device: {"read_bw": 1e10, "gemm_flops": 1e11})
+
+
+def asked(i=0, **change):
+    return {"event_path": TINY / "clips/event_npy" / RECORDS[i]["event_data"], "max_new_tokens": 30,
+            "video_path": TINY / "clips/mp4" / RECORDS[i]["mp4_data"], "query": "What do you see happening?", **change}
+
+
+@functools.cache
+def truth(e, i=0):
+    return e.generate(mode="target_only", **asked(i)).output_ids
+
+
+def report_of(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+# ---- a model that breaks midway
+
+
+class Breaks:
+    """Calls through `count` times, then does something else every time."""
+
+    def __init__(self, real, count, then):
+        self.real, self.count, self.then = real, count, then
+
+    def __call__(self, *args, **kwargs):
+        self.count -= 1
+        return self.real(*args, **kwargs) if self.count >= 0 else self.then(*args, **kwargs)
+
+
+def dies(*_, **__):
+    raise RuntimeError("the device fell off the bus")
+
+
+@pytest.mark.parametrize("method,count", [("step", 0), ("step", 2), ("step", 9), ("follow", 0), ("follow", 2)])
+def test_a_drafter_that_dies_midway_costs_nothing_but_its_drafts(pair, monkeypatch, method, count):
+    ids = truth(pair)
+    monkeypatch.setattr(pair.drafter, method, Breaks(getattr(pair.drafter, method), count, dies))
+    result = pair.generate(mode="speculative", **asked())
+    assert result.output_ids == ids and "fell off the bus" in result.drafter_error
+    monkeypatch.undo()
+    again = pair.generate(mode="speculative", **asked())
+    assert again.output_ids == ids and again.drafter_error is None
+
+
+@pytest.mark.parametrize("count", [0, 2, 7])
+def test_a_drafter_that_computes_nan_midway_costs_nothing_but_its_drafts(pair, monkeypatch, count):
+    """Its final norm becomes NaN before one of its steps, and stays so until the request is over."""
+    ids, norm = truth(pair), pair.drafter.decoder.w["text.norm"]
+    kept, real = norm.clone(), pair.drafter.step
+
+    def poisoned(*args):
+        norm.fill_(float("nan"))
+        return real(*args)
+    monkeypatch.setattr(pair.drafter, "step", Breaks(real, count, poisoned))
+    try:
+        for mode in ("prefill_only", "prefill_then_verify", "speculative"):
+            assert pair.generate(mode=mode, **asked()).output_ids == ids
+    finally:
+        norm.copy_(kept)
+
+
+@pytest.mark.parametrize("stage,mode,G,count", [("prefill", "target_only", None, 0), ("decode", "target_only", 0, 3),
+                                                ("verify", "speculative", 5, 1)])
+def test_nan_in_the_target_names_the_stage_and_stops(pair, monkeypatch, stage, mode, G, count):
+    ids, norm = truth(pair), pair.target.decoder.w["text.norm"]
+    kept, name = norm.clone(), "prefill" if G is None else "step"
+    real = getattr(pair.target, name)
+
+    def poisoned(*args, **kwargs):
+        norm.fill_(float("nan"))
+        return real(*args, **kwargs)
+    breaking = Breaks(real, count, poisoned)
+    monkeypatch.setattr(pair.target, name, lambda *a, **k: breaking(*a, **k) if G is None or a[0] == G else real(*a))
+    if stage == "verify":
+        monkeypatch.setattr(pair, "_verify_overlap", lambda req, state, words, emit: state)
+    try:
+        with pytest.raises(InputError, match=f"target's logits hold NaN or infinity after {stage}; check"):
+            pair.generate(mode=mode, **asked())
+    finally:
+        norm.copy_(kept)
+    monkeypatch.undo()
+    assert pair.generate(mode=mode, **asked()).output_ids == ids
+
+
+def test_after_any_error_the_answer_is_that_of_a_fresh_process(pair, monkeypatch, user_env):
+    code = ("import json, sys, engine\nfrom pathlib import Path\n"
+            f"e = engine.load_engine({str(TINY / 'drafter')!r}, {str(TINY / 'target')!r}, device='cpu')\n"
+            "given = json.loads(sys.argv[1])\nprint(e.generate(mode='speculative', **given).output_ids)\n")
+    given = json.dumps({name: str(value) if isinstance(value, Path) else value for name, value in asked().items()})
+    fresh = json.loads(subprocess.run([sys.executable, "-c", code, given], cwd=ROOT, capture_output=True, text=True,
+                                      timeout=60, env=user_env, check=True).stdout)
+    for change in ({"video_path": __file__}, {"event_path": __file__}, {"query": None}, {"max_new_tokens": 10 ** 6}):
+        with pytest.raises(InputError):
+            pair.generate(mode="speculative", **asked(**change))
+        assert pair.generate(mode="speculative", **asked()).output_ids == fresh
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"), RuntimeError("lost"),
+                  MemoryError()):
+        def fails(*_, error=error, **__):
+            raise error
+        with monkeypatch.context() as patch:
+            patch.setattr(pair.target, "encode", fails)
+            with pytest.raises(type(error)):
+                pair.generate(mode="speculative", **asked())
+        assert pair.generate(mode="speculative", **asked()).output_ids == fresh
+
+
+def test_two_engines_in_one_process_answer_at_the_same_time_as_each_alone(pair):
+    other = engine.load_engine(TINY / "drafter", TINY / "target", device="cpu")
+    want, results = [truth(pair, i) for i in range(3)], {}
+
+    def work(name, e):
+        results[name] = [e.generate(mode="speculative", **asked(i)).output_ids for i in range(3)]
+    threads = [threading.Thread(target=work, args=(i, e)) for i, e in enumerate((pair, other, pair))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {0: want, 1: want, 2: want}
+
+
+# ---- memory
+
+
+def test_the_printed_budget_is_what_is_allocated(pair):
+    budget = engine.memory_budget(TINY / "drafter", TINY / "target", device="cpu")
+    for model in pair.models:
+        d = model.decoder
+        held = [d.k_cache_LNMK, d.v_cache_LNMK, d.cos_MK, d.sin_MK, model.hidden_MD]
+        assert budget[model.side]["cache"] == sum(t.nbytes for t in held)
+        assert budget[model.side]["weights"] == sum(t.nbytes for t in d.w.values())
+    line = bench.memory_line(budget)
+    assert "target 0.009 GB weights + 0.002 GB cache on cpu" in line and "free cpu" in line
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError(
+    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8589934592 bytes.")])
+@pytest.mark.parametrize("where", ["load", "cache"])
+def test_memory_that_runs_out_while_loading_is_one_line_with_figures_and_flag(error, where, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise error
+    with monkeypatch.context() as patch:
+        if where == "load":
+            patch.setattr(engine.open_checkpoint(TINY / "target").__class__, "load", fails)
+        else:
+            patch.setattr(engine, "Workspace", fails)
+        assert bench.main(QUICK) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "needs 0.010 GiB (weights 0.009, cache 0.002)" in err
+    assert "GiB free" in err and "lower --cache-rows" in err
+    engine.load_engine(TINY / "drafter", TINY / "target", device="cpu")
+
+
+# ---- the bench: samples that fail, Ctrl-C, kill -9, a full disk
+
+
+def test_a_sample_that_fails_in_an_unforeseen_way_is_counted_and_the_others_run(monkeypatch, capsys, quick_ceilings):
+    real = engine.read_video
+
+    def fails(path, *args):
+        if Path(path).name == "000002.mp4":
+            raise ZeroDivisionError("unforeseen")
+        return real(path, *args)
+    monkeypatch.setattr(engine, "read_video", fails)
+    assert bench.main([*QUICK, "--max-samples", "4"]) == 1
+    out, err = capsys.readouterr()
+    failed = [row for row in json.loads(out.splitlines()[-1])["samples"] if "error" in row]
+    assert err == "" and [row["error"] for row in failed] == ["ZeroDivisionError: unforeseen"]
+    assert f"failed   {failed[0]['id']}: ZeroDivisionError: unforeseen" in out
+    assert bench.main([*QUICK, "--max-samples", "4", "--debug"]) == 1
+    assert "Traceback" in (err := capsys.readouterr().err) and "in fails" in err
+
+
+@pytest.mark.parametrize("where", ["load", "warm-up", "sample"])
+def test_ctrl_c_at_any_time_leaves_a_table_or_one_word(where, monkeypatch, capsys, quick_ceilings):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+    if where == "load":
+        monkeypatch.setattr(engine, "load_engine", stop)
+    else:
+        monkeypatch.setattr(bench, "run_sample", Breaks(bench.run_sample, {"warm-up": 1, "sample": 5}[where], stop))
+    assert bench.main([*QUICK, "--warmup", "3"]) == 130
+    out, err = capsys.readouterr()
+    if where == "load":
+        assert (out, err) == ("", "interrupted\n")
+    else:
+        done = {"warm-up": 0, "sample": 2}[where]
+        assert err == "" and f"interrupted after {done} of 9 samples" in out
+        assert len(json.loads(out.splitlines()[-1])["samples"]) == done
+
+
+def test_sigint_from_outside_ends_in_the_table_of_what_is_done(tmp_path, user_env):
+    rows = tmp_path / "rows.jsonl"
+    command = [sys.executable, "bench.py", *QUICK, "--repeats", "20", "--rows", str(rows)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env=user_env) as process:
+        began = time.monotonic()
+        while not (rows.exists() and rows.read_bytes().count(b"\n") > 2) and time.monotonic() - began < 60:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err == ""
+    report = json.loads(out.splitlines()[-1])
+    assert report["interrupted"] and 2 <= len(report["samples"]) < 9
+    assert f"interrupted after {len(report['samples'])} of 9 samples" in out
+    assert len(rows.read_bytes().splitlines()) == 1 + len(report["samples"])
+
+
+def test_rows_of_runs_that_were_killed_and_resumed_are_those_of_one_run(tmp_path):
+    """The short form of `python tests/long_run.py --rows 2000 --shards 3 --kills 10`."""
+    figures = long_run.killed_rows(tmp_path, rows=30, shards=1, kills=2, seed=0)
+    assert figures["kills"] == 2 and figures["equal"] and figures["rows"] == 30, figures
+
+
+def limited(nbytes):
+    """No file may grow beyond this: writing fails with EFBIG, as it fails with ENOSPC on a full disk."""
+    class Limit:
+        def __enter__(self):
+            self.was = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, self.was[1]))
+
+        def __exit__(self, *_):
+            resource.setrlimit(resource.RLIMIT_FSIZE, self.was)
+    return Limit()
+
+
+def test_a_disk_that_fills_up_during_a_run_keeps_the_finished_rows(tmp_path, capsys, quick_ceilings):
+    rows = tmp_path / "rows.jsonl"
+    with limited(9_000):
+        code = bench.main([*QUICK, "--rows", str(rows)])
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert str(rows) in err and "File too large" in err and "--resume" in err
+    kept = rows.read_bytes().rsplit(b"\n", 1)[0].splitlines()
+    assert 2 <= len(kept) < 10
+    assert bench.main([*QUICK, "--rows", str(rows), "--resume"]) == 0
+    report, lines = report_of(capsys), rows.read_bytes().splitlines()
+    assert lines[:len(kept)] == kept and [json.loads(line)["id"] for line in lines[1:]] == [r["id"] for r in RECORDS]
+    assert [row["id"] for row in report["samples"]] == [r["id"] for r in RECORDS]
+
+
+@pytest.mark.parametrize("flag", ["--json", "--record", "--timeline", "--trace"])
+def test_a_full_disk_leaves_the_old_report_untouched(flag, tmp_path, capsys, quick_ceilings):
+    path, modes = tmp_path / "out", ["--modes", "target_only,drafter_only", "--max-samples", "2"]
+    path.write_text("the old one")
+    with limited(300):
+        code = bench.main([*QUICK, *modes, flag, str(path)])
+    err = capsys.readouterr().err
+    assert code == 2 and err.count("\n") == 1 and str(path) in err and "cannot be written" in err
+    assert path.read_text() == "the old one" and os.listdir(tmp_path) == ["out"]
+    assert bench.main([*QUICK, *modes, flag, str(path)]) == 0 and path.stat().st_size > 300
+
+
+def test_a_memory_that_cannot_be_saved_keeps_the_old_one(tmp_path):
+    source = engine.Memory()
+    source.learn(list(range(300)))
+    source.save(tmp_path / "m.json")
+    before = (tmp_path / "m.json").read_bytes()
+    source.learn(list(range(300)))
+    with limited(100), pytest.raises(InputError, match="m.json: cannot be written"):
+        source.save(tmp_path / "m.json")
+    assert (tmp_path / "m.json").read_bytes() == before and os.listdir(tmp_path) == ["m.json"]
+
+
+# ---- the short forms of tests/long_run.py
+
+
+def test_sixty_requests_answer_alike_and_leave_nothing_behind():
+    found = long_run.requests(60)
+    assert found["distinct outputs"] == 1 and found["growth MB"] < 20, found
+
+
+def test_forced_drafts_of_random_length_never_change_an_answer():
+    found = long_run.generations(30, seed=1)
+    assert found["equal"] == 30 and found["drafts accepted"] > 100, found
