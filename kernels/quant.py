@@ -232,8 +232,8 @@ def gemv_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, norm_ptr, residual_ptr, x_stride
     """BLOCK_O outputs of one row or two; GATED, half of them are gates and half are ups.
 
     BLOCK_W is 128 words a warp: then words and x, each loaded in its own best layout, meet in one layout, and nothing
-    passes through shared memory before the last sum. UNROLL: with one round a loop, ptxas gives the next words the
-    registers of these and so loads them last."""
+    passes through shared memory before the last sum. UNROLL: rounds a loop; more of them keep more words on their way
+    and take more registers."""
     tile = tl.program_id(0)
     PER: tl.constexpr = 32 // BITS                                   # values of a word
     WORDS: tl.constexpr = D // PER
@@ -331,7 +331,7 @@ def launch_config(S, O, bits):
     if S > GEMV_ROWS:
         return dict(BLOCK_S=16 if S <= 16 else 32, BLOCK_O=32, BLOCK_W=64, num_warps=4, num_stages=2)
     warps = 2 if O <= 4096 else 1
-    return dict(BLOCK_O=4, BLOCK_W=128 * warps, num_warps=warps, UNROLL=2, HALF=bits == 4 and not INTERPRETED,
+    return dict(BLOCK_O=4, BLOCK_W=128 * warps, num_warps=warps, UNROLL=1, HALF=bits == 4 and not INTERPRETED,
                 BY_HAND=not INTERPRETED, LATE=0)
 
 
@@ -359,9 +359,8 @@ def quant_skinny(x_SD, w: Packed, work=None, norm=None, residual=None, gated=Fal
 
 
 FOLDS = dict(qkv=("norm",), o=("residual",), gate_up=("norm", "gated"), down=("residual",), head=("norm",))
-SWEEP = [dict(BLOCK_O=outputs, BLOCK_W=128 * warps, num_warps=warps)
-         for outputs, warps in ((2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4), (16, 1))]
-REFINE = [dict(UNROLL=1), dict(UNROLL=4)]                    # of the best three
+SWEEP = [dict(BLOCK_O=outputs, BLOCK_W=128 * warps, num_warps=warps, UNROLL=unroll)
+         for outputs in (2, 4, 8) for warps in (1, 2, 4) for unroll in (1, 2)]
 
 
 def packed_chain(name):
@@ -437,8 +436,9 @@ def tune(chain, work, name):
         bits = (chain.head_VD if product == "head" else chain.w[product][0]).bits
         timed = sorted(((*product_us(chain, work, product, 1, **c), c) for c in SWEEP), key=lambda t: t[0])
         for _, _, c in timed[:3]:
-            for more in REFINE + ([dict(HALF=False)] if bits == 4 else []):
-                timed.append((*product_us(chain, work, product, 1, **c, **more), c | more))
+            if bits == 4:                                    # the sweep took the default, two weights at a time
+                plain = c | dict(HALF=False)
+                timed.append((*product_us(chain, work, product, 1, **plain), plain))
         timed.sort(key=lambda t: t[0])
         best[product] = timed[0][2]
         others += [(product, c) for _, _, c in timed[1:3]]
