@@ -1120,8 +1120,17 @@ class Engine:
         otherwise, its ids are taken up and the drafts made on the wrong guess are forgotten: by length, not by waiting.
         """
         model, ahead, words = self.drafter, req.ahead, STATE + limit + STEP_ROWS
-        epoch, own, ended, bar, waiting = 0, [], False, 0, (0, model.snapshot(words))      # own: ids as it believes
+        epoch, bar, state = 0, 0, model.snapshot(words).read()
         while not req.stop_drafting.is_set():
+            check_finite(state, model, "draft")
+            own = state[STATE:STATE + state[N_OUT]]          # the answer as the drafter believes it
+            ended = bool(state[DONE]) or len(own) >= limit
+            ahead.publish(epoch, own)
+            ahead.drafted.append((bar, len(own) - 1, own[-1]))
+            if epoch == 0:
+                self._preview(req, state)
+            while ended and not ahead.correction(epoch) and not req.stop_drafting.is_set():
+                time.sleep(2e-4)                             # nothing to draft until the target disagrees
             truth = ahead.correction(epoch)
             if truth:
                 epoch, ids = truth
@@ -1130,27 +1139,10 @@ class Engine:
                     for end in [*range(right + STEP_ROWS, len(ids), STEP_ROWS), len(ids)]:
                         head = torch.tensor([end, 0, 0, 0, 0, 0, 0, 0] + ids[:end])
                         model.resume(to_device(head, model.device), 2 if end - right <= 2 else STEP_ROWS)
-                own, ended, waiting = ids, False, None
-            elif ended:
-                time.sleep(2e-4)                             # nothing to draft until the target disagrees
-                continue
             else:
                 with req.timeline.stage("draft", model):
                     model.step(0)
-            bar += 1
-            waiting, last = (bar, model.snapshot(words)), waiting
-            if not model.on_gpu:
-                waiting, last = None, waiting
-            if last is None:
-                continue
-            state = last[1].read()
-            check_finite(state, model, "draft")
-            own = state[STATE:STATE + state[N_OUT]]
-            ended = bool(state[DONE]) or len(own) >= limit
-            ahead.publish(epoch, own)
-            ahead.drafted.append((last[0], len(own) - 1, own[-1]))
-            if epoch == 0:
-                self._preview(req, state)
+            bar, state = bar + 1, model.snapshot(words).read()       # at once: a correction must not wait for a step
 
     def _target_side(self, req: Request) -> None:
         """Video to answer. Everything it emits is the target's own greedy id."""
