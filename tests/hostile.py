@@ -255,6 +255,17 @@ def ten_hours(path):
     path.write_bytes(blob)
 
 
+def table_bomb(name, at, value):
+    """An .mp4 of 2 KB with 80 million samples announced in one table; FFmpeg would take 2 GB to open it."""
+    def put(path):
+        blob = bytearray(clip_bytes(path.parent, "t.mp4", 12, options={"movflags": "frag_keyframe+empty_moov"} if
+                                    name == b"trun" else {}))
+        at_count = blob.index(name) + at
+        blob[at_count:at_count + len(value)] = value
+        path.write_bytes(blob)
+    return put
+
+
 def unsteady(path, sizes=((64, 48), (96, 80))):
     """Motion JPEG whose pictures change their size halfway."""
     with av.open(str(path), "w") as container:
@@ -472,6 +483,8 @@ CASES = {
     "31 one frame": video(renamed("a.mp4", 1), exit=0),
     "31 seven frames": video(renamed("a.mp4", 7), exit=0),
     "32 ten hours": video(ten_hours, "more than 108000 frames"),
+    "32 fragment table": video(table_bomb(b"trun", 8, struct.pack(">I", 80_000_000)), "4000000 samples"),
+    "32 size table": video(table_bomb(b"stsz", 8, struct.pack(">II", 1, 80_000_000)), "4000000 samples"),
     "32 8K": video(renamed("a.avi", 1, codec="mjpeg", size=(7680, 4320), pixel_format="yuvj420p"), "7680 x 4320"),
     "33 ten bits": video(renamed("a.mkv", 9, codec="ffv1", pixel_format="yuv420p10le"), exit=0),
     "33 grey": video(renamed("a.mkv", 9, codec="ffv1", pixel_format="gray"), exit=0),

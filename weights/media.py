@@ -41,6 +41,8 @@ MAX_DECODE_THREADS = 8               # of one decoder; more cost more to start t
 MAX_SIDE_RATIO = 256                 # the shorter side grows to the model's 224 or 336, and the longer with it
 VIDEO_FORMATS = "mov,mp4,matroska,webm,avi"    # an open list lets a playlist named .mp4 read other files
 VIDEO_RULES = ("uniform", "first")
+MAX_SAMPLES = 4_000_000              # of all tracks of an mp4, a day of sound; FFmpeg keeps 12 to 36 bytes for each
+MP4_FOLDERS = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"mvex", b"moof", b"traf", b"edts", b"dinf", b"udta"}
 
 
 # ---- files and messages ----------------------------------------------------------------------------------------------
@@ -621,11 +623,39 @@ def one_size(frames):
     return frames
 
 
+def announced_samples(file, at, end, sound=False, depth=0):
+    """Samples that an mp4's tables announce between two offsets; 0 for other containers. FFmpeg takes memory for all of
+    them when it opens a file: 2 KB may ask for 2 GB. Sound of one constant size is the exception, it has no table."""
+    total = 0
+    for _ in range(1_000_000):
+        file.seek(at)
+        box = file.read(24)
+        size, body = int.from_bytes(box[:4], "big"), 8
+        if size == 1:                            # a long box: its size follows the name
+            size, body = int.from_bytes(box[8:16], "big"), 16
+        size = size or end - at                  # 0: to the end
+        if len(box) < 16 or size < body or at >= end:
+            break
+        name = box[4:8]
+        if name in MP4_FOLDERS and depth < 12:
+            total += announced_samples(file, at + body, min(end, at + size), sound, depth + 1)
+        elif name == b"hdlr":
+            sound = box[16:20] == b"soun"
+        elif name == b"trun":
+            total += int.from_bytes(box[12:16], "big")
+        elif name == b"stsz" and not (sound and any(box[12:16])):
+            total += int.from_bytes(box[16:20], "big")
+        at += size
+    return total
+
+
 def open_video(path):
     """An opened container and its first video stream, with the doors to other files and the network shut."""
-    file, _ = open_regular(path, "a video file")
+    file, size = open_regular(path, "a video file")
     with file:
         head = file.read(256)
+        if announced_samples(file, 0, size) > MAX_SAMPLES:
+            raise Refused(f"its tables announce more than {MAX_SAMPLES} samples", "damaged, or cut it shorter")
     try:
         # Absolute: nothing in a relative name then reads as a protocol.
         container = av.open(os.path.abspath(os.fsdecode(path)), metadata_errors="ignore",
