@@ -11,7 +11,9 @@ differ or a sample failed, 2 bad input, 130 interrupted."""
 
 import argparse
 import collections
+import collections.abc
 import fcntl
+import functools
 import io
 import json
 import math
@@ -254,7 +256,8 @@ class LearnsOnce(engine.DraftSource):
 
     def __init__(self, source: engine.DraftSource):
         self.source, self.answer, self.name = source, None, type(source).__name__
-        self.begin, self.propose, self.verdict = source.begin, source.propose, source.verdict
+        for name in ("begin", "propose", "verdict"):
+            setattr(self, name, getattr(source, name))
 
     def learn(self, answer):
         self.answer = answer
@@ -855,7 +858,7 @@ def draw_timeline(result, path: str) -> None:
     for ms in range(0, int(total) + 1, step):
         draw.line([x(ms / 1e3), y, x(ms / 1e3), y + 5], fill="black")
         draw.text((x(ms / 1e3) - 8, y + 8), f"{ms}", fill="black")
-    at = left
+    at = float(left)
     for stage, colour in COLOURS.items():
         draw.rectangle([at, y + 34, at + 10, y + 44], fill=colour)
         draw.text((at + 14, y + 32), stage, fill="black")
@@ -986,11 +989,12 @@ def replay_page(options) -> int:
     streams = collections.defaultdict(list)
     for row in pairs:
         streams[row["seq"]].append(row)
-    chosen, wanted = [], options.max_samples if options.max_samples > 0 else 300
+    chosen, answers = [], 0
     for seq in sorted(streams, key=lambda seq: (len(streams[seq]), seq)):
-        chosen += [seq] if sum(len(streams[s]) for s in chosen) < wanted else []
+        if answers < (options.max_samples if options.max_samples > 0 else 300):
+            chosen, answers = [*chosen, seq], answers + len(streams[seq])
     taken = collections.defaultdict(list)
-    progress, rng = Progress(sum(len(streams[seq]) for seq in chosen)), random.Random(0)
+    progress, rng = Progress(answers), random.Random(0)
     gates = collections.defaultdict(engine.Gate)             # each setting is priced by its own acceptance
     for stream, seq in enumerate([chosen[0], *chosen]):      # three answers of the first to warm up
         settings = replay_settings([row for row in pairs if row["seq"] != seq], rates, e.apart, options.only)
@@ -1012,7 +1016,7 @@ def replay_page(options) -> int:
             if not stream:
                 continue
             for name, result in cell.items():
-                forwards = sum(bar[:2] in (("target", "verify"), ("target", "decode")) for bar in result.timeline)
+                forwards = sum(row == "target" and stage in ("verify", "decode") for row, stage, *_ in result.timeline)
                 taken[name].append((result.wall_clock_time * 1e3, result.ttft * 1e3, forwards,
                                     result.free_tokens_count, len(result.output_ids)))
             options.shown = cell[list(cell)[-1]]
@@ -1041,13 +1045,14 @@ def replay_settings(others, rates, apart: bool, only: str | None) -> dict:
     def says(p):
         return lambda row, rng: [i if rng.random() < p else (i + 1) % 32000 for i in row["target"]]
 
-    made = {"target_only": lambda: ("target_only", None, raw)}
+    made: dict[str, collections.abc.Callable[[], tuple]] = {"target_only": lambda: ("target_only", None, raw)}
     if not rates:
         made |= {"one shot, previous answer": lambda: ("prefill_then_verify", engine.Previous(), raw),
                  "memory, cold stream": lambda: ("speculative", engine.Memory(16), raw),
                  "memory, other sequences": lambda: ("speculative", taught("other sequences", learns=False), raw),
                  "memory, both": lambda: ("speculative", taught("both"), raw)}
-    made |= {f"drafter right with {p}": lambda p=p: ("speculative", None, says(p)) for p in rates}
+    for p in rates:
+        made[f"drafter right with {p}"] = functools.partial(lambda p: ("speculative", None, says(p)), p)
     if not apart:
         made["drafter, raw"] = lambda: ("prefill_then_verify", None, raw)
     return {name: make() for name, make in made.items()
@@ -1461,7 +1466,8 @@ def read_shard(text: str | None, environ) -> tuple[int, int]:
 
 
 def main(argv=None) -> int:
-    sys.stdout.reconfigure(errors="backslashreplace")        # an answer may hold what the terminal cannot show
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")    # an answer may hold what the terminal cannot show
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
         return run(parse(argv), ["bench.py", *(sys.argv[1:] if argv is None else argv)])

@@ -184,7 +184,8 @@ class Decoder:
         self.device, self.dtype = self.embed_VD.device, self.embed_VD.dtype
         self.layers = [{name: weights[f"text.layers.{i}.{name}"] for name in
                         ("attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down")} for i in range(config.L)]
-        self.step_layers, self.step_head_VD, self.packed = self.layers, self.head_VD, None
+        self.step_layers, self.step_head_VD = self.layers, self.head_VD
+        self.packed: str | None = None
         self.work = Workspace(self.device, config.D, config.H, config.K, cache_rows)
         shape = (config.L, config.N, cache_rows, config.K)
         self.k_cache_LNMK = torch.zeros(shape, dtype=self.dtype, device=self.device)   # zeros: unseen must be finite
@@ -304,6 +305,9 @@ class Model:
     """
     side = ""                                                # "drafter" or "target"
     priority = 0                                             # of its stream; lower goes first
+    vision: VisionConfig
+    prompt: collections.abc.Callable                         # question -> Prompt; the two below say how
+    encode: collections.abc.Callable                         # pixels -> visual rows
 
     def __init__(self, decoder: Decoder, text: Text, path: str, graphs: bool = True):
         self.decoder, self.text, self.path = decoder, text, path
@@ -315,7 +319,7 @@ class Model:
         # What a warm-up runs on: one id after a prompt of one row, no end in sight.
         self.warm_head = torch.tensor([1, 0, 0, 1, -1, decoder.cache_rows, 0, 0]).to(self.device)
         self.tail_id = torch.zeros(1, dtype=torch.long, device=self.device)     # the prompt's last id
-        self.recorded_W = None                               # `replay` puts ids here that stand in for its own choice
+        self.recorded_W: torch.Tensor | None = None          # `replay` puts ids here that stand in for its own choice
         self.draft_ids, self.pixels, self.steps, self.prompt_rows = {}, {}, {}, 0
         self.hidden_MD = torch.zeros(decoder.cache_rows, self.config.D, dtype=decoder.dtype, device=self.device)
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None      # one scratch for all its graphs
@@ -746,8 +750,9 @@ class Best(DraftSource):
             source.learn(answer)
 
 
-SOURCES = {"previous": Previous, "constant": Constant, "memory": Memory,
-           "best": lambda: Best(Memory(), Previous(), Constant())}
+SOURCES: dict[str, collections.abc.Callable[[], DraftSource]] = {
+    "previous": Previous, "constant": Constant, "memory": Memory,
+    "best": lambda: Best(Memory(), Previous(), Constant())}
 
 
 # ---- when to draft ---------------------------------------------------------------------------------------------
@@ -1024,8 +1029,8 @@ class Request:
     """What was asked, and what its two workers share while they answer."""
     mode: str
     question: str
-    video: object                           # () -> list of uint8 frames [H, W, 3]
-    events: object                          # () -> the same, or an Events recording
+    video: collections.abc.Callable         # () -> list of uint8 frames [H, W, 3]
+    events: collections.abc.Callable        # () -> the same, or an Events recording
     paths: dict                             # side -> what was asked for, for messages
     image: bool                             # one picture in place of a video
     event_frames: int                       # pictures a recording is drawn in
@@ -1073,7 +1078,8 @@ class Engine:
         self.draft_len, self.overlap_len = draft_len, overlap_len
         self.gate = Gate() if gate else None
         self.apart = bool(target and drafter) and target.device != drafter.device   # two devices: drafts cost nothing
-        self.lock, self.owner = threading.Lock(), None       # owner: the thread whose request runs
+        self.lock = threading.Lock()
+        self.owner: int | None = None                        # the thread whose request runs
         # One lasting thread a model: cuDNN keeps its plans per thread, and a new thread pays 70 ms to make them again.
         self.threads = {m.side: ThreadPoolExecutor(1, thread_name_prefix=m.side) for m in self.models}
 
@@ -1340,28 +1346,29 @@ class Engine:
         """Checks that the request fits the caches, and captures every graph it needs before anything runs: a capture
         writes cache rows. `frames`: event frames of the drafter."""
         if self.target in active:
-            model, R = self.target, 1 if req.image else self.target.num_frames
-            rows = model.prompt(req.question).rows(R * (model.vision.P + int(not req.image or model.keep_cls)))
-            self._check_rows(model, rows, req)
-            model.prepare_encode(R, req.image)
-            model.prepare_prefill(rows)
-            model.prepare(0, *{"prefill_then_verify": [req.overlap_len],
-                               "speculative": [req.overlap_len, req.draft_len]}.get(req.mode, []))
+            target, R = self.target, 1 if req.image else self.target.num_frames
+            rows = target.prompt(req.question).rows(R * (target.vision.P + int(not req.image or target.keep_cls)))
+            self._check_rows(target, rows, req)
+            target.prepare_encode(R, req.image)
+            target.prepare_prefill(rows)
+            target.prepare(0, *{"prefill_then_verify": [req.overlap_len],
+                                "speculative": [req.overlap_len, req.draft_len]}.get(req.mode, []))
         if self.drafter in active:
-            model = self.drafter
-            rows = model.prompt(req.question).rows(frames + model.vision.P + 1)
-            self._check_rows(model, rows, req)
-            model.prepare_encode(frames)
-            model.prepare_prefill(rows)
-            model.prepare(0)
+            drafter = self.drafter
+            rows = drafter.prompt(req.question).rows(frames + drafter.vision.P + 1)
+            self._check_rows(drafter, rows, req)
+            drafter.prepare_encode(frames)
+            drafter.prepare_prefill(rows)
+            drafter.prepare(0)
             if req.mode == "speculative":
-                model.prepare_resume()
+                drafter.prepare_resume()
                 if self.apart:
-                    model.prepare_resume(STEP_ROWS)
+                    drafter.prepare_resume(STEP_ROWS)
 
     def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, image_path=None,
-               mode="speculative", max_new_tokens=50, draft_len=None, overlap_len=None, draft_source=None,
-               ignore_eos=False, frame_rule="uniform", event_frames=5, canvas=None):
+               mode="speculative", max_new_tokens=50, draft_len: int | None = None,
+               overlap_len: int | None = None, draft_source: DraftSource | None = None, ignore_eos=False,
+               frame_rule="uniform", event_frames=5, canvas=None) -> collections.abc.Iterator[Event]:
         """Yields `Event`s while the answer forms; the last one carries `finish_reason` and the `Result`.
 
         event_path: one `.npy`/`.npz`; event_image_path: one PNG or several; video_path: any mp4, mov, mkv, webm, avi;

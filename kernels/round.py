@@ -37,7 +37,7 @@ def open_round_ref(state_W, draft_ids_G, embed_VD):
 
 
 def close_round_ref(logits_SV, draft_ids_G, state_W):
-    S, n_out, done, _, _, eos, limit, _, _ = len(logits_SV), *(int(word) for word in state_W[:STATE])
+    S, (n_out, done, _, _, eos, limit, _, _) = len(logits_SV), state_W[:STATE].tolist()
     if done:
         return
     target_ids = [int(i) for i in logits_SV.float().argmax(-1)]     # CPU: lowest id wins ties, and NaN beats numbers

@@ -184,7 +184,7 @@ def read_pickled(path):
 def refused_name(message) -> str | None:
     """The class or function that torch's reader was asked for. Its advice to switch the check off is not repeated."""
     found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported class ([\w.]+)", message)
-    return found and (found[1] or found[2])
+    return found[1] or found[2] if found else None
 
 
 def unpack(path, content) -> tuple:

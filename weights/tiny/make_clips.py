@@ -141,7 +141,7 @@ def make_davis(out: Path, source: Path, windows: int = 3) -> list[dict]:
         part = slice(i * per, (i + 1) * per)
         begin, end = times[part][0], times[(i + 1) * per] if (i + 1) * per < len(times) else times[-1] + 40_000
         inside = (events.t >= begin) & (events.t < end)
-        write_events(out / "event_npy/davis346_traffic" / f"{i:06d}.npz", *(v[inside] for v in events[:2]),
+        write_events(out / "event_npy/davis346_traffic" / f"{i:06d}.npz", events.x[inside], events.y[inside],
                      events.t[inside] - begin, events.p[inside])
         write_video(out / "mp4/davis346_traffic" / f"{i:06d}.mp4", torch.stack(frames[part]), 25, crf=23)
         records.append(record("davis346_traffic", i, [

@@ -44,7 +44,7 @@ def sample(seed: int) -> dict:
     """One scene's attributes, drawn from the seed."""
     rng = random.Random(seed)
     kind = rng.choice(("shapes", "shapes", "road"))
-    scene = {"kind": kind, "speed": rng.choice(tuple(SPEEDS))}
+    scene: dict = {"kind": kind, "speed": rng.choice(tuple(SPEEDS))}
     if kind == "road":
         scene |= {"count": rng.randint(1, 3), "heading": rng.choice(("left", "right")), "still": rng.random() < 0.5}
     else:
