@@ -495,7 +495,7 @@ CASES = {
     "36 address in a request": request({"video_path": "http://127.0.0.1:9/a.mp4"}, ["--dataset-dir", "http://a/b"],
                                        "http:"),
     "37 uneven times": video(uneven, exit=0),
-    "38 size changes": video(unsteady, name="bad.avi", exit=0),
+    "38 size changes": video(unsteady, "change size", name="bad.avi"),
     "39 invalid metadata": video(odd_title, exit=0),
     "40 vanishes": vanishes,
     # images

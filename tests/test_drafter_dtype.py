@@ -21,7 +21,8 @@ def asked(record):
 
 @pytest.fixture(scope="module", params=list(BITS))
 def pair(request):
-    return engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", drafter_dtype=request.param)
+    return engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", gate=False,
+                              drafter_dtype=request.param)
 
 
 @pytest.mark.parametrize("mode", ["prefill_then_verify", "speculative"])

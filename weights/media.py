@@ -628,13 +628,15 @@ def announced_samples(file, at, end, sound=False, depth=0):
     them when it opens a file: 2 KB may ask for 2 GB. Sound of one constant size is the exception, it has no table."""
     total = 0
     for _ in range(1_000_000):
+        if at >= end:                            # also a size that no file can be sought to
+            break
         file.seek(at)
         box = file.read(24)
         size, body = int.from_bytes(box[:4], "big"), 8
         if size == 1:                            # a long box: its size follows the name
             size, body = int.from_bytes(box[8:16], "big"), 16
         size = size or end - at                  # 0: to the end
-        if len(box) < 16 or size < body or at >= end:
+        if len(box) < 16 or size < body:
             break
         name = box[4:8]
         if name in MP4_FOLDERS and depth < 12:
