@@ -970,8 +970,11 @@ def sources_page(options) -> int:
 
 def replay_page(options) -> int:
     """7B compute that says recorded ids: every draft source at its true acceptance, end to end, against target_only of
-    the same run, paired. A stream is one recorded sequence; whole sequences, the shortest first, until there are
-    enough answers. The recorded clips are not here: files of the embedded data set take their place."""
+    the same run, paired. A stream is one recorded sequence; sequences in order of length until there are
+    enough answers, the last one cut. The recorded clips are not here: files of the embedded data set take their place. A shard takes
+    every N-th stream; --rows keeps what it measured, and --replay with --merge prints the table of all."""
+    if options.merge:
+        return replay_print(options, *merged_replays(options.merge))
     pairs = read_pairs(options.replay, options.sources_src)
     rates = [float(p) for p in options.accept.split(",") if p]
     clips, _ = read_dataset(options.dataset_dir, None, -1)
@@ -989,20 +992,26 @@ def replay_page(options) -> int:
     streams = collections.defaultdict(list)
     for row in pairs:
         streams[row["seq"]].append(row)
-    chosen, answers = [], 0
+    chosen, left = [], options.max_samples if options.max_samples > 0 else 300
     for seq in sorted(streams, key=lambda seq: (len(streams[seq]), seq)):
-        if answers < (options.max_samples if options.max_samples > 0 else 300):
-            chosen, answers = [*chosen, seq], answers + len(streams[seq])
-    taken = collections.defaultdict(list)
-    progress, rng = Progress(answers), random.Random(0)
+        streams[seq] = streams[seq][:left]
+        chosen, left = [*chosen, *([seq] if left else [])], left - len(streams[seq])
+    (shard, shards), taken = options.shard, collections.defaultdict(list)
+    chosen = chosen[shard::shards]
+    progress, rng = Progress(sum(len(streams[seq]) for seq in chosen)), random.Random(shard)
     gates = collections.defaultdict(engine.Gate)             # each setting is priced by its own acceptance
     for stream, seq in enumerate([chosen[0], *chosen]):      # three answers of the first to warm up
         settings = replay_settings([row for row in pairs if row["seq"] != seq], rates, e.apart, options.only)
         for number, row in enumerate(streams[seq] if stream else streams[seq][:3]):
             clip, cell = clips[number % len(clips)], {}
+            ids = row["target"][:options.max_new_tokens]
             for name, (mode, source, said) in settings.items():
+                if mode == "prefill_then_verify" and number % options.every:
+                    if source is not None:                   # not timed, but its stream goes on
+                        source.begin(row["question"])
+                        source.learn(ids)
+                    continue
                 e.gate = gates[name] if options.gate == "on" else None
-                ids = row["target"][:options.max_new_tokens]
                 drafter_ids = said(row, rng)
                 with torch.inference_mode():
                     e.target.replay(ids)
@@ -1018,14 +1027,40 @@ def replay_page(options) -> int:
             for name, result in cell.items():
                 forwards = sum(row == "target" and stage in ("verify", "decode") for row, stage, *_ in result.timeline)
                 taken[name].append((result.wall_clock_time * 1e3, result.ttft * 1e3, forwards,
-                                    result.free_tokens_count, len(result.output_ids)))
+                                    result.free_tokens_count, len(result.output_ids),
+                                    cell["target_only"].wall_clock_time * 1e3))
             options.shown = cell[list(cell)[-1]]
             progress.step(f"{seq} {row['clip']}")
-    lines = replay_report(taken, e, options, chosen)
-    print("\n".join(lines))
+    head = replay_head(e, options, len(chosen))
+    if options.rows:
+        options.rows.write_text(json.dumps([head, taken]) + "\n", encoding="utf-8")
     for path, write in ((options.timeline, draw_timeline), (options.trace, write_trace)):
         if path:
             write(options.shown, path)
+    return replay_print(options, head, taken)
+
+
+def merged_replays(paths: list[Path]) -> tuple[dict, dict]:
+    """(header, measured) of several shards of one replay."""
+    whole, taken = None, collections.defaultdict(list)
+    for path in paths:
+        try:
+            head, found = json.loads(path.read_text(encoding="utf-8"))
+            for name, rows in found.items():
+                taken[name] += [tuple(map(float, row)) for row in rows]
+            sequences = head.pop("sequences")
+        except UNREADABLE as error:
+            raise InputError(f"{path}: not a shard of a replay ({engine.describe(error)}); wants what --rows "
+                             f"wrote") from None
+        if whole is not None and {**whole, "sequences": 0} != {**head, "sequences": 0}:
+            raise InputError(f"{path}: was replayed otherwise than {paths[0]}; merge shards of one run")
+        whole = {**head, "sequences": sequences + (whole["sequences"] if whole else 0)}
+    return whole, taken
+
+
+def replay_print(options, head, taken) -> int:
+    lines = replay_report(head, taken)
+    print("\n".join(lines))
     if options.update_readme:
         update_readme(options.update_readme, lines)
     return 0
@@ -1064,27 +1099,36 @@ def raw(row, rng) -> list[int]:
     return row["drafter"]
 
 
-def replay_report(taken, e, options, chosen) -> list[str]:
+def replay_head(e, options, sequences: int) -> dict:
     where = " and ".join(dict.fromkeys(torch.cuda.get_device_name(m.device) if m.on_gpu else "CPU" for m in e.models))
     kind = {"tiny": "EMBEDDED TOY PAIR", "random-7b": "RANDOM 7B WEIGHTS"}.get(options.kind, "checkpoints")
-    devices = f", drafter on {e.drafter.device}" if e.apart else ""
-    lines = [f"replay, {kind} {str(e.target.decoder.dtype).removeprefix('torch.')}, {where}{devices}, torch "
-             f"{torch.__version__}, triton {triton.__version__}, commit {commit()}, {time.strftime('%Y-%m-%d')}",
-             f"{len(taken['target_only'])} recorded answers of {len(chosen)} sequences ({options.replay.name}, "
-             f"{options.sources_src}), at most {options.max_new_tokens} ids, gate {options.gate}; files to last id, ms",
-             f"{'drafts':30} {'p20':>7} {'p50':>7} {'p80':>7} {'ttft':>7} {'ratio to target_only':>24} {'worst':>6} "
-             f"{'ids/forward':>11} {'overlap':>7}"]
-    alone = [t[0] for t in taken["target_only"]]
+    return {"what": f"{kind} {dtype_of(e.target.decoder)}, drafter {dtype_of(e.drafter.decoder)}"
+                    f"{' on a device of its own' if e.apart else ''}, {where}, torch {torch.__version__}, triton "
+                    f"{triton.__version__}, commit {commit()}, {time.strftime('%Y-%m-%d')}",
+            "pairs": options.replay.name, "src": options.sources_src, "new": options.max_new_tokens,
+            "gate": options.gate, "sequences": sequences}
+
+
+def replay_report(head: dict, taken: dict) -> list[str]:
+    """The table, from what was measured alone: (e2e ms, ttft ms, target forwards, overlap drafts, ids, target_only's
+    e2e ms of the same answer) by setting."""
+    lines = [f"replay, {head['what']}",
+             f"{len(taken['target_only'])} recorded answers of {head['sequences']} sequences ({head['pairs']}, "
+             f"{head['src']}), at most {head['new']} ids, gate {head['gate']}; from files to the last id, ms",
+             f"{'drafts':26} {'answers':>7} {'p20':>7} {'p50':>7} {'p80':>7} {'ttft':>7} {'ratio to target_only':>24} "
+             f"{'p5':>6} {'ids/forward':>11} {'overlap':>7}"]
     for name, rows in taken.items():
-        low, mid, high = quantiles([t[0] for t in rows])
-        ratios = [a / t[0] for a, t in zip(alone, rows, strict=True)]
+        low, mid, high = quantiles([row[0] for row in rows])
+        ratios = [row[5] / row[0] for row in rows]
         r, worst = interval(ratios), sorted(ratios)[int(0.05 * len(ratios))]
-        per = sum(t[4] - 1 for t in rows) / sum(t[2] for t in rows)              # the first id comes with the prefill
-        lines.append(f"{name:30} {low:7.1f} {mid:7.1f} {high:7.1f} {statistics.median(t[1] for t in rows):7.1f} "
+        per = sum(row[4] - 1 for row in rows) / sum(row[2] for row in rows)      # the first id comes with the prefill
+        lines.append(f"{name:26} {len(rows):7} {low:7.1f} {mid:7.1f} {high:7.1f} "
+                     f"{statistics.median(row[1] for row in rows):7.1f} "
                      f"{r['p50']:7.3f} [{r['low']:.3f}, {r['high']:.3f}] {worst:6.3f} {per:11.2f} "
-                     f"{statistics.median(t[3] for t in rows):7.0f}")
-    return lines + [f"verdict  recorded ids said in all {len(taken) * len(alone)} requests; worst: the 5th percentile "
-                    f"of the ratios", LEGEND.splitlines()[0]]
+                     f"{statistics.median(row[3] for row in rows):7.0f}")
+    total = sum(map(len, taken.values()))
+    return lines + [f"verdict  the recorded ids came out of all {total} requests; p5: 5 % of the ratios are below",
+                    LEGEND.splitlines()[0]]
 
 
 # ---- peers -----------------------------------------------------------------------------------------------------
@@ -1394,6 +1438,7 @@ def parse(argv):
     add("--generations", type=int, default=208, metavar="N", help="of --figures' forced drafts (default %(default)s)")
     add("--replay", type=Path, metavar="PAIRS", help="7B compute that says recorded ids: speed at true acceptance")
     add("--accept", default="", metavar="LIST", help="of --replay: drafters that are right with these probabilities")
+    add("--every", type=int, default=1, metavar="N", help="of --replay: time one-shot settings on every N-th answer")
     add("--only", metavar="WORDS", help="of --replay: settings whose names hold one of these comma-separated words")
     for name, kind in (("dataset_dir", Path), ("max_samples", int), ("max_new_tokens", int)):    # the research code's
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS)

@@ -109,9 +109,16 @@ def test_recorded_pairs_hold_both_answers_and_feed_the_sources_page(tmp_path, ca
     assert bench.main([*replay, "--accept", "1.0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     per_forward = {name.strip(): float(rest.split("]")[1].split()[1]) for name, rest in
-                   ((line[:30], line[30:]) for line in lines[3:6])}
+                   ((line[:26], line[26:]) for line in lines[3:6])}
     assert per_forward["target_only"] == 1 and per_forward["drafter right with 1.0"] > 3
-    assert "recorded ids said in all 12 requests" in lines[-2]
+    assert "came out of all 12 requests" in lines[-2]
+    shards = [str(tmp_path / f"s{i}.json") for i in range(2)]
+    for shard in shards:
+        assert bench.main([*replay, "--only", "both", "--rows", shard]) == 0
+    capsys.readouterr()
+    assert bench.main([*replay, "--merge", *shards]) == 0
+    assert "came out of all 16 requests" in capsys.readouterr().out
+    assert bench.main([*replay, "--merge", str(path)]) == 2 and "not a shard" in capsys.readouterr().err
     assert bench.main(["--replay", str(path), "--sources-src", "nobody", "--device", "cpu"]) == 2
     assert bench.main([*QUICK, "--modes", "target_only", "--record", str(path)]) == 2
 
