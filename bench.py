@@ -970,9 +970,9 @@ def sources_page(options) -> int:
 
 def replay_page(options) -> int:
     """7B compute that says recorded ids: every draft source at its true acceptance, end to end, against target_only of
-    the same run, paired. A stream is one recorded sequence; sequences in order of length until there are
-    enough answers, the last one cut. The recorded clips are not here: files of the embedded data set take their place. A shard takes
-    every N-th stream; --rows keeps what it measured, and --replay with --merge prints the table of all."""
+    the same run, paired. A stream is one recorded sequence; sequences in order of length until there are enough
+    answers, the last one cut. The recorded clips are not here: files of the embedded data set take their place. A shard
+    takes every N-th stream; --rows keeps what it measured, and --replay with --merge prints the table of all."""
     if options.merge:
         return replay_print(options, *merged_replays(options.merge))
     pairs = read_pairs(options.replay, options.sources_src)
