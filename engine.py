@@ -422,15 +422,15 @@ class Target(Model):
     priority = -1
 
     def __init__(self, config: dict, weights: dict, text: Text, path: str, cache_rows=None, graphs=True):
-        decoder_config = DecoderConfig.read(config.get("text_config", {}))
+        decoder_config = DecoderConfig.read(config.get("text_config") or {})
         super().__init__(Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows), text, path, graphs)
-        self.vision = VisionConfig.read(config.get("vision_config", {}))
+        self.vision = VisionConfig.read(config.get("vision_config") or {})
         self.video_tower, self.image_tower = Tower(self.vision, weights, "video"), Tower(self.vision, weights, "image")
         self.projector = [weights[f"projector.{i}.{p}"] for i in (0, 1) for p in "wb"]
         layer = config.get("vision_feature_layer", -2)
         self.layers = layer if layer >= 0 else self.vision.layers + 1 + layer      # -2 of 25 hidden states is 23
         self.keep_cls = config.get("vision_feature_select_strategy", "default") == "full"   # images only
-        self.num_frames = max(1, config.get("video_seq_length", 8 * (self.vision.P + 1)) // (self.vision.P + 1))
+        self.num_frames = max(1, (config.get("video_seq_length") or 8 * (self.vision.P + 1)) // (self.vision.P + 1))
 
     def prompt(self, question: str) -> Prompt:
         bos = [self.config.bos_id]
@@ -455,11 +455,12 @@ class Drafter(Model):
     def __init__(self, config: dict, weights: dict, text: Text, path: str, cache_rows=None, graphs=True):
         decoder_config = DecoderConfig.read(config)
         super().__init__(Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows), text, path, graphs)
-        self.vision = VisionConfig.read(config.get("vision_config", {"image_size": 336}))
+        self.vision = VisionConfig.read(config.get("vision_config") or {"image_size": 336})
         self.tower = Tower(self.vision, weights, "events")
         self.projector = [weights[f"projector.{i}.{p}"] for i in (0, 1) for p in "wb"]
         self.adaptor = [weights["adaptor.w"], weights["adaptor.b"]] if "adaptor.w" in weights else None
-        flags = config.get("mm_use_im_start_end", False), config.get("mm_use_im_patch_token", True)
+        flags = [bool(config.get(name, name == "mm_use_im_patch_token")) for name in
+                 ("mm_use_im_start_end", "mm_use_im_patch_token")]
         first = 32000 + int(flags[1])                        # a patch token, if added, comes before the two markers
         self.marker_ids = (first, first + 1) if flags[0] else None
         self.one_zero = torch.tensor([1, 0]).to(self.device)
@@ -1657,7 +1658,7 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
     config, checkpoint = open_model(cls, path)
     folder = Path(__file__).parent / "weights/tiny/target" if checkpoint is None else checkpoint.folder
     text = Text(tokenizer or Path(folder) / "tokenizer.json")
-    V = DecoderConfig.read(config.get("text_config", config)).V
+    V = text_config(config).V
     if text.size > V:
         raise InputError(f"{text.path}: has {text.size} pieces, the {cls.side} {path} embeds {V}; take the "
                          f"tokenizer.json of this checkpoint")
@@ -1690,9 +1691,14 @@ def open_model(cls, path):
     return checkpoint.config, checkpoint
 
 
+def text_config(config: dict) -> DecoderConfig:
+    """The decoder's shape, which a target keeps in a section and a drafter at the top."""
+    return DecoderConfig.read((config.get("text_config") or {}) if config["model_type"] == "video_llava" else config)
+
+
 def memory_needs(config: dict, dtype: torch.dtype, cache_rows: int | None) -> dict:
     """{"weights", "cache"}: bytes of a model before any request; one takes its activations on top."""
-    decoder = DecoderConfig.read(config.get("text_config", config))
+    decoder = text_config(config)
     return {"weights": plan(config).nbytes(dtype.itemsize),
             "cache": decoder.cache_bytes(cache_rows or decoder.max_rows, dtype.itemsize)}
 

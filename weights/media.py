@@ -628,7 +628,7 @@ def announced_samples(file, at, end, sound=False, depth=0):
     them when it opens a file: 2 KB may ask for 2 GB. Sound of one constant size is the exception, it has no table."""
     total = 0
     for _ in range(1_000_000):
-        if at >= end:                            # also a size that no file can be sought to
+        if at >= end:                            # a box may claim any size
             break
         file.seek(at)
         box = file.read(24)
