@@ -37,6 +37,7 @@ import triton
 from engine import MODES, UNREADABLE, InputError
 from kernels.check import differing, gemm_tflops, quantiles, read_tbps
 from kernels.quant import BITS
+from weights.adapter import read_pairs
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "weights" / "tiny"
@@ -880,25 +881,6 @@ def write_trace(result, path: str) -> None:
 
 
 # ---- draft sources on recorded answers -------------------------------------------------------------------------
-
-
-def read_pairs(path: Path, src: str) -> list[dict]:
-    """Recorded pairs of one source run, [{seq, clip, question, target, drafter}], end-of-sequence ids left out."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        rows = [{"seq": r["seq"], "clip": r["clip"], "question": r["question"],
-                 "target": [i for i in r["videollava_ids"] if i != 2],
-                 "drafter": [i for i in r["eventgpt_ids"] if i != 2]} for r in rows if r.get("src") == src]
-        assert all(type(r[name]) is str for r in rows for name in ("seq", "question")), "names that are no text"
-        assert {type(r["clip"]) for r in rows} in ({int}, {str}, set()), "clips that are neither numbers nor names"
-        assert all(type(i) is int for r in rows for i in r["target"] + r["drafter"]), "ids that are no whole numbers"
-        assert all(r["target"] for r in rows), "an answer without ids"
-    except UNREADABLE as error:
-        raise InputError(f"{path}: not recorded pairs ({engine.describe(error)}); wants one JSON object a line with "
-                         f"src, seq, clip, question, videollava_ids, eventgpt_ids") from None
-    if not rows:
-        raise InputError(f"{path}: no rows of {src!r}; check the file")
-    return sorted(rows, key=lambda r: (r["seq"], r["clip"]))
 
 
 def one_shot_controls(rows, limit: int) -> dict:

@@ -1,0 +1,138 @@
+"""Adapters: the recorded architecture, no leak between sequences, training that resumes, files that are none."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+from engine import InputError
+from weights import adapter
+from weights.adapter import AdapterConfig, TokenAdapter
+from weights.convert import convert
+
+EPOCHS = 14
+SMALL = dict(vocab=60, rows=16, width=16, layers=2, heads=2, hidden=24)
+
+
+def rows_of(sequences=6, clips=4):
+    """Answers that follow from the drafter's ids, each one later: what shift 1 can learn."""
+    return [{"seq": f"s{s}", "clip": c, "question": "q", "drafter": [k, k + 1, k + 2, k + 3],
+             "target": [5, k + 10, k + 11, k + 12]} for s in range(sequences) for c in range(clips)
+            for k in [10 + (s * clips + c) % 7 * 4]]
+
+
+def write_pairs(path, rows, src="headstart"):
+    path.write_text("".join(json.dumps({"src": src, "seq": r["seq"], "clip": r["clip"], "question": r["question"],
+                                        "videollava_ids": r["target"], "eventgpt_ids": r["drafter"]}) + "\n"
+                            for r in rows))
+    return path
+
+
+def test_the_token_adapter_has_the_recorded_layers():
+    with torch.device("meta"):
+        network = TokenAdapter(AdapterConfig())
+    assert sum(p.numel() for p in network.parameters()) == 45_486_346
+    keys = set(network.state_dict())
+    assert {"embedding.weight", "position_embedding.weight", "output_proj.0.weight", "output_proj.1.bias",
+            "transformer.layers.3.self_attn.in_proj_bias"} <= keys
+
+
+@pytest.mark.parametrize("kind", ["token", "follower"])
+def test_no_entry_looks_ahead(kind):
+    torch.manual_seed(0)
+    config = AdapterConfig(kind, **SMALL)
+    network = adapter.NETWORKS[kind](config).eval()
+    ids = torch.randint(1, 60, (1, 8))
+    extra = (torch.zeros(1, 8, dtype=torch.long), torch.arange(8)[None]) if kind == "follower" else ()
+    before = network(ids, *extra)
+    ids[0, 5] = (ids[0, 5] + 1) % 60
+    after = network(ids, *extra)
+    assert torch.equal(before[:, :5], after[:, :5]) and not torch.equal(before[:, 5:], after[:, 5:])
+
+
+def test_parts_share_no_sequence_and_lose_no_row():
+    rows = rows_of(12)
+    parts = adapter.split(rows, 3, 2)
+    seqs = [{r["seq"] for r in part} for part in parts.values()]
+    assert sum(map(len, parts.values())) == len(rows) and sum(map(len, seqs)) == 12
+    assert len({r["seq"] for r in parts["test"]}) == 3 and len({r["seq"] for r in parts["valid"]}) == 2
+    with pytest.raises(InputError, match="6 sequences"):
+        adapter.split(rows_of(6), 4, 3)
+
+
+def test_labels_are_shifted_against_the_drafter():
+    row = {"drafter": [7, 8, 9], "target": [3, 4, 5], "previous": []}
+    for shift, labels in ((0, [3, 4, 5]), (1, [4, 5])):
+        (ids,), found = adapter.batch([row], AdapterConfig(shift=shift, **SMALL), "cpu")
+        assert found[0].tolist() == labels and ids[0].tolist() == [7, 8, 9][:len(labels)]
+
+
+@pytest.mark.parametrize("kind", ["token", "follower"])
+def test_training_learns_what_can_be_learnt_and_resumes_to_the_same_weights(tmp_path, kind):
+    config, options = AdapterConfig(kind, **{**SMALL, "vocab": 64}), dict(lr=1e-2, test=1, valid=1, batch_rows=8)
+    whole = adapter.train(rows_of(8, 14), tmp_path / "whole", config, epochs=EPOCHS, patience=EPOCHS, **options)
+    assert whole["test"]["prefix"] > 2.5 > 1.0 > whole["controls"]["position frequency"]["prefix"]
+    real, calls = adapter.judge, []
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(adapter, "judge", dies)
+        adapter.train(rows_of(8, 14), tmp_path / "cut", config, epochs=EPOCHS, patience=EPOCHS, **options)
+    again = adapter.train(rows_of(8, 14), tmp_path / "cut", config, epochs=EPOCHS, patience=EPOCHS, **options)
+    assert again == whole
+    assert (tmp_path / "cut" / adapter.WEIGHTS).read_bytes() == (tmp_path / "whole" / adapter.WEIGHTS).read_bytes()
+
+
+def test_a_converted_best_model_loads_without_a_config(tmp_path):
+    torch.manual_seed(0)
+    network = TokenAdapter(AdapterConfig(**{**SMALL, "heads": 8})).eval()
+    torch.save({"model_state_dict": network.state_dict(), "epoch": 2, "val_acc": 0.28}, tmp_path / "best_model.pt")
+    convert(tmp_path / "best_model.pt", tmp_path / adapter.WEIGHTS)
+    again, config = adapter.load(tmp_path)
+    ids = torch.randint(0, 60, (1, 9))
+    assert config.shift == 1 and config.layers == 2 and torch.equal(again(ids), network(ids))
+
+
+class Boom:
+    def __reduce__(self):
+        return open, ("boom", "w")
+
+
+def test_a_malicious_best_model_is_never_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model_state_dict": {"embedding.weight": torch.ones(2, 2)}, "extra": Boom()}, "best_model.pt")
+    (tmp_path / adapter.WEIGHTS).write_bytes(pickle.dumps(Boom()))
+    for call in (lambda: convert("best_model.pt", "x.safetensors"), lambda: adapter.load(tmp_path)):
+        with pytest.raises(InputError) as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "boom").exists() and not (tmp_path / "x.safetensors").exists()
+
+
+def test_weights_that_fit_no_config_are_refused_by_name(tmp_path):
+    adapter.save(tmp_path, TokenAdapter(AdapterConfig(**SMALL)), AdapterConfig(**SMALL))
+    config, good = json.loads((tmp_path / "config.json").read_text()), (tmp_path / adapter.WEIGHTS).read_bytes()
+    for change in ({"width": 32}, {"kind": "other"}, {"heads": 3}, {"layers": "many"}, {"stray": 1}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(InputError):
+            adapter.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / adapter.WEIGHTS).write_bytes(good[:len(good) // 2])
+    with pytest.raises(InputError, match=adapter.WEIGHTS):
+        adapter.load(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"videollava_ids": None}, {"videollava_ids": [1, 32000]}, {"eventgpt_ids": [-1]},
+                                    {"eventgpt_ids": [1.5]}, {"videollava_ids": [True]}, {"clip": "x"}])
+def test_pairs_of_another_vocabulary_are_refused_and_nothing_is_written(tmp_path, capsys, change):
+    path = write_pairs(tmp_path / "pairs.jsonl", rows_of())
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:3], json.dumps({**json.loads(lines[3]), **change}), *lines[4:]]))
+    assert adapter.main(["train", str(path), "--src", "headstart", "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "line 4" in told and not (tmp_path / "out").exists()

@@ -1,0 +1,439 @@
+"""adapter: small networks that turn what is known before the target speaks into guesses of the target's ids.
+
+    python -m weights.adapter train PAIRS.jsonl --out DIR           whole sequences held out, resumable
+    python -m weights.adapter train PAIRS.jsonl --out DIR --kind follower
+    python -m weights.adapter evaluate PAIRS.jsonl DIR              beside the controls that need no network
+
+`token`: the TokenAdapter of the research repository this engine started from, layer by layer (45.5 M parameters): the
+drafter's ids in, the target's ids out, entry i guessing answer id i + `shift`. Its `best_model.pt` loads after
+`python -m weights.convert best_model.pt DIR/adapter.safetensors`; sizes come from the shapes, shift is 1.
+`follower`: a causal decoder over [drafter ids] [previous answer] [answer so far], the first two optional: it sees what
+the target has committed and guesses the next id.
+
+Measured on 1,100 recorded answers of the 7B pair, one question, `train PAIRS --patience 5` (12 sequences: 3 test, 2
+validation, 7 to learn from), accepted of 21 drafts after the target's own first id:
+    token, 45.5 M      position match 28.08 %   top-5 48.12 %   accepted 8.65     best epoch 3 of 7
+    no network         most frequent id at each position 25.43 % and 8.54, constant 9.14, previous answer 12.59
+It is beaten by both controls that look at beginnings of answers.
+
+PAIRS: one JSON object a line with src, seq, clip, question, videollava_ids, eventgpt_ids, as `bench.py --record` does.
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from weights import InputError
+from weights.load import brief, listed, read_header, read_json, refusal
+
+END, VOCAB = 2, 32_000               # end of sequence, and the ids both models share
+WEIGHTS = "adapter.safetensors"
+LIMIT = 21                           # drafts of one shot: what the research repository's window held
+
+
+# ---- recorded pairs --------------------------------------------------------------------------------------------
+
+
+def read_pairs(path, src: str) -> list[dict]:
+    """Recorded pairs of one source run in order of sequence and clip, end-of-sequence ids left out:
+    [{seq, clip, question, target, drafter}]."""
+    rows = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise refusal(path, f"not recorded pairs ({brief(error)})", "wants what bench.py --record wrote") from None
+    for at, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+            if row.get("src") != src:
+                continue
+            pair = {"seq": str(row["seq"]), "clip": row["clip"], "question": str(row["question"]),
+                    "target": row["videollava_ids"], "drafter": row["eventgpt_ids"]}
+            if type(pair["clip"]) is not type(rows[0]["clip"] if rows else pair["clip"]) or pair["clip"] is None:
+                raise TypeError("clips are neither all numbers nor all names")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise refusal(path, f"line {at} is no recorded pair ({type(error).__name__}: {brief(error)})",
+                          "wants src, seq, clip, question, videollava_ids, eventgpt_ids") from None
+        for side in ("target", "drafter"):
+            ids = pair[side]
+            if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < VOCAB for i in ids):
+                raise refusal(path, f"line {at}: the {side}'s ids are not whole numbers from 0 to {VOCAB - 1}",
+                              "record it with the tokenizer both models share")
+            pair[side] = [i for i in ids if i != END]
+        if not pair["target"]:
+            raise refusal(path, f"line {at}: an answer without ids", "record it again")
+        rows.append(pair)
+    if not rows:
+        raise refusal(path, f"no rows of {src!r}", "check the file, or name another src")
+    return sorted(rows, key=lambda r: (r["seq"], r["clip"]))
+
+
+def with_previous(rows) -> list[dict]:
+    """The rows, each with `previous`: the answer before it to the same question of the same sequence, or []."""
+    last, out = {}, []
+    for row in rows:
+        key = row["seq"], row["question"]
+        out.append({**row, "previous": last.get(key, [])})
+        last[key] = row["target"]
+    return out
+
+
+def split(rows, test: int, valid: int) -> dict:
+    """{"train", "valid", "test"}: whole sequences each, never a clip beside its half-overlapping neighbour in another
+    part. Held-out sequences are spread evenly over all sizes; of those, test and validation take turns."""
+    by_size = [s for s, _ in sorted(collections.Counter(r["seq"] for r in rows).items(), key=lambda i: (i[1], i[0]))]
+    if test < 1 or valid < 1 or len(by_size) < test + valid + 1:
+        raise InputError(f"{len(by_size)} sequences: wanted {test} for test, {valid} for validation and one or more to "
+                         f"learn from; change --test and --valid")
+    held = [by_size[int((i + 0.5) * len(by_size) / (test + valid))] for i in reversed(range(test + valid))]
+    turns = sorted(range(len(held)), key=lambda i: (i % 2, i))          # 0, 2, 4, ..., then 1, 3, ...
+    parts = {held[i]: "test" if at < test else "valid" for at, i in enumerate(turns)}
+    return {part: [r for r in rows if parts.get(r["seq"], "train") == part] for part in ("train", "valid", "test")}
+
+
+# ---- the networks ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    kind: str = "token"
+    vocab: int = 32_010              # rows of the embedding; EventGPT adds ten to LLaMA's 32,000
+    rows: int = 128                  # positions
+    width: int = 512
+    layers: int = 4
+    heads: int = 8                   # the one size that shapes do not tell
+    hidden: int = 2048
+    shift: int = 1                   # entry i guesses the target's id i + shift
+    sees: str = "previous,drafter"   # what a follower reads before the answer
+
+    def __post_init__(self):
+        sizes = [getattr(self, f.name) for f in fields(self) if f.type is int]
+        if self.kind not in NETWORKS or not all(type(s) is int and 0 <= s < 1 << 20 for s in sizes) \
+                or not self.heads or self.width % self.heads or not set(self.sees.split(",")) <= {*SEGMENTS, ""}:
+            raise InputError(f"adapter: sizes that fit no network ({brief(asdict(self), 200)}); check its config.json")
+
+
+class TokenAdapter(nn.Module):
+    """Drafter ids [B, S] to logits over target ids [B, S, V]. Module names are the checkpoint's keys."""
+
+    def __init__(self, config: AdapterConfig):
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab, config.width)
+        self.position_embedding = nn.Embedding(config.rows, config.width)
+        self.transformer = layers(config)
+        self.output_proj = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, config.vocab))
+
+    def forward(self, ids_BS):
+        S = ids_BS.shape[1]
+        hidden_BSD = self.embedding(ids_BS) + self.position_embedding.weight[:S]
+        return self.output_proj(self.transformer(hidden_BSD, mask=causal(S, ids_BS.device)))
+
+
+SEGMENTS = ("drafter", "previous")
+
+
+class Follower(nn.Module):
+    """Ids, their segment and their place in it [B, S] to logits of the id after each [B, S, V]; one table of ids for
+    both ends."""
+
+    def __init__(self, config: AdapterConfig):
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab, config.width)
+        self.position_embedding = nn.Embedding(config.rows, config.width)
+        self.segment_embedding = nn.Embedding(len(SEGMENTS) + 1, config.width)
+        for table in (self.embedding, self.position_embedding, self.segment_embedding):
+            nn.init.normal_(table.weight, std=0.02)
+        self.transformer = layers(config, norm_first=True)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, ids_BS, segments_BS, places_BS):
+        hidden_BSD = (self.embedding(ids_BS) + self.position_embedding(places_BS)
+                      + self.segment_embedding(segments_BS))
+        hidden_BSD = self.transformer(hidden_BSD, mask=causal(ids_BS.shape[1], ids_BS.device))
+        return self.norm(hidden_BSD) @ self.embedding.weight.T
+
+
+NETWORKS = {"token": TokenAdapter, "follower": Follower}
+
+
+def layers(config: AdapterConfig, **extra) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(config.width, config.heads, config.hidden, dropout=0.1, activation="gelu",
+                                       batch_first=True, **extra)
+    return nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
+
+
+def causal(S: int, device):
+    return torch.ones(S, S, dtype=torch.bool, device=device).triu(1)
+
+
+def batch(rows, config: AdapterConfig, device) -> tuple[tuple, torch.Tensor]:
+    """(inputs of the network, labels [B, S]) of some rows; label 0 counts for nothing. labels[b, i] is what entry i
+    is asked for: the token adapter's target id i + shift, the follower's next answer id."""
+    if config.kind == "token":
+        S = min(config.rows, max(max(len(r["target"]) - config.shift, 1) for r in rows))
+        ids = [(r["drafter"] + [0] * S)[:S] for r in rows]
+        labels = [(r["target"][config.shift:] + [0] * S)[:S] for r in rows]
+        return (torch.tensor(ids, device=device),), torch.tensor(labels, device=device)
+    C = min(config.rows, 64)                                 # rows of each text seen before the answer
+    parts = [[(r[name] + [0] * C)[:C] for r in rows] for name in SEGMENTS if name in config.sees.split(",")]
+    A = min(config.rows, max(max(len(r["target"]) - 1, 1) for r in rows))
+    parts.append([(r["target"][:-1] + [0] * A)[:A] for r in rows])
+    used = [k for k, name in enumerate((*SEGMENTS, "answer")) if name in (*config.sees.split(","), "answer")]
+    ids = [sum(of, []) for of in zip(*parts, strict=True)]
+    segments = [k for k, part in zip(used, parts, strict=True) for _ in part[0]]
+    places = [i for part in parts for i in range(len(part[0]))]
+    labels = [[0] * (len(line) - A) + (r["target"][1:] + [0] * A)[:A] for line, r in zip(ids, rows, strict=True)]
+    as_rows = torch.tensor([segments, places], device=device)[:, None].expand(2, len(rows), -1)
+    return (torch.tensor(ids, device=device), *as_rows), torch.tensor(labels, device=device)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+
+def save(folder, network, config: AdapterConfig) -> None:
+    """config.json and the weights, each renamed into place when whole; the weights last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write = {"config.json": lambda path: path.write_text(json.dumps(asdict(config), indent=2) + "\n"),
+             WEIGHTS: lambda path: save_file({k: v.detach().cpu().contiguous()
+                                              for k, v in network.state_dict().items()}, path)}
+    for name, put in write.items():
+        partial = folder / f".{name}.{os.getpid()}.partial"
+        try:
+            put(partial)
+            os.replace(partial, folder / name)
+        except OSError as error:
+            raise refusal(folder / name, f"cannot be written ({error.strerror or brief(error)})",
+                          "check the path, its permissions and the disk") from None
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def load(folder, device="cpu"):
+    """(network in evaluation mode, AdapterConfig) of a folder. Without config.json the sizes are read off the shapes of
+    a TokenAdapter, with eight heads and shift +1: what the research repository trained."""
+    folder = Path(folder)
+    path = folder / WEIGHTS if folder.is_dir() else folder
+    if not path.exists():
+        raise refusal(path, "no such file", "train one, or convert best_model.pt to this name with weights.convert")
+    shapes = {key: tuple(stored.shape) for key, stored in read_header(path).items()}
+    beside = path.parent / "config.json"
+    if beside.exists():
+        raw = read_json(beside)
+        unknown = set(raw) - {f.name for f in fields(AdapterConfig)}
+        if unknown or raw.get("kind") not in NETWORKS:
+            raise refusal(beside, f"no adapter's config (kind {brief(raw.get('kind'))}, unknown {listed(unknown)})",
+                          "copy it again from where the adapter was trained")
+        config = AdapterConfig(**raw)
+    else:
+        config = config_of(shapes, path)
+    with torch.device("meta"):
+        network = NETWORKS[config.kind](config)
+    wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    wrong = sorted(key for key in {*wanted, *shapes} if wanted.get(key) != shapes.get(key))
+    if wrong:
+        raise refusal(path, f"{len(wrong)} tensors missing, unknown or of another shape: {listed(wrong, 4)}",
+                      "it belongs to another adapter or another config.json")
+    weights = {key: value.float() for key, value in load_file(path, device=str(device)).items()}
+    bad = [key for key, value in weights.items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise refusal(path, f"NaN or infinity in {listed(bad, 4)}", "train or download it again")
+    network.load_state_dict(weights, assign=True)
+    return network.eval(), config
+
+
+def config_of(shapes: dict, path) -> AdapterConfig:
+    """The sizes of a TokenAdapter whose checkpoint came without any."""
+    try:
+        (vocab, width), (rows, _) = shapes["embedding.weight"], shapes["position_embedding.weight"]
+        depth = len({key.split(".")[2] for key in shapes if key.startswith("transformer.layers.")})
+        hidden = shapes["transformer.layers.0.linear1.weight"][0]
+    except (KeyError, ValueError, IndexError):
+        raise refusal(path, f"holds no TokenAdapter (its tensors: {listed(sorted(shapes), 4)})",
+                      "give the state dict of best_model.pt, converted, or a folder with config.json") from None
+    return AdapterConfig("token", vocab, rows, width, depth, 8 if width % 8 == 0 else 1, hidden)
+
+
+# ---- train and judge -------------------------------------------------------------------------------------------
+
+
+def run_of(correct: list[bool], limit: int = LIMIT) -> int:
+    """How many lead the list."""
+    return next((i for i, right in enumerate(correct[:limit]) if not right), min(len(correct), limit))
+
+
+@torch.no_grad()
+def judge(network, config: AdapterConfig, rows, device, limit: int = LIMIT) -> dict:
+    """Position match and top-5 in per cent over every target id after the first, and the mean accepted prefix of one
+    shot of at most `limit` drafts after the target's own first id. A follower is asked with the true ids before each
+    position: its free run is the same up to the first miss, which is all that counts."""
+    network.eval()
+    right, top5, prefixes = [], [], []
+    for at in range(0, len(rows), 64):
+        some = rows[at:at + 64]
+        inputs, labels_BS = batch(some, config, device)
+        best_BSK = network(*inputs).topk(5, dim=-1).indices
+        hit_BSK = (best_BSK == labels_BS[..., None])
+        for b, row in enumerate(some):
+            start = labels_BS.shape[1] - batch_answer(config, some) if config.kind == "follower" else 1 - config.shift
+            span = slice(max(start, 0), max(start, 0) + len(row["target"]) - 1)
+            hits = hit_BSK[b, span, 0].tolist()
+            right += hits
+            top5 += hit_BSK[b, span].any(-1).tolist()
+            prefixes.append(run_of(hits, limit))
+    mean = lambda values: sum(values) / len(values)          # noqa: E731
+    return {"position": 100 * mean(right), "top5": 100 * mean(top5), "prefix": mean(prefixes)}
+
+
+def batch_answer(config, rows) -> int:
+    return min(config.rows, max(max(len(r["target"]) - 1, 1) for r in rows))
+
+
+def controls(train, rows, limit: int = LIMIT) -> dict:
+    """The same figures for drafts that need no network: the most frequent id at each position of the training answers,
+    the most frequent way on after each beginning (`constant`), and the previous answer of the sequence."""
+    at = collections.defaultdict(lambda: collections.defaultdict(collections.Counter))
+    after = collections.defaultdict(lambda: collections.defaultdict(collections.Counter))
+    for r in train:
+        for i, id_ in enumerate(r["target"]):
+            at[r["question"]][i][id_] += 1
+            after[r["question"]][tuple(r["target"][:i])][id_] += 1
+    said = {"position frequency": [], "constant": [], "previous": []}
+    for r in rows:
+        q, ids = r["question"], r["target"]
+        path = ids[:1]
+        while len(path) < len(ids) and (seen := after[q].get(tuple(path))):
+            path.append(seen.most_common(1)[0][0])
+        often = [max(at[q][i], key=at[q][i].get, default=-1) for i in range(len(ids))]
+        for name, drafts in (("position frequency", often), ("constant", path), ("previous", r["previous"])):
+            said[name].append([i < len(drafts) and drafts[i] == ids[i] for i in range(1, len(ids))])
+    return {name: {"position": 100 * sum(map(sum, hits)) / sum(map(len, hits)),
+                   "prefix": sum(run_of(h, limit) for h in hits) / len(hits)} for name, hits in said.items()}
+
+
+def train(rows, out, config: AdapterConfig, *, epochs=50, patience=10, lr=1e-4, test=3, valid=2, seed=0, device="cpu",
+          batch_rows=32) -> dict:
+    """Trains and keeps the epoch with the longest accepted prefix on the validation sequences; returns its figures on
+    the test sequences. Label smoothing 0.1, AdamW, cosine, clip 1: the recipe of the adapter this follows."""
+    out, parts = Path(out), split(with_previous(rows), test, valid)
+    torch.manual_seed(seed)
+    network = NETWORKS[config.kind](config).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.01)
+    per_epoch = -(-len(parts["train"]) // batch_rows)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
+    about = {"config": asdict(config), "epochs": epochs, "lr": lr, "seed": seed, "test": test, "valid": valid,
+             "pairs": len(rows)}
+    best, first, resume = {"prefix": -1.0, "position": -1.0}, 0, out / "resume.pt"
+    if resume.exists():
+        try:
+            state = torch.load(resume, map_location=device, weights_only=True)
+            if state["about"] != about:
+                raise refusal(resume, "an unfinished run with other settings", "remove it, or give another --out")
+            network.load_state_dict(state["network"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            first, best = state["epoch"], state["best"]
+        except InputError:
+            raise
+        except Exception as error:                           # whatever a damaged file does to the reader
+            raise refusal(resume, f"not an unfinished run ({type(error).__name__})", "remove it") from None
+    print(f"{sum(p.numel() for p in network.parameters()):,} parameters; rows: " + ", ".join(
+        f"{k} {len(v)} of {len({r['seq'] for r in v})} sequences" for k, v in parts.items()), file=sys.stderr)
+    for epoch in range(first, epochs):
+        if epoch - best.get("epoch", epoch) >= patience:
+            break
+        shuffled, began, losses = list(parts["train"]), time.monotonic(), []
+        random.Random(seed * 1000 + epoch).shuffle(shuffled)
+        torch.manual_seed(seed * 1000 + epoch)               # dropout too goes on as if never interrupted
+        network.train()
+        for at in range(0, len(shuffled), batch_rows):
+            inputs, labels_BS = batch(shuffled[at:at + batch_rows], config, device)
+            loss = F.cross_entropy(network(*inputs).flatten(0, 1), labels_BS.flatten(), ignore_index=0,
+                                   label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+        found = judge(network, config, parts["valid"], device)
+        print(f"epoch {epoch + 1}: loss {sum(losses) / len(losses):.3f}, validation prefix {found['prefix']:.2f}, "
+              f"position {found['position']:.1f} %, top-5 {found['top5']:.1f} %, {time.monotonic() - began:.0f} s",
+              file=sys.stderr, flush=True)
+        if (found["prefix"], found["position"]) > (best["prefix"], best["position"]):
+            best = {**found, "epoch": epoch}
+            save(out, network, config)
+        partial = resume.with_suffix(".partial")
+        torch.save({"about": about, "network": network.state_dict(), "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(), "epoch": epoch + 1, "best": best}, partial)
+        os.replace(partial, resume)
+    network, config = load(out, device)
+    return {"test": judge(network, config, parts["test"], device), "valid": best,
+            "controls": controls(parts["train"], parts["test"])}
+
+
+def lines_of(figures: dict, title: str) -> list[str]:
+    lines = [title, f"{'':20}position match %   top-5 %   accepted of {LIMIT}"]
+    for name, of in {"adapter": figures["test"], **figures["controls"]}.items():
+        lines.append(f"{name:20}{of['position']:16.2f}" + (f"{of['top5']:10.2f}" if "top5" in of else " " * 10)
+                     + f"{of['prefix']:16.2f}")
+    return lines
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m weights.adapter", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("train", "evaluate"):
+        sub = commands.add_parser(name)
+        sub.add_argument("pairs", type=Path)
+        if name == "evaluate":
+            sub.add_argument("folder", type=Path)
+        else:
+            sub.add_argument("--out", type=Path, required=True)
+            sub.add_argument("--kind", choices=tuple(NETWORKS), default="token")
+            for flag in ("width", "layers", "heads", "hidden", "shift"):
+                sub.add_argument(f"--{flag}", type=int, default=getattr(AdapterConfig, flag))
+            sub.add_argument("--sees", default=AdapterConfig.sees, help="of a follower (default %(default)s)")
+            sub.add_argument("--epochs", type=int, default=50)
+            sub.add_argument("--patience", type=int, default=10)
+            sub.add_argument("--lr", type=float, default=1e-4)
+            sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--src", default="test_tokens_1q", help="which rows of PAIRS (default %(default)s)")
+        sub.add_argument("--test", type=int, default=3, help="sequences held out (default %(default)s)")
+        sub.add_argument("--valid", type=int, default=2, help="sequences to stop by (default %(default)s)")
+        sub.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    try:
+        rows = read_pairs(args.pairs, args.src)
+        if args.command == "train":
+            config = AdapterConfig(args.kind, width=args.width, layers=args.layers, heads=args.heads,
+                                   hidden=args.hidden, shift=args.shift, sees=args.sees)
+            figures = train(rows, args.out, config, epochs=args.epochs, patience=args.patience, lr=args.lr,
+                            test=args.test, valid=args.valid, seed=args.seed, device=args.device)
+        else:
+            network, config = load(args.folder, args.device)
+            parts = split(with_previous(rows), args.test, args.valid)
+            figures = {"test": judge(network, config, parts["test"], args.device),
+                       "controls": controls(parts["train"], parts["test"])}
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print("\n".join(lines_of(figures, f"{config.kind} adapter on {args.test} held-out sequences of {args.pairs.name}, "
+                             f"{args.src}")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
