@@ -884,63 +884,105 @@ def write_trace(result, path: str) -> None:
 
 
 def one_shot_controls(rows, limit: int) -> dict:
-    """Mean accepted prefix of at most `limit` drafts after the target's own first id. Clips overlap by half, so whole
-    sequences are held out: `constant` learns from other sequences; the first clip of a sequence has no `previous`.
-    `drafter` is EventGPT's own text from its first id on."""
-    accepted = {"previous": [], "constant": [], "drafter": []}
-    for seq in sorted({r["seq"] for r in rows}):
-        previous, constant = engine.Previous(), engine.Constant(most=len(rows))
-        for row in rows:
-            if row["seq"] != seq:
-                constant.begin(row["question"])
-                constant.learn(row["target"])
-        for row in [r for r in rows if r["seq"] == seq]:
-            ids = row["target"]
-            for name, source in (("previous", previous), ("constant", constant)):
-                source.begin(row["question"])
-                accepted[name].append(prefix(source.propose(ids[:1], limit), ids[1:], limit))
-            accepted["drafter"].append(prefix(row["drafter"], ids, limit))       # its guess of the first id counts
-            previous.learn(ids)
-    return {name: statistics.mean(values) for name, values in accepted.items()}
+    """Mean accepted prefix of at most `limit` drafts after the target's own first id, whole sequences held out:
+    `drafter` is EventGPT's own text from its first id on, the others are `CONTROLS`."""
+    shots = {name: statistics.mean(shot[limit] for of in replay(rows, name, (), (limit,)).values() for shot in of.shots)
+             for name in ("previous", "constant")}
+    return shots | {"drafter": statistics.mean(prefix(row["drafter"], row["target"], limit) for row in rows)}
 
 
 def memory_controls(rows, order: int, lengths, only=None) -> dict:
     """{K: {"other sequences", "with own stream"}}: tokens per target forward of rounds with K drafts from a Memory."""
-    figures = {}
-    for K in lengths:
-        figures[K] = {}
-        for name, own in (("other sequences", False), ("with own stream", True)):
-            tokens = forwards = 0
-            for seq in only or sorted({r["seq"] for r in rows}):
-                memory = engine.Memory(order, most=2 * len(rows))
-                for row in rows:
-                    if row["seq"] != seq:
-                        memory.teach(row["target"])
-                for row in [r for r in rows if r["seq"] == seq]:
-                    ids, at = row["target"], 1
-                    while at < len(ids):
-                        step = min(prefix(memory.propose(ids[:at], K), ids[at:], K) + 1, len(ids) - at)
-                        at, tokens, forwards = at + step, tokens + step, forwards + 1
-                    if own:
-                        memory.learn(ids)
-            figures[K][name] = tokens / forwards
-    return figures
+    runs = {name: replay(rows, f"memory {order}", lengths, (), own, only)
+            for name, own in (("other sequences", False), ("with own stream", True))}
+    return {K: {name: per_forward(of.values(), K) for name, of in runs.items()} for K in lengths}
+
+
+CONTROLS = {"previous": lambda most: engine.Previous(), "constant": lambda most: engine.Constant(most=most),
+            "memory 8": lambda most: engine.Memory(8, most=most),
+            "memory 16": lambda most: engine.Memory(16, most=most), "blend": lambda most: engine.Blend(most=most)}
+LENGTHS, SHOTS = (8, 15, 31), (15, 21, 31)
+
+
+class Replay:
+    """One held-out sequence replayed: tokens and forwards of its rounds by K, what one shot had accepted by answer."""
+
+    def __init__(self):
+        self.tokens, self.forwards, self.shots = collections.Counter(), collections.Counter(), []
+
+
+def replay(rows, name: str, lengths=LENGTHS, shots=SHOTS, own: bool = True, only=None) -> dict:
+    """{sequence: Replay} of a source. Clips overlap by half, so a source is taught the other sequences only; answers of
+    the sequence itself reach it after they are complete (`own`), in order. What it learns counts as it does in use."""
+    runs = {}
+    for seq in only or sorted({r["seq"] for r in rows}):
+        source, of = CONTROLS[name](2 * len(rows)), runs.setdefault(seq, Replay())
+        for row in [r for r in rows if r["seq"] != seq]:
+            source.begin(row["question"])
+            if hasattr(source, "teach"):
+                source.teach(row["target"])
+            elif name != "previous":                         # the last answer of another sequence is nobody's previous
+                source.learn(row["target"])
+        for row in [r for r in rows if r["seq"] == seq]:
+            ids = row["target"]
+            source.begin(row["question"])
+            of.shots.append({limit: prefix(source.propose(ids[:1], limit), ids[1:], limit) for limit in shots})
+            for K in lengths:
+                at = 1
+                while at < len(ids):
+                    step = min(prefix(source.propose(ids[:at], K), ids[at:], K) + 1, len(ids) - at)
+                    at += step
+                    of.tokens[K] += step
+                    of.forwards[K] += 1
+            if own and name != "constant":
+                source.learn(ids)
+    return runs
+
+
+def per_forward(replays, K: int) -> float:
+    return sum(of.tokens[K] for of in replays) / sum(of.forwards[K] for of in replays)
+
+
+def accepted(replays, limit: int) -> float:
+    return statistics.mean(shot[limit] for of in replays for shot in of.shots)
+
+
+def with_interval(figure, replays, at: int) -> str:
+    """A figure of some replays and its 95 % interval over resampled whole sequences."""
+    replays, rng = list(replays), random.Random(0)
+    resampled = sorted(figure(rng.choices(replays, k=len(replays)), at) for _ in range(RESAMPLES))
+    return (f"{figure(replays, at):6.2f} [{resampled[int(0.025 * RESAMPLES)]:5.2f},"
+            f"{resampled[int(0.975 * RESAMPLES)]:6.2f}]")
 
 
 def sources_page(options) -> int:
     """What drafts without a drafter reach on recorded answers of the 7B pair: acceptance only, no time."""
     rows = read_pairs(options.sources, options.sources_src)
-    shot = one_shot_controls(rows, 21)
-    lines = [f"sources, {len(rows)} recorded answers of {len({r['seq'] for r in rows})} sequences "
-             f"({options.sources.name}, {options.sources_src}), whole sequences held out",
-             "one shot of at most 21 drafts after the target's own first id, mean accepted:",
-             f"  previous answer {shot['previous']:.2f}   constant {shot['constant']:.2f}   raw drafter text "
-             f"{shot['drafter']:.3f}"]
-    for order in (8, 16):
-        lines.append(f"rounds from an n-gram memory, contexts <= {order}, tokens per target forward: other sequences / "
-                     f"with own stream weighted 20")
-        lines += [f"  K = {K:2}  {of['other sequences']:.2f} / {of['with own stream']:.2f}"
-                  for K, of in memory_controls(rows, order, (8, 15, 31)).items()]
+    seqs, questions = sorted({r["seq"] for r in rows}), sorted({r["question"] for r in rows})
+    lines = [f"sources, {len(rows)} recorded answers of {len(seqs)} sequences ({options.sources.name}, "
+             f"{options.sources_src}), whole sequences held out, [95 % over sequences]"]
+    runs = {}
+    for own, names in ((True, list(CONTROLS)), (False, [n for n in CONTROLS if n != "previous"])):
+        for name in names:
+            print(f"{name}, {'own stream too' if own else 'other sequences only'} ...", file=sys.stderr, flush=True)
+            runs[name, own] = replay(rows, name, own=own) if own or name != "constant" else runs[name, True]
+    drafter = statistics.mean(prefix(r["drafter"], r["target"], 21) for r in rows)
+    for title, figure, columns, own in (
+            ("one shot after the target's own first id, mean accepted of", accepted, SHOTS, True),
+            ("rounds of K drafts, tokens per target forward, own stream too, K =", per_forward, LENGTHS, True),
+            ("rounds of K drafts, cold: other sequences only, K =", per_forward, LENGTHS, False)):
+        lines += [title, f"{'':12}" + "".join(f"{K:>22}" for K in columns)]
+        lines += [f"  {name:10}" + "".join(f"{with_interval(figure, runs[name, own].values(), K):>22}" for K in columns)
+                  for name in CONTROLS if (name, own) in runs]
+        if figure is accepted:
+            lines.append(f"  drafter's own text {drafter:.3f} of 21")
+    if len(questions) > 1:
+        lines.append("by question: blend, tokens per forward at K = 15, one shot of 21; previous, constant of 21")
+        for question in questions:
+            of = {name: replay([r for r in rows if r["question"] == question], name, (15,), (21,)).values()
+                  for name in ("blend", "previous", "constant")}
+            lines.append(f"  {per_forward(of['blend'], 15):5.2f} {accepted(of['blend'], 21):6.2f}; "
+                         f"{accepted(of['previous'], 21):6.2f} {accepted(of['constant'], 21):6.2f}  {question}")
     print("\n".join(lines))
     if options.update_readme:
         update_readme(options.update_readme, lines)
@@ -1050,8 +1092,8 @@ def replay_print(options, head, taken) -> int:
 
 def replay_settings(others, rates, apart: bool, only: str | None) -> dict:
     """{name: (mode, source, what the drafter says of a row)}, target_only first. Sources live as long as a stream."""
-    def taught(name, learns=True):
-        source = engine.Memory(16)
+    def taught(name, learns=True, made=None):
+        source = made or engine.Memory(16)
         source.name = name                                   # the gate judges each for itself
         for row in others:
             source.teach(row["target"])
@@ -1067,7 +1109,8 @@ def replay_settings(others, rates, apart: bool, only: str | None) -> dict:
         made |= {"one shot, previous answer": lambda: ("prefill_then_verify", engine.Previous(), raw),
                  "memory, cold stream": lambda: ("speculative", engine.Memory(16), raw),
                  "memory, other sequences": lambda: ("speculative", taught("other sequences", learns=False), raw),
-                 "memory, both": lambda: ("speculative", taught("both"), raw)}
+                 "memory, both": lambda: ("speculative", taught("both"), raw),
+                 "blend, both": lambda: ("speculative", taught("blend", made=engine.Blend()), raw)}
     for p in rates:
         made[f"drafter right with {p}"] = functools.partial(lambda p: ("speculative", None, says(p)), p)
     if not apart:
