@@ -1055,9 +1055,9 @@ def replay_page(options) -> int:
                                     cell["target_only"].wall_clock_time * 1e3))
             options.shown = cell[list(cell)[-1]]
             progress.step(f"{seq} {row['clip']}")
-    head = replay_head(e, options, len(chosen))
-    if options.rows:
-        options.rows.write_text(json.dumps([head, taken]) + "\n", encoding="utf-8")
+        head = replay_head(e, options, stream)
+        if options.rows and stream:                          # after every stream: what is measured is kept
+            engine.replace_file(options.rows, (json.dumps([head, taken]) + "\n").encode())
     for path, write in ((options.timeline, draw_timeline), (options.trace, write_trace)):
         if path:
             write(options.shown, path)
