@@ -114,7 +114,7 @@ def test_recorded_pairs_hold_both_answers_and_feed_the_sources_page(tmp_path, ca
     assert "came out of all 12 requests" in lines[-2]
     shards = [str(tmp_path / f"s{i}.json") for i in range(2)]
     for shard in shards:
-        assert bench.main([*replay, "--only", "both", "--rows", shard]) == 0
+        assert bench.main([*replay, "--only", "cold", "--rows", shard]) == 0
     capsys.readouterr()
     assert bench.main([*replay, "--merge", *shards]) == 0
     assert "came out of all 16 requests" in capsys.readouterr().out
