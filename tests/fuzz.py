@@ -289,9 +289,8 @@ KINDS = {"npy": npy, "npz": npz, "png": png, "mp4": mp4, "safetensors": safetens
 
 
 def peak_mb() -> float:
-    """Of this program alone: getrusage would start from what the process that started it once held."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+    """The most this process ever held. Not ru_maxrss: a child starts with its parent's, which hides its own growth."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
 def child(kind: str, first: int, last: int, folder: Path) -> None:

@@ -1,7 +1,6 @@
 """The 72 bad inputs, through the library and through the command line: one line, exit 2 or a counted row, nothing run,
 nothing half-written. tests/hostile.py makes them."""
 
-import functools
 import json
 import time
 
@@ -16,6 +15,12 @@ from engine import InputError
 @pytest.fixture(scope="module")
 def pair():
     return engine.load_engine(bench.TINY / "drafter", bench.TINY / "target", device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def quick_ceilings(monkeypatch):
+    """How fast this machine is says nothing here, and takes half a second a run."""
+    monkeypatch.setattr(bench, "ceilings", lambda device: {"read_bw": 1e10, "gemm_flops": 1e11})
 
 
 def assert_clean(folder, case):
@@ -39,27 +44,26 @@ def test_the_library_refuses_in_one_line(name, pair, tmp_path, monkeypatch):
     case = hostile.CASES[name](tmp_path)
     if case.patch:
         case.patch(monkeypatch)
-    began = time.perf_counter()
+    began = time.process_time()                              # of this process: others may keep the machine busy
     if case.exit == 0:
         case.call(pair)
     else:
         with pytest.raises(InputError) as error:
             case.call(pair)
         assert_one_line(str(error.value), case)
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
     assert_clean(tmp_path, case)
 
 
 @pytest.mark.parametrize("name", hostile.CASES)
 def test_the_command_line_refuses_in_one_line_or_counts_the_sample(name, tmp_path, monkeypatch, capsys):
     case = hostile.CASES[name](tmp_path)
-    monkeypatch.setattr(bench, "ceilings", functools.cache(lambda device: {"read_bw": 1e10, "gemm_flops": 1e11}))
     if case.patch:
         case.patch(monkeypatch)
     before, saved = sorted(tmp_path.rglob("*")), tmp_path / "report.json"
-    began = time.perf_counter()
+    began = time.process_time()
     code = bench.main([*case.flags, "--json", str(saved)])
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     out, err = capsys.readouterr()
     assert code == case.exit, (code, err, out[-400:])
     if code == 2:

@@ -517,14 +517,15 @@ for name in sys.argv[1:]:
 # ---- memory, quiet, command line ---------------------------------------------------------------------------------
 
 PEAK = """
-import json, resource, sys, torch
+import json, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from weights.load import open_checkpoint
 from weights.names import on_disk, plan
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss: a child starts with its parent's, which hides its own growth.
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
