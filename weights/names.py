@@ -80,7 +80,7 @@ TEXT_DEFAULTS = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_he
                  "vocab_size": 32000}
 VISION_DEFAULTS = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
                    "image_size": 224, "patch_size": 14}
-_POSITIVE = ("a number above 0", lambda v: type(v) in (int, float) and 0 < v < 1e30)
+_POSITIVE = ("a number above 0", lambda v: type(v) in (int, float) and 0 < v < 1e12)
 _COUNT = ("a whole number above 0", lambda v: type(v) is int and 0 < v < 2 ** 31)
 _ID = ("an id of the vocabulary", lambda v: type(v) is int and 0 <= v < 2 ** 31)
 _FLAG = ("true or false", lambda v: type(v) is bool)
