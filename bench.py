@@ -257,7 +257,7 @@ class LearnsOnce(engine.DraftSource):
 
     def __init__(self, source: engine.DraftSource):
         self.source, self.answer, self.name = source, None, type(source).__name__
-        for name in ("begin", "propose", "verdict"):
+        for name in ("begin", "hear", "hears", "propose", "verdict"):
             setattr(self, name, getattr(source, name))
 
     def learn(self, answer):
@@ -900,7 +900,8 @@ def memory_controls(rows, order: int, lengths, only=None) -> dict:
 
 CONTROLS = {"previous": lambda most: engine.Previous(), "constant": lambda most: engine.Constant(most=most),
             "memory 8": lambda most: engine.Memory(8, most=most),
-            "memory 16": lambda most: engine.Memory(16, most=most), "blend": lambda most: engine.Blend(most=most)}
+            "memory 16": lambda most: engine.Memory(16, most=most), "blend": lambda most: engine.Blend(most=most),
+            "drafter-text": lambda most: engine.DrafterText()}
 LENGTHS, SHOTS = (8, 15, 31), (15, 21, 31)
 
 
@@ -926,6 +927,8 @@ def replay(rows, name: str, lengths=LENGTHS, shots=SHOTS, own: bool = True, only
         for row in [r for r in rows if r["seq"] == seq]:
             ids = row["target"]
             source.begin(row["question"])
+            if source.hears:
+                source.hear(row["drafter"])                  # all of it, as if it were early enough
             of.shots.append({limit: prefix(source.propose(ids[:1], limit), ids[1:], limit) for limit in shots})
             for K in lengths:
                 at = 1
@@ -962,7 +965,7 @@ def sources_page(options) -> int:
     lines = [f"sources, {len(rows)} recorded answers of {len(seqs)} sequences ({options.sources.name}, "
              f"{options.sources_src}), whole sequences held out, [95 % over sequences]"]
     runs = {}
-    for own, names in ((True, list(CONTROLS)), (False, [n for n in CONTROLS if n != "previous"])):
+    for own, names in ((True, list(CONTROLS)), (False, [n for n in CONTROLS if n not in ("previous", "drafter-text")])):
         for name in names:
             print(f"{name}, {'own stream too' if own else 'other sequences only'} ...", file=sys.stderr, flush=True)
             runs[name, own] = replay(rows, name, own=own) if own or name != "constant" else runs[name, True]
@@ -971,9 +974,13 @@ def sources_page(options) -> int:
             ("one shot after the target's own first id, mean accepted of", accepted, SHOTS, True),
             ("rounds of K drafts, tokens per target forward, own stream too, K =", per_forward, LENGTHS, True),
             ("rounds of K drafts, cold: other sequences only, K =", per_forward, LENGTHS, False)):
-        lines += [title, f"{'':12}" + "".join(f"{K:>22}" for K in columns)]
-        lines += [f"  {name:10}" + "".join(f"{with_interval(figure, runs[name, own].values(), K):>22}" for K in columns)
+        lines += [title, f"{'':14}" + "".join(f"{K:>22}" for K in columns)]
+        lines += [f"  {name:12}" + "".join(f"{with_interval(figure, runs[name, own].values(), K):>22}" for K in columns)
                   for name in CONTROLS if (name, own) in runs]
+        paired = list(zip(runs["blend", own].values(), runs["memory 16", own].values(), strict=True))
+        over = lambda pairs, K, of=figure: of([b for b, _ in pairs], K) / of([m for _, m in pairs], K)     # noqa: E731
+        lines.append(f"  {'ratio':12}" + "".join(f"{with_interval(over, paired, K):>22}" for K in columns)
+                     + "  blend over memory 16, paired")
         if figure is accepted:
             lines.append(f"  drafter's own text {drafter:.3f} of 21")
     if len(questions) > 1:
@@ -1434,8 +1441,8 @@ def parse(argv):
     add("--max-new-tokens", type=int, default=50, metavar="N", help="default %(default)s")
     add("--draft-len", type=int, default=5, metavar="G", help="drafts a round (default %(default)s)")
     add("--overlap-len", type=int, default=15, metavar="G", help="drafts of the head start (default %(default)s)")
-    add("--draft-source", default="drafter", metavar="NAME", choices=("drafter", *engine.SOURCES),
-        help=f"who drafts in speculative mode: drafter, {', '.join(engine.SOURCES)}")
+    add("--draft-source", default="drafter", metavar="NAME",
+        help=f"who drafts in speculative mode: drafter, {', '.join(engine.SOURCES)}:DIR")
     add("--gate", default="on", choices=("on", "off"), help="draft only where it should pay (default %(default)s)")
     add("--warmup", type=int, default=1, metavar="N", help="rounds before measuring (default %(default)s)")
     add("--repeats", type=int, default=3, metavar="N", help="of each mode and sample (default %(default)s)")
@@ -1518,7 +1525,8 @@ def check(options) -> None:
         raise InputError("--record: needs target_only and drafter_only among --modes; add them")
     if options.resume and not options.rows:
         raise InputError("--resume: has nothing to go on with; pass --rows as well")
-    options.source = None if options.draft_source == "drafter" else LearnsOnce(engine.SOURCES[options.draft_source]())
+    named = options.draft_source
+    options.source = None if named == "drafter" else LearnsOnce(engine.source_named(named))
     options.dataset_dir = options.dataset_dir or TINY / "clips"
     options.ignore_eos = kind == "random-7b" if options.ignore_eos is None else options.ignore_eos
 

@@ -54,6 +54,8 @@ from kernels.round import close_round, first_id, open_round
 from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 from weights import InputError
+from weights.adapter import guess
+from weights.adapter import load as load_adapter
 from weights.load import (
     DRAFTER_7B,
     TARGET_7B,
@@ -67,8 +69,8 @@ from weights.load import (
 from weights.media import VIDEO_RULES, Events, insist_file, read_events, read_images, read_video
 from weights.text import Text, TextStream
 
-__all__ = ["MODES", "SOURCES", "Best", "Blend", "Constant", "DraftSource", "Engine", "Event", "Fixed", "InputError",
-           "Memory", "PrefillOnlyInference", "Previous", "Result", "load_engine"]
+__all__ = ["MODES", "SOURCES", "Adapted", "Best", "Blend", "Constant", "DraftSource", "DrafterText", "Engine", "Event",
+           "Fixed", "InputError", "Memory", "PrefillOnlyInference", "Previous", "Result", "load_engine", "source_named"]
 
 MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
@@ -596,9 +598,13 @@ class DraftSource:
     Whatever a source returns, the answer stays the target's: a wrong, empty, endless or broken proposal costs time and
     nothing else. One source may serve many requests, one after the other, and remember what it likes between them.
     """
+    hears = False                           # True: the drafter runs its head start, and `hear` is told what it says
 
     def begin(self, question: str) -> None:
         """A request starts."""
+
+    def hear(self, ids: list[int]) -> None:
+        """The drafter's own ids so far; before a `propose`, and only if `hears`."""
 
     def propose(self, committed: list[int], limit: int) -> list[int]:
         """At most `limit` ids that may follow the ids committed so far (never empty)."""
@@ -858,6 +864,52 @@ def as_ids(ids) -> list[int]:
     return ids
 
 
+class DrafterText(DraftSource):
+    """The drafter's own text, looked up: what follows there after the longest run of 2 to `order` ids that ends the
+    answer so far. For drafters that say the target's words in another order."""
+    hears = True
+
+    def __init__(self, order: int = 8):
+        self.order, self.text = order, []
+
+    def begin(self, question):
+        self.text = []
+
+    def hear(self, ids):
+        self.text = list(ids)
+
+    def propose(self, committed, limit):
+        for n in range(min(self.order, len(committed)), 1, -1):
+            for at in range(n, len(self.text)):
+                if self.text[at - n:at] == committed[-n:]:
+                    return self.text[at:at + limit]
+        return []
+
+
+class Adapted(DraftSource):
+    """What a trained adapter (`python -m weights.adapter train`) makes of the drafter's ids and the previous answer."""
+    hears = True
+
+    def __init__(self, folder, device="cpu"):
+        self.network, self.config = load_adapter(folder, device)
+        self.heard, self.previous = [], Previous()
+        self.hears = self.config.kind == "token" or "drafter" in self.config.sees.split(",")
+
+    def begin(self, question):
+        self.heard = []
+        self.previous.begin(question)
+
+    def hear(self, ids):
+        self.heard = list(ids)
+
+    def propose(self, committed, limit):
+        previous = self.previous.last.get(self.previous.question, [])
+        return guess(self.network, self.config, self.heard, previous, committed, limit)
+
+    def learn(self, answer):
+        self.previous.learn(answer)
+
+
 class Best(DraftSource):
     """Of several sources, the proposal of the one whose drafts were accepted most of late: a merge by source, where
     Blend merges id by id."""
@@ -865,10 +917,15 @@ class Best(DraftSource):
     def __init__(self, *sources: DraftSource, memory: float = 0.9):
         self.sources, self.decay, self.asked = sources, memory, None
         self.expected = [float("inf")] * len(sources)        # nobody is judged before the first try
+        self.hears = any(source.hears for source in sources)
 
     def begin(self, question):
         for source in self.sources:
             source.begin(question)
+
+    def hear(self, ids):
+        for source in self.sources:
+            source.hear(ids)
 
     def propose(self, committed, limit):
         for i in sorted(range(len(self.sources)), key=lambda i: -self.expected[i]):
@@ -887,9 +944,17 @@ class Best(DraftSource):
             source.learn(answer)
 
 
-SOURCES: dict[str, collections.abc.Callable[[], DraftSource]] = {
+SOURCES: dict[str, collections.abc.Callable[..., DraftSource]] = {
     "previous": Previous, "constant": Constant, "memory": Memory, "blend": Blend,
-    "best": lambda: Best(Memory(), Previous(), Constant())}
+    "best": lambda: Best(Memory(), Previous(), Constant()), "drafter-text": DrafterText, "adapter": Adapted}
+
+
+def source_named(name: str) -> DraftSource:
+    """A fresh source of SOURCES; `adapter:DIR` says where the adapter lies."""
+    kind, colon, folder = name.partition(":")
+    if kind not in SOURCES or bool(colon) != (kind == "adapter"):
+        raise InputError(f"draft source {name!r}: not one of {', '.join(SOURCES)}:DIR; pick from these")
+    return SOURCES[kind](folder) if colon else SOURCES[kind]()
 
 
 # ---- when to draft ---------------------------------------------------------------------------------------------
@@ -1229,9 +1294,10 @@ class Engine:
     def _drafter_side(self, req: Request) -> None:
         """Events to drafts. Runs ahead of the target and stops when told, at its limit, at its own end, or when the
         gate says that another draft would cost the target more than it brings."""
-        model, line, gate = self.drafter, req.timeline, req.gate
+        model, line = self.drafter, req.timeline
+        gate = req.gate if req.source is None else None      # a source that hears the drafter has asked for it
         alone = req.mode in ("drafter_only", "prefill_only")
-        ahead = self.apart and req.mode == "speculative"
+        ahead = self.apart and req.mode == "speculative" and req.source is None
         if gate and not gate.head_start(req, gate.usual(("events", req.size)) or 0.0):
             return
         with line.stage("load", model, host=True):
@@ -1366,6 +1432,8 @@ class Engine:
 
     def _propose(self, req: Request, state, limit: int) -> list[int]:
         committed = state[STATE:STATE + state[N_OUT]]
+        if req.preview:
+            guarded(req, req.source.hear, [i for i, _ in list(req.preview)])
         return guarded(req, lambda: [int(i) for i in req.source.propose(committed, limit)][:limit]) or []
 
     def _verify(self, req: Request, drafts, G: int, words: int, emit):
@@ -1511,7 +1579,8 @@ class Engine:
         event_path: one `.npy`/`.npz`; event_image_path: one PNG or several; video_path: any mp4, mov, mkv, webm, avi;
         image_path: one picture in place of a video; query: the question. mode: see MODES. draft_len, overlap_len:
         drafts a round (0..31) and drafts kept from the head start. draft_source: a DraftSource in place of the
-        drafter. Raises InputError for anything the user can mend, before any model runs where possible.
+        drafter, which then runs only if the source `hears` it. Raises InputError for anything the user can mend,
+        before any model runs where possible.
         """
         draft_len = self.draft_len if draft_len is None else draft_len
         overlap_len = self.overlap_len if overlap_len is None else overlap_len
@@ -1524,7 +1593,7 @@ class Engine:
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise InputError(f"{name}: wanted a whole number {low}..{high}, got {value!r}; change it")
         uses_target = mode != "drafter_only"
-        uses_drafter = mode != "target_only" and draft_source is None
+        uses_drafter = mode != "target_only" and (draft_source is None or draft_source.hears)
         if uses_target and self.target is None:
             raise InputError(f"mode {mode}: needs the target, which was not loaded; pass --videollava")
         if uses_drafter and self.drafter is None:

@@ -6,9 +6,21 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench
-from engine import Best, Blend, Constant, Fixed, InputError, Memory, Previous
+from engine import (
+    Best,
+    Blend,
+    Constant,
+    DrafterText,
+    Fixed,
+    InputError,
+    Memory,
+    Previous,
+    source_named,
+)
+from weights import adapter
 
 PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "seed_pairs.jsonl"
 
@@ -151,6 +163,52 @@ def test_blend_may_be_shared_by_threads():
     for t in threads:
         t.join()
     assert not broken and len(source.pool.kept) == 9
+
+
+def test_drafter_text_goes_on_where_the_answer_was_heard():
+    source = DrafterText()
+    source.begin("q")
+    assert source.propose([1, 2, 3], 4) == []
+    source.hear([9, 2, 3, 4, 5, 1, 2, 3, 7, 8])
+    assert source.propose([0, 1, 2, 3], 4) == [7, 8] and source.propose([0, 2, 3], 2) == [4, 5]
+    assert source.propose([0, 3], 2) == []                   # one id alone is chance
+    source.begin("q")
+    assert source.propose([0, 2, 3], 2) == []
+
+
+@pytest.mark.parametrize("kind", ["token", "follower"])
+def test_an_adapter_drafts_what_its_network_says_at_the_shifted_place(tmp_path, kind):
+    torch.manual_seed(0)
+    config = adapter.AdapterConfig(kind, vocab=60, rows=16, width=16, layers=1, heads=2, hidden=24)
+    network = adapter.NETWORKS[kind](config).eval()
+    adapter.save(tmp_path, network, config)
+    source = source_named(f"adapter:{tmp_path}")
+    source.begin("q")
+    source.learn([3, 4, 5])
+    source.begin("q")
+    source.hear([7, 8, 9, 10])
+    drafts = source.propose([3], 3)
+    assert len(drafts) == 3 and source.propose([3, drafts[0]], 2) == drafts[1:]
+    row = {"drafter": [7, 8, 9, 10], "previous": [3, 4, 5], "target": [3, *drafts]}
+    inputs, _ = adapter.batch([row], config, "cpu")
+    assert network(*inputs)[0, -3:].argmax(-1).tolist() == drafts
+    if kind == "token":
+        source.begin("q")
+        assert source.propose([3], 3) == []                  # nothing heard, nothing to go by
+
+
+@pytest.mark.parametrize("name", ["nobody", "adapter", "previous:DIR", "adapter:/nowhere"])
+def test_a_source_that_is_none_is_refused_in_one_line(name):
+    with pytest.raises(InputError) as error:
+        source_named(name)
+    assert "\n" not in str(error.value)
+
+
+def test_best_passes_on_what_it_hears():
+    source = Best(Previous(), DrafterText())
+    source.begin("q")
+    source.hear([1, 2, 3])
+    assert source.hears and not Best(Previous()).hears and source.propose([1, 2], 4) == [3]
 
 
 def test_best_settles_on_the_source_that_is_accepted():

@@ -198,6 +198,22 @@ def batch(rows, config: AdapterConfig, device) -> tuple[tuple, torch.Tensor]:
     return (torch.tensor(ids, device=device), *as_rows), torch.tensor(labels, device=device)
 
 
+@torch.no_grad()
+def guess(network, config: AdapterConfig, drafter, previous, committed, limit: int) -> list[int]:
+    """At most `limit` ids that may follow the target's `committed` ones, greedily. drafter, previous: ids, or []."""
+    device = next(network.parameters()).device
+    if config.kind == "token":
+        first, heard = len(committed) - config.shift, drafter[:config.rows]
+        if first < 0 or first >= len(heard):
+            return []
+        return network(torch.tensor([heard], device=device))[0, first:first + limit].argmax(-1).tolist()
+    ids = list(committed)
+    while len(ids) < min(len(committed) + limit, config.rows):
+        inputs, _ = batch([{"drafter": drafter, "previous": previous, "target": [*ids, 0]}], config, device)
+        ids.append(int(network(*inputs)[0, -1].argmax()))
+    return ids[len(committed):]
+
+
 # ---- files -----------------------------------------------------------------------------------------------------
 
 
