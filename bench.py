@@ -951,8 +951,10 @@ def accepted(replays, limit: int) -> float:
 
 
 def with_interval(figure, replays, at: int) -> str:
-    """A figure of some replays and its 95 % interval over resampled whole sequences."""
+    """A figure of some replays and its 95 % interval over resampled whole sequences; none below three of them."""
     replays, rng = list(replays), random.Random(0)
+    if len(replays) < 3:                                     # one sequence resampled is itself: no width is no proof
+        return f"{figure(replays, at):6.2f}"
     resampled = sorted(figure(rng.choices(replays, k=len(replays)), at) for _ in range(RESAMPLES))
     return (f"{figure(replays, at):6.2f} [{resampled[int(0.025 * RESAMPLES)]:5.2f},"
             f"{resampled[int(0.975 * RESAMPLES)]:6.2f}]")
@@ -963,7 +965,8 @@ def sources_page(options) -> int:
     rows = read_pairs(options.sources, options.sources_src)
     seqs, questions = sorted({r["seq"] for r in rows}), sorted({r["question"] for r in rows})
     lines = [f"sources, {len(rows)} recorded answers of {len(seqs)} sequences ({options.sources.name}, "
-             f"{options.sources_src}), whole sequences held out, [95 % over sequences]"]
+             f"{options.sources_src}), whole sequences held out, "
+             + ("[95 % over sequences]" if len(seqs) > 2 else "too few of them for intervals")]
     runs = {}
     for own, names in ((True, list(CONTROLS)), (False, [n for n in CONTROLS if n not in ("previous", "drafter-text")])):
         for name in names:
@@ -978,7 +981,7 @@ def sources_page(options) -> int:
         lines += [f"  {name:12}" + "".join(f"{with_interval(figure, runs[name, own].values(), K):>22}" for K in columns)
                   for name in CONTROLS if (name, own) in runs]
         paired = list(zip(runs["blend", own].values(), runs["memory 16", own].values(), strict=True))
-        over = lambda pairs, K, of=figure: of([b for b, _ in pairs], K) / of([m for _, m in pairs], K)     # noqa: E731
+        over = lambda pairs, K, of=figure: of([b for b, _ in pairs], K) / max(of([m for _, m in pairs], K), 1e-9)  # noqa: E731
         lines.append(f"  {'ratio':12}" + "".join(f"{with_interval(over, paired, K):>22}" for K in columns)
                      + "  blend over memory 16, paired")
         if figure is accepted:

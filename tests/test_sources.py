@@ -254,6 +254,17 @@ def test_blend_beats_every_control_on_a_recorded_subset(recorded):
     assert shots["blend"] > max(shots["constant"], 0.95 * shots["previous"])
 
 
+def test_an_interval_needs_more_than_two_sequences_and_holds_its_figure():
+    rows = [{"seq": f"s{s}", "clip": c, "question": "q", "drafter": [],         # of sequence s, s ids change every clip
+             "target": [1] + [100 * s + i + (10 * c if i < s else 0) for i in range(6)]}
+            for s in range(6) for c in range(4)]
+    runs = list(bench.replay(rows, "blend", (8,), ()).values())
+    assert "[" not in bench.with_interval(bench.per_forward, runs[:2], 8)
+    figure, low, high = bench.with_interval(bench.per_forward, runs, 8).replace("[", " ").replace(",", " ").strip(
+        "]").split()
+    assert float(low) < float(figure) < float(high)
+
+
 def test_an_answer_is_never_seen_before_its_ids_are_committed():
     """The ids drafted for an answer are the same whatever the answer goes on to be."""
     def rows(last):
