@@ -980,10 +980,11 @@ def sources_page(options) -> int:
         lines += [title, f"{'':14}" + "".join(f"{K:>22}" for K in columns)]
         lines += [f"  {name:12}" + "".join(f"{with_interval(figure, runs[name, own].values(), K):>22}" for K in columns)
                   for name in CONTROLS if (name, own) in runs]
-        paired = list(zip(runs["blend", own].values(), runs["memory 16", own].values(), strict=True))
+        rival = "previous" if figure is accepted else "memory 16"            # the best control of each table
+        paired = list(zip(runs["blend", own].values(), runs[rival, own].values(), strict=True))
         over = lambda pairs, K, of=figure: of([b for b, _ in pairs], K) / max(of([m for _, m in pairs], K), 1e-9)  # noqa: E731
         lines.append(f"  {'ratio':12}" + "".join(f"{with_interval(over, paired, K):>22}" for K in columns)
-                     + "  blend over memory 16, paired")
+                     + f"  blend over {rival}, paired")
         if figure is accepted:
             lines.append(f"  drafter's own text {drafter:.3f} of 21")
     if len(questions) > 1:
