@@ -144,7 +144,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         figures = {}
         for dtype in ("bf16", *BITS) if options.packed else ("bf16",):
-            engine = load_engine(options.eventgpt, options.videollava, device=options.device, drafter_dtype=dtype)
+            engine = load_engine(options.eventgpt, options.videollava, device=options.device, drafter_dtype=dtype,
+                                 gate=False)                 # what is accepted, whether or not it pays here
             name = "as loaded" if dtype == "bf16" else dtype
             figures[name] = evaluate(engine, options.count, Path(folder), progress)
     where = torch.cuda.get_device_name(engine.target.device) if engine.target.on_gpu else "CPU"
