@@ -14,7 +14,7 @@ target's own greedy answer, token for token.
         +-- cache_len += accept_len + 1, pending_id = bonus_id <---- accept <----------+
 
 Read it in the order of the picture: configs, media in, prompts, decoder, vision, drafter and target, step graphs,
-draft sources, the request. `python engine.py` shows the claim on a tiny random pair.
+draft sources, when to draft, the request. `python engine.py` shows the claim on a tiny random pair.
 
 Shapes are written into names, one letter a dimension; batch is one and carries none:
     R frames   P patches   C vision width   D model width   S rows in this step   M cache rows   L layers

@@ -217,7 +217,7 @@ def pairs(folder):
 
     def read(path):
         found = bench.read_pairs(path, "s")
-        assert found and bench.one_shot_controls(found, 5) and bench.memory_controls(found, 3, [2])
+        assert found and bench.one_shot_controls(found, 5) and bench.memory_controls(found, 8, [2])
     return "p.jsonl", ["\n".join(map(json.dumps, rows)).encode()], read
 
 
