@@ -546,10 +546,11 @@ def header(report) -> list[str]:
                         for side in ("target", "drafter") if side in w)
     where = m["gpu"] or f"CPU, {m['threads']} of {m['cores']} cores"
     driver = f", driver {m['driver']}" if m["driver"] else ""
+    command = " ".join(Path(word).name if word.startswith("/") else word for word in report["command"].split())
     return [f"weights  {label} | {models}",
             f"machine  {where}{driver} | torch {m['torch']}, triton {m['triton']}, python {m['python']} | commit "
             f"{report['commit']}{', dirty' if report['dirty'] else ''} | {report['time']}",
-            f"run      {report['command']} | {c['samples']} samples x {c['repeats']} after {c['warmup']} warm-up | "
+            f"run      {command} | {c['samples']} samples x {c['repeats']} after {c['warmup']} warm-up | "
             f"{c['max_new_tokens']} new ids{', fixed length' if c['ignore_eos'] else ''}, draft_len {c['draft_len']}"]
 
 
