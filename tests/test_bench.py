@@ -119,7 +119,8 @@ def test_recorded_pairs_hold_both_answers_and_feed_the_sources_page(tmp_path, ca
     assert bench.main([*replay, "--merge", *shards]) == 0
     assert "came out of all 16 requests" in capsys.readouterr().out
     assert bench.main([*replay, "--merge", str(path)]) == 2 and "not a shard" in capsys.readouterr().err
-    assert bench.main(["--replay", str(path), "--sources-src", "nobody", "--device", "cpu"]) == 2
+    for bad in (["--sources-src", "nobody"], ["--accept", "often"], ["--accept", "0.5,1.2"], ["--every", "0"]):
+        assert bench.main([*replay, *bad]) == 2 and bad[-1] in capsys.readouterr().err
     assert bench.main([*QUICK, "--modes", "target_only", "--record", str(path)]) == 2
 
 

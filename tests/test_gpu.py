@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import engine
-from engine import MODES, Fixed
+from engine import MODES, STATE, Fixed
 
 TINY = Path(engine.__file__).resolve().parent / "weights" / "tiny"
 CLIPS = TINY / "clips"
@@ -41,6 +41,25 @@ def test_graph_equals_eager(dtype):
             torch.cuda.synchronize()
             assert torch.equal(graph.target.steps[G].out, eager.target.steps[G].out)
             assert torch.equal(graph.target.state_W, eager.target.state_W)
+
+
+def test_graph_equals_eager_at_7b_shapes():
+    states = []
+    for graphs in (True, False):
+        target = engine.load_engine(None, "random-7b", device="cuda", cache_rows=512, graphs=graphs).target
+        with torch.inference_mode(), target.on_stream():
+            hidden_SD = target.decoder.embed_VD[:200].clone()
+            for G in (0, 15):
+                target.prepare(G)
+                target.draft_ids[G].fill_(7)
+                target.prefill(hidden_SD, 40, -1, 3)
+                for _ in range(4):
+                    target.step(G)
+                states.append((target.state_W[:STATE + 40].tolist(), target.steps[G].out.clone()))
+        del target
+        torch.cuda.empty_cache()
+    for (graph, logits), (eager, again) in zip(states[:2], states[2:], strict=True):
+        assert graph == eager and torch.equal(logits, again)
 
 
 def test_rounds_never_wait_for_the_gpu():

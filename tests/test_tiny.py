@@ -66,7 +66,7 @@ def test_rates_count_what_a_text_states():
 
 
 def test_agreement_ends_at_the_first_difference():
-    assert [evaluate.agreement([1, 2, 3], theirs) for theirs in ([1, 2, 4], [1, 2], [5], [1, 2, 3])] == [2, 2, 0, 3]
+    assert [evaluate.agreeing([1, 2, 3], theirs) for theirs in ([1, 2, 4], [1, 2], [5], [1, 2, 3])] == [2, 2, 0, 3]
 
 
 # ---- what the cameras see

@@ -27,6 +27,7 @@ import av
 import torch
 from PIL import Image
 
+from kernels.frames import cores
 from weights import InputError
 
 MAX_EVENT_BYTES = 1 << 30            # of a file, and of the arrays an .npz unpacks to
@@ -919,11 +920,6 @@ def decode_runs(path, stream, runs):
         wait(others)                             # the packets belong to a container that is closed next
     parts += [other.result() for other in others]
     return None if None in parts else {pts: frame for part in parts for pts, frame in part.items()}
-
-
-def cores():
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache

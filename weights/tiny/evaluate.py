@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from engine import Fixed, load_engine
+from engine import Fixed, agreeing, load_engine
 from kernels.quant import BITS
 from weights.tiny import make_clips, scenes
 
@@ -50,11 +50,6 @@ def attribute_rates(said: list[tuple[dict, str | dict]]) -> dict[str, float]:
     return {name: right[name] / asked[name] for name in scenes.ATTRIBUTES if asked[name]}
 
 
-def agreement(ours: list[int], theirs: list[int]) -> int:
-    """Ids before the first difference."""
-    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-
-
 def evaluate(engine, count: int, folder: Path, progress=None) -> dict:
     """Figures over `count` held-out scenes written to `folder`; scene i asks question i modulo 10."""
     records = make_clips.make_scenes(folder, count)
@@ -73,7 +68,7 @@ def evaluate(engine, count: int, folder: Path, progress=None) -> dict:
         for side, text in (("target", alone.output_text), ("drafter", drafter.output_text), ("answer", common[q])):
             texts[side].append((scene, text))
             exact[side] += text == truth
-        first.append(agreement(drafter.output_ids, alone.output_ids))
+        first.append(agreeing(drafter.output_ids, alone.output_ids))
         constant = Fixed(engine.target.text.ids(common[q]) + [engine.target.config.eos_id])
         for source, kept in (("drafter", None), ("answer", constant)):
             result = engine.generate(mode="speculative", draft_source=kept, **asked)
