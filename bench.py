@@ -1294,14 +1294,13 @@ def figures_page(options) -> int:
         lines.append(f"slope of the step over cache rows 256..4000: {slope:.1f} ns a row, keys and values at the "
                      f"measured bandwidth {floor:.1f} ns ({slope / floor - 1:+.0%})")
         prompt, pixels = engine.Prompt([5] * 5, [5] * 15), torch.randn(8, 3, 224, 224, device=options.device)
-        line("vision + projector + prefill of 2,076 rows, ms",
-             device_times(target, lambda: front(target, prompt, pixels, 1)))
+        line("vision + projector + prefill of 2,076 rows, ms", front_times(target, prompt, pixels))
         line("50 ids target_only, pixels on the GPU to ids on the host, ms",
              [host_time(target, lambda: whole(target, prompt, pixels, 50)) for _ in range(10)][2:])
     with torch.inference_mode(), drafter.on_stream():
         prompt, pixels = engine.Prompt([5] * 39, [5] * 20), torch.randn(5, 3, 336, 336, device=options.device)
         line("drafter, five event frames to the first draft id (641 rows), ms",
-             device_times(drafter, lambda: front(drafter, prompt, pixels, 1)))
+             front_times(drafter, prompt, pixels))
     with torch.inference_mode(), target.on_stream():
         for seed in range(3):
             worst = max(bits_differing(target, context, seed) for context in (1, 700, 2100, 4000))
@@ -1336,18 +1335,27 @@ def step_times(model, G: int, context: int, runs: int = 30) -> list[float]:
     return device_times(model, lambda: model.step(G), runs)
 
 
-def device_times(model, fn, runs: int = 20) -> list[float]:
-    """Milliseconds of each call on the model's stream, by events, after three calls; each starts on an idle GPU."""
+def device_times(model, fn, runs: int = 20, between=None) -> list[float]:
+    """Milliseconds of each call on the model's stream, by events, after three calls; each starts on an idle GPU.
+    between: what the GPU does from one call to the next, untimed."""
     for _ in range(3):
         fn()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for start, end in events:
+        if between:
+            between()
         torch.cuda.synchronize(model.device)
         start.record(model.stream)
         fn()
         end.record(model.stream)
     torch.cuda.synchronize(model.device)
     return [start.elapsed_time(end) for start, end in events]
+
+
+def front_times(model, prompt, pixels, decode: int = 49) -> list[float]:
+    """Milliseconds of pixels to the first id in the rhythm of requests: `decode` steps lie between one and the next."""
+    return device_times(model, lambda: front(model, prompt, pixels, decode + 1),
+                        between=lambda: [model.step(0) for _ in range(decode)])
 
 
 def host_time(model, fn) -> float:

@@ -62,10 +62,15 @@ def test_graph_equals_eager_at_7b_shapes():
         assert graph == eager and torch.equal(logits, again)
 
 
-def test_rounds_never_wait_for_the_gpu():
-    e = load()
-    e.generate(mode="speculative", **asked(0))               # captures, warms up
+@pytest.mark.parametrize("weights", ["embedded", "random-7b"])
+def test_rounds_never_wait_for_the_gpu(weights):
+    e = load() if weights == "embedded" else engine.load_engine("random-7b", "random-7b", device="cuda", cache_rows=512)
     with torch.inference_mode():
+        for model in e.models:
+            model.prepare(0, 5)
+            model.prefill(model.decoder.embed_VD[:200].clone(), 100, -1, 3)
+        for G in (0, 5):                                     # captures, warms up
+            e.target.step(G)
         e.drafter.follow(e.target.state_W, 5)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -75,11 +80,12 @@ def test_rounds_never_wait_for_the_gpu():
                 drafts_G = e.drafter.follow(e.target.state_W, 5)
                 e.target.draft_ids[5].copy_(drafts_G)
                 e.target.step(5)
-                e.target.snapshot(64)
+                late = e.target.snapshot(64)
             with pytest.raises(RuntimeError, match="synchroniz"):
                 e.target.state_W[0].item()                   # the guard itself is on
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert late.read()[0] >= 11                          # ids were made: first, 2, then at least 2 a loop
 
 
 @pytest.mark.parametrize("drafter_dtype", ["bf16", "int4"])
