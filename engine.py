@@ -207,9 +207,10 @@ class Decoder:
         alone. Prefill keeps the full weights beside them: it computes, so fewer bytes would not make it faster, and
         its rows, which every draft looks back at, stay exact."""
         of_layers, of_head = BITS[name]
-        self.step_layers = [layer | {product: quantise(layer[product], of_layers) for product in
-                                     ("qkv", "o", "gate_up", "down")} for layer in self.layers]
-        self.step_head_VD, self.packed = quantise(self.head_VD, of_head), name
+        norms = {"qkv": "attn_norm", "o": None, "gate_up": "mlp_norm", "down": None}
+        self.step_layers = [layer | {product: quantise(layer[product], of_layers, norm_D=layer.get(norm))
+                                     for product, norm in norms.items()} for layer in self.layers]
+        self.step_head_VD, self.packed = quantise(self.head_VD, of_head, norm_D=self.w["text.norm"]), name
 
     def forward(self, hidden_SD, pos_ids_S, only=None):
         """Writes cache rows pos_ids_S; returns logits [S, V], or [1, V] of the one row that `only` (int64 [1]) names.

@@ -8,8 +8,8 @@ meets consecutive columns of x. Unpacking costs an and-or and a subtraction: the
 
 One or two rows: one program sums BLOCK_O outputs by plain multiply-add, its threads along the inner columns,
 16 bytes of words each, the next words on their way while these are used; the first are asked for before the wait on
-the kernel ahead. The scale meets the sum of 4 words, never a weight; the norm's factor meets the result, its sum of
-squares is taken along the way. HALF: two 4-bit weights at a time in fp16, 4 products a chain, fp32 from there on.
+the kernel ahead. The scale meets the sum of 4 words, never a weight; the norm's weight is folded into the packed one,
+its factor meets the result, and its sum of squares is taken along the way. HALF: two 4-bit weights at a time in fp16, 4 products a chain, fp32 from there on.
 More rows: one program makes BLOCK_O outputs of all rows by tensor cores from weights unpacked into the dtype.
 A row's bits may depend on the row count; only drafts hang on them, never an answer.
 
@@ -40,6 +40,7 @@ class Packed:
     scale_OG: torch.Tensor      # fp16, G = D / group
     bits: int                   # 4 or 8
     group: int                  # inner columns under one scale
+    normed: bool = False        # the weight of the norm in front is folded in
 
     @property
     def shape(self):
@@ -50,16 +51,17 @@ class Packed:
         return self.words_OW.nbytes + self.scale_OG.nbytes
 
 
-def quantise(w_OD, bits, group=128) -> Packed:
+def quantise(w_OD, bits, group=128, norm_D=None) -> Packed:
     """Rounds to the nearest of 2^bits steps. The largest weight of a group, with its sign, is the lowest step, which
-    has no counterpart above; at 4 bits narrower scales are tried too: a few clipped weights can pay for finer steps."""
+    has no counterpart above; at 4 bits narrower scales are tried too: a few clipped weights can pay for finer steps.
+    norm_D: the weight of an RMSNorm in front, folded in: programs would read it as often as x."""
     (O, D), half, per = w_OD.shape, 1 << bits - 1, 32 // bits
     group = min(group, D)
     span = group // per                                      # words of a group
     if D % group or span < 4 or span & (span - 1):
         raise ValueError(f"quantise: {D} inner columns in groups of {group}; wants whole groups, a power of two from "
                          f"{4 * per} up")
-    w = w_OD.float().reshape(O, D // group, group)
+    w = (w_OD.float() if norm_D is None else w_OD.float() * norm_D.float()).reshape(O, D // group, group)
     widest = w.gather(2, w.abs().argmax(2, keepdim=True)) / -half
     best = scale = q = None
     for ratio in RATIOS[bits]:
@@ -75,7 +77,7 @@ def quantise(w_OD, bits, group=128) -> Packed:
     words = u[:, :, 0].clone()
     for i in range(1, per):
         words |= u[:, :, i] << bits * i
-    return Packed(words.view(O, D // per), scale.view(O, D // group), bits, group)
+    return Packed(words.view(O, D // per), scale.view(O, D // group), bits, group, norm_D is not None)
 
 
 def dequantise(w: Packed, dtype=torch.float32):
@@ -89,7 +91,7 @@ def dequantise(w: Packed, dtype=torch.float32):
 
 
 def quant_skinny_ref(x_SD, w: Packed, norm=None, residual=None, gated=False):
-    x_SD = x_SD if norm is None else rmsnorm_ref(x_SD, *norm)
+    x_SD = x_SD if norm is None else rmsnorm_ref(x_SD, torch.ones_like(x_SD[0]), norm[1])
     y_SO = torch.nn.functional.linear(x_SD, dequantise(w, x_SD.dtype))
     y_SO = swiglu_ref(y_SO) if gated else y_SO
     return y_SO if residual is None else residual + y_SO
@@ -163,45 +165,37 @@ def loads_before():
 
 
 @triton.jit
-def columns(x_ptrs, norm_ptrs, held, NORM: tl.constexpr):
-    """(x times the norm's weight, x itself), fp32, at the columns of one value of each word."""
-    x = tl.load(x_ptrs, mask=held, other=0.0).to(tl.float32)                                                # [BLOCK_W]
-    scaled = x
-    if NORM:
-        scaled = x * tl.load(norm_ptrs, mask=held, other=0.0).to(tl.float32)
-    return scaled, x
+def columns(x_ptrs, held):
+    """x at the columns of one value of each word, fp32 [BLOCK_W]."""
+    return tl.load(x_ptrs, mask=held, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def row_times_words(acc, square, w, scale, x_ptrs, norm_ptrs, held, BITS: tl.constexpr, SPAN: tl.constexpr,
-                    HALF: tl.constexpr, NORM: tl.constexpr):
+def row_times_words(acc, square, w, scale, x_ptrs, held, BITS: tl.constexpr, SPAN: tl.constexpr, HALF: tl.constexpr,
+                    NORM: tl.constexpr):
     """(acc, square) with a round of words [BLOCK_O, BLOCK_W] times one row of x added; acc [BLOCK_O, BLOCK_W / 4]."""
     if HALF:
-        x0, raw0 = columns(x_ptrs, norm_ptrs, held, NORM)
-        x4, raw4 = columns(x_ptrs + 4 * SPAN, norm_ptrs + 4 * SPAN, held, NORM)
-        x1, raw1 = columns(x_ptrs + SPAN, norm_ptrs + SPAN, held, NORM)
-        x5, raw5 = columns(x_ptrs + 5 * SPAN, norm_ptrs + 5 * SPAN, held, NORM)
-        x2, raw2 = columns(x_ptrs + 2 * SPAN, norm_ptrs + 2 * SPAN, held, NORM)
-        x6, raw6 = columns(x_ptrs + 6 * SPAN, norm_ptrs + 6 * SPAN, held, NORM)
-        x3, raw3 = columns(x_ptrs + 3 * SPAN, norm_ptrs + 3 * SPAN, held, NORM)
-        x7, raw7 = columns(x_ptrs + 7 * SPAN, norm_ptrs + 7 * SPAN, held, NORM)
+        x0, x4 = columns(x_ptrs, held), columns(x_ptrs + 4 * SPAN, held)
+        x1, x5 = columns(x_ptrs + SPAN, held), columns(x_ptrs + 5 * SPAN, held)
+        x2, x6 = columns(x_ptrs + 2 * SPAN, held), columns(x_ptrs + 6 * SPAN, held)
+        x3, x7 = columns(x_ptrs + 3 * SPAN, held), columns(x_ptrs + 7 * SPAN, held)
         if NORM:
-            square += raw0 * raw0
-            square += raw1 * raw1
-            square += raw2 * raw2
-            square += raw3 * raw3
-            square += raw4 * raw4
-            square += raw5 * raw5
-            square += raw6 * raw6
-            square += raw7 * raw7
+            square += x0 * x0
+            square += x1 * x1
+            square += x2 * x2
+            square += x3 * x3
+            square += x4 * x4
+            square += x5 * x5
+            square += x6 * x6
+            square += x7 * x7
         part = dot_of_nibbles(w, half_pair(x0, x4)[None, :], half_pair(x1, x5)[None, :], half_pair(x2, x6)[None, :],
                               half_pair(x3, x7)[None, :])
     else:
         part = tl.zeros(w.shape, dtype=tl.float32)
         for i in tl.static_range(32 // BITS):
-            x, raw = columns(x_ptrs + i * SPAN, norm_ptrs + i * SPAN, held, NORM)
+            x = columns(x_ptrs + i * SPAN, held)
             if NORM:
-                square += raw * raw
+                square += x * x
             part += unpack(w, i, BITS) * x[None, :]
     four = tl.sum(tl.reshape(part, (w.shape[0], w.shape[1] // 4, 4)), 2)
     return acc + four * scale, square
@@ -224,7 +218,7 @@ def finish(y, row, out, width, held, y_ptr, residual_ptr, residual_stride, RESID
 
 
 @triton.jit
-def gemv_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, norm_ptr, residual_ptr, x_stride, residual_stride, O, eps,
+def gemv_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residual_stride, O, eps,
                 D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
                 BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr, UNROLL: tl.constexpr, HALF: tl.constexpr,
                 BY_HAND: tl.constexpr, LATE: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -264,11 +258,10 @@ def gemv_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, norm_ptr, residual_ptr, x_stride
             loads_before()                                           # ptxas would put them last, to save registers
         held = start + word < WORDS                                  # the last words need not fill a round
         at = start * PER + col
-        acc0, square0 = row_times_words(acc0, square0, w, scale, x_ptr + at, norm_ptr + at, held, BITS, SPAN, HALF,
-                                        NORM)
+        acc0, square0 = row_times_words(acc0, square0, w, scale, x_ptr + at, held, BITS, SPAN, HALF, NORM)
         if ROWS == 2:
-            acc1, square1 = row_times_words(acc1, square1, w, scale, x_ptr + x_stride + at, norm_ptr + at, held, BITS,
-                                            SPAN, HALF, NORM)
+            acc1, square1 = row_times_words(acc1, square1, w, scale, x_ptr + x_stride + at, held, BITS, SPAN, HALF,
+                                            NORM)
         w, scale = next_w, next_scale
     if PDL and LATE == 1:
         gdc_launch_dependents()
@@ -284,7 +277,7 @@ def gemv_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, norm_ptr, residual_ptr, x_stride
 
 
 @triton.jit(do_not_specialize=["S"])
-def unpack_dot_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, norm_ptr, residual_ptr, x_stride, residual_stride, S, O, eps,
+def unpack_dot_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residual_stride, S, O, eps,
                       D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_S: tl.constexpr,
                       BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
                       GATED: tl.constexpr, PDL: tl.constexpr):
@@ -316,8 +309,6 @@ def unpack_dot_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, norm_ptr, residual_ptr, x_
                         other=0.0)                                                                 # [BLOCK_W, BLOCK_S]
             if NORM:
                 square += x.to(tl.float32) * x.to(tl.float32)
-                weight = tl.load(norm_ptr + place, mask=held[:, None], other=0.0)
-                x = (x.to(tl.float32) * weight.to(tl.float32)).to(dtype)
             acc = tl.dot((unpack(w, i, BITS) * scale).to(dtype), x, acc, input_precision="ieee")
     if NORM:
         acc *= tl.rsqrt(tl.sum(square, 0) / D + eps)[None, :]
@@ -345,11 +336,12 @@ def launch_config(S, O, D, bits):
 
 def quant_skinny(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **override):
     """x @ dequantise(w).T, [S, O] for S in 1..32 rows. Arguments as those of `skinny`; work says whether to start
-    early and is otherwise not used."""
+    early and is otherwise not used; of `norm` only the epsilon is, for w holds its weight."""
     (S, D), O = x_SD.shape, w.shape[0]
     assert 1 <= S <= MAX_ROWS, f"quant_skinny: {S} rows, wanted 1..{MAX_ROWS}"
     assert w.shape[1] == D and x_SD.stride(1) == 1, \
         f"quant_skinny: weight {tuple(w.shape)} for rows of {D}, strides {x_SD.stride()}"
+    assert w.normed == (norm is not None), f"quant_skinny: norm {norm is not None}, folded into the weight {w.normed}"
     width = O // 2 if gated else O
     assert residual is None or residual.shape == (S, width) and residual.stride(1) == 1, \
         f"quant_skinny: residual {tuple(residual.shape)} beside a result of {(S, width)}"
@@ -359,7 +351,7 @@ def quant_skinny(x_SD, w: Packed, work=None, norm=None, residual=None, gated=Fal
     pdl, config = work is not None and work.pdl, {**launch_config(S, O, D, w.bits), **override}
     kernel, rows = (gemv_kernel, dict(ROWS=S)) if S <= GEMV_ROWS else (unpack_dot_kernel, dict(S=S))
     kernel[(triton.cdiv(O, config["BLOCK_O"]),)](
-        x_SD, w.words_OW, w.scale_OG, y_SO, norm[0] if norm else x_SD, residual if residual is not None else x_SD,
+        x_SD, w.words_OW, w.scale_OG, y_SO, residual if residual is not None else x_SD,
         x_SD.stride(0), residual.stride(0) if residual is not None else 0, O=O, eps=norm[1] if norm else 0.0, D=D,
         BITS=w.bits, GROUP=w.group, NORM=norm is not None, RESIDUAL=residual is not None, GATED=gated, PDL=pdl,
         launch_pdl=pdl, **rows, **config)
@@ -380,11 +372,13 @@ def packed_chain(name):
     chain.head = [chain.head_VD]
     if name != "bf16":
         of_layers, of_head = BITS[name]
-        for layers in chain.w.values():
+        norms = {product: chain.norm[0] if "norm" in folds else None for product, folds in FOLDS.items()}
+        for product, layers in chain.w.items():
             for i, w_OD in enumerate(layers):
-                layers[i] = quantise(w_OD, of_layers)
-        chain.head_VD = quantise(chain.head_VD, of_head)
-        chain.head = [quantise(torch.randn(chain.V, chain.D, device="cuda") * 0.02, of_head) for _ in range(4)]
+                layers[i] = quantise(w_OD, of_layers, norm_D=norms[product])
+        chain.head_VD = quantise(chain.head_VD, of_head, norm_D=norms["head"])
+        chain.head = [quantise(torch.randn(chain.V, chain.D, device="cuda") * 0.02, of_head, norm_D=norms["head"])
+                      for _ in range(4)]
     return chain
 
 

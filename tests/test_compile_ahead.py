@@ -33,8 +33,8 @@ from kernels.swiglu import swiglu
 def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
-def packed(O, D, bits):
-    return Packed(meta(O, D * bits // 32, dtype=torch.int32), meta(O, D // 128, dtype=torch.float16), bits, 128)
+def packed(O, D, bits, normed=False):
+    return Packed(meta(O, D * bits // 32, dtype=torch.int32), meta(O, D // 128, dtype=torch.float16), bits, 128, normed)
 
 arch = int(sys.argv[1])
 D, F, H, K, V, M, S = 4096, 11008, 32, 128, 32064, 4096, int(sys.argv[2])
@@ -49,9 +49,9 @@ if S <= 32:
     hidden = skinny(hidden, meta(D, D), work, residual=hidden)
     skinny(hidden, meta(2 * F, D), work, norm=norm, gated=True)
     skinny(meta(S, F), meta(D, F), work, residual=hidden)
-    skinny(hidden, packed(2 * F, D, 4), work, norm=norm, gated=True)
+    skinny(hidden, packed(2 * F, D, 4, True), work, norm=norm, gated=True)
     skinny(meta(S, F), packed(D, F, 4), work, residual=hidden)
-    skinny(hidden, packed(V, D, 8), work, norm=norm)
+    skinny(hidden, packed(V, D, 8, True), work, norm=norm)
     close_round(meta(S, V), meta(S - 1, dtype=torch.int64), state, work.round)
 else:
     rmsnorm(hidden, *norm)

@@ -16,7 +16,7 @@ FLOOR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 1e-5}
 
 def packed_case(fold, bits, S, D, O, dtype, device):
     x_SD, w_OD, folded = case(fold, S, D, O, dtype, device)
-    return x_SD, quantise(w_OD, bits), folded
+    return x_SD, quantise(w_OD, bits, norm_D=folded["norm"][0] if "norm" in folded else None), folded
 
 
 def check(x_SD, w, folded, **override):
@@ -81,6 +81,18 @@ def test_value_i_of_word_j_is_column_i_times_words_plus_j(bits):
         w = Packed(words, torch.ones(1, 2).half(), bits, 128)
         at = dequantise(w)[0].nonzero().flatten().tolist()
         assert at == [128 + i * span + 3]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_norms_weight_is_folded_in(bits, device):
+    w_OD, norm_D = torch.randn(6, 256, device=device), torch.rand(256, device=device) + 0.5
+    w = quantise(w_OD, bits, norm_D=norm_D)
+    assert w.normed and differing(dequantise(w), dequantise(quantise(w_OD * norm_D, bits))) == 0
+    x_SD = torch.randn(1, 256, device=device)
+    with pytest.raises(AssertionError, match="norm False, folded into the weight True"):
+        quant_skinny(x_SD, w)
+    with pytest.raises(AssertionError, match="norm True, folded into the weight False"):
+        quant_skinny(x_SD, quantise(w_OD, bits), norm=(norm_D, 1e-5))
 
 
 @pytest.mark.parametrize("bits", BITS)
