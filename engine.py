@@ -177,10 +177,11 @@ class Decoder:
 
     weights: the `text.*` tensors of weights/names.py. Keys are cached after rotary. Row s of a step attends to the
     cache rows 0..pos_ids[s] and to nothing else, so what lies beyond is stale and harmless.
+    drafts: a step's bits may follow its number of rows, since only drafts hang on them.
     Source: transformers' LlamaForCausalLM, rounding order included.
     """
 
-    def __init__(self, config: DecoderConfig, weights: dict, cache_rows: int):
+    def __init__(self, config: DecoderConfig, weights: dict, cache_rows: int, drafts: bool = False):
         self.config, self.w = config, weights
         self.embed_VD = weights["text.embed"]
         self.head_VD = weights.get("text.head", self.embed_VD)
@@ -189,7 +190,7 @@ class Decoder:
                         ("attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down")} for i in range(config.L)]
         self.step_layers, self.step_head_VD = self.layers, self.head_VD
         self.packed: str | None = None
-        self.work = Workspace(self.device, config.D, config.H, config.K, cache_rows)
+        self.work = Workspace(self.device, config.D, config.H, config.K, cache_rows, drafts=drafts)
         shape = (config.L, config.N, cache_rows, config.K)
         self.k_cache_LNMK = torch.zeros(shape, dtype=self.dtype, device=self.device)   # zeros: unseen must be finite
         self.v_cache_LNMK = torch.zeros_like(self.k_cache_LNMK)
@@ -458,7 +459,8 @@ class Drafter(Model):
 
     def __init__(self, config: dict, weights: dict, text: Text, path: str, cache_rows=None, graphs=True):
         decoder_config = DecoderConfig.read(config)
-        super().__init__(Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows), text, path, graphs)
+        decoder = Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows, drafts=True)
+        super().__init__(decoder, text, path, graphs)
         self.vision = VisionConfig.read(config.get("vision_config") or {"image_size": 336})
         self.tower = Tower(self.vision, weights, "events")
         self.projector = [weights[f"projector.{i}.{p}"] for i in (0, 1) for p in "wb"]

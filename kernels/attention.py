@@ -32,17 +32,21 @@ LOG2E = 1.4426950408889634
 NEVER = tl.constexpr(-1e30)          # a masked score: finite, so that a row which sees nothing keeps a finite pivot
 MAX_ROWS = 32                        # rows of a step
 SPLIT = 512                          # cache rows a program of a step looks at; part of the order of addition
+PAIR = 2                             # rows of a drafter's step
+PAIR_SPLIT = 64                      # cache rows a program of it holds in registers
 
 
 class SplitWork:
-    """Scratch of a step's attention: what every split of the cache found for every row."""
+    """Scratch of a step's attention: what every split of the cache found for every row.
 
-    def __init__(self, device, H, K, cache_rows, pdl=False):
-        splits = triton.cdiv(cache_rows, SPLIT)
-        self.mixed_HTSK = torch.empty((H, splits, MAX_ROWS, K), dtype=torch.float32, device=device)
-        self.top_HTS, self.total_HTS = (torch.empty((H, splits, MAX_ROWS), dtype=torch.float32, device=device)
-                                        for _ in range(2))
-        self.pdl = pdl
+    drafts: nothing but drafts will hang on the bits, so steps of one or two rows may take a quicker order."""
+
+    def __init__(self, device, H, K, cache_rows, pdl=False, drafts=False):
+        splits, pairs = triton.cdiv(cache_rows, SPLIT), triton.cdiv(cache_rows, PAIR_SPLIT) if drafts else 0
+        room = max(splits * MAX_ROWS, pairs * PAIR)
+        self.mixed = torch.empty(H * room * K, dtype=torch.float32, device=device)       # [H, splits, rows, K], dense
+        self.top, self.total = (torch.empty(H * room, dtype=torch.float32, device=device) for _ in range(2))
+        self.cache_rows, self.pdl, self.drafts = cache_rows, pdl, drafts
 
 
 def attention_ref(q_SHK, k_NMK, v_NMK, pos_ids_S, upcast=True):
@@ -66,6 +70,13 @@ def step_attention_ref(qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK):
 def prefetch(ptr):
     """Asks for the cache lines that hold these addresses to be brought into L2. Changes nothing else."""
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptr], dtype=tl.int32, is_pure=False,
+                              pack=1)
+
+
+@triton.jit
+def loads_before():
+    """Keeps loads above this line above it. Nobody waits for their data."""
+    tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False,
                               pack=1)
 
 
@@ -232,6 +243,77 @@ def step_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr, mixed_ptr,
     tl.store(mixed_ptr + place.to(tl.int64)[None, :] * K + depth, acc, mask=(s < S)[None, :] & (depth < K))
 
 
+@triton.jit
+def pair_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr, mixed_ptr, top_ptr, total_ptr, qkv_stride,
+                k_head_stride, v_head_stride, M, scale,
+                H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, T: tl.constexpr, BLOCK_K: tl.constexpr,
+                SPLIT: tl.constexpr, MAX_ROWS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
+                PDL: tl.constexpr):
+    """step_kernel for ROWS = 1 or 2 rows of a drafter: SPLIT cache rows of one head wait in registers for the query.
+
+    Plain multiply-add, the older rows first, then the step's own: a row's bits follow ROWS."""
+    head = tl.program_id(0)
+    first = tl.load(pos_ids_ptr).to(tl.int32)
+    visible = tl.minimum(first + ROWS, M)
+    split = (visible + SPLIT - 1) // SPLIT - 1 - tl.program_id(1)
+    if split < 0:
+        return
+    begin = split * SPLIT
+    k_ptr += (head // GROUP).to(tl.int64) * k_head_stride
+    v_ptr += (head // GROUP).to(tl.int64) * v_head_stride
+    col, at = tl.arange(0, BLOCK_K), begin + tl.arange(0, SPLIT)
+    turned_col = tl.where(col < K // 2, col + K // 2, col - K // 2)
+    older = at < tl.minimum(first, M)
+    held = older[:, None] & (col < K)[None, :]
+    k = tl.load(k_ptr + at[:, None] * K + col[None, :], mask=held, other=0.0)                      # [SPLIT, BLOCK_K]
+    v = tl.load(v_ptr + at[:, None] * K + col[None, :], mask=held, other=0.0)
+    if EARLY:
+        loads_before()                                           # older rows wait for nobody
+    if PDL:
+        gdc_wait()
+    key = H + head // GROUP
+    for row in tl.static_range(ROWS):
+        angle = tl.minimum(first + row, M - 1) * K + col
+        cos = tl.load(cos_ptr + angle, mask=col < K, other=0.0).to(tl.float32)                     # [BLOCK_K]
+        sin = tl.load(sin_ptr + angle, mask=col < K, other=0.0).to(tl.float32)
+        sin = tl.where(col < K // 2, -sin, sin)
+        q_ptr = qkv_ptr + row * qkv_stride + head * K
+        q = tl.load(q_ptr + col, mask=col < K, other=0.0)
+        q = rotate(q, tl.load(q_ptr + turned_col, mask=col < K, other=0.0), cos, sin, q.dtype).to(tl.float32)
+        score = tl.where(older, tl.sum(k.to(tl.float32) * q[None, :], 1) * scale, NEVER)           # [SPLIT]
+        top = tl.max(score, 0)
+        prob = tl.where(older, tl.exp2(score - top), 0.0)
+        total = tl.sum(prob, 0)
+        acc = tl.sum(prob[:, None] * v.to(tl.float32), 0)                                          # [BLOCK_K]
+        for other in tl.static_range(row + 1):
+            pos = first + other
+            mine = (pos // SPLIT == split) & (pos < M)
+            angle = tl.minimum(pos, M - 1) * K + col
+            cos = tl.load(cos_ptr + angle, mask=col < K, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + angle, mask=col < K, other=0.0).to(tl.float32)
+            sin = tl.where(col < K // 2, -sin, sin)
+            new_ptr = qkv_ptr + other * qkv_stride + key * K
+            fresh = tl.load(new_ptr + col, mask=mine & (col < K), other=0.0)
+            turned = tl.load(new_ptr + turned_col, mask=mine & (col < K), other=0.0)
+            fresh = rotate(fresh, turned, cos, sin, fresh.dtype)
+            value = tl.load(new_ptr + (H // GROUP) * K + col, mask=mine & (col < K), other=0.0)
+            if other == row:                                     # heads that share a key head write the same bits
+                tl.store(k_ptr + pos * K + col, fresh, mask=mine & (col < K))
+                tl.store(v_ptr + pos * K + col, value, mask=mine & (col < K))
+            one = tl.where(mine, tl.sum(fresh.to(tl.float32) * q, 0) * scale, NEVER)
+            new_top = tl.maximum(top, one)
+            shrink, weight = tl.exp2(top - new_top), tl.where(mine, tl.exp2(one - new_top), 0.0)
+            total = total * shrink + weight
+            acc = acc * shrink + weight * value.to(tl.float32)
+            top = new_top
+        place = (head * T + split) * MAX_ROWS + row
+        tl.store(top_ptr + place, top)
+        tl.store(total_ptr + place, total)
+        tl.store(mixed_ptr + place.to(tl.int64) * K + col, acc, mask=col < K)
+    if PDL:
+        gdc_launch_dependents()
+
+
 def check_shapes(q_SHK, k_NMK, v_NMK):
     (_, H, K), (N, M, _) = q_SHK.shape, k_NMK.shape
     assert H % N == 0 and k_NMK.shape == v_NMK.shape == (N, M, K), \
@@ -273,27 +355,34 @@ def attention(q_SHK, k_NMK, v_NMK, pos_ids_S, **override):
 
 def split_attention(q_SHK, k_NMK, v_NMK, pos_ids_S, cos_sin, work, **override):
     """One launch over splits of the cache, one that combines them. q_SHK may be rows of qkv."""
-    (S, _, K), (N, M, _) = q_SHK.shape, k_NMK.shape
-    H, T = work.top_HTS.shape[:2]
-    assert T >= triton.cdiv(M, SPLIT), f"attention: scratch for {T * SPLIT} cache rows, the cache has {M}"
+    (S, E, K), (N, M, _) = q_SHK.shape, k_NMK.shape
+    H = E if cos_sin is None else E - 2 * N
+    assert work.cache_rows >= M, f"attention: scratch for {work.cache_rows} cache rows, the cache has {M}"
+    pair = work.drafts and S <= PAIR and cos_sin is not None
+    split, rows = (PAIR_SPLIT, PAIR) if pair else (SPLIT, MAX_ROWS)
+    T = triton.cdiv(M, split)
     out_SHK = torch.empty((S, H, K), dtype=q_SHK.dtype, device=q_SHK.device)
     cos_MK, sin_MK = cos_sin or (q_SHK, q_SHK)
-    shape = dict(H=H, K=K, T=T, BLOCK_K=max(16, triton.next_power_of_2(K)), SPLIT=SPLIT, MAX_ROWS=MAX_ROWS,
-                 PDL=work.pdl, launch_pdl=work.pdl, enable_fp_fusion=False)
-    config = {**step_config(K, q_SHK.element_size(), work.pdl, q_SHK.device), **override}
-    assert SPLIT % config["BLOCK_M"] == 0, f"attention: tiles of {config['BLOCK_M']} rows overlap splits of {SPLIT}"
-    step_kernel[(H, triton.cdiv(M, SPLIT))](
-        q_SHK, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK, work.mixed_HTSK, work.top_HTS, work.total_HTS,
-        q_SHK.stride(0), k_NMK.stride(0), v_NMK.stride(0), S, M, K ** -0.5 * LOG2E, GROUP=H // N,
-        FUSED=cos_sin is not None, **shape, **config)
-    combine_kernel[(H, S)](pos_ids_S, work.mixed_HTSK, work.top_HTS, work.total_HTS, out_SHK, S, M,
+    shape = dict(H=H, K=K, T=T, BLOCK_K=max(16, triton.next_power_of_2(K)), SPLIT=split, MAX_ROWS=rows, PDL=work.pdl,
+                 launch_pdl=work.pdl, enable_fp_fusion=False)
+    given = (q_SHK, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK, work.mixed, work.top, work.total, q_SHK.stride(0),
+             k_NMK.stride(0), v_NMK.stride(0))
+    if pair:
+        config = {**dict(EARLY=not INTERPRETED, num_warps=4), **override}
+        pair_kernel[(H, T)](*given, M, K ** -0.5 * LOG2E, GROUP=H // N, ROWS=S, **shape, **config)
+    else:
+        config = {**step_config(K, q_SHK.element_size(), work.pdl, q_SHK.device), **override}
+        assert split % config["BLOCK_M"] == 0, f"attention: tiles of {config['BLOCK_M']} rows overlap splits of {split}"
+        step_kernel[(H, T)](*given, S, M, K ** -0.5 * LOG2E, GROUP=H // N, FUSED=cos_sin is not None, **shape, **config)
+    combine_kernel[(H, S)](pos_ids_S, work.mixed, work.top, work.total, out_SHK, S, M,
                            CHUNK=min(32, triton.next_power_of_2(T)), num_warps=4, **shape)
     return out_SHK
 
 
 def step_attention(qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK, work, **override):
     """[S, H, K] of a step of 1..32 rows at consecutive positions: turns queries and keys, writes the S new cache rows,
-    attends. Row i's bits do not depend on S. Rows past the cache are not written. work: a Workspace for this cache."""
+    attends. Row i's bits do not depend on S, unless work.drafts. Rows past the cache are not written. work: a Workspace
+    for this cache."""
     (S, E), (N, _, K) = qkv_SE.shape, k_NMK.shape
     H = E // K - 2 * N
     assert 1 <= S <= MAX_ROWS and E == (H + 2 * N) * K and K % 2 == 0, f"step_attention: qkv {tuple(qkv_SE.shape)}"

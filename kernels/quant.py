@@ -8,8 +8,9 @@ meets consecutive columns of x. Unpacking costs an and-or and a subtraction: the
 
 One or two rows: one program sums BLOCK_O outputs by plain multiply-add, its threads along the inner columns,
 16 bytes of words each, the next words on their way while these are used; the first are asked for before the wait on
-the kernel ahead. The scale meets the sum of 4 words, never a weight; the norm's weight is folded into the packed one,
-its factor meets the result, and its sum of squares is taken along the way. HALF: two 4-bit weights at a time in fp16, 4 products a chain, fp32 from there on.
+the kernel ahead. The scale meets the sum of 4 words, never a weight. The norm's weight is folded into the packed one,
+its factor meets the result, its sum of squares is taken along the way. HALF: two 4-bit weights at a time in fp16, 4
+products a chain, fp32 from there on.
 More rows: one program makes BLOCK_O outputs of all rows by tensor cores from weights unpacked into the dtype.
 A row's bits may depend on the row count; only drafts hang on them, never an answer.
 
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention import MAX_ROWS
+from kernels.attention import MAX_ROWS, loads_before
 from kernels.check import INTERPRETED, self_check
 from kernels.rmsnorm import rmsnorm_ref
 from kernels.swiglu import silu_times, swiglu_ref
@@ -155,13 +156,6 @@ def scales(ptrs, BY_HAND: tl.constexpr):
         return tl.inline_asm_elementwise("{.reg .f16 h; ld.global.nc.b16 h, [$1]; cvt.f32.f16 $0, h;}", "=f,l", [ptrs],
                                          dtype=tl.float32, is_pure=False, pack=1)
     return tl.load(ptrs).to(tl.float32)
-
-
-@triton.jit
-def loads_before():
-    """Keeps loads above this line above it. Nobody waits for their data."""
-    tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False,
-                              pack=1)
 
 
 @triton.jit
@@ -472,7 +466,7 @@ def main():
     stream, products, steps = read_tbps(), [], []
     for name in chosen if "--tune" in sys.argv else ("bf16", *chosen):
         chain = packed_chain(name)
-        works = {on: Workspace("cuda", chain.D, chain.H, chain.K, chain.M, pdl=on) for on in (None, False)}
+        works = {on: Workspace("cuda", chain.D, chain.H, chain.K, chain.M, pdl=on, drafts=True) for on in (None, False)}
         if "--tune" in sys.argv:
             tune(chain, works[None], name)
             continue

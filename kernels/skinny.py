@@ -45,14 +45,14 @@ class Workspace(SplitWork):
 
     pdl: programmatic dependent launch, where a kernel starts while the one before it drains. It needs compute
     capability 9 or more and is on by default there. The rule that keeps it safe: every kernel waits for the one before
-    it before it touches anything a step writes, except that attention reads pos_ids earlier; so whatever runs before
-    attention releases it only after its own wait. late: release from inside a product's loop, which Triton cannot
-    pipeline on Blackwell."""
+    it before it touches anything a step writes, except that attention reads pos_ids, and a drafter's attention the
+    rows of earlier steps, before; so whatever runs before attention releases it only after its own wait. late: release
+    from inside a product's loop, which Triton cannot pipeline on Blackwell. drafts: see SplitWork."""
 
-    def __init__(self, device, D, H, K, cache_rows, pdl=None, late=None):
+    def __init__(self, device, D, H, K, cache_rows, pdl=None, late=None, drafts=False):
         device = torch.device(device)
         major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-        super().__init__(device, H, K, cache_rows, major >= 9 if pdl is None else pdl)
+        super().__init__(device, H, K, cache_rows, major >= 9 if pdl is None else pdl, drafts)
         self.late = major == 9 if late is None else late
         self.sums_ST = torch.zeros((MAX_ROWS, triton.cdiv(D, SUM_COLS)), dtype=torch.float32, device=device)
         self.sums_of = None                                  # the rows that sums_ST was taken of
