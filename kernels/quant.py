@@ -314,17 +314,19 @@ def unpack_dot_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, re
 def launch_config(S, O, D, bits):
     """Tile and warps: the best of `--tune` on an H100, one row, bf16 x, at the shapes of LLaMA-7B.
 
-    Microseconds and TB/s at 4 bits: qkv 12.8 and 2.02, o 5.1 and 1.69, gate-up 20.3 and 2.29, down 11.0 and 2.11. One
-    warp and 4 outputs, the first guess, took 14.1, 6.4, 24.5 and 12.4; without HALF gate-up takes 25.9. At 8 bits,
-    from a sweep of an earlier form of this kernel: qkv 20.5, o 7.7, gate-up 33.6, down 18.6, head 46.6 and 2.86."""
+    Microseconds and TB/s at 4 bits: qkv 12.3 and 2.10, o 5.2 and 1.66, gate-up 19.6 and 2.38, down 11.0 and 2.11. One
+    warp and 4 outputs, the first guess, took 14.1, 6.4, 24.5 and 12.4; without HALF gate-up takes 25.9. At 8 bits: qkv
+    20.1 and 2.54, o 7.6 and 2.25, gate-up 32.9 and 2.78, down 17.6 and 2.60, head 46.5 and 2.87. A second row costs a
+    third to a half more at 4 bits: the instructions are the limit, not the bytes. Released late (LATE) a step is 3 to
+    4 % slower."""
     if S > GEMV_ROWS:
         return dict(BLOCK_S=16 if S <= 16 else 32, BLOCK_O=32, BLOCK_W=64, num_warps=4, num_stages=2)
     wide, long = O > 4096, D > 4096
     if bits == 4:
         outputs, warps = (8, 4) if wide else (4, 2) if long else (4, 4)
     else:
-        outputs, warps = (8, 1) if O >= 32000 else (4, 2) if wide else (8, 4)
-    return dict(BLOCK_O=outputs, BLOCK_W=128 * warps, num_warps=warps, UNROLL=2 if long else 1,
+        outputs, warps = (2, 1) if O >= 20000 else (4, 2) if long else (2, 2)
+    return dict(BLOCK_O=outputs, BLOCK_W=128 * warps, num_warps=warps, UNROLL=1 if bits == 4 and not wide | long else 2,
                 HALF=bits == 4 and not INTERPRETED, BY_HAND=not INTERPRETED, LATE=0)
 
 
