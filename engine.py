@@ -45,7 +45,8 @@ import kernels  # noqa: F401  first: it keeps torch quiet where numpy is absent
 import torch
 import torch.nn.functional as F
 
-from kernels.attention import attention, step_attention
+from kernels.attention import PAIR, attention, step_attention
+from kernels.fp8 import norm8, product8, rows8, weight8
 from kernels.frames import clip_pixels, draw_events
 from kernels.quant import BITS, quantise
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
@@ -190,6 +191,7 @@ class Decoder:
                         ("attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down")} for i in range(config.L)]
         self.step_layers, self.step_head_VD = self.layers, self.head_VD
         self.packed: str | None = None
+        self.step_rows, self.fp8 = STEP_ROWS, False
         self.work = Workspace(self.device, config.D, config.H, config.K, cache_rows, drafts=drafts)
         shape = (config.L, config.N, cache_rows, config.K)
         self.k_cache_LNMK = torch.zeros(shape, dtype=self.dtype, device=self.device)   # zeros: unseen must be finite
@@ -204,14 +206,20 @@ class Decoder:
         return self.k_cache_LNMK.shape[2]
 
     def pack(self, name: str) -> None:
-        """From now on steps read `int8` or `int4` copies of the weights, to be faster and a little wrong: for drafters
-        alone. Prefill keeps the full weights beside them: it computes, so fewer bytes would not make it faster, and
-        its rows, which every draft looks back at, stay exact."""
+        """From now on steps of one or two rows read 8 or 4 bit copies of the weights, to be faster and a little wrong:
+        for drafters alone. `int8` and `int4` keep the full weights beside them for more rows. `fp8` has e4m3 weights
+        in their place: prefill takes two thirds of the time, and the rows that every draft looks back at are a little
+        wrong as well."""
         of_layers, of_head = BITS[name]
         norms = {"qkv": "attn_norm", "o": None, "gate_up": "mlp_norm", "down": None}
         self.step_layers = [layer | {product: quantise(layer[product], of_layers, norm_D=layer.get(norm))
                                      for product, norm in norms.items()} for layer in self.layers]
         self.step_head_VD, self.packed = quantise(self.head_VD, of_head, norm_D=self.w["text.norm"]), name
+        self.step_rows, self.fp8 = PAIR, name.startswith("fp8")
+        for i, layer in enumerate(self.layers if self.fp8 else []):
+            self.layers[i] = {product: weight8(layer[product], layer.get(norm)) for product, norm in norms.items()}
+            for product in norms:
+                del self.w[f"text.layers.{i}.{product}"]
 
     def forward(self, hidden_SD, pos_ids_S, only=None):
         """Writes cache rows pos_ids_S; returns logits [S, V], or [1, V] of the one row that `only` (int64 [1]) names.
@@ -220,15 +228,21 @@ class Decoder:
         nobody reads the others; its keys and values are stored for all.
         """
         c, rows = self.config, len(pos_ids_S)
-        if rows <= STEP_ROWS:
+        if rows <= self.step_rows:
             for layer in range(c.L):
                 hidden_SD = self._step_layer(layer, hidden_SD, pos_ids_S)
             logits_SV = skinny(hidden_SD, self.step_head_VD, self.work, norm=(self.w["text.norm"], c.eps))
             return logits_SV if only is None else logits_SV.index_select(0, only)
-        fresh_SD = None                                      # the last block's output, not yet added to the stream
+        fresh_SD = scale_S = None                            # the last block's output, not yet added to the stream
         for layer in range(c.L):
             kept = only if layer == c.L - 1 else None
-            hidden_SD, fresh_SD = self._prefill_layer(layer, hidden_SD, fresh_SD, pos_ids_S, kept)
+            if self.fp8:
+                hidden_SD, fresh_SD, scale_S = self._prefill_layer8(layer, hidden_SD, fresh_SD, scale_S, pos_ids_S,
+                                                                    kept)
+            else:
+                hidden_SD, fresh_SD = self._prefill_layer(layer, hidden_SD, fresh_SD, pos_ids_S, kept)
+        if scale_S is not None:
+            fresh_SD = (fresh_SD.float() * scale_S[:, None]).to(self.dtype)
         normed_SD, _ = add_rmsnorm(fresh_SD, hidden_SD, self.w["text.norm"], c.eps)
         return product(normed_SD, self.head_VD)
 
@@ -257,6 +271,19 @@ class Decoder:
         mixed_SD = product(attention(q_SHK, k_NMK, v_NMK, pos_ids_S).flatten(1), w["o"])
         normed_SD, hidden_SD = add_rmsnorm(mixed_SD, hidden_SD, w["mlp_norm"], c.eps)
         return hidden_SD, product(swiglu(product(normed_SD, w["gate_up"])), w["down"])
+
+    def _prefill_layer8(self, layer: int, hidden_SD, fresh_SD, scale_S, pos_ids_S, only):
+        """The same with e4m3 products, whose norms are folded in. What the layer adds has a scale for each row."""
+        c, w, dtype = self.config, self.layers[layer], self.dtype
+        x8_SD, hidden_SD = norm8(hidden_SD, c.eps, fresh_SD, scale_S)
+        k_NMK, v_NMK = self.k_cache_LNMK[layer], self.v_cache_LNMK[layer]
+        q_SHK = rope_store(product8(x8_SD, w["qkv"], dtype), pos_ids_S, self.cos_MK, self.sin_MK, k_NMK, v_NMK)
+        if only is not None:
+            q_SHK, hidden_SD, pos_ids_S = (t.index_select(0, only) for t in (q_SHK, hidden_SD, pos_ids_S))
+        x8_SD, scale_S = rows8(attention(q_SHK, k_NMK, v_NMK, pos_ids_S).flatten(1))
+        x8_SD, hidden_SD = norm8(hidden_SD, c.eps, product8(x8_SD, w["o"], dtype), scale_S)
+        x8_SF, scale_S = rows8(product8(x8_SD, w["gate_up"], dtype), gated=True)
+        return hidden_SD, product8(x8_SF, w["down"], dtype), scale_S
 
 
 def product(x_SD, w_OD):
@@ -1859,7 +1886,7 @@ def pick_device(name) -> torch.device:
 
 def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, graphs=True, seed=0, packed=None):
     """A Target or a Drafter from a folder, a hub id in the local cache, or the word `random-7b` (real shapes,
-    random numbers from `seed`, for speed work only). packed: `int8` or `int4` weights for the steps of a Drafter."""
+    random numbers from `seed`, for speed work only). packed: one of BITS, for a Drafter."""
     assert packed is None or cls is Drafter, "the target decides, so its weights stay as they are"
     device = pick_device(device)
     dtype = dtype or default_dtype(device)
@@ -1934,11 +1961,16 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
     eventgpt, videollava: folders, hub ids already in the cache, or `random-7b`. device: `cuda`, `cuda:N` or `cpu`;
     drafter_device: another one for the drafter. cache_rows: positions per model, by default what it was trained for.
     tokenizer: a tokenizer.json in place of the checkpoints' own. gate: draft only where it is expected to pay; False:
-    whatever it costs. drafter_dtype: `int8` or `int4` packs the weights of the drafter's steps (answers stay the
-    same, drafts are cheaper and a little worse); `bf16` leaves them as loaded.
+    whatever it costs. drafter_dtype: `int8` or `int4` packs the weights of the drafter's steps, `fp8` (8-bit steps) and
+    `fp8+int4` those of its prefill too (answers stay the same, drafts are cheaper and a little worse); `bf16` leaves
+    them as loaded.
     """
     if drafter_dtype not in ("bf16", *BITS):
         raise InputError(f"drafter_dtype: {drafter_dtype!r} is not one of bf16, {', '.join(BITS)}; pick from these")
+    where = pick_device(drafter_device or device)
+    if drafter_dtype.startswith("fp8") and where.type == "cuda" and torch.cuda.get_device_capability(where) < (8, 9):
+        raise InputError(f"drafter_dtype: {drafter_dtype} needs a GPU of compute capability 8.9, {where} is older; "
+                         f"take int8 or int4")
     memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows)
     options = dict(dtype=dtype, cache_rows=cache_rows, graphs=graphs)
     target = drafter = None

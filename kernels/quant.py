@@ -1,18 +1,18 @@
-"""quant: y = x @ w.T with weights packed to 8 or 4 bits, for the drafter's steps of 1..32 rows; the same call and the
-same folds (norm, SwiGLU, residual) as kernels/skinny.py, which hands over to it when the weight is a Packed.
+"""quant: y = x @ w.T with weights packed to 8 or 4 bits, for a drafter's steps of one or two rows; the same call and
+the same folds (norm, SwiGLU, residual) as kernels/skinny.py, which hands over to it when the weight is a Packed.
 
 A weight is scale * (u - 2^(bits-1)), u unsigned. One fp16 scale stands over a group of 128 inner columns of one output.
 A group fills 128 * bits / 32 words: value i of word j is column i * words + j, so that value i of consecutive words
 meets consecutive columns of x. Unpacking costs an and-or and a subtraction: the bits land in the mantissa of
 2^(23 - place), which makes that float the integer plus a constant.
 
-One or two rows: one program sums BLOCK_O outputs by plain multiply-add, its threads along the inner columns,
+One program sums BLOCK_O outputs by plain multiply-add, its threads along the inner columns,
 16 bytes of words each, the next words on their way while these are used; the first are asked for before the wait on
 the kernel ahead. The scale meets the sum of 4 words, never a weight. The norm's weight is folded into the packed one,
-its factor meets the result, its sum of squares is taken along the way. HALF: two 4-bit weights at a time in fp16, 4
-products a chain, fp32 from there on.
-More rows: one program makes BLOCK_O outputs of all rows by tensor cores from weights unpacked into the dtype.
-A row's bits may depend on the row count; only drafts hang on them, never an answer.
+its factor meets the result, its sum of squares is taken along the way. HALF: two 4-bit weights at a time in fp16, the
+8 products of a word, fp32 from there on.
+A row's bits may depend on the row count; only drafts hang on them, never an answer. More rows than two are left to
+the full weights: by tensor cores from weights unpacked into the dtype, 16 rows took 21 ms a step, 32 rows 27.
 
 Bytes: O*D*bits/8 + O*D/64 of scales. LLaMA-7B, a layer at 4 bits: qkv 26.0 MB, o 8.7, gate-up 46.5, down 23.2; with an
 8-bit head of 133 MB 3.47 GB a step, 1.12 ms at 3.1 TB/s; all at 8 bits 6.71 GB, 2.16 ms."""
@@ -24,13 +24,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention import MAX_ROWS, loads_before
+from kernels.attention import PAIR, loads_before
 from kernels.check import INTERPRETED, self_check
 from kernels.rmsnorm import rmsnorm_ref
 from kernels.swiglu import silu_times, swiglu_ref
 
-BITS = {"int8": (8, 8), "int4": (4, 8)}                      # of the layers' products, of the head
-GEMV_ROWS = 2                                                # up to here plain multiply-add
+BITS = {"int8": (8, 8), "int4": (4, 8), "fp8": (8, 8), "fp8+int4": (4, 8)}   # a drafter's dtype: its products, its head
 RATIOS = {8: (1.0,), 4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)}  # of the widest scale, tried for the least squared error
 
 
@@ -120,10 +119,10 @@ def half_pair(low, high):
 @triton.jit
 def dot_of_nibbles(words, x04, x15, x26, x37):
     """A sixteenth of the sum of a word's eight weights times eight x, fp32. Values n and n + 4 share an instruction:
-    0x6400 + u is 1024 + u in fp16, 0x6400 + 16 u is 1024 + 16 u; (u - 8) / 16 is exact, and a chain of four products
-    fits fp16 up to |x| = 32,000."""
+    0x6400 + u is 1024 + u in fp16, 0x6400 + 16 u is 1024 + 16 u; (u - 8) / 16 is exact, and a sum of eight products
+    fits fp16 up to |x| = 16,000."""
     return tl.inline_asm_elementwise("""{
-        .reg .b32 w, a, b, c, d, s, by16, by256, less64, less4; .reg .f16 low, high; .reg .f32 f, g;
+        .reg .b32 w, a, b, c, d, s, by16, by256, less64, less4; .reg .f16 low, high;
         mov.b32 by16, 0x2c002c00;
         mov.b32 by256, 0x1c001c00;
         mov.b32 less64, 0xd408d408;
@@ -142,9 +141,8 @@ def dot_of_nibbles(words, x04, x15, x26, x37):
         fma.rn.f16x2 s, c, $4, s;
         fma.rn.f16x2 s, d, $5, s;
         mov.b32 {low, high}, s;
-        cvt.f32.f16 f, low;
-        cvt.f32.f16 g, high;
-        add.f32 $0, f, g;
+        add.rn.f16 low, low, high;
+        cvt.f32.f16 $0, low;
         }""", "=f,r,r,r,r,r", [words, x04, x15, x26, x37], dtype=tl.float32, is_pure=True, pack=1)
 
 
@@ -196,22 +194,6 @@ def row_times_words(acc, square, w, scale, x_ptrs, held, BITS: tl.constexpr, SPA
 
 
 @triton.jit
-def finish(y, row, out, width, held, y_ptr, residual_ptr, residual_stride, RESIDUAL: tl.constexpr,
-           GATED: tl.constexpr):
-    """Stores sums y [outputs, rows], rounded where the plain chain rounds; GATED, gates stand before ups."""
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
-    if GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(y, (2, y.shape[0] // 2, y.shape[1])), (1, 2, 0)))
-        rounded = silu_times(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
-    else:
-        rounded = y.to(dtype)
-    if RESIDUAL:
-        kept = tl.load(residual_ptr + row.to(tl.int64)[None, :] * residual_stride + out[:, None], mask=held, other=0.0)
-        rounded = (kept.to(tl.float32) + rounded.to(tl.float32)).to(dtype)
-    tl.store(y_ptr + row.to(tl.int64)[None, :] * width + out[:, None], rounded, mask=held)
-
-
-@triton.jit
 def gemv_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residual_stride, O, eps,
                 D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
                 BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr, UNROLL: tl.constexpr, HALF: tl.constexpr,
@@ -260,58 +242,25 @@ def gemv_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residual
     if PDL and LATE == 1:
         gdc_launch_dependents()
     out = tile * WIDE + tl.arange(0, WIDE)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
     for row in tl.static_range(ROWS):
         y = tl.sum(acc0 if row == 0 else acc1, 1)                                                           # [BLOCK_O]
         if HALF:
             y *= 16.0
         if NORM:
             y *= tl.rsqrt(tl.sum(square0 if row == 0 else square1) / D + eps)
-        finish(y[:, None], row + tl.arange(0, 1), out, width, (out < width)[:, None], y_ptr, residual_ptr,
-               residual_stride, RESIDUAL, GATED)
+        if GATED:                                                    # gates stand before ups
+            gate, up = tl.split(tl.permute(tl.reshape(y, (2, WIDE)), (1, 0)))
+            rounded = silu_times(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
+        else:
+            rounded = y.to(dtype)
+        if RESIDUAL:
+            kept = tl.load(residual_ptr + row * residual_stride + out, mask=out < width, other=0.0)
+            rounded = (kept.to(tl.float32) + rounded.to(tl.float32)).to(dtype)
+        tl.store(y_ptr + row * width + out, rounded, mask=out < width)
 
 
-@triton.jit(do_not_specialize=["S"])
-def unpack_dot_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residual_stride, S, O, eps,
-                      D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_S: tl.constexpr,
-                      BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-                      GATED: tl.constexpr, PDL: tl.constexpr):
-    """BLOCK_O outputs of all rows, one product of the tensor cores for each value of the words of a tile."""
-    tile = tl.program_id(0)
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
-    PER: tl.constexpr = 32 // BITS
-    WORDS: tl.constexpr = D // PER
-    SPAN: tl.constexpr = GROUP // PER
-    WIDE: tl.constexpr = BLOCK_O // 2 if GATED else BLOCK_O
-    width = O // 2 if GATED else O
-    local, word, s = tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_S)
-    w_row = tl.minimum(tile * WIDE + local % WIDE, width - 1) + local // WIDE * width
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    square = tl.zeros((BLOCK_W, BLOCK_S), dtype=tl.float32)
-    acc = tl.zeros((BLOCK_O, BLOCK_S), dtype=tl.float32)
-    for start in range(0, WORDS, BLOCK_W):
-        at = start + word
-        held = at < WORDS                                            # the last words need not fill a round
-        w = tl.load(w_ptr + w_row.to(tl.int64)[:, None] * WORDS + at[None, :], mask=held[None, :], other=0)
-        scale = tl.load(scale_ptr + w_row[:, None] * (D // GROUP) + (at // SPAN)[None, :], mask=held[None, :],
-                        other=0.0).to(tl.float32)                                                  # [BLOCK_O, BLOCK_W]
-        col = at // SPAN * GROUP + at % SPAN
-        for i in tl.static_range(PER):
-            place = (col + i * SPAN)[:, None]
-            x = tl.load(x_ptr + s.to(tl.int64)[None, :] * x_stride + place, mask=held[:, None] & (s < S)[None, :],
-                        other=0.0)                                                                 # [BLOCK_W, BLOCK_S]
-            if NORM:
-                square += x.to(tl.float32) * x.to(tl.float32)
-            acc = tl.dot((unpack(w, i, BITS) * scale).to(dtype), x, acc, input_precision="ieee")
-    if NORM:
-        acc *= tl.rsqrt(tl.sum(square, 0) / D + eps)[None, :]
-    out = tile * WIDE + tl.arange(0, WIDE)
-    finish(acc, s, out, width, (out < width)[:, None] & (s < S)[None, :], y_ptr, residual_ptr, residual_stride,
-           RESIDUAL, GATED)
-
-
-def launch_config(S, O, D, bits):
+def launch_config(O, D, bits):
     """Tile and warps: the best of `--tune` on an H100, one row, bf16 x, at the shapes of LLaMA-7B.
 
     Microseconds and TB/s at 4 bits: qkv 12.3 and 2.10, o 5.2 and 1.66, gate-up 19.6 and 2.38, down 11.0 and 2.11. One
@@ -319,8 +268,6 @@ def launch_config(S, O, D, bits):
     20.1 and 2.54, o 7.6 and 2.25, gate-up 32.9 and 2.78, down 17.6 and 2.60, head 46.5 and 2.87. A second row costs a
     third to a half more at 4 bits: the instructions are the limit, not the bytes. Released late (LATE) a step is 3 to
     4 % slower."""
-    if S > GEMV_ROWS:
-        return dict(BLOCK_S=16 if S <= 16 else 32, BLOCK_O=32, BLOCK_W=64, num_warps=4, num_stages=2)
     wide, long = O > 4096, D > 4096
     if bits == 4:
         outputs, warps = (8, 4) if wide else (4, 2) if long else (4, 4)
@@ -331,10 +278,10 @@ def launch_config(S, O, D, bits):
 
 
 def quant_skinny(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **override):
-    """x @ dequantise(w).T, [S, O] for S in 1..32 rows. Arguments as those of `skinny`; work says whether to start
+    """x @ dequantise(w).T, [S, O] for one or two rows. Arguments as those of `skinny`; work says whether to start
     early and is otherwise not used; of `norm` only the epsilon is, for w holds its weight."""
     (S, D), O = x_SD.shape, w.shape[0]
-    assert 1 <= S <= MAX_ROWS, f"quant_skinny: {S} rows, wanted 1..{MAX_ROWS}"
+    assert 1 <= S <= PAIR, f"quant_skinny: {S} rows, wanted 1..{PAIR}"
     assert w.shape[1] == D and x_SD.stride(1) == 1, \
         f"quant_skinny: weight {tuple(w.shape)} for rows of {D}, strides {x_SD.stride()}"
     assert w.normed == (norm is not None), f"quant_skinny: norm {norm is not None}, folded into the weight {w.normed}"
@@ -344,13 +291,12 @@ def quant_skinny(x_SD, w: Packed, work=None, norm=None, residual=None, gated=Fal
     if x_SD.device.type == "cpu" and not INTERPRETED:
         return quant_skinny_ref(x_SD, w, norm, residual, gated)
     y_SO = torch.empty((S, width), dtype=x_SD.dtype, device=x_SD.device)
-    pdl, config = work is not None and work.pdl, {**launch_config(S, O, D, w.bits), **override}
-    kernel, rows = (gemv_kernel, dict(ROWS=S)) if S <= GEMV_ROWS else (unpack_dot_kernel, dict(S=S))
-    kernel[(triton.cdiv(O, config["BLOCK_O"]),)](
-        x_SD, w.words_OW, w.scale_OG, y_SO, residual if residual is not None else x_SD,
-        x_SD.stride(0), residual.stride(0) if residual is not None else 0, O=O, eps=norm[1] if norm else 0.0, D=D,
-        BITS=w.bits, GROUP=w.group, NORM=norm is not None, RESIDUAL=residual is not None, GATED=gated, PDL=pdl,
-        launch_pdl=pdl, **rows, **config)
+    pdl, config = work is not None and work.pdl, {**launch_config(O, D, w.bits), **override}
+    gemv_kernel[(triton.cdiv(O, config["BLOCK_O"]),)](
+        x_SD, w.words_OW, w.scale_OG, y_SO, residual if residual is not None else x_SD, x_SD.stride(0),
+        residual.stride(0) if residual is not None else 0, O=O, eps=norm[1] if norm else 0.0, D=D, BITS=w.bits,
+        GROUP=w.group, ROWS=S, NORM=norm is not None, RESIDUAL=residual is not None, GATED=gated, PDL=pdl,
+        launch_pdl=pdl, **config)
     return y_SO
 
 
@@ -405,12 +351,12 @@ def agreement(chain, work):
     rows = []
     for name in FOLDS:
         w = chain.head_VD if name == "head" else chain.w[name][0]
-        for S in (1, 2, 3, 16, 32):
+        for S in (1, 2):
             x, keywords = folded(chain, name, S, w.shape[1], w.shape[0])
             wide = {k: (v[0].double(), v[1]) if k == "norm" else v.double() if torch.is_tensor(v) else v
                     for k, v in keywords.items()}
             truth, plain = quant_skinny_ref(x.double(), w, **wide), quant_skinny_ref(x, w, **keywords)
-            for half in (False, True) if S <= GEMV_ROWS and w.bits == 4 else (None,):
+            for half in (False, True) if w.bits == 4 else (None,):
                 override = {} if half is None else dict(HALF=half)
                 ours = quant_skinny(x, w, work, **keywords, **override)
                 label = f"{name} {w.bits} bits, {S} rows{'' if not half else ', half'}"
@@ -481,7 +427,7 @@ def main():
                 products.append((f"{name} {product}", *one, *two))
         moved = sum(w.nbytes for layers in chain.w.values() for w in layers) + chain.head_VD.nbytes
         moved += 4 * chain.L * 700 * chain.H * chain.K
-        times = [step_ms(chain, works[None], S) for S in (1, 2, 16, 32)]
+        times = [step_ms(chain, works[None], S) for S in (1, 2)]
         steps.append((name, *times, step_ms(chain, works[False], 1), moved / 1e9, 1e-9 * moved / times[0],
                       1e-7 * moved / times[0] / stream))
         del chain
@@ -489,7 +435,7 @@ def main():
     if steps:
         table(f"one product after the other over all layers; read-only stream {stream:.3f} TB/s",
               ("", "us 1 row", "TB/s", "us 2 rows", "TB/s"), products)
-        table("a step of 32 layers and the head at context 700, p50 ms", ("", "1 row", "2 rows", "16 rows", "32 rows",
+        table("a step of 32 layers and the head at context 700, p50 ms", ("", "1 row", "2 rows",
               "1 row, no early start", "GB", "TB/s", "% of stream"), steps)
 
 

@@ -198,7 +198,7 @@ def skinny(x_SD, w_OD, work=None, norm=None, residual=None, gated=False, **overr
     norm: (w_D, eps), RMSNorm of x first. residual: [S, O], added last. gated: w is gate over up, the result
     silu(gate) * up, [S, O/2]. Every step rounds as the plain chain does. work: a Workspace; the sums of squares a norm
     needs are then those that the product with a residual left when it made x. override: launch choices, for tuning.
-    A Packed weight goes to kernels/quant.py, where a row's bits may depend on S."""
+    A Packed weight goes to kernels/quant.py: one or two rows, whose bits may depend on S."""
     if isinstance(w_OD, Packed):
         return quant_skinny(x_SD, w_OD, work, norm, residual, gated, **override)
     (S, D), O = x_SD.shape, w_OD.shape[0]

@@ -5,7 +5,7 @@ import torch
 
 from kernels import quant
 from kernels.check import assert_no_worse, differing
-from kernels.quant import GEMV_ROWS, Packed, dequantise, quant_skinny, quant_skinny_ref, quantise
+from kernels.quant import Packed, dequantise, quant_skinny, quant_skinny_ref, quantise
 from kernels.skinny import skinny
 from tests.test_skinny import FLOATS, FOLDS, case, widened
 
@@ -114,7 +114,7 @@ def test_columns_that_fill_no_whole_groups_are_refused(D):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("fold", FOLDS)
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("S, D, O", [(1, 1280, 14), (2, 128, 30), (7, 640, 70), (32, 64, 30)])
+@pytest.mark.parametrize("S, D, O", [(1, 1280, 14), (2, 128, 30), (1, 640, 70), (2, 64, 30)])
 def test_no_further_from_the_truth_than_twice_plain_torch(S, D, O, bits, fold, dtype, device, nan_empty):
     torch.manual_seed(D)
     check(*packed_case(fold, bits, S, D, O, dtype, device))
@@ -126,15 +126,13 @@ def test_every_tile_that_is_tuned_over_agrees(bits, tile, device, nan_empty):
     check(*packed_case("norm gated", bits, 1, 1280, 20, torch.float32, device), **tile)
 
 
-@pytest.mark.parametrize("S", [2, 5])
 @pytest.mark.parametrize("fold", FOLDS)
-def test_a_row_does_not_feel_what_its_neighbours_hold(fold, S, device):
-    x_SD, w, folded = packed_case(fold, 4, S, 128, 64, torch.float32, device)
+def test_a_row_does_not_feel_what_its_neighbour_holds(fold, device):
+    x_SD, w, folded = packed_case(fold, 4, 2, 128, 64, torch.float32, device)
     clean = quant_skinny(x_SD, w, **folded)
     x_SD[1] = float("nan")
     poisoned = quant_skinny(x_SD, w, **folded)
-    others = [i for i in range(S) if i != 1]
-    assert differing(clean[others], poisoned[others]) == 0 and bool(poisoned[1].isnan().all())
+    assert differing(clean[0], poisoned[0]) == 0 and bool(poisoned[1].isnan().all())
 
 
 def test_skinny_hands_packed_weights_over(device):
@@ -142,20 +140,22 @@ def test_skinny_hands_packed_weights_over(device):
     assert differing(skinny(x_SD, w, **folded), quant_skinny(x_SD, w, **folded)) == 0
 
 
-def test_rows_of_another_width_are_refused(device):
+def test_rows_of_another_width_or_number_are_refused(device):
     _, w, _ = packed_case("plain", 4, 1, 128, 16, torch.float32, device)
     with pytest.raises(AssertionError, match=r"weight \(16, 128\) for rows of 256"):
         quant_skinny(torch.zeros(1, 256, device=device), w)
+    with pytest.raises(AssertionError, match="3 rows, wanted 1..2"):
+        quant_skinny(torch.zeros(3, 128, device=device), w)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("fold", FOLDS)
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("S", [1, 2, 3, 16, 32])
+@pytest.mark.parametrize("S", [1, 2])
 def test_bf16_at_7b_shapes_is_no_further_than_twice_plain_torch(S, bits, fold, half, device, nan_empty):
-    override = dict(HALF=half and bits == 4) if S <= GEMV_ROWS else {}
-    check(*packed_case(fold, bits, S, 11008 if fold == "residual" else 4096, 4096, torch.bfloat16, device), **override)
+    check(*packed_case(fold, bits, S, 11008 if fold == "residual" else 4096, 4096, torch.bfloat16, device),
+          HALF=half and bits == 4)
 
 
 @pytest.mark.gpu
