@@ -408,6 +408,12 @@ def ratio_of(rows, mode: str):
     return interval(ratios)
 
 
+def worst_of(rows, mode: str) -> float | None:
+    """The mode's e2e over target_only's on the sample where that is largest; both are medians of repeats."""
+    return max((row["modes"][mode]["e2e_ms"] / row["modes"]["target_only"]["e2e_ms"] for row in rows
+                if mode in row["modes"] and "target_only" in row["modes"]), default=None)
+
+
 def interval(ratios: list[float]):
     """{p50, low, high}: the median and its bootstrap interval of 95 %; None without values."""
     if not ratios:
@@ -431,6 +437,7 @@ def mode_figures(rows, modes, identical: bool) -> dict:
                for name in ("e2e_ms", "ttft_ms", "ttfp_ms", "tpot_ms")
                for values in [[v for of in have for v in of["raw"][name] if v is not None]]},
             "tokens": sum(len(of["ids"]) for of in have), "ratio": ratio_of(rows, mode) if identical else None,
+            "worst": worst_of(rows, mode) if identical else None,
             "drafted": drafted, "accepted": sum(accept_lens),
             "overlap_drafts": median([of["overlap_drafts"] for of in have]),
             "accept_rate": sum(accept_lens) / drafted if drafted else None,
@@ -580,6 +587,10 @@ def render(report) -> list[str]:
         lines.append(f"{mode:20} {e2e['p50']:10.1f} {spread:>18} {p50['ttft_ms']:>8} {p50['ttfp_ms']:>8} "
                      f"{p50['tpot_ms']:>7} {of['tokens']:5} {ratio:>22} {fmt(of['accept_rate'], 2):>7} "
                      f"{fmt(of['tokens_per_round'], 2):>9} {fmt(of['overlap_drafts'], 0):>7}")
+    worst = [f"{mode} {of['worst']:.3f}" for mode, of in report["modes"].items()
+             if of.get("worst") and mode in ("prefill_then_verify", "speculative")]
+    if worst:
+        lines.append(f"worst    of {len(report['samples'])} samples: {', '.join(worst)} of target_only's e2e")
     for mode, of in report["modes"].items():
         if of["histogram"]:
             lines.append(f"accept_len {mode}: " + "  ".join(f"{k}: {v}" for k, v in of["histogram"].items()))

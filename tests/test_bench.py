@@ -59,6 +59,9 @@ def test_printed_ratios_can_be_recomputed_from_the_raw_values(run):
         p50 = (ratios[0] + ratios[1]) / 2
         assert of["ratio"]["p50"] == pytest.approx(p50, rel=1e-9)
         assert of["ratio"]["low"] <= p50 <= of["ratio"]["high"]
+        assert of["worst"] == pytest.approx(1 / ratios[0], rel=1e-9)
+        if mode == "speculative":
+            assert any(line.startswith("worst ") and f"speculative {1 / ratios[0]:.3f} of" in line for line in lines)
         printed = next(line for line in lines if line.startswith(f"{mode} "))
         assert f"{p50:.2f} [" in printed
 
