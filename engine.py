@@ -1376,8 +1376,8 @@ class Engine:
                 right = min(agreeing(own, ids), max(len(own) - 1, 0))                # rows of these need not run again
                 with req.timeline.stage("draft", model, note="resume"):
                     for end in [*range(right + STEP_ROWS, len(ids), STEP_ROWS), len(ids)]:
-                        head = torch.tensor([end, 0, 0, 0, 0, 0, 0, 0] + ids[:end])
-                        model.resume(to_device(head, model.device), 2 if end - right <= 2 else STEP_ROWS)
+                        head, rows = torch.tensor([end, 0, 0, 0, 0, 0, 0, 0] + ids[:end]), end - right
+                        model.resume(to_device(head, model.device), rows if rows <= 2 else STEP_ROWS)
             else:
                 with req.timeline.stage("draft", model):
                     model.step(0)
@@ -1598,6 +1598,7 @@ class Engine:
             if req.mode == "speculative":
                 drafter.prepare_resume()
                 if self.apart:
+                    drafter.prepare_resume(1)
                     drafter.prepare_resume(STEP_ROWS)
 
     def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, image_path=None,
