@@ -69,6 +69,17 @@ def test_agreement_ends_at_the_first_difference():
     assert [evaluate.agreeing([1, 2, 3], theirs) for theirs in ([1, 2, 4], [1, 2], [5], [1, 2, 3])] == [2, 2, 0, 3]
 
 
+def test_drafts_that_see_the_scene_beat_every_control_that_does_not(pair, tmp_path):
+    """20 scenes here; the README shows 500."""
+    figures = evaluate.evaluate(pair, 20, tmp_path)
+    assert not figures["unequal"]
+    rates = dict(figures["tokens_per_round"])
+    drafter = rates.pop("drafter")
+    assert set(rates) == {"previous", "memory", "blend", "taught", "answer"} and all(r > 1 for r in rates.values())
+    assert figures["interval"]["drafter"][0] > max(rates.values()) and figures["interval"]["drafter"][1] > drafter
+    assert all(low <= rates[name] <= high for name, (low, high) in figures["interval"].items() if name in rates)
+
+
 # ---- what the cameras see
 
 

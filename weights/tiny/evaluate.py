@@ -5,11 +5,15 @@
 Scenes that training never saw go the whole way: events through .npz, frames through H.264, Pillow's resize, the engine.
 Beside both models stand two controls that see nothing: `answer`, the text training saw most often for the same
 question, and `value`, each attribute's own most frequent value. An attribute is read back from a text by scenes.parse
-and counts where the true answer states it. --packed: the acceptance of a drafter whose steps read 8 or 4 bit weights.
+and counts where the true answer states it. The drafter's drafts stand beside as many a round of sources that see no
+scene: `answer`; `previous`, the last answer to the same question; `memory`, n-grams of the answers so far; `blend`,
+their votes; `taught`, a blend that knew 3,000 training answers before.
+--packed: the acceptance of a drafter whose steps read 8 or 4 bit weights, 5 drafts a round.
 Exits 1 if a speculative answer differs from target_only's."""
 
 import argparse
 import json
+import random
 import sys
 import tempfile
 from collections import Counter
@@ -17,12 +21,13 @@ from pathlib import Path
 
 import torch
 
-from engine import Fixed, agreeing, load_engine
+from engine import Blend, DraftSource, Fixed, Memory, Previous, agreeing, load_engine
 from kernels.quant import BITS
 from weights.tiny import make_clips, scenes
 
 HERE = Path(__file__).resolve().parent
 MAX_NEW_TOKENS = 64                                 # the longest answer has 58 ids
+DRAFTS = 15                                         # a round, of the drafter and of every control alike
 
 
 def most_frequent(question: int, count: int = 24000) -> str:
@@ -50,13 +55,26 @@ def attribute_rates(said: list[tuple[dict, str | dict]]) -> dict[str, float]:
     return {name: right[name] / asked[name] for name in scenes.ATTRIBUTES if asked[name]}
 
 
-def evaluate(engine, count: int, folder: Path, progress=None) -> dict:
+def blind_sources(text, end: int, taught: int = 300) -> dict[str, DraftSource]:
+    """Draft sources that see no scene and remember answers; the blend `taught` begins with those that so many training
+    scenes give to every question."""
+    knows = Blend()
+    for seed in range(taught):
+        for q, question in enumerate(scenes.QUESTIONS):
+            knows.begin(question)
+            knows.learn(text.ids(scenes.answer(scenes.sample(seed), q)) + [end])
+    return {"previous": Previous(), "memory": Memory(), "blend": Blend(), "taught": knows}
+
+
+def evaluate(engine, count: int, folder: Path, progress=None, controls: bool = True) -> dict:
     """Figures over `count` held-out scenes written to `folder`; scene i asks question i modulo 10."""
     records = make_clips.make_scenes(folder, count)
     values = most_frequent_values()
     common = [most_frequent(q) for q in range(min(count, len(scenes.QUESTIONS)))]
     texts = {"target": [], "drafter": [], "answer": []}
     exact, accept, drafted, lens, first, unequal = Counter(), Counter(), Counter(), {}, [], []
+    eos = engine.target.config.eos_id
+    blind = blind_sources(engine.target.text, eos) if controls else {}
     for i, record in enumerate(records):
         scene, q = scenes.sample(make_clips.HELD_OUT + i), i % len(scenes.QUESTIONS)
         truth = record["conversations"][1]["value"]
@@ -69,14 +87,16 @@ def evaluate(engine, count: int, folder: Path, progress=None) -> dict:
             texts[side].append((scene, text))
             exact[side] += text == truth
         first.append(agreeing(drafter.output_ids, alone.output_ids))
-        constant = Fixed(engine.target.text.ids(common[q]) + [engine.target.config.eos_id])
-        for source, kept in (("drafter", None), ("answer", constant)):
-            result = engine.generate(mode="speculative", draft_source=kept, **asked)
+        if controls:
+            blind["answer"] = Fixed(engine.target.text.ids(common[q]) + [eos])
+        for source, kept in (("drafter", None), *blind.items()):
+            result = engine.generate(mode="speculative", draft_source=kept, draft_len=DRAFTS if controls else None,
+                                     **asked)
             if result.output_ids != alone.output_ids:
                 unequal.append((i, source))
             accept[source] += result.accepted_tokens
             drafted[source] += result.drafted
-            lens.setdefault(source, []).extend(result.accept_lens)
+            lens.setdefault(source, []).append(result.accept_lens)
         if progress:
             progress(i + 1)
     return {
@@ -86,10 +106,23 @@ def evaluate(engine, count: int, folder: Path, progress=None) -> dict:
             "value": attribute_rates([(scene, values) for scene, _ in texts["target"]])},
         "drafter_agrees_for": sum(first) / count,
         "accept_rate": {source: accept[source] / max(1, drafted[source]) for source in lens},
-        "tokens_per_round": {source: sum(n + 1 for n in values) / len(values) for source, values in lens.items()},
-        "accept_len": {source: dict(sorted(Counter(values).items())) for source, values in lens.items()},
+        "tokens_per_round": {source: per_round(scenes_of) for source, scenes_of in lens.items()},
+        "interval": {source: interval(scenes_of) for source, scenes_of in lens.items()},
+        "accept_len": {source: dict(sorted(Counter(sum(scenes_of, [])).items())) for source, scenes_of in lens.items()},
         "unequal": unequal,
     }
+
+
+def per_round(accept_lens: list[list[int]]) -> float:
+    """Tokens per round over some scenes' rounds."""
+    return sum(n + 1 for of in accept_lens for n in of) / sum(map(len, accept_lens))
+
+
+def interval(accept_lens: list[list[int]], resamples: int = 1000) -> tuple[float, float]:
+    """95 % of `per_round` over scenes drawn with replacement."""
+    chance = random.Random(0)
+    rates = sorted(per_round(chance.choices(accept_lens, k=len(accept_lens))) for _ in range(resamples))
+    return rates[int(0.025 * resamples)], rates[int(0.975 * resamples)]
 
 
 def report(figures: dict) -> str:
@@ -106,8 +139,14 @@ def report(figures: dict) -> str:
     lines += ["", f"drafter_only and target_only agree for {figures['drafter_agrees_for']:.1f} ids"]
     for source in figures["accept_rate"]:
         histogram = "  ".join(f"{n}: {times}" for n, times in figures["accept_len"][source].items())
+        low, high = figures["interval"][source]
         lines.append(f"{source:8} accept_rate {figures['accept_rate'][source]:.2f}   tokens_per_round "
-                     f"{figures['tokens_per_round'][source]:.2f}   accept_len {histogram}")
+                     f"{figures['tokens_per_round'][source]:.2f} [{low:.2f}, {high:.2f}]   accept_len {histogram}")
+    rivals = {source: rate for source, rate in figures["tokens_per_round"].items() if source != "drafter"}
+    if rivals:
+        best = max(rivals, key=rivals.get)
+        lines.append(f"tokens_per_round over scenes [95 %]; the drafter's over {best}'s, the best that sees no scene: "
+                     f"{figures['tokens_per_round']['drafter'] / rivals[best]:.2f}")
     lines.append(f"speculative equals target_only: {'no, ' + str(figures['unequal']) if figures['unequal'] else 'yes'}")
     return "\n".join(lines)
 
@@ -142,7 +181,7 @@ def main() -> int:
             engine = load_engine(options.eventgpt, options.videollava, device=options.device, drafter_dtype=dtype,
                                  gate=False)                 # what is accepted, whether or not it pays here
             name = "as loaded" if dtype == "bf16" else dtype
-            figures[name] = evaluate(engine, options.count, Path(folder), progress)
+            figures[name] = evaluate(engine, options.count, Path(folder), progress, controls=not options.packed)
     where = torch.cuda.get_device_name(engine.target.device) if engine.target.on_gpu else "CPU"
     print(f"embedded trained toy pair, {where}, {str(engine.target.decoder.dtype).removeprefix('torch.')}, torch "
           f"{torch.__version__}, python -m weights.tiny.evaluate --count {options.count}"
