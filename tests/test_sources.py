@@ -2,6 +2,7 @@
 
 import collections
 import json
+import random
 import threading
 from pathlib import Path
 
@@ -101,6 +102,60 @@ def test_blend_drafts_the_same_from_any_cut_of_its_own_draft():
         assert whole[:cut] + source.propose(whole[:cut], 8 - cut) == whole
 
 
+def slow_blend(blend, committed, limit):
+    """What Blend.propose is defined to give: every vote counted anew for each id, nothing left out."""
+    ids, past = list(committed), blend.answers.get(blend.question, ([],))[0]
+    while len(ids) < len(committed) + limit:
+        votes, n = collections.defaultdict(float), len(ids)
+        for age, answer in (*enumerate(past, 1), (0, ids)):
+            for at in range(1, len(answer)):
+                fit = next((k for k in range(min(at, n)) if answer[at - 1 - k] != ids[-1 - k]), min(at, n))
+                if fit:
+                    row, weight = blend.PLACE[blend.OFF[min(abs(at - n), 17)]], blend.AGE[age]
+                    if age and fit == n:
+                        weight = blend.WHOLE[age]
+                    votes[answer[at]] += weight * (blend.FIT[min(fit, 64)] * row[min(fit, 64)])
+        mass = floor = None
+        for length in range(min(16, n), -1, -1):
+            key = tuple(ids[n - length:])
+            if counts := blend.pool.after.get(key):
+                mass = blend.POOL[length] if mass is None else mass
+                floor = 0.03 * mass if floor is None else floor
+                total = sum(counts.values()) + len(counts)
+                for fresh, count in counts.items():
+                    votes[fresh] += mass * count / total
+                here = blend.pool.after.get((n, key), {}) if 0 < length <= blend.PLACED else {}
+                for fresh, count in here.items():
+                    votes[fresh] += mass * count / (sum(here.values()) + len(here))
+                mass *= len(counts) / total
+                if mass < floor:
+                    break
+        if not votes:
+            break
+        ids.append(max(votes, key=votes.get))
+    return ids[len(committed):]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_blend_drafts_what_its_slow_definition_drafts(seed):
+    """Random answers of a small vocabulary: many fits, many ties, questions that come back."""
+    chance, source = random.Random(seed), Blend(recent=1 + 7 * seed)
+    for step in range(60):
+        source.begin(f"q{chance.randrange(2)}")
+        answer = [chance.randrange(5 + 6 * seed) for _ in range(chance.randrange(1, 40))]
+        if step % 3 and source.answers.get(source.question):
+            old = source.answers[source.question][0][0]
+            cut = chance.randrange(len(old) + 1)
+            answer = old[:cut] + answer[cut:] or answer
+        at = 1
+        while at < len(answer):
+            limit = chance.randrange(0, 20)
+            drafts = source.propose(answer[:at], limit)
+            assert drafts == slow_blend(source, answer[:at], limit)
+            at += 1 + bench.prefix(drafts, answer[at:], limit)
+        source.teach(answer[::-1]) if step % 5 == 0 else source.learn(answer)
+
+
 def test_blend_keeps_questions_apart_but_pools_them():
     source = taught(Blend(), [1, 2, 3], question="a")
     source.begin("b")
@@ -117,7 +172,7 @@ def test_blend_is_bounded_in_answers_and_questions():
         source.begin(f"q{i % 10}")
         source.learn([i, i + 1, i + 2])
     assert len(source.pool.kept) == 5 and len(source.answers) == 4
-    assert all(len(past) <= 3 for past in source.answers.values())
+    assert all(len(past) <= 3 for past, _, _ in source.answers.values())
 
 
 def test_blend_survives_a_save_and_a_failed_one_leaves_the_old_file(tmp_path):
@@ -128,7 +183,7 @@ def test_blend_survives_a_save_and_a_failed_one_leaves_the_old_file(tmp_path):
     again.begin("q")
     assert again.propose([1], 3) == source.propose([1], 3)
     text = path.read_text()
-    source.answers["no", "string"] = []                      # JSON has no such key
+    source.answers["no", "string"] = [], {}, []              # JSON has no such key
     with pytest.raises(TypeError):
         source.save(path)
     assert path.read_text() == text and [p.name for p in tmp_path.iterdir()] == ["b.json"]
@@ -252,6 +307,21 @@ def test_blend_beats_every_control_on_a_recorded_subset(recorded):
     shots = {name: bench.accepted(of, 21) for name, of in figures.items()}
     assert rounds["blend"] > 1.03 * max(rounds[name] for name in rounds if name != "blend")
     assert shots["blend"] > max(shots["constant"], 0.95 * shots["previous"])
+
+
+def test_blend_drafts_what_its_slow_definition_drafts_on_recorded_answers(recorded):
+    source, last = Blend(most=2200), recorded[-1]["seq"]
+    for row in recorded:
+        if row["seq"] != last:
+            source.teach(row["target"])
+    for row in [r for r in recorded if r["seq"] == last][:25]:
+        source.begin(row["question"])
+        ids, at = row["target"], 1
+        while at < len(ids):
+            drafts = source.propose(ids[:at], 15)
+            assert drafts == slow_blend(source, ids[:at], 15)
+            at += 1 + bench.prefix(drafts, ids[at:], 15)
+        source.learn(ids)
 
 
 def test_an_interval_needs_more_than_two_sequences_and_holds_its_figure():
