@@ -2,11 +2,12 @@
 
     python tests/long_run.py --rows 2000 --shards 3 --kills 10      kill -9 at random, resume, merge: equal to one run
     python tests/long_run.py --requests 10000                       latency drift, memory growth, distinct outputs
-    python tests/long_run.py --generations 10000                    forced drafts in fp32: ids equal target_only's
+    python tests/long_run.py --generations 10000                    every draft source in fp32: ids equal target_only's
 
 All on the embedded pair, on the CPU; small forms of the three run with the tests."""
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -120,31 +121,44 @@ def resident_mb() -> float:
 
 
 def generations(count: int, seed: int) -> dict:
-    """Forced drafts, right up to a random place and wrong behind it, in random lengths: are the ids target_only's?"""
+    """Every draft source in turn, with lengths at random: are the ids target_only's? `forced` drafts are right up to a
+    random place and wrong behind it; the adapter is an untrained one."""
+    import torch
+
     import engine
-    e = engine.load_engine(None, TINY / "target", device="cpu")
-    chance, truths, equal, accepted = random.Random(seed), {}, 0, 0
+    from weights import adapter
+    e = engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", gate=False)
+    chance, truths, equal, accepted = random.Random(seed), {}, 0, {}
+    config = adapter.AdapterConfig("follower", vocab=576, rows=64, width=32, layers=1, heads=2, hidden=64)
+    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        adapter.save(Path(folder), adapter.NETWORKS["follower"](config), config)
+        sources = {"forced": None, "drafter": None, **{
+            name: engine.source_named(name if name != "adapter" else f"adapter:{folder}") for name in engine.SOURCES}}
     records = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_text())
-    read = engine.read_video                                 # these are about ids: every clip is decoded once
-    kept = {}
-    engine.read_video = lambda *given: kept.setdefault(given, read(*given)) if given not in kept else kept[given]
+    reads = engine.read_video, engine.read_events            # these are about ids: every clip is read once
+    engine.read_video, engine.read_events = map(functools.cache, reads)
     try:
-        for _ in range(count):
+        for turn in range(count):
+            name = list(sources)[turn % len(sources)]
             i, question, stop = chance.randrange(len(records)), chance.randrange(3), chance.random() < 0.5
             given = dict(video_path=TINY / "clips/mp4" / records[i]["mp4_data"], query=QUESTIONS[question],
+                         event_path=TINY / "clips/event_npy" / records[i]["event_data"],
                          max_new_tokens=24, ignore_eos=not stop)
             if (i, question, stop) not in truths:
                 truths[i, question, stop] = e.generate(mode="target_only", **given).output_ids
             ids = truths[i, question, stop]
-            guess = [token if chance.random() < 0.85 else chance.choice([2, -1, 10 ** 9, chance.randrange(576)])
-                     for token in ids]
-            result = e.generate(mode="speculative", draft_source=engine.Fixed(guess), draft_len=chance.randrange(0, 32),
+            if name == "forced":
+                sources[name] = engine.Fixed([
+                    token if chance.random() < 0.85 else chance.choice([2, -1, 10 ** 9, chance.randrange(576)])
+                    for token in ids])
+            result = e.generate(mode="speculative", draft_source=sources[name], draft_len=chance.randrange(0, 32),
                                 **given)
             equal += result.output_ids == ids
-            accepted += result.accepted_tokens
+            accepted[name] = accepted.get(name, 0) + result.accepted_tokens
     finally:
-        engine.read_video = read
-    return {"generations": count, "equal": equal, "drafts accepted": accepted}
+        engine.read_video, engine.read_events = reads
+    return {"generations": count, "equal": equal, "accepted": accepted}
 
 
 # ---- main ------------------------------------------------------------------------------------------------------
@@ -156,7 +170,7 @@ def main(argv=None) -> int:
     parser.add_argument("--shards", type=int, default=3, help="default %(default)s")
     parser.add_argument("--kills", type=int, default=10, help="default %(default)s")
     parser.add_argument("--requests", type=int, help="requests to one engine")
-    parser.add_argument("--generations", type=int, help="generations with forced drafts")
+    parser.add_argument("--generations", type=int, help="generations, every draft source in turn")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     options = parser.parse_args(argv)
     broken = False
@@ -177,8 +191,9 @@ def main(argv=None) -> int:
     if options.generations:
         found = generations(options.generations, options.seed)
         broken |= found["equal"] != found["generations"]
-        print(f"generations  {found['equal']} of {found['generations']} equal to target_only, fp32, forced drafts, "
-              f"{found['drafts accepted']} accepted", flush=True)
+        accepted = ", ".join(f"{n} {name}" for name, n in found["accepted"].items())
+        print(f"generations  {found['equal']} of {found['generations']} equal to target_only, fp32, every draft source "
+              f"in turn; drafts accepted: {accepted}", flush=True)
     return int(broken)
 
 

@@ -306,6 +306,7 @@ def test_sixty_requests_answer_alike_and_leave_nothing_behind():
     assert found["distinct outputs"] == 1 and found["growth MB"] < 20, found
 
 
-def test_forced_drafts_of_random_length_never_change_an_answer():
-    found = long_run.generations(30, seed=1)
-    assert found["equal"] == 30 and found["drafts accepted"] > 100, found
+def test_drafts_of_every_source_and_length_never_change_an_answer():
+    found = long_run.generations(45, seed=1)
+    assert found["equal"] == 45 and set(found["accepted"]) == {"forced", "drafter", *engine.SOURCES}, found
+    assert min(found["accepted"][name] for name in ("forced", "drafter", "memory", "blend")) > 10, found
