@@ -1,14 +1,16 @@
 """long_run: what only shows after hours. Each line it prints is a figure and its verdict; exit 1 if one is broken.
 
-    python tests/long_run.py --rows 2000 --shards 3 --kills 10      kill -9 at random, resume, merge: equal to one run
-    python tests/long_run.py --requests 10000                       latency drift, memory growth, distinct outputs
-    python tests/long_run.py --generations 10000                    every draft source in fp32: ids equal target_only's
+    python tests/long_run.py rows --count 2000 --kills 10    kill -9 at random, resume, merge: equal to one run
+    python tests/long_run.py requests --count 10000          latency drift, memory growth, distinct outputs
+    python tests/long_run.py repeat --count 1000             one input, also in ten processes: one distinct output
+    python tests/long_run.py generations --count 10000       every draft source in fp32: ids equal target_only's
 
-All on the embedded pair, on the CPU; small forms of the three run with the tests."""
+All on the embedded pair, on the CPU; small forms of the four run with the tests."""
 
 import argparse
 import functools
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,28 +95,110 @@ def killed_rows(folder: Path, rows: int, shards: int, kills: int, seed: int) -> 
 # ---- requests and generations ----------------------------------------------------------------------------------
 
 
-def requests(count: int) -> dict:
-    """The same three requests again and again: latency, memory and answers at the start and at the end. Processor time
-    stands beside the clock's, which other processes on the machine stretch."""
+@functools.cache
+def tiny_engine(gate: bool = True):
+    """The embedded pair on the CPU, one a process."""
     import engine
-    e = engine.load_engine(TINY / "drafter", TINY / "target", device="cpu")
-    records = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_text())[:3]
-    seconds, busy, outputs, sizes = [], [], {}, []
+    return engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", gate=gate)
+
+
+def asked(i: int) -> dict:
+    """One of three requests."""
+    record = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_text())[i % 3]
+    return {"event_path": TINY / "clips/event_npy" / record["event_data"], "query": QUESTIONS[i % 3],
+            "video_path": TINY / "clips/mp4" / record["mp4_data"], "max_new_tokens": 12}
+
+
+def timed(i: int) -> tuple[float, float, tuple]:
+    """(seconds by the clock, seconds of processor time, ids) of request i to this process's engine."""
+    e, given, began = tiny_engine(), asked(i), time.process_time()
+    result = e.generate(**given)
+    return result.wall_clock_time, time.process_time() - began, tuple(result.output_ids)
+
+
+def fresh_process() -> ProcessPoolExecutor:
+    """A new Python that takes calls one by one."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), compiled)
+
+
+def compiled() -> None:
+    """What tests set to interpret Triton's kernels is not for here."""
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def requests(count: int, say=lambda line: None) -> dict:
+    """The same three requests again and again: latency, memory and answers in the first and in the last tenth.
+
+    Other processes stretch the clock and, through caches and memory, processor time too. So in both tenths every
+    request has a partner: the same request, right before or after it, in a process that has just started. What the
+    machine does hits both and divides out; what age does to a process hits one. `drift` is judged: the median of
+    own over partner's time by the clock, last tenth over first."""
+    warm, tenth = min(100, count // 10), count // 10
+    early, late = range(warm, warm + tenth), range(count - tenth, count)
+    own, partner, sizes, outputs, fresh = {}, {}, [], {}, None
     for i in range(count):
-        record, began = records[i % 3], time.process_time()
-        result = e.generate(event_path=TINY / "clips/event_npy" / record["event_data"], query=QUESTIONS[i % 3],
-                            video_path=TINY / "clips/mp4" / record["mp4_data"], max_new_tokens=12)
-        seconds.append(result.wall_clock_time)
-        busy.append(time.process_time() - began)
-        outputs.setdefault(i % 3, set()).add(tuple(result.output_ids))
+        if i in (early.start, late.start):
+            fresh = fresh_process()
+            for k in range(max(3, warm)):
+                fresh.submit(timed, k).result()
+        paired = i in early or i in late
+        if paired and i % 2:
+            partner[i] = fresh.submit(timed, i).result()
+        own[i] = timed(i)
+        if paired and not i % 2:
+            partner[i] = fresh.submit(timed, i).result()
+        for _, _, ids in (own[i], partner.get(i, own[i])):
+            outputs.setdefault(i % 3, set()).add(ids)
         sizes.append(resident_mb())
-    early, late = slice(min(100, count // 10), count // 3), slice(-count // 3, None)
-    return {"requests": count, "p50 ms early": statistics.median(seconds[early]) * 1e3,
-            "p50 ms late": statistics.median(seconds[late]) * 1e3,
-            "drift": statistics.median(seconds[late]) / statistics.median(seconds[early]) - 1,
-            "processor drift": statistics.median(busy[late]) / statistics.median(busy[early]) - 1,
-            "growth MB": statistics.median(sizes[late]) - statistics.median(sizes[early]),
+        if i in (early[-1], late[-1]):
+            fresh.shutdown()
+        if (i + 1) % max(1, tenth) == 0:
+            part = [own[k] for k in range(i + 1 - tenth, i + 1)]
+            say(f"{i + 1} of {count}: p50 {statistics.median(of[0] for of in part) * 1e3:.2f} ms, processor "
+                f"{statistics.median(of[1] for of in part) * 1e3:.2f} ms, memory {sizes[-1]:.1f} MB")
+
+    def over(part, which):
+        return statistics.median(own[i][which] / partner[i][which] for i in part)
+
+    def raw(which):
+        return statistics.median(own[i][which] for i in late) / statistics.median(own[i][which] for i in early) - 1
+    return {"requests": count, "p50 ms early": statistics.median(own[i][0] for i in early) * 1e3,
+            "p50 ms late": statistics.median(own[i][0] for i in late) * 1e3,
+            "drift": over(late, 0) / over(early, 0) - 1, "processor drift": over(late, 1) / over(early, 1) - 1,
+            "raw drift": raw(0), "raw processor drift": raw(1),
+            "growth MB": statistics.median(sizes[i] for i in late) - statistics.median(sizes[i] for i in early),
             "distinct outputs": max(len(found) for found in outputs.values())}
+
+
+def repeated(count: int) -> dict:
+    """{what: distinct outputs} of one input asked `count` times in each of four ways.
+
+    Everywhere ids, text and reason of the end; where no clock has a say also drafted, accepted, rounds, the accepted
+    length of every round and the first rejected draft: a drafter's head start is as long as the time it had."""
+    import engine
+    e, given = tiny_engine(gate=False), {**asked(1), "max_new_tokens": 24}
+    truth = e.generate(mode="target_only", **given).output_ids
+    right = [i if at % 4 else i + 1 for at, i in enumerate(truth)]              # every fourth draft is wrong
+    ways = {"target_only": {}, "drafter_only": {}, "speculative": {},
+            "forced drafts": {"mode": "speculative", "draft_source": engine.Fixed(right)}}
+    found: dict = {name: set() for name in ways}
+    for _ in range(count):
+        for name, options in ways.items():
+            of = e.generate(**{"mode": name, **given, **options})
+            counted = () if name == "speculative" else (of.drafted, of.accepted_tokens, of.rounds,
+                                                        tuple(of.accept_lens), of.rejected_at)
+            found[name].add((tuple(of.output_ids), of.output_text, of.finish_reason, *counted))
+    return found
+
+
+def repeat(count: int, processes: int) -> dict:
+    """`repeated` in one process, and once in each of `processes` new ones: {what: distinct outputs of all}."""
+    found = repeated(count)
+    for _ in range(processes):
+        with fresh_process() as fresh:
+            for name, outputs in fresh.submit(repeated, 1).result().items():
+                found[name] |= outputs
+    return {name: len(outputs) for name, outputs in found.items()}
 
 
 def resident_mb() -> float:
@@ -166,34 +251,42 @@ def generations(count: int, seed: int) -> dict:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, help="samples of the data set that is killed and resumed")
-    parser.add_argument("--shards", type=int, default=3, help="default %(default)s")
-    parser.add_argument("--kills", type=int, default=10, help="default %(default)s")
-    parser.add_argument("--requests", type=int, help="requests to one engine")
-    parser.add_argument("--generations", type=int, help="generations, every draft source in turn")
+    parser.add_argument("what", choices=("rows", "requests", "repeat", "generations"))
+    parser.add_argument("--count", type=int, help="how many (default: 2000 rows, 10000 requests, 1000, 10000)")
+    parser.add_argument("--shards", type=int, default=3, help="of rows (default %(default)s)")
+    parser.add_argument("--kills", type=int, default=10, help="of rows (default %(default)s)")
+    parser.add_argument("--processes", type=int, default=10, help="of repeat (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     options = parser.parse_args(argv)
-    broken = False
-    if options.rows:
+    count = options.count or {"rows": 2000, "repeat": 1000}.get(options.what, 10000)
+    if count < 30:
+        parser.error(f"--count: wanted 30 or more, got {count}")
+    if options.what == "rows":
         with tempfile.TemporaryDirectory() as folder:
-            found = killed_rows(Path(folder), options.rows, options.shards, options.kills, options.seed)
-        broken |= not found["equal"] or found["rows"] != options.rows
-        print(f"rows         {found['rows']} of {options.rows} in {options.shards} shards, killed {found['kills']} "
+            found = killed_rows(Path(folder), count, options.shards, options.kills, options.seed)
+        broken = not found["equal"] or found["rows"] != count
+        print(f"rows         {found['rows']} of {count} in {options.shards} shards, killed {found['kills']} "
               f"times, {found['cut lines']} lines cut off: {'equal to' if found['equal'] else 'DIFFERENT FROM'} one "
-              f"run of {found['seconds alone']:.0f} s", flush=True)
-    if options.requests:
-        found = requests(options.requests)
-        broken |= found["distinct outputs"] != 1 or found["growth MB"] > 50
+              f"run of {found['seconds alone']:.0f} s")
+    elif options.what == "requests":
+        found = requests(count, say=lambda line: print(line, file=sys.stderr, flush=True))
+        broken = found["distinct outputs"] != 1 or found["growth MB"] > 50 or abs(found["drift"]) > 0.03
         print(f"requests     {found['requests']}: p50 {found['p50 ms early']:.1f} ms early, "
-              f"{found['p50 ms late']:.1f} ms late ({found['drift']:+.1%}, "
-              f"processor time {found['processor drift']:+.1%}), memory {found['growth MB']:+.1f} MB, "
-              f"{found['distinct outputs']} distinct output a request", flush=True)
-    if options.generations:
-        found = generations(options.generations, options.seed)
-        broken |= found["equal"] != found["generations"]
+              f"{found['p50 ms late']:.1f} ms late; drift beside a new process {found['drift']:+.1%}, processor time "
+              f"{found['processor drift']:+.1%} (by the clock alone {found['raw drift']:+.1%}, processor time "
+              f"{found['raw processor drift']:+.1%}); memory {found['growth MB']:+.1f} MB; "
+              f"{found['distinct outputs']} distinct output a request")
+    elif options.what == "repeat":
+        found = repeat(count, options.processes)
+        broken = set(found.values()) != {1}
+        print(f"repeat       {count} times in one process and in {options.processes} new ones, distinct outputs: "
+              + ", ".join(f"{name} {n}" for name, n in found.items()))
+    else:
+        found = generations(count, options.seed)
+        broken = found["equal"] != found["generations"]
         accepted = ", ".join(f"{n} {name}" for name, n in found["accepted"].items())
         print(f"generations  {found['equal']} of {found['generations']} equal to target_only, fp32, every draft source "
-              f"in turn; drafts accepted: {accepted}", flush=True)
+              f"in turn; drafts accepted: {accepted}")
     return int(broken)
 
 

@@ -243,7 +243,7 @@ def test_sigint_from_outside_ends_in_the_table_of_what_is_done(tmp_path, user_en
 
 
 def test_rows_of_runs_that_were_killed_and_resumed_are_those_of_one_run(tmp_path):
-    """The short form of `python tests/long_run.py --rows 2000 --shards 3 --kills 10`."""
+    """The short form of `python tests/long_run.py rows --count 2000 --shards 3 --kills 10`."""
     figures = long_run.killed_rows(tmp_path, rows=30, shards=1, kills=2, seed=0)
     assert figures["kills"] == 2 and figures["equal"] and figures["rows"] == 30, figures
 
@@ -304,6 +304,15 @@ def test_a_memory_that_cannot_be_saved_keeps_the_old_one(tmp_path):
 def test_sixty_requests_answer_alike_and_leave_nothing_behind():
     found = long_run.requests(60)
     assert found["distinct outputs"] == 1 and found["growth MB"] < 20, found
+    assert abs(found["drift"]) < 1, found                   # six pairs: that both sides ran, and no more
+
+
+def test_one_input_gives_one_output_however_often_and_in_another_process():
+    """The short form of `python tests/long_run.py repeat`."""
+    assert long_run.repeat(8, 1) == {"target_only": 1, "drafter_only": 1, "speculative": 1, "forced drafts": 1}
+    of_forced = next(iter(long_run.repeated(1)["forced drafts"]))
+    drafted, accepted, rounds, accept_lens, _ = of_forced[3:]
+    assert drafted > accepted > 0 and rounds == len(accept_lens) > 2          # the counters count something
 
 
 def test_drafts_of_every_source_and_length_never_change_an_answer():
