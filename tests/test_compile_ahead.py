@@ -28,6 +28,7 @@ from kernels.quant import Packed
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
 from kernels.rope_store import rope_store
 from kernels.round import close_round, open_round
+from kernels.sample import sample
 from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 
@@ -56,7 +57,10 @@ if S <= 32:
         skinny(hidden, packed(2 * F, D, 4, True), work, norm=norm, gated=True)
         skinny(meta(S, F), packed(D, F, 4), work, residual=hidden)
         skinny(hidden, packed(V, D, 8, True), work, norm=norm)
-    close_round(meta(S, V), meta(S - 1, dtype=torch.int64), state, work.round)
+    logits = meta(S, V)
+    close_round(logits, meta(S - 1, dtype=torch.int64), state, work.round)
+    scores = sample(logits, state, meta(3, dtype=torch.int64))
+    close_round(scores, meta(S - 1, dtype=torch.int64), state, work.round)
 else:
     rmsnorm(hidden, *norm)
     add_rmsnorm(hidden, hidden, *norm)
@@ -87,7 +91,8 @@ for kernel, args, options in launches:
     assert len(built.asm["cubin"]) > 1000
     print(kernel.__name__, built.metadata.shared)
 """
-STEP = {"open_round_kernel", "row_sums_kernel", "skinny_kernel", "step_kernel", "combine_kernel", "close_round_kernel"}
+STEP = {"open_round_kernel", "row_sums_kernel", "skinny_kernel", "step_kernel", "combine_kernel", "close_round_kernel",
+        "top_p_kernel", "scores_kernel"}
 DRAFTS = {1: {"gemv_kernel", "pair_kernel"}, 2: {"gemv_kernel", "pair_kernel"}}      # by rows
 PREFILL = {"rmsnorm_kernel", "rope_store_kernel", "prefill_kernel", "swiglu_kernel"}
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}            # bytes of shared memory a program may use
