@@ -630,16 +630,19 @@ def update_readme(block: str, lines) -> None:
     engine.replace_file(HERE / "README.md", f"{head}\n```\n{body}\n```\n{rest}".encode())
 
 
+def insist_writable(path, flag: str) -> None:
+    folder = Path(path or ".").resolve().parent
+    if path and str(path) != "-" and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"{path}: cannot be written ({folder} is not a folder one may write to); choose another "
+                         f"--{flag}")
+    if path and Path(path).is_dir():
+        raise InputError(f"{path}: cannot be written (is a folder); choose another --{flag}")
+
+
 def check_outputs(options) -> None:
     """Whatever is to be written can be: a long run must not end in a path that was wrong from the start."""
     for flag in ("json", "rows", "record", "timeline", "trace"):
-        path = getattr(options, flag)
-        folder = Path(path or ".").resolve().parent
-        if path and str(path) != "-" and not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise InputError(f"{path}: cannot be written ({folder} is not a folder one may write to); choose another "
-                             f"--{flag}")
-        if path and Path(path).is_dir():
-            raise InputError(f"{path}: cannot be written (is a folder); choose another --{flag}")
+        insist_writable(getattr(options, flag), flag)
     if options.update_readme is not None:
         around_block(options.update_readme)
     elif options.from_text:
@@ -1476,7 +1479,8 @@ def parse(argv):
     add("--draft-len", type=int, default=5, metavar="G", help="drafts a round (default %(default)s)")
     add("--overlap-len", type=int, default=15, metavar="G", help="drafts of the head start (default %(default)s)")
     add("--draft-source", default="drafter", metavar="NAME",
-        help=f"who drafts in speculative mode: drafter, {', '.join(engine.SOURCES)}:DIR")
+        help=f"who drafts in speculative mode: drafter, {', '.join(engine.SOURCES)}:DIR; memory:FILE and blend:FILE "
+             f"go on from FILE and save it at the end")
     add("--gate", default="on", choices=("on", "off"), help="draft only where it should pay (default %(default)s)")
     add("--warmup", type=int, default=1, metavar="N", help="rounds before measuring (default %(default)s)")
     add("--repeats", type=int, default=3, metavar="N", help="of each mode and sample (default %(default)s)")
@@ -1560,7 +1564,16 @@ def check(options) -> None:
     if options.resume and not options.rows:
         raise InputError("--resume: has nothing to go on with; pass --rows as well")
     named = options.draft_source
-    options.source = None if named == "drafter" else LearnsOnce(engine.source_named(named))
+    kind, _, options.kept = named.partition(":")             # the file that --draft-source memory:FILE keeps
+    if kind == "adapter" or not options.kept:
+        options.kept = None
+    elif options.shard[1] > 1:
+        raise InputError(f"{options.kept}: shards cannot share it; leave :FILE out of --draft-source, or --shard")
+    elif options.videollava is None:
+        raise InputError(f"{options.kept}: belongs to a target; pass --videollava")
+    insist_writable(options.kept, "draft-source")
+    options.source = None if named == "drafter" else LearnsOnce(engine.source_named(
+        named, engine.model_name(options.videollava, options.tokenizer) if options.kept else ""))
     options.dataset_dir = options.dataset_dir or TINY / "clips"
     options.ignore_eos = kind == "random-7b" if options.ignore_eos is None else options.ignore_eos
 
@@ -1678,7 +1691,10 @@ def run(options, command) -> int:
     for path, write in ((options.timeline, draw_timeline), (options.trace, write_trace)):
         if path and getattr(options, "shown", None):
             write(options.shown, path)
-    return publish(assemble(head, rows, interrupted), options)
+    code = publish(assemble(head, rows, interrupted), options)
+    if options.kept:                                         # last: a full disk must not cost the report
+        options.source.source.save(options.kept)
+    return code
 
 
 def places(e) -> dict:

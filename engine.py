@@ -29,6 +29,7 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import queue
@@ -71,7 +72,8 @@ from weights.media import VIDEO_RULES, Events, insist_file, read_events, read_im
 from weights.text import Text, TextStream
 
 __all__ = ["MODES", "SOURCES", "Adapted", "Best", "Blend", "Constant", "DraftSource", "DrafterText", "Engine", "Event",
-           "Fixed", "InputError", "Memory", "PrefillOnlyInference", "Previous", "Result", "load_engine", "source_named"]
+           "Fixed", "InputError", "Memory", "PrefillOnlyInference", "Previous", "Result", "load_engine", "model_name",
+           "source_named"]
 
 MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
@@ -702,11 +704,13 @@ class Memory(DraftSource):
 
     order: longest context in ids; most: answers kept, the oldest is forgotten; weight: of an answer of this stream,
     against 1 for those taught from elsewhere; placed: contexts of 1..placed ids are also counted by their place, under
-    (place, context). Pooled over questions; threads may share one. `save` and `load` keep the answers as JSON.
+    (place, context). Pooled over questions; threads may share one. `save` and `load` keep the answers as JSON, under
+    the name of the model that gave them.
     """
 
-    def __init__(self, order: int = 8, most: int = 5000, weight: int = 20, placed: int = 0):
-        self.order, self.most, self.weight, self.placed = order, most, weight, placed
+    def __init__(self, order: int = 8, most: int = 5000, weight: int = 20, placed: int = 0, model: str = ""):
+        assert order >= 0 and most >= 1, f"order {order}, most {most}: wanted 0 or more and 1 or more"
+        self.order, self.most, self.weight, self.placed, self.model = order, most, weight, placed, model
         self.after, self.kept, self.lock = {}, collections.deque(), threading.Lock()
 
     def propose(self, committed, limit):
@@ -746,19 +750,32 @@ class Memory(DraftSource):
 
     def save(self, path) -> None:
         with self.lock:
-            text = json.dumps({"order": self.order, "most": self.most, "answers": list(self.kept)})
+            text = json.dumps({"kind": "memory", "model": self.model, "order": self.order, "most": self.most,
+                               "answers": list(self.kept)})
         replace_file(path, text.encode())
 
     @classmethod
-    def load(cls, path) -> Memory:
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-            memory = cls(int(raw["order"]), int(raw["most"]))
+    def load(cls, path, model: str = "") -> Memory:
+        """What `save` wrote; InputError if it is none, is cut short, or was saved for another model."""
+        with saved(path, "memory", model) as raw:
+            memory = cls(int(raw["order"]), int(raw["most"]), model=model)
             for ids, weight in raw["answers"]:
-                memory.teach(as_ids(ids), int(weight))
-        except UNREADABLE as error:
-            raise InputError(f"{path}: not a saved memory ({describe(error)}); wants what Memory.save wrote") from None
-        return memory
+                memory.teach(as_ids(ids), as_ids([weight])[0])
+            return memory
+
+
+@contextlib.contextmanager
+def saved(path, kind: str, model: str):
+    """The JSON object that a source of this kind and model saved; one InputError for whatever is wrong with it."""
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        if (raw["kind"], raw["model"]) != (kind, model):
+            raise ValueError(f"a {str(raw['kind'])[:20]!r} of model {str(raw['model'])[:40]!r}, wanted a {kind} of "
+                             f"{model!r}")
+        yield raw
+    except UNREADABLE as error:
+        raise InputError(f"{path}: not a saved {kind} of this model ({describe(error)}); name another file, or move it "
+                         f"away") from None
 
 
 def ladder(most: int, *steps) -> list[float]:
@@ -901,10 +918,7 @@ class Blend(DraftSource):
     @classmethod
     def load(cls, path, model: str = "") -> Blend:
         """What `save` wrote; InputError if it is none, is cut short, or was saved for another model."""
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-            if raw["kind"] != "blend" or raw["model"] != model:
-                raise ValueError(f"a {raw['kind']} of model {raw['model']!r}, wanted a blend of {model!r}")
+        with saved(path, "blend", model) as raw:
             blend = cls(int(raw["recent"]), int(raw["most"]), model=model)
             answers = {str(question): [as_ids(ids) for ids in past] for question, past in raw["answers"].items()}
             for blend.question, past in answers.items():
@@ -912,10 +926,8 @@ class Blend(DraftSource):
                     blend.learn(ids)
             blend.pool = Memory(16, int(raw["most"]), weight=1, placed=cls.PLACED)
             for ids, weight in raw["pool"]:
-                blend.pool.teach(as_ids(ids), int(weight))
-        except UNREADABLE as error:
-            raise InputError(f"{path}: not a saved blend ({describe(error)}); wants what Blend.save wrote") from None
-        return blend
+                blend.pool.teach(as_ids(ids), as_ids([weight])[0])
+            return blend
 
 
 def as_ids(ids) -> list[int]:
@@ -1017,12 +1029,18 @@ SOURCES: dict[str, collections.abc.Callable[..., DraftSource]] = {
     "best": lambda: Best(Memory(), Previous(), Constant()), "drafter-text": DrafterText, "adapter": Adapted}
 
 
-def source_named(name: str) -> DraftSource:
-    """A fresh source of SOURCES; `adapter:DIR` says where the adapter lies."""
-    kind, colon, folder = name.partition(":")
-    if kind not in SOURCES or bool(colon) != (kind == "adapter"):
-        raise InputError(f"draft source {name!r}: not one of {', '.join(SOURCES)}:DIR; pick from these")
-    return SOURCES[kind](folder) if colon else SOURCES[kind]()
+def source_named(name: str, model: str = "") -> DraftSource:
+    """A fresh source of SOURCES; `adapter:DIR` says where the adapter lies, `memory:FILE` and `blend:FILE` begin with
+    what such a source of this model (`model_name`) saved there, if it did."""
+    kind, colon, path = name.partition(":")
+    kept = kind in ("memory", "blend") and bool(path)
+    if kind not in SOURCES or bool(colon) != (kept or kind == "adapter"):
+        names = ", ".join(n + {"adapter": ":DIR", "memory": "[:FILE]", "blend": "[:FILE]"}.get(n, "") for n in SOURCES)
+        raise InputError(f"draft source {name!r}: not one of {names}; pick from these")
+    if not kept:
+        return SOURCES[kind](path) if colon else SOURCES[kind]()
+    cls = Memory if kind == "memory" else Blend
+    return cls.load(path, model) if Path(path).exists() else cls(model=model)
 
 
 # ---- when to draft ---------------------------------------------------------------------------------------------
@@ -1969,6 +1987,23 @@ def open_model(cls, path):
         raise InputError(f"{path}: holds a {kind} model, the {cls.side} needs {wanted}; swap --eventgpt and "
                          f"--videollava?")
     return checkpoint.config, checkpoint
+
+
+def model_name(target, tokenizer=None) -> str:
+    """Names a target and its tokenizer by a hash of the config, the tokenizer, and the sizes and last 64 KiB of the
+    weight files. What a source saved belongs to one such name. InputError if a file is not there; nothing is loaded."""
+    _, checkpoint = open_model(Target, target)
+    folder = Path(__file__).parent / "weights/tiny/target" if checkpoint is None else checkpoint.folder
+    files = [tokenizer or folder / "tokenizer.json"]
+    files += [] if checkpoint is None else [folder / "config.json", *checkpoint.files]
+    digest = hashlib.sha256(b"random-7b" if checkpoint is None else b"")
+    for file in map(Path, files):
+        insist_file(file, "a file of the target")
+        with file.open("rb") as opened:
+            size = opened.seek(0, 2)
+            opened.seek(0 if file.suffix == ".json" else max(0, size - 2 ** 16))
+            digest.update(size.to_bytes(8, "little") + opened.read())
+    return digest.hexdigest()[:16]
 
 
 def text_config(config: dict) -> DecoderConfig:

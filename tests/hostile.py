@@ -379,6 +379,16 @@ def little_memory(folder):
                 [*QUICK, "--weights", "random-7b"], ["GiB", "6.000 of 8.000 GiB free", "--cache-rows"], patch=patch)
 
 
+def saved_source(folder, kind="memory", ids=(5, 6), model=None, cut=0):
+    """`KIND:FILE` of a file that a Memory of the embedded target saved, with something wrong about it."""
+    memory = engine.Memory(model=model or engine.model_name(TINY / "target"))
+    memory.learn(ids)
+    memory.save(folder / "m.json")
+    if cut:
+        (folder / "m.json").write_bytes((folder / "m.json").read_bytes()[:-cut])
+    return f"{kind}:{folder / 'm.json'}"
+
+
 def saved_rows(folder, name, **head):
     """A finished row file of one sample."""
     path = folder / name
@@ -585,6 +595,14 @@ CASES = {
                                                 "not a file of rows")(folder),
     "71 report is a folder": run(lambda folder: ["--timeline", str(folder)], "is a folder"),
     "71 rows in no folder": run(lambda folder: ["--rows", str(folder / "no" / "r.jsonl")], "cannot be written"),
+    "71 memory of another model": run(lambda f: ["--draft-source", saved_source(f, model="other")],
+                                      "of model 'other'"),
+    "71 memory cut short": run(lambda f: ["--draft-source", saved_source(f, cut=5)], "not a saved memory"),
+    "71 memory for a blend": run(lambda f: ["--draft-source", saved_source(f, "blend")], "wanted a blend"),
+    "71 memory of another vocabulary": run(lambda f: ["--draft-source", saved_source(f, ids=[5, 32_000])], "31999"),
+    "71 memory that is a folder": run(lambda f: ["--draft-source", f"memory:{f}"], "is a folder"),
+    "71 memory in no folder": run(lambda f: ["--draft-source", f"memory:{f / 'no' / 'm.json'}"], "cannot be written"),
+    "71 memory of many shards": run(lambda f: ["--draft-source", saved_source(f), "--shard", "0/2"], "shards"),
     "72 two writers": two_writers,
     "72 other commits": run(lambda f: ["--merge", saved_rows(f, "a.jsonl"), saved_rows(f, "b.jsonl", commit="b")],
                             "another commit"),

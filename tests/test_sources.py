@@ -3,6 +3,7 @@
 import collections
 import json
 import random
+import shutil
 import threading
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from engine import (
     InputError,
     Memory,
     Previous,
+    model_name,
     source_named,
 )
 from weights import adapter
@@ -61,15 +63,61 @@ def test_memory_is_bounded_and_forgets_without_a_trace():
     assert source.after == fresh.after and len(source.kept) == 3
 
 
-def test_memory_survives_a_save_and_refuses_what_is_none(tmp_path):
-    source = taught(Memory(order=5, most=10), [1, 2, 3], [2, 3, 4])
-    source.save(tmp_path / "m.json")
-    again = Memory.load(tmp_path / "m.json")
-    assert again.after == source.after and again.propose([2], 3) == source.propose([2], 3)
-    (tmp_path / "bad.json").write_text('{"order": 3}')
-    for path in (tmp_path / "bad.json", tmp_path / "none.json"):
-        with pytest.raises(InputError, match=path.name):
-            Memory.load(path)
+def test_memory_survives_a_save_and_a_failed_one_leaves_the_old_file(tmp_path):
+    source, path = taught(Memory(order=5, most=10, model="m"), [1, 2, 3], [2, 3, 4]), tmp_path / "m.json"
+    source.save(path)
+    again = Memory.load(path, "m")
+    assert again.after == source.after and again.propose([2], 3) == source.propose([2], 3) and again.model == "m"
+    text = path.read_text()
+    source.kept.append(({7, 8}, 1))                          # JSON has no sets
+    with pytest.raises(TypeError):
+        source.save(path)
+    assert path.read_text() == text and [p.name for p in tmp_path.iterdir()] == ["m.json"]
+
+
+def test_memory_refuses_a_cut_foreign_or_strange_file(tmp_path):
+    path = tmp_path / "m.json"
+    taught(Memory(model="m"), [1, 2, 3, 4]).save(path)
+    text = path.read_text()
+    old = json.dumps({"order": 8, "most": 5000, "answers": [[[1, 2, 3], 20]]})           # a form that named no model
+    for broken in (text[:-9], text.replace('"m"', '"other"'), text.replace('"memory"', '"blend"'), "[]", '{"kind": 1}',
+                   text.replace("[1, 2", "[1, 32000"), text.replace("[1, 2", "[1, -2"), text.replace("20]", "-20]"),
+                   text.replace('"most": 5000', '"most": 0'), text.replace('"order": 8', '"order": -1'), old,
+                   text.replace('"m"', json.dumps("x\n" * 999)), "[" * 100000):
+        path.write_text(broken)
+        with pytest.raises(InputError, match="m.json: not a saved memory of this model") as error:
+            Memory.load(path, "m")
+        assert str(error.value).isprintable() and len(str(error.value)) < 400 and path.read_text() == broken
+    with pytest.raises(InputError, match="none.json"):
+        Memory.load(tmp_path / "none.json", "m")
+
+
+def test_a_model_is_named_by_its_config_its_tokenizer_and_its_weights(tmp_path):
+    folder = shutil.copytree(bench.TINY / "target", tmp_path / "t")
+    name = model_name(folder)
+    assert name == model_name(bench.TINY / "target") == model_name(folder, folder / "tokenizer.json")
+    weights = next(folder.glob("*.safetensors"))
+    for file in (folder / "config.json", folder / "tokenizer.json", weights):
+        kept = file.read_bytes()
+        file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]) if file == weights else kept + b" ")
+        assert model_name(folder) != name, file
+        file.write_bytes(kept)
+    assert model_name(folder) == name != model_name("random-7b")
+    with pytest.raises(InputError, match="none.json"):
+        model_name(folder, tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("kind", ["memory", "blend"])
+def test_a_run_goes_on_from_the_answers_that_the_last_one_kept(kind, tmp_path, capsys):
+    """Same clip twice: the second run drafts the first one's answer from its first round on."""
+    file, rates = tmp_path / "kept.json", []
+    for _ in range(2):
+        assert bench.main(["--draft-source", f"{kind}:{file}", "--device", "cpu", "--modes", "target_only,speculative",
+                           "--max-samples", "1", "--repeats", "1", "--warmup", "0", "--gate", "off", "--json", "-",
+                           "--max-new-tokens", "20"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        rates.append(report["samples"][0]["modes"]["speculative"]["accepted"])
+    assert rates[0] < rates[1] and json.loads(file.read_text())["model"] == model_name(bench.TINY / "target")
 
 
 def test_memory_may_be_shared_by_threads():
@@ -252,7 +300,7 @@ def test_an_adapter_drafts_what_its_network_says_at_the_shifted_place(tmp_path, 
         assert source.propose([3], 3) == []                  # nothing heard, nothing to go by
 
 
-@pytest.mark.parametrize("name", ["nobody", "adapter", "previous:DIR", "adapter:/nowhere"])
+@pytest.mark.parametrize("name", ["nobody", "adapter", "previous:DIR", "adapter:/nowhere", "memory:", ":memory"])
 def test_a_source_that_is_none_is_refused_in_one_line(name):
     with pytest.raises(InputError) as error:
         source_named(name)
