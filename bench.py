@@ -38,6 +38,7 @@ from engine import MODES, UNREADABLE, InputError
 from kernels.check import differing, gemm_tflops, quantiles, read_tbps
 from kernels.quant import BITS
 from weights.adapter import read_pairs
+from weights.load import nvidia_smi
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "weights" / "tiny"
@@ -169,13 +170,22 @@ def machine(device) -> dict:
              "threads": torch.get_num_threads(), "clocks": None, "others_on_gpu": None}
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
-        index = str(device.index or 0)
-        query = "driver_version,clocks.sm,clocks.mem,power.draw,power.limit"
-        line = output_of("nvidia-smi", "-i", index, f"--query-gpu={query}", "--format=csv,noheader")
-        facts["driver"], _, facts["clocks"] = line.partition(", ")
-        pids = output_of("nvidia-smi", "-i", index, "--query-compute-apps=pid", "--format=csv,noheader").split()
+        facts["driver"] = first_line(nvidia_smi(device, "--query-gpu=driver_version"))
+        facts["clocks"] = clocks(device)
+        pids = [row[0] for row in nvidia_smi(device, "--query-compute-apps=pid")]
         facts["others_on_gpu"] = len([p for p in pids if p != str(os.getpid())])
     return facts
+
+
+def clocks(device) -> str | None:
+    """Clocks and power of a GPU, now: "1980 MHz, 2619 MHz, 310.00 W, 700.00 W"; None without one."""
+    if device.type != "cuda":
+        return None
+    return first_line(nvidia_smi(device, "--query-gpu=clocks.sm,clocks.mem,power.draw,power.limit"))
+
+
+def first_line(rows: list[list[str]]) -> str | None:
+    return ", ".join(rows[0]) if rows else None
 
 
 def ceilings(device) -> dict:
@@ -539,11 +549,16 @@ def fmt(value, digits: int = 1) -> str:
 
 
 def memory_line(memory: dict) -> str:
-    """What both sides take before any request, beside what each device had free before they were loaded."""
-    sides = [f"{side} {of['weights'] / 1e9:.3f} GB weights + {of['cache'] / 1e9:.3f} GB cache on {of['device']}"
+    """What both sides allocate at most, beside what each device had free before they were loaded."""
+    parts = ("weights", "cache", "packed", "scratch")
+    sides = [f"{side} " + " + ".join(f"{of[part] / 1e9:.3f} GB {part}" for part in parts if part in of)
              for side, of in memory.items()]
-    free = {of["device"]: f"{of['device']} {of['free'] / 1e9:.1f} GB" for of in memory.values()}
-    return f"memory   {' | '.join(sides)} | free {', '.join(free.values())}"
+    rooms = []
+    for where in dict.fromkeys(of["device"] for of in memory.values()):
+        here = [of for of in memory.values() if of["device"] == where]
+        need = sum(of.get(part, 0) for of in here for part in parts)
+        rooms.append(f"{where} needs {need / 1e9:.3f} of {here[0]['free'] / 1e9:.1f} GB free")
+    return f"memory   {' | '.join([*sides, *rooms])}; fewer --cache-rows need less"
 
 
 def header(report) -> list[str]:
@@ -1657,7 +1672,7 @@ def run(options, command) -> int:
         insist_new(options.rows, options.resume)
     place = dict(device=options.device, dtype=options.dtype, drafter_device=options.drafter_device,
                  cache_rows=options.cache_rows)
-    memory = engine.memory_budget(options.eventgpt, options.videollava, **place)
+    memory = engine.memory_budget(options.eventgpt, options.videollava, drafter_dtype=options.drafter_dtype, **place)
     if sys.stderr.isatty():
         print(memory_line(memory), file=sys.stderr)          # before loading, which may take long or fail
     e = engine.load_engine(options.eventgpt, options.videollava, draft_len=options.draft_len,

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from kernels.attention import PAIR, attention, step_attention
 from kernels.fp8 import norm8, product8, rows8, weight8
 from kernels.frames import clip_pixels, draw_events
-from kernels.quant import BITS, quantise
+from kernels.quant import BITS, packed_bytes, quantise
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
 from kernels.rope_store import rope_store
 from kernels.round import close_round, first_id, open_round
@@ -356,7 +356,9 @@ class Model:
         self.recorded_W: torch.Tensor | None = None          # `replay` puts ids here that stand in for its own choice
         self.draft_ids, self.pixels, self.steps, self.prompt_rows = {}, {}, {}, 0
         self.hidden_MD = torch.zeros(decoder.cache_rows, self.config.D, dtype=decoder.dtype, device=self.device)
-        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None      # one scratch for all its graphs
+        # One scratch and one stream for the capture of all its graphs: cuBLAS keeps 32 MiB for every stream it meets.
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
+        self.capture = torch.cuda.Stream(self.device, priority=self.priority) if self.graphs else None
 
     def on_stream(self):
         """Context in which this model's work is queued on its own stream; nothing on the CPU."""
@@ -464,7 +466,7 @@ class Target(Model):
         layer = config.get("vision_feature_layer", -2)
         self.layers = layer if layer >= 0 else self.vision.layers + 1 + layer      # -2 of 25 hidden states is 23
         self.keep_cls = config.get("vision_feature_select_strategy", "default") == "full"   # images only
-        self.num_frames = max(1, (config.get("video_seq_length") or 8 * (self.vision.P + 1)) // (self.vision.P + 1))
+        self.num_frames = frames_of(config, self.vision)
 
     def prompt(self, question: str) -> Prompt:
         bos = [self.config.bos_id]
@@ -583,13 +585,13 @@ class StepGraph:
         kept = model.state_W.clone()
         model.state_W[:STATE].copy_(model.warm_head)         # the last request's lengths may not fit this shape
         with torch.cuda.device(model.device), torch.inference_mode():
-            stream = torch.cuda.Stream(model.device)
-            stream.wait_stream(torch.cuda.current_stream(model.device))
-            with torch.cuda.stream(stream):
+            model.stream.wait_stream(torch.cuda.current_stream(model.device))
+            with model.on_stream():
                 fn()
             torch.cuda.synchronize(model.device)
-            self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(model.device, priority=model.priority)
-            with torch.cuda.graph(self.graph, pool=model.pool, stream=stream, capture_error_mode="thread_local"):
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=model.pool, stream=model.capture,
+                                  capture_error_mode="thread_local"):
                 self.out = fn()
             model.state_W.copy_(kept)
             torch.cuda.synchronize(model.device)
@@ -1289,7 +1291,8 @@ class Timeline:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record(model.stream)
         try:
-            yield
+            with naming_stage(model, name):
+                yield
         finally:
             if gpu:
                 end.record(model.stream)
@@ -1640,22 +1643,24 @@ class Engine:
             target, R = self.target, 1 if req.image else self.target.num_frames
             rows = target.prompt(req.question).rows(R * (target.vision.P + int(not req.image or target.keep_cls)))
             self._check_rows(target, rows, req)
-            target.prepare_encode(R, req.image)
-            target.prepare_prefill(rows)
-            target.prepare(0, *{"prefill_then_verify": [req.overlap_len],
-                                "speculative": [req.overlap_len, req.draft_len]}.get(req.mode, []))
+            with naming_stage(target, "preparation"):
+                target.prepare_encode(R, req.image)
+                target.prepare_prefill(rows)
+                target.prepare(0, *{"prefill_then_verify": [req.overlap_len],
+                                    "speculative": [req.overlap_len, req.draft_len]}.get(req.mode, []))
         if self.drafter in active:
             drafter = self.drafter
             rows = drafter.prompt(req.question).rows(frames + drafter.vision.P + 1)
             self._check_rows(drafter, rows, req)
-            drafter.prepare_encode(frames)
-            drafter.prepare_prefill(rows)
-            drafter.prepare(0)
-            if req.mode == "speculative":
-                drafter.prepare_resume()
-                if self.apart:
-                    drafter.prepare_resume(1)
-                    drafter.prepare_resume(STEP_ROWS)
+            with naming_stage(drafter, "preparation"):
+                drafter.prepare_encode(frames)
+                drafter.prepare_prefill(rows)
+                drafter.prepare(0)
+                if req.mode == "speculative":
+                    drafter.prepare_resume()
+                    if self.apart:
+                        drafter.prepare_resume(1)
+                        drafter.prepare_resume(STEP_ROWS)
 
     def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, image_path=None,
                mode="speculative", max_new_tokens=50, draft_len: int | None = None,
@@ -1912,6 +1917,31 @@ class NonFinite(InputError):
     """A model computed NaN. Ends the request for the target; only ends the drafting for the drafter."""
 
 
+class OutOfMemory(NonFinite):
+    """Memory ran out inside a stage. Ends the same as NaN does."""
+
+
+def ran_out(error: BaseException | None) -> bool:
+    """Whether memory was short; the CPU's allocator has no class for it, and a capture that ends hides it."""
+    return error is not None and (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+                                  or "allocate memory" in str(error) or ran_out(error.__context__))
+
+
+@contextlib.contextmanager
+def naming_stage(model: Model, stage: str):
+    """Turns memory that runs out in the block into one line with the stage."""
+    try:
+        yield
+        return
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        reason = describe(error).partition(". ")[0]
+    # Outside of the handler, where the failed frames and their tensors are gone.
+    raise OutOfMemory(f"{model.path}: memory on {model.device} ran out in the {model.side}'s {stage} ({reason}); lower "
+                      f"--cache-rows, shorten the question, free memory or choose another --drafter-device")
+
+
 def check_finite(state, model: Model, stage: str) -> None:
     if state[NONFINITE]:
         raise NonFinite(f"{model.path}: the {model.side}'s logits hold NaN or infinity after {stage}; check the "
@@ -1967,10 +1997,10 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
             if packed is not None:
                 model.decoder.pack(packed)
             return model
-    except (RuntimeError, MemoryError) as error:             # torch.OutOfMemoryError is one; the CPU has no class
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:             # torch.OutOfMemoryError is one
+        if not ran_out(error):
             raise
-        raise no_room(path, device, memory_needs(config, dtype, cache_rows)) from None
+        raise no_room(path, device, memory_needs(cls, config, device, dtype, cache_rows, packed)) from None
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -2011,21 +2041,54 @@ def text_config(config: dict) -> DecoderConfig:
     return DecoderConfig.read((config.get("text_config") or {}) if config["model_type"] == "video_llava" else config)
 
 
-def memory_needs(config: dict, dtype: torch.dtype, cache_rows: int | None) -> dict:
-    """{"weights", "cache"}: bytes of a model before any request; one takes its activations on top."""
-    decoder = text_config(config)
-    return {"weights": plan(config).nbytes(dtype.itemsize),
-            "cache": decoder.cache_bytes(cache_rows or decoder.max_rows, dtype.itemsize)}
+def memory_needs(cls, config: dict, device: torch.device, dtype: torch.dtype, cache_rows: int | None = None,
+                 packed: str | None = None) -> dict:
+    """{"weights", "cache", "packed" (where steps have copies), "scratch"}: bytes one model allocates from its loading
+    to its last request, by arithmetic on the config alone. Torch may reserve more for reuse and returns it when short.
+
+    scratch: fixed buffers, and the larger of what encode and prefill hold at once, as counted in their code: units of
+    a row's width, of the longest prompt (its pictures and 64 rows of text). Names of widths as everywhere: D, F, ...
+    """
+    d, vision, b = text_config(config), VisionConfig.read(config["vision_config"]), dtype.itemsize
+    rows, gpu, wanted = cache_rows or d.max_rows, device.type == "cuda", plan(config)
+    R, T, A = 5, vision.P + 1, 5 + vision.P
+    if cls is Target:
+        R = frames_of(config, vision)
+        A = R * T
+    S, HK = min(A + 64, rows), d.H * d.K
+    pixels = R * 3 * vision.image ** 2 * 4
+    F1 = max((t.shape[0] for t in wanted.wanted if t.name.endswith(".fc1.w")), default=0)
+    encode = R * T * b * max(5 * vision.C + 3 * F1, vision.C + 2 * d.D)
+    layer = [4 * d.D + (2 * d.H + 2 * d.N) * d.K, 5 * d.D + 2 * HK, 5 * d.D + HK + 3 * d.F]
+    fixed = pixels + 2 * A * d.D * b + 32 * d.V * b + 8 * rows + Workspace.nbytes(d.D, d.H, d.K, rows)
+    if gpu:                                                  # cuBLAS's, on two streams; pictures that are resized
+        fixed += (2 << 25) + (2 << 26)
+    else:                                                    # the plain definitions keep scores, and unpack weights
+        layer = [5 * d.D + HK + 4 * d.F, 4 * d.D + HK + 3 * d.H * S + 2 * HK * (d.H != d.N)]
+        encode, fixed = max(encode + pixels, 12 * d.D * max(2 * d.F, d.V) * bool(packed)), fixed + S * d.D * b
+    needs = {"weights": wanted.nbytes(b), "cache": d.cache_bytes(rows, b)}
+    if packed:
+        of_layers, of_head = BITS[packed]
+        products = ((d.H + 2 * d.N) * d.K, d.D), (d.D, HK), (2 * d.F, d.D), (d.D, d.F)
+        needs["packed"] = packed_bytes(d.V, d.D, of_head) + d.L * sum(packed_bytes(*of, of_layers) for of in products)
+    return needs | {"scratch": fixed + max(encode, S * b * max(layer))}
+
+
+def frames_of(config: dict, vision: VisionConfig) -> int:
+    """Frames of a clip, from the visual rows that a target's config names."""
+    return max(1, (config.get("video_seq_length") or 8 * (vision.P + 1)) // (vision.P + 1))
 
 
 def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None,
-                  cache_rows=None) -> dict:
-    """{side: {"device", "weights", "cache", "free"}}, bytes, from headers alone. InputError if it cannot fit."""
+                  cache_rows=None, drafter_dtype="bf16") -> dict:
+    """{side: {"device", "free", and the parts of `memory_needs`}}, bytes, from headers alone. InputError if it cannot
+    fit: nothing is allocated then."""
     budget, on = {}, {}
     for cls, path, name in ((Target, videollava, device), (Drafter, eventgpt, drafter_device or device)):
         if path is not None:
-            where = pick_device(name)
-            needs = memory_needs(open_model(cls, path)[0], dtype or default_dtype(where), cache_rows)
+            where, packed = pick_device(name), drafter_dtype if cls is Drafter and drafter_dtype in BITS else None
+            needs = memory_needs(cls, open_model(cls, path)[0], where, dtype or default_dtype(where), cache_rows,
+                                 packed)
             budget[cls.side] = {"device": str(where), **needs, "free": free_bytes(where)[0]}
             on.setdefault(where, {}).update({f"{cls.side} {part}": n for part, n in needs.items()})
     for where, parts in on.items():
@@ -2051,7 +2114,7 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
     if drafter_dtype.startswith("fp8") and where.type == "cuda" and torch.cuda.get_device_capability(where) < (8, 9):
         raise InputError(f"drafter_dtype: {drafter_dtype} needs a GPU of compute capability 8.9, {where} is older; "
                          f"take int8 or int4")
-    memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows)
+    memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype)
     options = dict(dtype=dtype, cache_rows=cache_rows, graphs=graphs)
     target = drafter = None
     if videollava is not None:

@@ -47,8 +47,7 @@ class SplitWork:
     drafts: nothing but drafts will hang on the bits, so steps of one or two rows may take a quicker order."""
 
     def __init__(self, device, H, K, cache_rows, pdl=False, drafts=False):
-        splits, pairs = triton.cdiv(cache_rows, SPLIT), triton.cdiv(cache_rows, PAIR_SPLIT) if drafts else 0
-        room = max(splits * MAX_ROWS, pairs * PAIR)
+        room = triton.cdiv(cache_rows, SPLIT) * MAX_ROWS     # pairs of rows with smaller splits need less
         self.mixed = torch.empty(H * room * K, dtype=torch.float32, device=device)       # [H, splits, rows, K], dense
         self.top, self.total = (torch.empty(H * room, dtype=torch.float32, device=device) for _ in range(2))
         self.cache_rows, self.pdl, self.drafts = cache_rows, pdl, drafts

@@ -30,6 +30,7 @@ from kernels.rmsnorm import rmsnorm_ref
 from kernels.swiglu import silu_times, swiglu_ref
 
 BITS = {"int8": (8, 8), "int4": (4, 8), "fp8": (8, 8), "fp8+int4": (4, 8)}   # a drafter's dtype: its products, its head
+PACK_ROWS = 1024                     # packed at a time
 RATIOS = {8: (1.0,), 4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)}  # of the widest scale, tried for the least squared error
 
 
@@ -51,10 +52,20 @@ class Packed:
         return self.words_OW.nbytes + self.scale_OG.nbytes
 
 
+def packed_bytes(O: int, D: int, bits: int, group: int = 128) -> int:
+    """Bytes of a Packed weight [O, D]."""
+    return O * D * bits // 8 + 2 * O * D // min(group, D)
+
+
 def quantise(w_OD, bits, group=128, norm_D=None) -> Packed:
     """Rounds to the nearest of 2^bits steps. The largest weight of a group, with its sign, is the lowest step, which
     has no counterpart above; at 4 bits narrower scales are tried too: a few clipped weights can pay for finer steps.
-    norm_D: the weight of an RMSNorm in front, folded in: programs would read it as often as x."""
+    norm_D: the weight of an RMSNorm in front, folded in: programs would read it as often as x. Rows are independent,
+    and go PACK_ROWS at a time: one takes a dozen times its own size meanwhile."""
+    if len(w_OD) > PACK_ROWS:
+        parts = [quantise(part, bits, group, norm_D) for part in w_OD.split(PACK_ROWS)]
+        return Packed(torch.cat([p.words_OW for p in parts]), torch.cat([p.scale_OG for p in parts]), bits,
+                      parts[0].group, parts[0].normed)
     (O, D), half, per = w_OD.shape, 1 << bits - 1, 32 // bits
     group = min(group, D)
     span = group // per                                      # words of a group

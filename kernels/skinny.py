@@ -28,11 +28,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention import SplitWork, prefetch, step_attention
+from kernels.attention import SPLIT, SplitWork, prefetch, step_attention
 from kernels.check import INTERPRETED, self_check, stages_that_fit
 from kernels.quant import Packed, quant_skinny
 from kernels.rmsnorm import rmsnorm_ref
-from kernels.round import RoundWork
+from kernels.round import MAX_CHUNKS, RoundWork
 from kernels.swiglu import silu_times, swiglu_ref
 
 MAX_ROWS = 32                        # rows of a step
@@ -57,6 +57,12 @@ class Workspace(SplitWork):
         self.sums_ST = torch.zeros((MAX_ROWS, triton.cdiv(D, SUM_COLS)), dtype=torch.float32, device=device)
         self.sums_of = None                                  # the rows that sums_ST was taken of
         self.round = RoundWork(device, self.pdl)
+
+    @staticmethod
+    def nbytes(D: int, H: int, K: int, cache_rows: int) -> int:
+        """Bytes of one, before it is made."""
+        splits = triton.cdiv(cache_rows, SPLIT)
+        return 4 * MAX_ROWS * (H * splits * (K + 2) + triton.cdiv(D, SUM_COLS) + 2 * MAX_CHUNKS) + 4
 
 
 def skinny_ref(x_SD, w_OD, norm=None, residual=None, gated=False):

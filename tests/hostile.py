@@ -376,7 +376,8 @@ def little_memory(folder):
     def patch(monkeypatch):
         monkeypatch.setattr(weights.load, "free_bytes", lambda device: (6 << 30, 8 << 30))
     return Case(lambda e: engine.load_engine("random-7b", "random-7b", device="cpu"),
-                [*QUICK, "--weights", "random-7b"], ["GiB", "6.000 of 8.000 GiB free", "--cache-rows"], patch=patch)
+                [*QUICK, "--weights", "random-7b"],
+                ["GiB", "6.000 of 8.000 GiB free", "held by", "(pid ", "--cache-rows"], patch=patch)
 
 
 def saved_source(folder, kind="memory", ids=(5, 6), model=None, cut=0):

@@ -1,11 +1,13 @@
 """What only a GPU can show: graphs equal eager, no waiting inside a round, bf16 answers equal in every mode."""
 
+import gc
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+import bench
 import engine
 from engine import MODES, STATE, Fixed
 
@@ -113,3 +115,67 @@ def test_forced_drafts_of_every_accepted_length_give_target_only(dtype):
             assert result.output_ids == ids, f"sample {i}, accepted {accepted}"
         for mode in ("prefill_only", "prefill_then_verify", "speculative"):
             assert e.generate(mode=mode, ignore_eos=True, **asked(i)).output_ids == ids, mode
+
+
+# ---- memory: the budget is what torch allocates at most, from loading to the last request
+
+
+MID = 16                                                     # layers of the two 7B decoders that are kept
+
+
+def mid_size(monkeypatch, cache_rows=2560, **options):
+    """An engine of 7B widths and half the layers, random weights, and its budget."""
+    text = engine.TARGET_7B["text_config"]
+    monkeypatch.setattr(engine, "TARGET_7B", {**engine.TARGET_7B, "text_config": {**text, "num_hidden_layers": MID}})
+    monkeypatch.setattr(engine, "DRAFTER_7B", {**engine.DRAFTER_7B, "num_hidden_layers": MID})
+    given = dict(device="cuda", cache_rows=cache_rows, **options)
+    return engine.load_engine("random-7b", "random-7b", gate=False, **given), engine.memory_budget(
+        "random-7b", "random-7b", **given)
+
+
+def forget():
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("drafter_dtype", ["bf16", "int8", "int4"])
+def test_what_is_allocated_is_within_5_percent_of_the_printed_budget(monkeypatch, drafter_dtype):
+    forget()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)    # requests start a count anew
+    e, budget = mid_size(monkeypatch, drafter_dtype=drafter_dtype)
+    for i in range(3):
+        for mode in MODES:
+            e.generate(mode=mode, ignore_eos=True, **asked(i))
+    needed = sum(of.get(part, 0) for of in budget.values() for part in ("weights", "cache", "packed", "scratch"))
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(needed, rel=0.05), budget
+    held = torch.cuda.memory_reserved()
+    for i in range(20):
+        e.generate(mode="speculative", **asked(i % 9))
+    assert torch.cuda.memory_reserved() - held < 256 << 20, "requests of the same kind go on taking memory"
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_allocated(capsys):
+    before = torch.cuda.memory_allocated()
+    assert bench.main(["--weights", "random-7b", "--device", "cuda", "--cache-rows", str(10 ** 6)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "GiB free" in err and "lower --cache-rows" in err
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_memory_that_really_runs_out_in_a_request_is_one_line_and_the_next_request_works(monkeypatch):
+    e, _ = mid_size(monkeypatch)
+    ids = e.generate(mode="speculative", ignore_eos=True, **asked(0)).output_ids
+    forget()
+    free, _ = torch.cuda.mem_get_info()
+    taken = torch.empty(free - (64 << 20), dtype=torch.uint8, device="cuda")
+    longer = {**asked(0), "query": "why " * 60}              # a prompt that has no graph yet
+    with pytest.raises(engine.InputError) as error:
+        e.generate(mode="speculative", ignore_eos=True, **longer)
+    assert "ran out in the target's preparation" in str(error.value) and "--cache-rows" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert e.generate(mode="speculative", ignore_eos=True, **asked(0)).output_ids == ids
+    del taken
+    forget()
+    assert len(e.generate(mode="speculative", ignore_eos=True, **longer).output_ids) == 40
