@@ -1884,8 +1884,8 @@ def encode_and_prefill(model: Model, loaded, limit: int, req: Request) -> None:
 
     Dropped: prefilling frame pairs as they come. The decoder gives the 8 frames of a 1 s clip after 18.0 to 23.4 ms and
     those of a 20 s clip, out of order, after 40 to 56; four parts take 52.7 ms on an H100 where the whole takes 45.5
-    (two 48.5, 6 frames and 2 47.8). The first id would come 1 to 6 ms earlier, and the window in which a drafter has the
-    GPU to itself would be gone.
+    (two 48.5, 6 frames and 2 47.8). The first id would come 1 to 6 ms earlier, and the window in which a drafter has
+    the GPU to itself would be gone.
     """
     prompt = model.prompt(req.question)
     with req.timeline.stage("preprocess", model, host=not model.on_gpu):
