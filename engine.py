@@ -1462,6 +1462,11 @@ class Engine:
 
         with model.on_stream():
             encode_and_prefill(model, frames, req.max_new_tokens, req)
+            if req.mode in ("target_only", "prefill_only"):
+                for state in self._decode(model, req, req.max_new_tokens, "decode"):
+                    req.prefill_end = req.prefill_end or line.now()
+                    emit(state, "decode" if sent else "prefill")
+                return
             state = model.snapshot(words).read()
             req.prefill_end = line.now()
             emit(state, "prefill")
@@ -1475,32 +1480,30 @@ class Engine:
                 elif req.mode == "speculative":
                     state = self._rounds_with_source(req, state, words, emit)
             if not state[DONE]:
-                for state in self._decode(model, req, req.max_new_tokens, "decode"):
-                    emit(state, "decode")
+                for newest in self._decode(model, req, req.max_new_tokens, "decode", known=state[N_OUT]):
+                    emit(newest, "decode")
 
-    def _decode(self, model: Model, req: Request, limit: int, name: str, go_on=None):
+    def _decode(self, model: Model, req: Request, limit: int, name: str, go_on=None, known: int = 1):
         """One-row steps to the end, or until `go_on`, told the newest state the host has seen, says no. Yields states
-        as the host sees them, one step behind what is queued; the last one has everything."""
-        words, waiting = STATE + limit + STEP_ROWS, None
-        state = model.snapshot(words).read()
-        check_finite(state, model, "prefill")
-        yield state
-        for _ in range(limit - state[N_OUT]):
-            if req.cancelled.is_set() or state[DONE] or (go_on and not go_on(state)):
+        as the host sees them, one step behind what is queued; the last one has everything. Without `go_on` the first
+        step is queued unseen as well: the GPU waits for nobody. known: ids that are there already."""
+        words, left, stop, stage, state = STATE + limit + STEP_ROWS, limit - known, False, "prefill", None
+        pending = collections.deque([model.snapshot(words)])             # states on their way to the host
+        behind = int(model.on_gpu and go_on is None)         # on the CPU nothing is queued: look at once
+        while not req.cancelled.is_set():
+            while not stop and left > 0 and len(pending) <= behind:
+                stop = go_on is not None and not go_on(state)
+                if not stop:
+                    with req.timeline.stage(name, model):
+                        model.step(0)
+                    pending.append(model.snapshot(words))
+                    left -= 1
+            if not pending:
                 break
-            with req.timeline.stage(name, model):
-                model.step(0)
-            waiting, last = model.snapshot(words), waiting
-            if not model.on_gpu:
-                waiting, last = None, waiting                # the CPU has nothing queued: look at once
-            if last is not None:
-                state = last.read()
-                check_finite(state, model, name)
-                yield state
-        if waiting is not None and not req.cancelled.is_set():
-            state = waiting.read()
-            check_finite(state, model, name)
+            state = pending.popleft().read()
+            check_finite(state, model, stage)
             yield state
+            stop, stage, behind = stop or bool(state[DONE]), name, int(model.on_gpu)
 
     def _verify_overlap(self, req: Request, state, words: int, emit):
         """The first span, verified in one forward: the drafts made before prefill ended, or what a source proposes."""
@@ -1583,7 +1586,7 @@ class Engine:
             began = line.now()
             drafts = self._propose(req, state, req.draft_len)
             if drafts and gate and not gate.pays(kind, req.question, len(drafts)):
-                state = self._decode_and_judge(req, kind, emit)
+                state = self._decode_and_judge(req, kind, state[N_OUT], emit)
             elif drafts:
                 state = self._verify(req, drafts, req.draft_len, words, emit)
                 agreed = min(len(drafts), state[ACCEPT_LEN])
@@ -1595,7 +1598,7 @@ class Engine:
                 state = self._plain(req, words, emit)
         return state
 
-    def _decode_and_judge(self, req: Request, kind: str, emit):
+    def _decode_and_judge(self, req: Request, kind: str, known: int, emit):
         """Plain steps until the source's unverified drafts have been right often enough, or to the end."""
         at, drafts = 0, []                                   # drafts that would have followed the first `at` ids
 
@@ -1611,7 +1614,7 @@ class Engine:
             at, drafts = len(ids), self._propose(req, state, req.draft_len)
             return not (drafts and req.gate.pays(kind, req.question, len(drafts)))
 
-        for state in self._decode(self.target, req, req.max_new_tokens, "decode", go_on):
+        for state in self._decode(self.target, req, req.max_new_tokens, "decode", go_on, known):
             emit(state, "decode")
         return state
 
