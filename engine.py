@@ -798,9 +798,8 @@ class Blend(DraftSource):
     longest known context (POOL); contexts of one and two ids count once more where they stood at the same place.
     `teach` it answers from elsewhere; `save` and `load` keep it under the model's name.
 
-    The tables are maximum-likelihood fits to 1,100 recorded answers of another target (LLaVA-1.5-7B): no answer of the
-    target they are judged on went into them. The one number chosen on the judged answers: WHOLE's first step is four
-    times its fit, worth 0.7 of 21 one-shot drafts and 0.02 tokens a forward.
+    The tables are what `python -m weights.fit_blend` makes of 1,100 recorded answers of another target (LLaVA-1.5-7B):
+    no answer of the target they are judged on went into them.
     Tried and dropped, tokens a forward at K = 15: a beam of 2 to 4 by expected accepted length (5.83 for 5.93 on five
     sequences, at three times the time), weights by how alike the drafter's texts are (6.02 for 6.06), a network of 39
     features (6.07 for 6.09), tables of fit by age (6.09 for 6.10), summed n-gram counts of faded weight (5.92).
@@ -811,18 +810,17 @@ class Blend(DraftSource):
     Cold at K = 15, on the other target's answers (3.37 before, 3.41 with contexts by place): Kneser-Ney discounts 3.38,
     answers that share words with this one weighing more 3.43 at four times the time, words of the drafter's text 3.37.
     """
-    FIT = ladder(64, (1, -3.82), (2, -2.17), (3, -2.62), (4, -1.47), (5, -1.37), (6, -1.2), (7, -0.78), (10, -0.37),
-                 (12, 0.08), (16, 0.08), (24, 0.53), (32, 0.68))
-    AGE = ladder(32, (0, -5.56), (1, -5.36), (2, -5.92), (3, -6.16), (4, -6.43), (6, -6.66), (9, -6.93), (17, -7.24))
-    WHOLE = ladder(32, (1, -2.16), (2, -4.17), (3, -4.52), (4, -4.86), (6, -5.37), (9, -5.77), (17, -6.46))
+    FIT = ladder(64, (1, -2.69), (2, -1.16), (3, -1.48), (4, -0.3), (5, -0.33), (6, -0.15), (7, 0.01), (10, -0.03),
+                 (12, 0.16), (16, -0.06), (24, 0.57), (32, 0.7))
+    AGE = ladder(32, (0, -1.12), (1, 0.59), (2, -0.06), (3, -0.45), (4, -0.79), (6, -0.92), (9, -1.34), (17, -1.85))
+    WHOLE = ladder(32, (1, 3.48), (2, 1.27), (3, 0.64), (4, 0.42), (6, -0.35), (9, -0.97), (17, -1.93))
     PLACE = [ladder(64, (0, near), (3, middle), (8, far)) for near, middle, far in
-             ((-2.02, -1.47, -1.79), (-1.9, -1.18, -0.44), (-2.32, -1.26, -0.88), (-3.07, -1.81, -1.23),
-              (-3.48, -2.3, -0.8), (-3.64, -2.17, -0.01))]
+             ((0.33, 0.18, 0.21), (0.33, 0.22, 1.11), (-0.03, 0.19, 0.44), (-0.82, -0.35, -0.01),
+              (-1.6, -1.45, -0.15), (-2.06, -1.26, -0.06))]
     OFF = (0, 1, 2, 2, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4, 5)        # positions off to a row of PLACE
     BY_PLACE = products(FIT, map(PLACE.__getitem__, OFF + OFF[:0:-1]))     # FIT * PLACE by places off, -17..17
-    POOL = ladder(16, (0, -13.04), (2, -10.02), (3, -8.95), (4, -8.49), (5, -8.21), (6, -7.81), (8, -7.62),
-                  (10, -7.43), (13, -7.04), (16, -5.98))
-
+    POOL = ladder(16, (0, -0.45), (2, -0.22), (3, 0.25), (4, 0.27), (5, 0.28), (6, 0.49), (8, 0.45), (10, 0.91),
+                  (13, 0.98), (16, 1.8))
     PLACED = 2                                               # ids of the contexts that the pool counts by place too
 
     def __init__(self, recent: int = 32, most: int = 5000, questions: int = 64, model: str = ""):

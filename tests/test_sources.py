@@ -23,7 +23,7 @@ from engine import (
     model_name,
     source_named,
 )
-from weights import adapter
+from weights import adapter, fit_blend
 
 PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "seed_pairs.jsonl"
 
@@ -370,6 +370,39 @@ def test_blend_drafts_what_its_slow_definition_drafts_on_recorded_answers(record
             assert drafts == slow_blend(source, ids[:at], 15)
             at += 1 + bench.prefix(drafts, ids[at:], 15)
         source.learn(ids)
+
+
+def test_blends_tables_come_out_of_a_fit_to_another_targets_answers():
+    pairs = PAIRS.with_name("seed_pairs_llava15.jsonl")
+    if not pairs.exists():
+        pytest.skip(f"{pairs} is not here: there is nothing to fit")
+    rows = [{**row, "target": row["target"][:50]} for row in fit_blend.read_pairs(pairs, "4bit_200508")]
+    tables, nats = fit_blend.fit(rows)
+    made = fit_blend.with_tables(fit_blend.boosted(tables, 4))                # 4: what the command chose
+    for name in ("FIT", "AGE", "WHOLE", "POOL"):             # to 0.05: the valley is flat, and rounding leads along it
+        assert getattr(made, name) == pytest.approx(getattr(Blend, name), rel=0.05), name
+    assert all(ours == pytest.approx(theirs, rel=0.05) for ours, theirs in zip(made.PLACE, Blend.PLACE, strict=True))
+    assert nats < 0.52
+
+
+def test_a_fit_finds_what_a_stream_lives_on(tmp_path, capsys):
+    """Answers that repeat the last but one: its whole fit outweighs the last one's. Bad input is one line."""
+    chance = random.Random(0)
+    rows = []
+    for seq in "abc":
+        texts = [[1, 2] + [chance.randrange(3, 40) for _ in range(20)] for _ in range(2)]
+        for clip in range(14):
+            rows.append({"src": "x", "seq": seq, "clip": clip, "question": "q", "eventgpt_ids": [9],
+                         "videollava_ids": texts[clip % 2]})
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert fit_blend.main([str(path), "--src", "x"]) == 0
+    out = capsys.readouterr().out
+    assert "42 answers of 3 sequences" in out and out.count(" = ladder(") == 4 and "PLACE = ((" in out
+    tables, _ = fit_blend.fit(fit_blend.read_pairs(path, "x"))
+    assert tables["WHOLE"][1] > tables["WHOLE"][0] + 1
+    path.write_text("{")
+    assert fit_blend.main([str(path)]) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_an_interval_needs_more_than_two_sequences_and_holds_its_figure():

@@ -50,7 +50,7 @@ LIMIT = 21                           # drafts of one shot: what the research rep
 
 def read_pairs(path, src: str) -> list[dict]:
     """Recorded pairs of one source run in order of sequence and clip, end-of-sequence ids left out:
-    [{seq, clip, question, target, drafter}]."""
+    [{seq, clip, question, target, drafter}]. The target's ids may also be called llava15_ids."""
     rows = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -62,7 +62,8 @@ def read_pairs(path, src: str) -> list[dict]:
             if row.get("src") != src:
                 continue
             pair = {"seq": str(row["seq"]), "clip": row["clip"], "question": str(row["question"]),
-                    "target": row["videollava_ids"], "drafter": row["eventgpt_ids"]}
+                    "target": row["llava15_ids" if "llava15_ids" in row else "videollava_ids"],
+                    "drafter": row["eventgpt_ids"]}
             if type(pair["clip"]) is not type(rows[0]["clip"] if rows else pair["clip"]) or pair["clip"] is None:
                 raise TypeError("clips are neither all numbers nor all names")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
