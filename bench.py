@@ -12,8 +12,10 @@ differ or a sample failed, 2 bad input, 130 interrupted."""
 import argparse
 import collections
 import collections.abc
+import ctypes
 import fcntl
 import functools
+import hashlib
 import io
 import json
 import math
@@ -167,7 +169,7 @@ def machine(device) -> dict:
     facts = {"gpu": None, "driver": None, "cuda": torch.version.cuda, "torch": torch.__version__,
              "triton": triton.__version__, "av": av.__version__, "python": platform.python_version(),
              "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-             "threads": torch.get_num_threads(), "clocks": None, "others_on_gpu": None}
+             "threads": torch.get_num_threads(), "load": os.getloadavg()[0], "clocks": None, "others_on_gpu": None}
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["driver"] = first_line(nvidia_smi(device, "--query-gpu=driver_version"))
@@ -313,6 +315,8 @@ def measure(e, samples, options, rows: list, keep=None) -> None:
     for sample in samples:
         row = {"id": sample.id, "at": sample.at, "seq": sample.seq, "clip": sample.clip,
                "question": sample.question, "modes": {}}
+        for model in e.models:
+            model.seen = None
         results, began = collections.defaultdict(list), time.perf_counter()
         try:
             for _ in range(options.repeats):
@@ -325,6 +329,7 @@ def measure(e, samples, options, rows: list, keep=None) -> None:
         else:
             row["truth"] = sample.truth
             row["modes"] = {mode: summary(of, results.get("target_only")) for mode, of in results.items()}
+            row["pixels"] = {m.side: pixel_hash(m.seen) for m in e.models if m.seen is not None}
         row["took_s"] = time.perf_counter() - began
         if options.source is not None:
             options.source.settle()
@@ -334,6 +339,13 @@ def measure(e, samples, options, rows: list, keep=None) -> None:
         progress.step(sample.id)
     if options.profile:
         torch.cuda.profiler.stop()
+
+
+def pixel_hash(pixels_R3XX) -> str:
+    """16 hex digits of SHA-256 over the float32 bits that a model saw: equal where decoding, drawing and resizing were.
+    """
+    there = pixels_R3XX.detach().cpu().contiguous()
+    return hashlib.sha256(ctypes.string_at(there.data_ptr(), there.nbytes)).hexdigest()[:16]
 
 
 def show(error: Exception, options) -> None:
@@ -355,6 +367,20 @@ class Progress:
             print(f"\r{self.done}/{self.total} samples, {left:.0f} s left, {name[:40]:40}", end="", file=sys.stderr)
             if self.done == self.total:
                 print(file=sys.stderr)
+
+
+class Loading:
+    """Bytes of a checkpoint read, and how fast, on stderr."""
+
+    def __init__(self):
+        self.began, self.side = 0.0, ""
+
+    def __call__(self, side: str, done: int, total: int) -> None:
+        if side != self.side:
+            self.side, self.began = side, time.monotonic()
+        speed = done / max(time.monotonic() - self.began, 1e-3)
+        print(f"\r{side}: {done / 1e9:.2f} of {total / 1e9:.2f} GB read, {speed / 1e9:.2f} GB/s",
+              end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def summary(results, baseline) -> dict:
@@ -458,14 +484,18 @@ def mode_figures(rows, modes, identical: bool) -> dict:
 
 def controls(rows, limit: int) -> dict:
     """Accepted prefix of one-shot drafts that need no drafter, after the target's own first id, at most `limit` ids:
-    the previous sample's answer to the same question, and the most frequent path through all other samples' answers."""
+    the previous sample's answer to the same question, the most frequent path through all other samples' answers, and
+    the n-grams of the answers before."""
     by_question = collections.defaultdict(list)
     for row in rows:
         if "target_only" in row["modes"]:
             by_question[row["question"]].append(row["modes"]["target_only"]["ids"])
-    previous, constant = [], []
+    previous, constant, ngram = [], [], []
     for answers in by_question.values():
+        memory = engine.Memory()
         for i, ids in enumerate(answers):
+            ngram.append(prefix(memory.propose(ids[:1], limit), ids[1:], limit))
+            memory.learn(ids)
             previous.append(prefix(answers[i - 1][1:], ids[1:], limit) if i else 0)
             others = answers[:i] + answers[i + 1:]
             path = []
@@ -476,7 +506,8 @@ def controls(rows, limit: int) -> dict:
                 path.append(collections.Counter(after).most_common(1)[0][0])
             constant.append(prefix(path[1:], ids[1:], limit))
     mean = lambda values: statistics.mean(values) if values else None        # noqa: E731
-    return {"draft_limit": limit, "previous": mean(previous), "constant": mean(constant), "samples": len(previous)}
+    return {"draft_limit": limit, "previous": mean(previous), "constant": mean(constant), "memory": mean(ngram),
+            "samples": len(previous)}
 
 
 def prefix(drafts, ids, limit: int) -> int:
@@ -532,6 +563,18 @@ def warnings_of(figures, rows, head) -> list:
         found.append(f"{len(rows)} samples: the intervals of the ratios are rough below 10")
     if facts["others_on_gpu"]:
         found.append(f"{facts['others_on_gpu']} other processes use this GPU")
+    if facts.get("load", 0) > 0.5 * facts["cores"]:
+        found.append(f"the machine was busy before this run: {facts['load']:.1f} of {facts['cores']} cores")
+    clocks = [int(text.split()[0]) for text in (facts["clocks"], head.get("clocks_after"))
+              if text and text.split()[0].isdecimal()]
+    if len(clocks) == 2 and abs(clocks[1] / clocks[0] - 1) > 0.05:
+        found.append(f"the GPU's clock went from {clocks[0]} to {clocks[1]} MHz between start and end")
+    for mode in figures:
+        raw = [row["modes"][mode]["raw"]["e2e_ms"] for row in rows if mode in row["modes"]]
+        firsts = [of[0] / statistics.median(of[1:]) for of in raw if len(of) > 2]
+        if firsts and statistics.median(firsts) > 1.1:
+            found.append(f"{mode}: a sample's first run takes {statistics.median(firsts):.2f}x its later ones; raise "
+                         f"--warmup")
     if facts["gpu"] is None:
         found.append("on a CPU this shows that it works, not how fast it can be")
     for row in rows:
@@ -561,6 +604,12 @@ def memory_line(memory: dict) -> str:
     return f"memory   {' | '.join([*sides, *rooms])}; fewer --cache-rows need less"
 
 
+def pixels_of(report, side: str) -> str | None:
+    """One hash of the pixels that a side saw in all samples, in the order of the data set."""
+    found = [row["pixels"][side] for row in report["samples"] if side in row.get("pixels", {})]
+    return hashlib.sha256(" ".join(found).encode()).hexdigest()[:16] if found else None
+
+
 def header(report) -> list[str]:
     w, m, c = report["weights"], report["machine"], report["config"]
     label = {"tiny": "embedded trained toy pair", "random-7b": "RANDOM 7B WEIGHTS"}.get(w["kind"], "checkpoints")
@@ -569,7 +618,10 @@ def header(report) -> list[str]:
     where = m["gpu"] or f"CPU, {m['threads']} of {m['cores']} cores"
     driver = f", driver {m['driver']}" if m["driver"] else ""
     command = " ".join(Path(word).name if word.startswith("/") else word for word in report["command"].split())
+    hashes = " | ".join(f"{side} {w[side].get('hash')}" + f", revision {w[side].get('revision')}" * bool(
+        w[side].get("revision")) + f", pixels {pixels_of(report, side)}" for side in ("target", "drafter") if side in w)
     return [f"weights  {label} | {models}",
+            f"hashes   {hashes}",
             f"machine  {where}{driver} | torch {m['torch']}, triton {m['triton']}, python {m['python']} | commit "
             f"{report['commit']}{', dirty' if report['dirty'] else ''} | {report['time']}",
             f"run      {command} | {c['samples']} samples x {c['repeats']} after {c['warmup']} warm-up | "
@@ -612,7 +664,8 @@ def render(report) -> list[str]:
     c = report["controls"]
     if c["samples"]:
         lines.append(f"controls accepted of {c['draft_limit']} one-shot drafts that need no drafter, {c['samples']} "
-                     f"samples: previous answer {fmt(c['previous'], 2)}, constant {fmt(c['constant'], 2)}")
+                     f"samples: previous answer {fmt(c['previous'], 2)}, constant {fmt(c['constant'], 2)}, n-grams "
+                     f"{fmt(c.get('memory'), 2)}")
     for row in [r for r in report["samples"] if r["modes"] and report["weights"]["kind"] != "random-7b"][:3]:
         said = row["modes"].get("speculative") or next(iter(row["modes"].values()))
         lines += [f"sample   {row['id']}  {row['question']}"]
@@ -819,6 +872,10 @@ def compared(old: dict, before: dict, new: dict, after: dict) -> tuple[list, set
             continue
         verdict = "faster" if ratio["low"] > 1 else "slower" if ratio["high"] < 1 else "no difference shown"
         lines.append(f"{mode:20} {ratio['p50']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]  {verdict}")
+    pixels = [{row["id"]: row.get("pixels") for row in run["samples"]} for run in (old, new)]
+    apart = [i for i in shared if pixels[0][i] and pixels[1][i] and pixels[0][i] != pixels[1][i]]
+    if apart:
+        lines.append(f"warning  in {len(apart)} samples the models saw other pixels: files, versions or modes differ")
     changed = {i for i in shared for m in before[i] if m in after[i] and m != "drafter_only"
                and before[i][m]["ids"] != after[i][m]["ids"]}
     wall = [max(run.get("shards_s") or [sum(row.get("took_s", 0.0) for row in run["samples"])]) for run in (old, new)]
@@ -1677,11 +1734,12 @@ def run(options, command) -> int:
         print(memory_line(memory), file=sys.stderr)          # before loading, which may take long or fail
     e = engine.load_engine(options.eventgpt, options.videollava, draft_len=options.draft_len,
                            overlap_len=options.overlap_len, tokenizer=options.tokenizer, graphs=not options.eager,
-                           gate=options.gate == "on", drafter_dtype=options.drafter_dtype, **place)
+                           gate=options.gate == "on", drafter_dtype=options.drafter_dtype,
+                           progress=Loading() if sys.stderr.isatty() else None, **place)
     head = {"schema": SCHEMA, "commit": commit(), "dirty": dirty(), "memory": memory,
             "command": " ".join(map(str, command)), "time": time.strftime("%Y-%m-%d"), "seed": 0,
             "machine": machine(options.device), "weights": {"kind": options.kind, **{m.side: {
-                "path": Path(m.path).name, "dtype": dtype_of(m.decoder), "bytes": all_bytes(m.decoder)}
+                "path": Path(m.path).name, "dtype": dtype_of(m.decoder), "bytes": all_bytes(m.decoder), **m.origin}
                 for m in e.models}},
             "ceilings": {**ceilings(options.device), **{m.side: work_of(m) for m in e.models}},
             "config": {"modes": options.modes, "max_new_tokens": options.max_new_tokens,
@@ -1703,6 +1761,7 @@ def run(options, command) -> int:
             measure(e, [sample for sample in samples if sample.id not in done], options, rows, kept.append)
         except KeyboardInterrupt:
             interrupted = True
+    head["clocks_after"] = clocks(options.device)
     for path, write in ((options.timeline, draw_timeline), (options.trace, write_trace)):
         if path and getattr(options, "shown", None):
             write(options.shown, path)
@@ -1741,13 +1800,16 @@ def publish(report, options) -> int:
         lines.append(f"interrupted after {len(rows)} of {report['config']['samples']} samples")
     if options.json != "-":
         print("\n".join(lines))
-        if options.json:
-            engine.replace_file(options.json, json.dumps(report).encode() + b"\n")
+    print(json.dumps(report), flush=True)                    # first: what was measured is worth more than any file
+    if options.json and options.json != "-":
+        engine.replace_file(options.json, json.dumps(report).encode() + b"\n")
     if options.record:
         write_pairs(options.record, report)
+    for path, write in ((options.timeline, draw_timeline), (options.trace, write_trace)):
+        if path and getattr(options, "shown", None):
+            write(options.shown, path)
     if options.update_readme:
         update_readme(options.update_readme, lines)
-    print(json.dumps(report))
     failed = identical["equal"] < identical["compared"] or report["skipped"] or any("error" in row for row in rows)
     return 130 if interrupted else int(bool(failed))
 

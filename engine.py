@@ -29,6 +29,7 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -340,6 +341,8 @@ class Model:
     side = ""                                                # "drafter" or "target"
     priority = 0                                             # of its stream; lower goes first
     vision: VisionConfig
+    origin: dict                                             # {"hash", "revision"} of its checkpoint, see `load_model`
+    seen: torch.Tensor | None = None                         # the pixels that were encoded last
     prompt: collections.abc.Callable                         # question -> Prompt; the two below say how
     encode: collections.abc.Callable                         # pixels -> visual rows
 
@@ -373,7 +376,8 @@ class Model:
     def visual_rows(self, pixels_R3XX, image: bool = False):
         """`encode` as a graph: visual rows of float pixels, on the host or the device. Valid until the next call."""
         key = self.prepare_encode(len(pixels_R3XX), image)
-        self.pixels[key].copy_(to_device(pixels_R3XX, self.device), non_blocking=True)
+        self.seen = self.pixels[key]
+        self.seen.copy_(to_device(pixels_R3XX, self.device), non_blocking=True)
         return self.steps[key]()
 
     def prepare_encode(self, frames: int, image: bool = False):
@@ -1978,9 +1982,11 @@ def pick_device(name) -> torch.device:
     return device
 
 
-def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, graphs=True, seed=0, packed=None):
+def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, graphs=True, seed=0, packed=None,
+               progress=None):
     """A Target or a Drafter from a folder, a hub id in the local cache, or the word `random-7b` (real shapes,
-    random numbers from `seed`, for speed work only). packed: one of BITS, for a Drafter."""
+    random numbers from `seed`, for speed work only). packed: one of BITS, for a Drafter. progress: called with (side,
+    bytes read, bytes in all) while a checkpoint is read."""
     assert packed is None or cls is Drafter, "the target decides, so its weights stay as they are"
     device = pick_device(device)
     dtype = dtype or default_dtype(device)
@@ -1992,9 +1998,12 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
         raise InputError(f"{text.path}: has {text.size} pieces, the {cls.side} {path} embeds {V}; take the "
                          f"tokenizer.json of this checkpoint")
     try:
-        weights = checkpoint.load(device, dtype) if checkpoint else random_weights(config, device, dtype, seed)
+        weights = (checkpoint.load(device, dtype, progress and functools.partial(progress, cls.side)) if checkpoint
+                   else random_weights(config, device, dtype, seed))
         with torch.inference_mode():
             model = cls(config, weights, text, str(path), cache_rows, graphs)
+            model.origin = {"hash": checkpoint.fingerprint(), "revision": checkpoint.revision} if checkpoint else {
+                "hash": f"seed {seed}", "revision": None}
             if packed is not None:
                 model.decoder.pack(packed)
             return model
@@ -2099,7 +2108,7 @@ def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=No
 
 def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,
                 draft_len=5, overlap_len=15, tokenizer=None, graphs=True, seed=0, gate=True,
-                drafter_dtype="bf16") -> Engine:
+                drafter_dtype="bf16", progress=None) -> Engine:
     """An Engine over the two checkpoints (either may be None). bf16 on a GPU and fp32 on the CPU unless told.
 
     eventgpt, videollava: folders, hub ids already in the cache, or `random-7b`. device: `cuda`, `cuda:N` or `cpu`;
@@ -2107,7 +2116,7 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
     tokenizer: a tokenizer.json in place of the checkpoints' own. gate: draft only where it is expected to pay; False:
     whatever it costs. drafter_dtype: `int8` or `int4` packs the weights of the drafter's steps, `fp8` (8-bit steps) and
     `fp8+int4` those of its prefill too (answers stay the same, drafts are cheaper and a little worse); `bf16` leaves
-    them as loaded.
+    them as loaded. progress: see `load_model`.
     """
     if drafter_dtype not in ("bf16", *BITS):
         raise InputError(f"drafter_dtype: {drafter_dtype!r} is not one of bf16, {', '.join(BITS)}; pick from these")
@@ -2116,7 +2125,7 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
         raise InputError(f"drafter_dtype: {drafter_dtype} needs a GPU of compute capability 8.9, {where} is older; "
                          f"take int8 or int4")
     memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype)
-    options = dict(dtype=dtype, cache_rows=cache_rows, graphs=graphs)
+    options = dict(dtype=dtype, cache_rows=cache_rows, graphs=graphs, progress=progress)
     target = drafter = None
     if videollava is not None:
         target = load_model(Target, videollava, device, tokenizer=tokenizer, seed=seed, **options)

@@ -1,17 +1,23 @@
 """The benchmark: a schema one can rely on, ratios one can recompute, refusals in one line."""
 
 import copy
+import hashlib
 import json
+import random
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import bench
 import engine
+import weights.load
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIPS = bench.TINY / "clips"
@@ -64,6 +70,106 @@ def test_printed_ratios_can_be_recomputed_from_the_raw_values(run):
             assert any(line.startswith("worst ") and f"speculative {1 / ratios[0]:.3f} of" in line for line in lines)
         printed = next(line for line in lines if line.startswith(f"{mode} "))
         assert f"{p50:.2f} [" in printed
+
+
+def quantile(values, q):
+    """The value that a share q of all values lies below."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * q))]
+
+
+def test_every_printed_number_can_be_recomputed_from_the_raw_values(run):
+    """From samples, ceilings and config alone: the aggregates in the report are not looked at."""
+    _, lines, report = run
+    rows, limits, found = report["samples"], report["ceilings"], 0
+    stages = {tuple(words[:2]): words[2:] for words in map(str.split, lines)
+              if words[:1] in (["target"], ["drafter"])}
+    for (side, stage), words in stages.items():
+        alone = "target_only" if side == "target" else "drafter_only"
+        raw = [v for row in rows for mode, of in row["modes"].items() if mode == alone or stage == "verify"
+               for v in of["stages_ms"].get(side, {}).get(stage, [])]
+        assert words[:3] == [f"{quantile(raw, q):.3f}" for q in (0.2, 0.5, 0.8)], (side, stage)
+        prompts = [of["prompt_rows"][side] for row in rows for of in row["modes"].values() if side in of["prompt_rows"]]
+        work, S = limits[side], round(statistics.median(prompts))
+        if stage in ("draft", "decode", "verify"):
+            nbytes = work["weight_bytes"] + work["kv_bytes_per_row"] * S
+            share = nbytes / quantile(raw, 0.5) * 1e3 / limits["read_bw"]
+            assert words[3:] == [f"{nbytes / 1e9:.3f}", "GB", f"{share:.0%}"]
+        elif stage == "prefill":
+            flop = work["flop_per_row"] * S + work["flop_per_row_pair"] * S * (S + 1) + work["flop_head"]
+            share = flop / quantile(raw, 0.5) * 1e3 / limits["gemm_flops"]
+            assert words[3:] == [f"{flop / 1e12:.3f}", "TFLOP", f"{share:.0%}"]
+        found += 1
+    assert found >= 10
+    for mode in report["config"]["modes"]:
+        of = [row["modes"][mode] for row in rows]
+        line = next(line for line in lines if line.startswith(f"{mode} "))
+        numbers = re.findall(r"[\d.]+|-(?= |$)", line.removeprefix(mode).replace("[", " ").replace("]", " "))
+
+        def p50(name, of=of):
+            values = [v for sample in of for v in sample["raw"][name] if v is not None]
+            return f"{quantile(values, 0.5):.1f}" if values else "-"
+        e2e = [v for sample in of for v in sample["raw"]["e2e_ms"]]
+        want = [f"{quantile(e2e, q):.1f}" for q in (0.5, 0.2, 0.8)]
+        want += [p50("ttft_ms"), p50("ttfp_ms"), p50("tpot_ms"), str(sum(len(sample["ids"]) for sample in of))]
+        ratios = [statistics.median(row["modes"]["target_only"]["raw"]["e2e_ms"])
+                  / statistics.median(row["modes"][mode]["raw"]["e2e_ms"]) for row in rows]
+        rng = random.Random(0)                               # the bootstrap, as the report describes it
+        medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(1000))
+        want += [f"{v:.2f}" for v in (statistics.median(ratios), medians[25], medians[975])]
+        lens, drafted = [n for sample in of for n in sample["accept_lens"]], sum(sample["drafted"] for sample in of)
+        want += [f"{sum(lens) / drafted:.2f}" if drafted else "-", f"{sum(lens) / len(lens) + 1:.2f}" if lens else "-",
+                 f"{statistics.median(sample['overlap_drafts'] for sample in of):.0f}"]
+        assert numbers == want, mode
+        for line in [line for line in lines if line.startswith(f"accept_len {mode}:")]:
+            pairs = [tuple(map(int, pair)) for pair in re.findall(r"(\d+): (\d+)", line)]
+            assert pairs == sorted((n, lens.count(n)) for n in set(lens))
+
+
+def test_a_report_made_again_from_its_rows_is_the_same(run):
+    report = run[2]
+    made = {"interrupted", "modes", "controls", "identical", "warnings", "ceilings", "samples"}
+    head = {k: v for k, v in report.items() if k not in made} | {"ceilings": report["ceilings"]}
+    assert "\n".join(bench.render(bench.assemble(head, report["samples"]))) == "\n".join(run[1][:-1])
+
+
+def test_the_header_names_commit_checkpoints_and_pixels(run, tmp_path):
+    _, lines, report = run
+    e = engine.load_engine(bench.TINY / "drafter", bench.TINY / "target", device="cpu")
+    sample = bench.read_dataset(CLIPS, None, 1)[0][0]
+    frames = engine.read_video(sample.video, 8, "uniform")
+    pixels = engine.clip_pixels(frames, e.target.vision.image, e.target.vision.mean, e.target.vision.std)
+    digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
+    assert report["samples"][0]["pixels"]["target"] == digest and len(report["samples"][0]["pixels"]["drafter"]) == 16
+    assert f"commit {report['commit']}" in "\n".join(lines)
+    line = next(line for line in lines if line.startswith("hashes"))
+    for side in ("target", "drafter"):
+        assert f"{side} {report['weights'][side]['hash']}, pixels {bench.pixels_of(report, side)}" in line
+    shutil.copytree(bench.TINY / "target", tmp_path / "target")
+    assert weights.load.open_checkpoint(tmp_path / "target").fingerprint() == report["weights"]["target"]["hash"]
+    tensors = load_file(tmp_path / "target" / "model.safetensors")
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, tmp_path / "target" / "model.safetensors")
+    assert weights.load.open_checkpoint(tmp_path / "target").fingerprint() != report["weights"]["target"]["hash"]
+
+
+def test_a_snapshot_of_the_hub_tells_its_revision(tmp_path):
+    folder = tmp_path / "snapshots" / ("4cf9d8c" + "0" * 33)
+    shutil.copytree(bench.TINY / "target", folder)
+    assert weights.load.open_checkpoint(folder).revision == folder.name
+    assert weights.load.open_checkpoint(bench.TINY / "target").revision is None
+
+
+def test_warnings_name_what_spoils_a_figure(run):
+    report = copy.deepcopy(run[2])
+    rows, machine = report["samples"], report["machine"]
+    for row in rows:
+        row["modes"]["speculative"]["raw"]["e2e_ms"] = [300.0, 100.0, 100.0]
+    machine.update(load=9.0, cores=4, others_on_gpu=2, clocks="1980 MHz, 2619 MHz, 300.00 W, 700.00 W")
+    report["clocks_after"] = "1410 MHz, 2619 MHz, 700.00 W, 700.00 W"
+    found = "\n".join(bench.warnings_of(bench.mode_figures(rows, ["speculative"], True), rows, report))
+    for words in ("p80 is", "2 samples", "2 other processes", "9.0 of 4 cores", "from 1980 to 1410 MHz",
+                  "first run takes 3.00x its later ones; raise --warmup"):
+        assert words in found, words
 
 
 def test_a_saved_run_prints_the_same_report_again(run, tmp_path, capsys):
