@@ -17,11 +17,13 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -45,6 +47,8 @@ from weights.load import nvidia_smi
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "weights" / "tiny"
 SCHEMA = 1
+WHITE = re.compile(r"[ \t\r\n]*")
+MAX_RECORD = 1 << 26                 # characters of one record of a data set
 RESAMPLES = 1000                     # of the bootstrap behind a ratio's interval
 STAGES = {"drafter": ("load", "preprocess", "encode", "prefill", "draft"),
           "target": ("load", "preprocess", "encode", "prefill", "decode", "verify")}
@@ -72,17 +76,8 @@ class Sample:
 def read_dataset(folder: Path, question: str | None, limit: int):
     """([Sample], [reason a listed record cannot be run]) of a data set in the layout of EventGPT's instruction data."""
     index = folder / "EventGPT_Instruction_Subset.json"
-    try:
-        records = json.loads(index.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{index}: no such file; --dataset-dir wants the folder that holds it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{index}: cannot be read as JSON ({engine.describe(error)}); fetch it again") from None
-    if not isinstance(records, list) or not records:
-        raise InputError(f"{index}: wanted a list of records, got {type(records).__name__} of {len(records)}; "
-                         f"see the layout in the README")
     samples, problems, ids = [], [], set()
-    for i, record in enumerate(records if limit < 0 else records[:limit]):
+    for i, record in enumerate(itertools.islice(records_of(index), None if limit < 0 else limit)):
         try:
             sample = read_record(folder, record, question)
             if sample.id in ids:                             # --resume and --merge go by id
@@ -95,6 +90,68 @@ def read_dataset(folder: Path, question: str | None, limit: int):
     if not samples:
         raise InputError(f"{index}: none of {len(problems)} records can be run ({problems[0]}); check the folder")
     return samples, problems
+
+
+@functools.cache
+def home_of(folder: str) -> str:
+    """The folder that links in a data set may lead to: the one around it, and never the whole disk."""
+    home = Path(os.path.realpath(folder))
+    return str(home.parent if home.parent.parent != home.parent else home)
+
+
+def records_of(index: Path) -> collections.abc.Iterator:
+    """The records of a JSON list, one by one: of a long list no more is read than is wanted, a mebibyte at a time.
+    InputError if it is no list, or no JSON as far as it was read."""
+    text, at, more, empty = "", 0, True, True
+
+    def ahead() -> str:
+        """The next character that is no white space; none at the end."""
+        nonlocal at
+        while (at := WHITE.match(text, at).end()) == len(text) and more:
+            read()
+        return text[at:at + 1]
+
+    def read() -> None:
+        nonlocal text, at, more
+        piece = file.read(1 << 20)
+        text, at, more = text[at:] + piece, 0, bool(piece)
+        if len(text) > MAX_RECORD:
+            raise ValueError(f"a record of more than {MAX_RECORD} characters")
+
+    try:
+        with open(index, encoding="utf-8") as file:
+            if ahead() != "[":
+                kind = type(json.loads(text + file.read())).__name__
+                raise InputError(f"{index}: wanted a list of records, got {kind}; see the layout in the README")
+            at += 1
+            while (then := ahead()) != "]" or not empty:
+                while True:
+                    try:
+                        record, end = json.JSONDecoder().raw_decode(text, at)
+                        if not more or text[end:end + 1] in set(",] \t\r\n"):      # else a number may go on
+                            break
+                    except ValueError:
+                        if not more:
+                            raise
+                    read()
+                at, empty = end, False
+                yield record
+                then, at = ahead(), at + 1
+                if then == "]":
+                    break
+                if then != ",":
+                    raise ValueError(f"{then!r} after a record, wanted a comma or the end of the list")
+            at += empty
+            if ahead():
+                raise ValueError("there is more behind the end of the list")
+    except FileNotFoundError:
+        raise InputError(f"{index}: no such file; --dataset-dir wants the folder that holds it") from None
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{index}: cannot be read as JSON ({engine.describe(error)}); fetch it again") from None
+    if empty:
+        raise InputError(f"{index}: wanted a list of records, got an empty one; see the layout in the README")
 
 
 def read_record(folder: Path, record: dict, question: str | None) -> Sample:
@@ -110,14 +167,13 @@ def read_record(folder: Path, record: dict, question: str | None) -> Sample:
         path = folder.joinpath(*parts)
         try:
             # Links are the user's own, as far as the folder beside the data set; what the list says stays inside.
-            named = Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder))
-            home = folder.resolve()
-            home = home.parent if home.parent.parent != home.parent else home      # never the whole disk
-            if not named or not path.resolve().is_relative_to(home):
+            named = os.path.normpath(path).startswith(os.path.join(os.path.normpath(folder), ""))
+            if not named or not os.path.realpath(path).startswith(os.path.join(home_of(os.path.abspath(folder)), "")):
                 raise InputError(f"{path}: leads out of the data set; use relative paths")
-            if not path.exists():
-                raise InputError(f"{path}: no such file; complete the data set")
-        except (OSError, ValueError, RuntimeError) as error:             # too long, no right to look, NUL, a link loop
+            os.stat(path)
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file; complete the data set") from None
+        except (OSError, ValueError) as error:               # too long, no right to look, NUL
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: cannot be looked up ({engine.describe(error)}); check the path") from None

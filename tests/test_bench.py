@@ -9,6 +9,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -170,6 +172,61 @@ def test_warnings_name_what_spoils_a_figure(run):
     for words in ("p80 is", "2 samples", "2 other processes", "9.0 of 4 cores", "from 1980 to 1410 MHz",
                   "first run takes 3.00x its later ones; raise --warmup"):
         assert words in found, words
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1 << 20])
+def test_a_list_of_records_is_read_piece_by_piece(piece, tmp_path, monkeypatch):
+    real = open
+    monkeypatch.setattr("builtins.open", lambda *args, **kwargs: Pieces(real(*args, **kwargs), piece))
+    path = tmp_path / "list.json"
+    for content in ([{"a": [1, {"b": "]"}]}, 12, 3.5, "x\"y", None, [], -1e5], [{}], [123456789]):
+        for indent in (None, 2):
+            path.write_text(json.dumps(content, indent=indent))
+            assert list(bench.records_of(path)) == content
+    for text in ("[", "[1", "[1 2]", "[1,]", "[1,,2]", "[,1]", "[1]]", "[1] 2", "{", "[1}", '["a', "", "[\"a\", tru]"):
+        path.write_text(text)
+        with pytest.raises(engine.InputError, match="cannot be read as JSON"):
+            list(bench.records_of(path))
+    for text in ("5", "null", '{"a": 1}', '"a"', "[]", " [ ] "):
+        path.write_text(text)
+        with pytest.raises(engine.InputError, match="wanted a list of records"):
+            list(bench.records_of(path))
+
+
+class Pieces:
+    """A file that gives at most so many characters at once."""
+
+    def __init__(self, file, most):
+        self.file, self.most = file, most
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def read(self, size=-1):
+        return self.file.read(size if size < 0 else min(size, self.most))
+
+
+def test_fifty_thousand_records_are_listed_and_ten_of_them_without_the_rest(tmp_path):
+    folder = tmp_path / "clips"
+    shutil.copytree(CLIPS, folder)
+    index = folder / "EventGPT_Instruction_Subset.json"
+    records = json.loads(index.read_text())
+    index.write_text(json.dumps([{**records[i % 9], "id": f"row {i}"} for i in range(50_000)]))
+    began = time.process_time()
+    samples, problems = bench.read_dataset(folder, None, -1)
+    assert len(samples) == 50_000 and not problems and time.process_time() - began < 20
+    index.write_bytes(index.read_bytes()[:2 << 20])          # the end is missing, and nobody asked for it
+    tracemalloc.start()
+    samples, _ = bench.read_dataset(folder, None, 10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [s.id for s in samples] == [f"row {i}" for i in range(10)] and peak < 16 << 20
 
 
 def test_a_saved_run_prints_the_same_report_again(run, tmp_path, capsys):
