@@ -2,7 +2,7 @@
 
 EventGPT (the drafter) sees events and is ready long before Video-LLaVA (the target), which sees video. The drafter
 uses that head start to propose ids; the target verifies them in one forward and goes on. The answer is always the
-target's own greedy answer, token for token.
+target's own, token for token: greedy, or with a temperature the one that it alone draws under the seed.
 
      event frames - encode -+                     video frames - encode -+
      prompt ids --- embed --+ splice - prefill    prompt ids --- embed --+ splice - prefill
@@ -54,6 +54,7 @@ from kernels.quant import BITS, packed_bytes, quantise
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
 from kernels.rope_store import rope_store
 from kernels.round import close_round, first_id, open_round
+from kernels.sample import sample, sampling_words
 from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 from weights import InputError
@@ -171,6 +172,16 @@ def check_question(question) -> str:
     if len(question) > 100_000:
         raise InputError(f"question: {len(question)} characters, at most 100000; shorten it")
     return question
+
+
+def check_sampling(temperature, top_p, seed) -> None:
+    """InputError unless temperature is 0..100, top_p above 0 and up to 1, and seed a whole number 0..2**63 - 1."""
+    for name, value, kinds, fits, wanted in (
+            ("temperature", temperature, (int, float), lambda x: 0 <= x <= 100, "a number 0..100"),
+            ("top_p", top_p, (int, float), lambda x: 0 < x <= 1, "a number above 0 and up to 1"),
+            ("seed", seed, int, lambda x: 0 <= x < 2 ** 63, "a whole number 0..2**63 - 1")):
+        if not isinstance(value, kinds) or isinstance(value, bool) or not fits(value):
+            raise InputError(f"{name}: wanted {wanted}, got {value!r}; change it")
 
 
 # ---- decoder ---------------------------------------------------------------------------------------------------
@@ -357,6 +368,8 @@ class Model:
         self.warm_head = torch.tensor([1, 0, 0, 1, -1, decoder.cache_rows, 0, 0]).to(self.device)
         self.tail_id = torch.zeros(1, dtype=torch.long, device=self.device)     # the prompt's last id
         self.recorded_W: torch.Tensor | None = None          # `replay` puts ids here that stand in for its own choice
+        self.sampling: tuple | None = None                   # this request's (temperature, top_p, seed); None: greedy
+        self.sampling_3 = torch.zeros(3, dtype=torch.long, device=self.device)       # the same, for the kernel
         self.draft_ids, self.pixels, self.steps, self.prompt_rows = {}, {}, {}, 0
         self.hidden_MD = torch.zeros(decoder.cache_rows, self.config.D, dtype=decoder.dtype, device=self.device)
         # One scratch and one stream for the capture of all its graphs: cuBLAS keeps 32 MiB for every stream it meets.
@@ -396,42 +409,52 @@ class Model:
         head = torch.tensor([0, 0, 0, self.prompt_rows, eos_id, limit, 0, 0])
         self.state_W[:STATE].copy_(to_device(head, self.device), non_blocking=True)
         self.tail_id.fill_(tail_id)
+        if self.sampling:
+            self.sampling_3.copy_(to_device(sampling_words(*self.sampling), self.device), non_blocking=True)
         self.steps[key]()
 
     def prepare_prefill(self, rows: int):
         """On a GPU the rows are padded to a multiple of 16, so that questions of similar length share one graph. The
         padding sits behind the prompt: it fills cache rows that nobody sees before decode overwrites them."""
         size = min(-(-rows // 16) * 16, self.decoder.cache_rows) if self.on_gpu else rows
-        key = ("prefill", size)
+        sampled = self.sampling is not None
+        key = ("prefill", size, sampled)
         if key not in self.steps:
             pos_ids_S = torch.arange(size, device=self.device)
-            self.steps[key] = StepGraph(lambda: self._prefill(pos_ids_S), self)
+            self.steps[key] = StepGraph(lambda: self._prefill(pos_ids_S, sampled), self)
         return key
 
-    def _prefill(self, pos_ids_S):
+    def _prefill(self, pos_ids_S, sampled: bool):
         last = self.state_W[PROMPT_LEN:PROMPT_LEN + 1] - 1
-        logits_1V = self._recorded(self.decoder.forward(self.hidden_MD[:len(pos_ids_S)], pos_ids_S, only=last))
+        logits_1V = self.decoder.forward(self.hidden_MD[:len(pos_ids_S)], pos_ids_S, only=last)
+        logits_1V = self._chosen(logits_1V, sampled)
         first_id(logits_1V[0], self.state_W, self.decoder.work.round)
         return logits_1V
 
     def step(self, G: int = 0) -> None:
         """One forward of [pending_id, G drafts] and its accept; G = 0 is one decode step. Nothing is returned:
         the state moves on. A state that is done stays as it is."""
-        if G not in self.steps:
+        key = self._step_key(G)
+        if key not in self.steps:
             self.prepare(G)
-        self.steps[G]()
+        self.steps[key]()
 
     def prepare(self, *lengths: int) -> None:
         """Builds the steps for these draft lengths. On CUDA this captures, so it has to come before prefill."""
         for G in lengths:
-            if G not in self.steps:
+            if G not in self.draft_ids:
                 self.draft_ids[G] = torch.full((G,), -1, dtype=torch.long, device=self.device)
-                self.steps[G] = StepGraph(lambda G=G: self._round(G), self)
+            key, sampled = self._step_key(G), self.sampling is not None
+            if key not in self.steps:
+                self.steps[key] = StepGraph(lambda G=G, sampled=sampled: self._round(G, sampled), self)
 
-    def _round(self, G: int):
+    def _step_key(self, G: int):
+        return ("sampled", G) if self.sampling else G
+
+    def _round(self, G: int, sampled: bool):
         _, pos_ids_S, hidden_SD = open_round(self.state_W, self.draft_ids[G], self.decoder.embed_VD,
                                                         self.decoder.work.round)
-        logits_SV = self._recorded(self.decoder.forward(hidden_SD, pos_ids_S))
+        logits_SV = self._chosen(self.decoder.forward(hidden_SD, pos_ids_S), sampled)
         close_round(logits_SV, self.draft_ids[G], self.state_W, self.decoder.work.round)
         return logits_SV
 
@@ -444,13 +467,16 @@ class Model:
         ids = list(ids) + [self.config.eos_id] * (len(self.recorded_W) - len(ids))
         self.recorded_W.copy_(torch.tensor(ids[:len(self.recorded_W)]))
 
-    def _recorded(self, logits_SV):
-        """The logits of a step, after which n_out ids are known; in a replay the recorded ids win every row."""
+    def _chosen(self, logits_SV, sampled: bool):
+        """Rows of a step, after n_out ids, whose largest elements are the model's ids. In a replay the recorded ids win
+        every row. Sampled, the draws do: they are made before any draft is looked at and depend on none, so accepting
+        what equals them is Leviathan et al. 2023's rule for a draft that is certain: d with probability p(d), else
+        an id of p without d."""
         if self.recorded_W is not None:
             at_S = self.state_W[:1] + torch.arange(len(logits_SV), device=self.device)
             ids_S = self.recorded_W.gather(0, at_S.clamp(max=len(self.recorded_W) - 1))
             logits_SV.scatter_(1, ids_S[:, None], torch.finfo(logits_SV.dtype).max)
-        return logits_SV
+        return sample(logits_SV, self.state_W, self.sampling_3) if sampled else logits_SV
 
     def snapshot(self, words: int) -> Snapshot:
         return Snapshot(self.state_W[:words], self.stream)
@@ -567,7 +593,7 @@ class Drafter(Model):
         ids_S = torch.where(at_S < 0, self.tail_id, ids_S)
         known_S = ids_S.clamp(max=self.config.V - 1)                   # the target may know more ids than the drafter
         logits_SV = self.decoder.forward(self.decoder.embed_VD[known_S], self.state_W[PROMPT_LEN] + at_S)
-        last_1V = self._recorded(logits_SV.index_select(0, n_out - 1 - first))
+        last_1V = self._chosen(logits_SV.index_select(0, n_out - 1 - first), sampled=False)
         close_round(last_1V, ids_S[:0], self.state_W, self.decoder.work.round)
         return last_1V
 
@@ -1336,6 +1362,7 @@ class Request:
     timeline: Timeline
     gate: Gate | None                       # None: draft whatever it costs
     size: int                               # of the video file, in doublings: clips of a size take alike to decode
+    sampling: tuple | None                  # (temperature, top_p, seed) of the deciding model; None: greedy
     out: queue.Queue = field(default_factory=queue.Queue)
     stop_drafting: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -1644,6 +1671,8 @@ class Engine:
     def _prepare(self, req: Request, active, frames: int) -> None:
         """Checks that the request fits the caches, and captures every graph it needs before anything runs: a capture
         writes cache rows. `frames`: event frames of the drafter."""
+        for model in active:                                 # drafts stay greedy, whoever judges them
+            model.sampling = req.sampling if model is active[0] else None
         if self.target in active:
             target, R = self.target, 1 if req.image else self.target.num_frames
             rows = target.prompt(req.question).rows(R * (target.vision.P + int(not req.image or target.keep_cls)))
@@ -1670,13 +1699,16 @@ class Engine:
     def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, image_path=None,
                mode="speculative", max_new_tokens=50, draft_len: int | None = None,
                overlap_len: int | None = None, draft_source: DraftSource | None = None, ignore_eos=False,
-               frame_rule="uniform", event_frames=5, canvas=None) -> collections.abc.Iterator[Event]:
+               frame_rule="uniform", event_frames=5, canvas=None, temperature=0.0, top_p=1.0,
+               seed=0) -> collections.abc.Iterator[Event]:
         """Yields `Event`s while the answer forms; the last one carries `finish_reason` and the `Result`.
 
         event_path: one `.npy`/`.npz`; event_image_path: one PNG or several; video_path: any mp4, mov, mkv, webm, avi;
         image_path: one picture in place of a video; query: the question. mode: see MODES. draft_len, overlap_len:
         drafts a round (0..31) and drafts kept from the head start. draft_source: a DraftSource in place of the
-        drafter, which then runs only if the source `hears` it. Raises InputError for anything the user can mend,
+        drafter, which then runs only if the source `hears` it. temperature (0..100): 0 is greedy; above, ids are drawn
+        from softmax(logits / temperature) cut at top_p (0..1), and the seed (0..2**63 - 1) fixes the answer, whatever
+        the mode and the drafts; in `drafter_only` the drafter draws. Raises InputError for anything the user can mend,
         before any model runs where possible.
         """
         draft_len = self.draft_len if draft_len is None else draft_len
@@ -1689,6 +1721,7 @@ class Engine:
                                        ("event_frames", event_frames, 1, 1000)):
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise InputError(f"{name}: wanted a whole number {low}..{high}, got {value!r}; change it")
+        check_sampling(temperature, top_p, seed)
         uses_target = mode != "drafter_only"
         uses_drafter = mode != "target_only" and (draft_source is None or draft_source.hears)
         if uses_target and self.target is None:
@@ -1727,7 +1760,7 @@ class Engine:
                 size = Path(video_path or image_path).stat().st_size.bit_length() if uses_target else 0
                 req = Request(mode, question, frames, events, paths, image_path is not None, event_frames, canvas,
                               max_new_tokens, draft_len, overlap_len, draft_source, ignore_eos, Timeline(active), gate,
-                              size)
+                              size, (temperature, top_p, seed) if temperature else None)
                 for model in active:
                     if model.on_gpu:
                         torch.cuda.reset_peak_memory_stats(model.device)
