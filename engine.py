@@ -1491,7 +1491,8 @@ class Engine:
 
         with model.on_stream():
             encode_and_prefill(model, frames, req.max_new_tokens, req)
-            if req.mode in ("target_only", "prefill_only"):
+            undrafted = req.source is None and req.drafter_done.is_set() and "drafter" not in req.prompt_rows
+            if undrafted or req.mode in ("target_only", "prefill_only"):             # nothing to decide, ever
                 for state in self._decode(model, req, req.max_new_tokens, "decode"):
                     req.prefill_end = req.prefill_end or line.now()
                     emit(state, "decode" if sent else "prefill")
