@@ -318,7 +318,8 @@ def run_sample(e, sample: Sample, mode: str, options) -> engine.Result:
     drafted = {"event_image_path": sample.events} if isinstance(sample.events, list) else {"event_path": sample.events}
     return e.generate(video_path=sample.video if mode != "drafter_only" else None, query=sample.question, mode=mode,
                       max_new_tokens=options.max_new_tokens, ignore_eos=options.ignore_eos,
-                      frame_rule=options.frame_rule, **drafted,
+                      frame_rule=options.frame_rule, **drafted, temperature=options.temperature, top_p=options.top_p,
+                      seed=options.seed,
                       draft_source=options.source if mode == "speculative" else None)
 
 
@@ -676,12 +677,14 @@ def header(report) -> list[str]:
     command = " ".join(Path(word).name if word.startswith("/") else word for word in report["command"].split())
     hashes = " | ".join(f"{side} {w[side].get('hash')}" + f", revision {w[side].get('revision')}" * bool(
         w[side].get("revision")) + f", pixels {pixels_of(report, side)}" for side in ("target", "drafter") if side in w)
+    sampling = "".join(f", {name} {value}" for name, value in c.get("sampling", {}).items())
     return [f"weights  {label} | {models}",
             f"hashes   {hashes}",
             f"machine  {where}{driver} | torch {m['torch']}, triton {m['triton']}, python {m['python']} | commit "
             f"{report['commit']}{', dirty' if report['dirty'] else ''} | {report['time']}",
             f"run      {command} | {c['samples']} samples x {c['repeats']} after {c['warmup']} warm-up | "
-            f"{c['max_new_tokens']} new ids{', fixed length' if c['ignore_eos'] else ''}, draft_len {c['draft_len']}"]
+            f"{c['max_new_tokens']} new ids{', fixed length' if c['ignore_eos'] else ''}, draft_len {c['draft_len']}"
+            f"{sampling}"]
 
 
 def render(report) -> list[str]:
@@ -1610,6 +1613,9 @@ def parse(argv):
         help=f"who drafts in speculative mode: drafter, {', '.join(engine.SOURCES)}:DIR; memory:FILE and blend:FILE "
              f"go on from FILE and save it at the end")
     add("--gate", default="on", choices=("on", "off"), help="draft only where it should pay (default %(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="draw ids (default %(default)s: greedy)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest ids of this mass (default all)")
+    add("--seed", type=int, default=0, metavar="N", help="of the draws, for every sample (default %(default)s)")
     add("--warmup", type=int, default=1, metavar="N", help="rounds before measuring (default %(default)s)")
     add("--repeats", type=int, default=3, metavar="N", help="of each mode and sample (default %(default)s)")
     add("--ignore-eos", action=argparse.BooleanOptionalAction, help="fixed length (default with random weights)")
@@ -1664,6 +1670,9 @@ def check(options) -> None:
             wanted = f"at least {low}" if high is None else f"{low}..{high}"
             either = " or -1 for all" if name == "max_samples" else ""
             raise InputError(f"{flag}: wanted {wanted}{either}, got {value}; change it")
+    engine.check_sampling(options.temperature, options.top_p, options.seed, ("--temperature", "--top-p", "--seed"))
+    if not options.temperature and (options.top_p < 1 or options.seed):
+        raise InputError("--top-p, --seed: do nothing at temperature 0, which is greedy; pass --temperature as well")
     local, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if options.device is None and local < torch.cuda.device_count():
         options.device = f"cuda:{local}"                     # torchrun: a GPU for each process
@@ -1792,6 +1801,8 @@ def run(options, command) -> int:
                            overlap_len=options.overlap_len, tokenizer=options.tokenizer, graphs=not options.eager,
                            gate=options.gate == "on", drafter_dtype=options.drafter_dtype,
                            progress=Loading() if sys.stderr.isatty() else None, **place)
+    drawn = {name: getattr(options, name) for name in ("temperature", "top_p", "seed")}
+    drawn = {"sampling": drawn} if options.temperature else {}
     head = {"schema": SCHEMA, "commit": commit(), "dirty": dirty(), "memory": memory,
             "command": " ".join(map(str, command)), "time": time.strftime("%Y-%m-%d"), "seed": 0,
             "machine": machine(options.device), "weights": {"kind": options.kind, **{m.side: {
@@ -1803,7 +1814,7 @@ def run(options, command) -> int:
                        "draft_source": options.draft_source, "gate": options.gate, "ignore_eos": options.ignore_eos,
                        "frame_rule": options.frame_rule, "graphs": not options.eager, "warmup": options.warmup,
                        "repeats": options.repeats, "samples": listed,
-                       "devices": places(e)}, "skipped": skipped}
+                       "devices": places(e), **drawn}, "skipped": skipped}
     rows, interrupted = [], False
     with RowFile(options.rows, head, options.resume) as kept:
         rows += kept.rows

@@ -174,12 +174,12 @@ def check_question(question) -> str:
     return question
 
 
-def check_sampling(temperature, top_p, seed) -> None:
+def check_sampling(temperature, top_p, seed, names=("temperature", "top_p", "seed")) -> None:
     """InputError unless temperature is 0..100, top_p above 0 and up to 1, and seed a whole number 0..2**63 - 1."""
     for name, value, kinds, fits, wanted in (
-            ("temperature", temperature, (int, float), lambda x: 0 <= x <= 100, "a number 0..100"),
-            ("top_p", top_p, (int, float), lambda x: 0 < x <= 1, "a number above 0 and up to 1"),
-            ("seed", seed, int, lambda x: 0 <= x < 2 ** 63, "a whole number 0..2**63 - 1")):
+            (names[0], temperature, (int, float), lambda x: 0 <= x <= 100, "a number 0..100"),
+            (names[1], top_p, (int, float), lambda x: 0 < x <= 1, "a number above 0 and up to 1"),
+            (names[2], seed, int, lambda x: 0 <= x < 2 ** 63, "a whole number 0..2**63 - 1")):
         if not isinstance(value, kinds) or isinstance(value, bool) or not fits(value):
             raise InputError(f"{name}: wanted {wanted}, got {value!r}; change it")
 

@@ -42,6 +42,21 @@ def test_the_last_line_and_the_file_are_one_json_object(run):
     assert code == 0 and json.loads(lines[-1]) == report
 
 
+def test_a_sampled_run_compares_under_one_seed_and_says_so(run, tmp_path, capsys):
+    flags = [*QUICK, "--temperature", "4", "--top-p", "0.95", "--seed", "3", "--rows", str(tmp_path / "rows.jsonl")]
+    assert bench.main(flags) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    report = json.loads(last)
+    assert report["config"]["sampling"] == {"temperature": 4.0, "top_p": 0.95, "seed": 3}
+    assert "sampling" not in run[2]["config"]
+    assert any(line.startswith("run ") and line.endswith("temperature 4.0, top_p 0.95, seed 3") for line in lines)
+    assert report["identical"] == {"compared": 6, "equal": 6, "differing": []}
+    for ours, greedy in zip(report["samples"], run[2]["samples"], strict=True):
+        assert ours["modes"]["target_only"]["ids"] != greedy["modes"]["target_only"]["ids"]
+    flags[flags.index("3")] = "4"
+    assert bench.main([*flags, "--resume"]) == 2 and "another config" in capsys.readouterr().err
+
+
 def test_the_report_has_the_fields_of_the_contract(run):
     report = run[2]
     assert report["schema"] == bench.SCHEMA
@@ -462,7 +477,9 @@ def test_wrong_outputs_and_flags_are_refused_before_anything_is_loaded(tmp_path,
     cases = [([flag, gone], gone) for flag in ("--json", "--rows", "--record", "--timeline", "--trace", "--from-text")]
     cases += [([flag, value], flag) for flag, value in (
         ("--draft-len", "32"), ("--draft-len", "-1"), ("--overlap-len", "32"), ("--cache-rows", "0"),
-        ("--max-samples", "0"), ("--max-samples", "-2"), ("--repeats", "0"), ("--warmup", "-1"))]
+        ("--max-samples", "0"), ("--max-samples", "-2"), ("--repeats", "0"), ("--warmup", "-1"),
+        ("--temperature", "-1"), ("--temperature", "nan"), ("--temperature", "hot"), ("--top-p", "0"), ("--top-p", "2"),
+        ("--top-p", "0.9"), ("--seed", "-1"), ("--seed", "7"), ("--seed", str(2 ** 63)))]
     cases += [(["--update-readme", "nope"], "no block 'nope'"), (["--tiny", "--weights", "random-7b"], "--tiny"),
               (["--weights", "tiny", "--eventgpt", gone], "--weights"),
               (["--from-json", str(saved), "--update-readme", "nope"], "no block 'nope'"),
