@@ -10,6 +10,7 @@ import torch
 import bench
 import engine
 from engine import MODES, STATE, Fixed
+from kernels.check import differing
 
 TINY = Path(engine.__file__).resolve().parent / "weights" / "tiny"
 CLIPS = TINY / "clips"
@@ -45,6 +46,48 @@ def test_graph_equals_eager(dtype):
             assert torch.equal(graph.target.state_W, eager.target.state_W)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sampled_graph_equals_eager_and_serves_every_value(dtype):
+    graph, eager = load(dtype), load(dtype, graphs=False)
+    answers, held = set(), []
+    for sampling in (dict(), dict(temperature=4.0, seed=1), dict(temperature=3.0, top_p=0.9, seed=2 ** 40)):
+        for mode in MODES:
+            a, b = (e.generate(mode=mode, **sampling, **asked(0)) for e in (graph, eager))
+            assert a.output_ids == b.output_ids and a.drafter_error is None, mode
+        answers.add(tuple(a.output_ids))
+        held.append(set(graph.target.steps))
+    assert len(answers) == 3 and held[0] < held[1] == held[2]            # other values, the same graphs
+    with torch.inference_mode():
+        for G in (0, 15):
+            for e in (graph, eager):
+                e.target.sampling = (3.0, 0.9, 5)
+                e.target.prepare(G)
+                e.target.prepare_prefill(40)
+                e.target.draft_ids[G].fill_(7)
+                e.target.prefill(torch.ones(40, e.target.config.D, dtype=dtype, device="cuda"), 20, -1, 3)
+                e.target.step(G)
+            torch.cuda.synchronize()
+            a, b = (e.target.steps["sampled", G].out for e in (graph, eager))
+            assert a.dtype == torch.float32 and differing(a, b) == 0
+            assert torch.equal(graph.target.state_W, eager.target.state_W)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sampled_answers_equal_target_only_under_forced_drafts_of_every_accepted_length(dtype):
+    e, lens = load(dtype), set()
+    for i, top_p in ((0, 1.0), (1, 0.9), (2, 1.0)):
+        options = asked(i, ignore_eos=True, temperature=4.0, top_p=top_p, seed=i)
+        ids = e.generate(mode="target_only", **options).output_ids
+        for accepted in range(16):
+            guess = [x if (k % (accepted + 1)) else x + 1 for k, x in enumerate(ids)]
+            result = e.generate(mode="speculative", draft_source=Fixed(guess), draft_len=15, **options)
+            assert result.output_ids == ids, f"sample {i}, accepted {accepted}"
+            lens |= set(result.accept_lens)
+        for mode in ("prefill_only", "prefill_then_verify", "speculative"):
+            assert e.generate(mode=mode, **options).output_ids == ids, mode
+    assert set(range(15)) <= lens
+
+
 def test_graph_equals_eager_at_7b_shapes():
     states = []
     for graphs in (True, False):
@@ -64,9 +107,11 @@ def test_graph_equals_eager_at_7b_shapes():
         assert graph == eager and torch.equal(logits, again)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
 @pytest.mark.parametrize("weights", ["embedded", "random-7b"])
-def test_rounds_never_wait_for_the_gpu(weights):
+def test_rounds_never_wait_for_the_gpu(weights, temperature):
     e = load() if weights == "embedded" else engine.load_engine("random-7b", "random-7b", device="cuda", cache_rows=512)
+    e.target.sampling = (temperature, 0.9, 1) if temperature else None
     with torch.inference_mode():
         for model in e.models:
             model.prepare(0, 5)
