@@ -1,11 +1,13 @@
 """The README's tour points at what it names, its commands exist, its example runs. `--fix` renews the tour's lines."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 POINTER = re.compile(r"`([\w/]+\.py)#L(\d+) (\w+)`")
@@ -66,6 +68,86 @@ def test_the_long_run_commands_run_as_printed(tmp_path, user_env):
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=200,
                           env=user_env)
     assert done.returncode == 0 and "outputs  the same" in done.stdout, done.stderr[-800:]
+
+
+# ---- every command, in a form of seconds
+
+SMALL = "--max-samples 1 --repeats 1 --warmup 0 --max-new-tokens 4 --device cpu"
+CHECKPOINTS = {"checkpoints/EventGPT-7b": "weights/tiny/drafter",
+               "LanguageBind/Video-LLaVA-7B-hf": "weights/tiny/target", "data/my_egpt_dsec_seq_1s": "weights/tiny/clips"}
+FORMS = {                                # a command -> (what changes, what is added, exit code, what is said)
+    "python bench.py": ({}, SMALL, 0, "verdict"),
+    "python bench.py --figures": ({}, "--device cpu", 2, "run it where torch sees one"),
+    "python bench.py --peers": ({}, "--device cpu", 2, "--peers"),
+    "python bench.py --weights random-7b --dataset-dir OUT": (
+        {"random-7b": "tiny", "OUT": "weights/tiny/clips"}, SMALL, 0, "verdict"),
+    "python bench.py --max-samples 1 --gate off --timeline weights/tiny/timeline.png": (
+        {"weights/tiny/timeline.png": "SCRATCH/t.png"}, SMALL, 0, "verdict"),
+    "python bench.py --eventgpt checkpoints/EventGPT-7b --videollava LanguageBind/Video-LLaVA-7B-hf "
+    "--dataset-dir data/my_egpt_dsec_seq_1s --max-samples 10 --json out.json": (
+        CHECKPOINTS | {"out.json": "SCRATCH/out.json"}, SMALL, 0, "verdict"),
+    "python bench.py --profile": ({}, "--device cpu", 2, "on a GPU"),
+    "python bench.py --replay PAIRS.jsonl": ({}, "--sources-src headstart --gate off " + SMALL, 0, "came out of all"),
+    "python bench.py --sources PAIRS.jsonl": ({}, "--sources-src headstart", 0, "one shot after"),
+    "python -m weights.adapter train PAIRS.jsonl --out DIR": (
+        {"DIR": "SCRATCH/adapter"}, "--src headstart --test 1 --valid 1 --epochs 1 --kind follower --width 32 "
+        "--layers 1 --heads 2 --hidden 32", 0, ""),
+    "python -m weights.load DIR": ({"DIR": "weights/tiny/target"}, "", 0, "engine tensors"),
+    "python -m weights.convert DIR": ({"DIR": "SCRATCH/pickled"}, "", 0, "model.safetensors"),
+    "python -m weights.tiny.make_clips OUT --films 1s": ({"OUT": "SCRATCH/films"}, "", 0, ""),
+    "python -m weights.tiny.evaluate": ({}, "--count 1", 0, "equals target_only: yes"),
+    "python -m weights.tiny.evaluate --packed": ({}, "--count 1", 0, "int4"),
+    "python tests/fuzz.py --mutations 20000": ({"20000": "10"}, "", 0, ""),
+    "python tests/long_run.py repeat": ({}, "--count 30 --processes 1", 0, "target_only 1"),
+    "python tests/long_run.py requests": ({}, "--count 30", None, "1 distinct output"),
+}
+ELSEWHERE = {                            # and why these are not run here
+    "python -m pytest": "is this",
+    "python tests/test_readme.py --fix": "writes into the README; what it writes is compared above",
+    "python generate.py --compile --compile_prefill --prompt 2100 --max_new_tokens 50": "gpt-fast's, in its repository",
+    "python tests/long_run.py rows": "tests/test_faults.py runs it with 30 rows",
+    "python tests/long_run.py generations": "tests/test_faults.py runs it with 30",
+    "python bench.py --dataset-dir data/clips --rows rows.jsonl --resume": "the test of the long run above",
+    "python bench.py --merge rows.*-of-00002.jsonl --json out.json": "the same",
+    "python bench.py --compare old.json out.json": "the same",
+}
+
+
+def commands() -> set[str]:
+    """What the README tells to run with Python, in its text and in its shell blocks, without line breaks."""
+    text = (ROOT / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    found = re.findall(r"`(python [^`]*)`", prose) + re.findall(r"\b(python [^\n]*)", blocks)
+    return {" ".join(command.split()) for command in found}
+
+
+def test_every_command_of_the_readme_is_run_here_or_says_where():
+    assert commands() == FORMS.keys() | ELSEWHERE.keys()
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """A folder with recorded pairs of four sequences and a pickled checkpoint."""
+    folder = tmp_path_factory.mktemp("readme")
+    ids = [[5 + (i * k) % 400 for i in range(20)] for k in range(1, 9)]
+    (folder / "PAIRS.jsonl").write_text("".join(json.dumps(
+        {"src": "headstart", "seq": f"s{k % 4}", "clip": k, "question": "What?", "videollava_ids": of,
+         "eventgpt_ids": of[2:]}) + "\n" for k, of in enumerate(ids)))
+    (folder / "pickled").mkdir()
+    torch.save({"a": torch.ones(2, 2)}, folder / "pickled" / "pytorch_model.bin")
+    return folder
+
+
+@pytest.mark.parametrize("command", FORMS)
+def test_a_command_of_the_readme_does_what_it_says(command, scratch, user_env):
+    changes, more, code, said = FORMS[command]
+    for name, value in {"PAIRS.jsonl": "SCRATCH/PAIRS.jsonl", **changes, "SCRATCH": str(scratch)}.items():
+        command = command.replace(name, value)
+    given = [sys.executable, *command.split()[1:], *more.split()]
+    done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, timeout=200, env=user_env)
+    assert code is None or done.returncode == code, (given, done.stderr[-800:])
+    assert said in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
 def fix():
