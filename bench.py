@@ -1673,7 +1673,8 @@ def check(options) -> None:
     engine.check_sampling(options.temperature, options.top_p, options.seed, ("--temperature", "--top-p", "--seed"))
     if not options.temperature and (options.top_p < 1 or options.seed):
         raise InputError("--top-p, --seed: do nothing at temperature 0, which is greedy; pass --temperature as well")
-    local, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local, processes = (whole_number(os.environ.get(name, default), name) for name, default in
+                        (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
     if options.device is None and local < torch.cuda.device_count():
         options.device = f"cuda:{local}"                     # torchrun: a GPU for each process
     if processes > 1:                                        # which it starts with one CPU thread each
@@ -1713,6 +1714,12 @@ def check(options) -> None:
         named, engine.model_name(options.videollava, options.tokenizer) if options.kept else ""))
     options.dataset_dir = options.dataset_dir or TINY / "clips"
     options.ignore_eos = kind == "random-7b" if options.ignore_eos is None else options.ignore_eos
+
+
+def whole_number(text: str, name: str) -> int:
+    if not text.isdecimal():
+        raise InputError(f"{name}: wanted a whole number in the environment, got {text!r}; unset it")
+    return int(text)
 
 
 def read_shard(text: str | None, environ) -> tuple[int, int]:

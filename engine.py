@@ -33,6 +33,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import queue
 import statistics
 import threading
@@ -50,7 +51,7 @@ import torch.nn.functional as F
 from kernels.attention import PAIR, attention, step_attention
 from kernels.fp8 import norm8, product8, rows8, weight8
 from kernels.frames import clip_pixels, draw_events
-from kernels.quant import BITS, packed_bytes, quantise
+from kernels.quant import BITS, NotPackable, packed_bytes, quantise
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
 from kernels.rope_store import rope_store
 from kernels.round import close_round, first_id, open_round
@@ -396,6 +397,10 @@ class Model:
     def prepare_encode(self, frames: int, image: bool = False):
         key = ("encode", frames, image)
         if key not in self.steps:
+            while len(self.pixels) >= 8:                     # other numbers of pictures: a graph and a buffer each
+                oldest = next(iter(self.pixels))
+                self.steps.pop(oldest, None)
+                del self.pixels[oldest]
             side = self.vision.image
             self.pixels[key] = torch.zeros(frames, 3, side, side, device=self.device)
             self.steps[key] = StepGraph(lambda: self.encode(self.pixels[key], image), self)
@@ -1113,11 +1118,13 @@ class Gate:
 
     def accepted(self, kind: str, question: str, drafted: int, agreed: int) -> None:
         for key in ((kind, question), (kind, None)):
-            depths = self.tries.setdefault(key, [])
+            depths = self.tries[key] = self.tries.pop(key, [])            # asked last, forgotten last
             for k in range(min(drafted, agreed + 1)):        # nothing is learnt behind the first rejection
                 if k == len(depths):
                     depths.append([0.0, 0.0])
                 depths[k] = [self.decay * depths[k][0] + 1, self.decay * depths[k][1] + (k < agreed)]
+        while len(self.tries) > 1000:
+            del self.tries[next(iter(self.tries))]
 
     def alive(self, kind: str, question: str, depth: int) -> list[float]:
         """P(accepted >= k) for k = 1..depth. A depth never reached takes the share of the one before."""
@@ -1724,7 +1731,7 @@ class Engine:
                 raise InputError(f"{name}: wanted a whole number {low}..{high}, got {value!r}; change it")
         check_sampling(temperature, top_p, seed)
         uses_target = mode != "drafter_only"
-        uses_drafter = mode != "target_only" and (draft_source is None or draft_source.hears)
+        uses_drafter = mode != "target_only" and (draft_source is None or getattr(draft_source, "hears", False))
         if uses_target and self.target is None:
             raise InputError(f"mode {mode}: needs the target, which was not loaded; pass --videollava")
         if uses_drafter and self.drafter is None:
@@ -1745,6 +1752,9 @@ class Engine:
                                    *((image, "a PNG or JPEG", uses_drafter) for image in images)):
             if used and path is not None:
                 insist_file(path, wanted)
+        if draft_source is not None and not isinstance(draft_source, DraftSource):
+            raise InputError(f"draft_source: wanted a DraftSource, got {type(draft_source).__name__}; make one by "
+                             f"source_named")
         question = check_question(query)
         frames = (lambda: read_images([image_path])) if image_path is not None else (
             lambda: read_video(video_path, self.target.num_frames, frame_rule))
@@ -1758,7 +1768,7 @@ class Engine:
                 paths = {"target": video_path or image_path, "drafter": event_path or next(iter(images), None)}
                 drafts = mode in ("prefill_then_verify", "speculative")
                 gate = self.gate if drafts and not (self.apart and draft_source is None) else None
-                size = Path(video_path or image_path).stat().st_size.bit_length() if uses_target else 0
+                size = insist_file(video_path or image_path, "a video file").bit_length() if uses_target else 0
                 req = Request(mode, question, frames, events, paths, image_path is not None, event_frames, canvas,
                               max_new_tokens, draft_len, overlap_len, draft_source, ignore_eos, Timeline(active), gate,
                               size, (temperature, top_p, seed) if temperature else None)
@@ -1829,7 +1839,8 @@ class Engine:
             here = torch.cuda.device(model.device) if model.on_gpu else contextlib.nullcontext()
             with torch.inference_mode(), here:
                 (self._target_side if model is self.target else self._drafter_side)(req)
-        except Exception as error:
+        except BaseException as thrown:                      # a panic of a library in Rust is no Exception
+            error = thrown if isinstance(thrown, Exception) else RuntimeError(describe(thrown))
             bad_input = isinstance(error, InputError) and not isinstance(error, NonFinite)
             if model is self.target or req.mode == "drafter_only" or bad_input:
                 req.out.put(("error", model.side, error))
@@ -1883,7 +1894,7 @@ def guarded(req: Request, call, *args):
     """What a draft source says, or None with a note if it breaks: that must not cost the answer."""
     try:
         return call(*args)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         req.drafter_error = describe(error)
         return None
 
@@ -1893,7 +1904,10 @@ def replace_file(path, content: bytes) -> None:
     what was there before is then untouched."""
     partial = Path(f"{path}.partial")
     try:
-        partial.write_bytes(content)
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())                          # else a power cut may leave the name without the bytes
         partial.rename(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); free some room, or choose another "
@@ -1902,7 +1916,7 @@ def replace_file(path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
@@ -2041,6 +2055,8 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
             if packed is not None:
                 model.decoder.pack(packed)
             return model
+    except NotPackable as error:
+        raise InputError(f"{path}: cannot be packed ({error}); leave the drafter's dtype as it is") from None
     except (RuntimeError, MemoryError) as error:             # torch.OutOfMemoryError is one
         if not ran_out(error):
             raise
@@ -2158,6 +2174,10 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
     if drafter_dtype.startswith("fp8") and where.type == "cuda" and torch.cuda.get_device_capability(where) < (8, 9):
         raise InputError(f"drafter_dtype: {drafter_dtype} needs a GPU of compute capability 8.9, {where} is older; "
                          f"take int8 or int4")
+    for name, value, low in (("cache_rows", cache_rows, 1), ("draft_len", draft_len, 0),
+                             ("overlap_len", overlap_len, 0)):
+        if value is not None and (type(value) is not int or value < low):
+            raise InputError(f"{name}: wanted a whole number from {low} up, got {value!r}; change it")
     memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype)
     options = dict(dtype=dtype, cache_rows=cache_rows, graphs=graphs, progress=progress)
     target = drafter = None
@@ -2181,12 +2201,13 @@ class PrefillOnlyInference:
     def __init__(self, eventgpt_path=None, videollava_model_id="LanguageBind/Video-LLaVA-7B-hf", device=None,
                  mode="prefill_then_verify", **options):
         self.arguments = dict(eventgpt=eventgpt_path, videollava=videollava_model_id, device=device, **options)
-        self.mode, self.engine = mode, None
+        self.mode, self.engine, self.lock = mode, None, threading.Lock()
 
     def load(self) -> Engine:
-        if self.engine is None:
-            self.engine = load_engine(**self.arguments)
-        return self.engine
+        with self.lock:                                      # two threads, one engine
+            if self.engine is None:
+                self.engine = load_engine(**self.arguments)
+            return self.engine
 
     def generate(self, event_image_path=None, video_path=None, query="", max_new_tokens=50, **options) -> Result:
         return self.load().generate(event_image_path=event_image_path, video_path=video_path, query=query,

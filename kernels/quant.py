@@ -52,6 +52,10 @@ class Packed:
         return self.words_OW.nbytes + self.scale_OG.nbytes
 
 
+class NotPackable(ValueError):
+    """A weight whose inner dimension makes no whole groups."""
+
+
 def packed_bytes(O: int, D: int, bits: int, group: int = 128) -> int:
     """Bytes of a Packed weight [O, D]."""
     return O * D * bits // 8 + 2 * O * D // min(group, D)
@@ -70,7 +74,7 @@ def quantise(w_OD, bits, group=128, norm_D=None) -> Packed:
     group = min(group, D)
     span = group // per                                      # words of a group
     if D % group or span < 4 or span & (span - 1):
-        raise ValueError(f"quantise: {D} inner columns in groups of {group}; wants whole groups, a power of two from "
+        raise NotPackable(f"{D} inner columns in groups of {group}; wants whole groups, a power of two from "
                          f"{4 * per} up")
     w = (w_OD.float() if norm_D is None else w_OD.float() * norm_D.float()).reshape(O, D // group, group)
     widest = w.gather(2, w.abs().argmax(2, keepdim=True)) / -half

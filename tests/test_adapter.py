@@ -136,3 +136,14 @@ def test_pairs_of_another_vocabulary_are_refused_and_nothing_is_written(tmp_path
     assert adapter.main(["train", str(path), "--src", "headstart", "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "line 4" in told and not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fails_between_header_and_weights_is_one_line(tmp_path, monkeypatch):
+    config = AdapterConfig("token", **SMALL)
+    adapter.save(tmp_path, TokenAdapter(config), config)
+
+    def fails(*_, **__):
+        raise adapter.SafetensorError("Error while deserializing: input/output error")
+    monkeypatch.setattr(adapter, "load_file", fails)
+    with pytest.raises(InputError, match="adapter.safetensors: cannot be read .*; check the disk"):
+        adapter.load(tmp_path)

@@ -155,6 +155,109 @@ def test_two_engines_in_one_process_answer_at_the_same_time_as_each_alone(pair):
     assert results == {0: want, 1: want, 2: want}
 
 
+class Panic(BaseException):
+    """What a library in Rust raises when it panics."""
+
+
+def panics(*_, **__):
+    raise Panic("index out of bounds")
+
+
+def test_a_panic_in_the_target_is_raised_and_never_an_empty_answer(pair, monkeypatch):
+    ids = truth(pair)
+    for name in ("encode", "step"):
+        with monkeypatch.context() as patch:
+            patch.setattr(pair.target, name, panics)
+            with pytest.raises(RuntimeError, match="Panic: index out of bounds"):
+                pair.generate(mode="target_only", **asked())
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.drafter, "encode", panics)
+        result = pair.generate(mode="speculative", **asked())
+    assert result.output_ids == ids and "index out of bounds" in result.drafter_error
+
+
+def test_a_source_that_wants_to_leave_the_program_costs_its_drafts(pair):
+    class Leaves(engine.DraftSource):
+        def propose(self, committed, limit):
+            sys.exit(3)
+    result = pair.generate(mode="speculative", draft_source=Leaves(), **asked())
+    assert result.output_ids == truth(pair) and "SystemExit" in result.drafter_error
+
+
+@pytest.mark.parametrize("change", [{"draft_source": "previous"}, {"draft_source": engine.Previous}], ids=str)
+def test_a_source_that_is_none_is_refused(pair, change):
+    with pytest.raises(InputError, match="draft_source: wanted a DraftSource"):
+        pair.generate(**asked(**change))
+
+
+def test_a_path_may_be_bytes(pair):
+    given = {name: os.fsencode(value) if isinstance(value, Path) else value for name, value in asked().items()}
+    assert pair.generate(mode="speculative", **given).output_ids == truth(pair)
+
+
+@pytest.mark.parametrize("options", [{"cache_rows": 0}, {"cache_rows": -1}, {"cache_rows": "many"}, {"cache_rows": 1.5},
+                                     {"draft_len": -1}, {"overlap_len": None, "draft_len": "five"}], ids=str)
+def test_sizes_of_an_engine_are_checked_before_anything_is_read(options, monkeypatch):
+    monkeypatch.setattr(engine, "open_model", dies)
+    with pytest.raises(InputError, match="wanted a whole number from"):
+        engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", **options)
+
+
+def test_weights_that_cannot_be_packed_are_refused_in_one_line(monkeypatch):
+    def fails(*_):
+        raise engine.NotPackable("96 inner columns in groups of 96")
+    monkeypatch.setattr(engine, "quantise", fails)
+    with pytest.raises(InputError, match="drafter: cannot be packed .96 inner columns"):
+        engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", drafter_dtype="int4")
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_a_launchers_variable_that_is_no_number_is_named(name, monkeypatch, capsys):
+    monkeypatch.setenv(name, "first")
+    assert bench.main(QUICK) == 2
+    assert capsys.readouterr().err == f"{name}: wanted a whole number in the environment, got 'first'; unset it\n"
+
+
+def test_two_threads_that_ask_first_load_one_engine(monkeypatch):
+    loaded, real = [], engine.load_engine
+
+    def slow(**options):
+        loaded.append(options)
+        time.sleep(0.2)
+        return real(**options)
+    monkeypatch.setattr(engine, "load_engine", slow)
+    inference = engine.PrefillOnlyInference(TINY / "drafter", TINY / "target", device="cpu")
+    threads = [threading.Thread(target=inference.load) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loaded) == 1 and inference.engine is not None
+
+
+def test_what_an_engine_remembers_of_questions_and_numbers_of_pictures_is_bounded():
+    gate = engine.Gate()
+    for i in range(3000):
+        gate.accepted("round", f"question {i}", 3, 2)
+    assert len(gate.tries) <= 1000 and gate.alive("round", "question 2999", 1)[0] > 0.9
+    assert gate.alive("round", "never asked", 1)[0] > 0.9                     # the pool's share is still there
+    drafter = engine.load_model(engine.Drafter, TINY / "drafter", "cpu")
+    side = drafter.vision.image
+    with torch.inference_mode():
+        first = drafter.visual_rows(torch.ones(1, 3, side, side)).clone()
+        for frames in range(2, 14):
+            drafter.visual_rows(torch.ones(frames, 3, side, side))
+        assert len(drafter.pixels) == 8 and sum(key[0] == "encode" for key in drafter.steps if type(key) is tuple) == 8
+        assert torch.equal(drafter.visual_rows(torch.ones(1, 3, side, side)), first)
+
+
+def test_a_full_disk_at_the_end_costs_the_picture_and_not_the_run(tmp_path, capsys, quick_ceilings):
+    with limited(300):
+        code = bench.main([*QUICK, "--max-samples", "2", "--timeline", str(tmp_path / "t.png")])
+    out, err = capsys.readouterr()
+    assert code == 2 and "t.png: cannot be written" in err and len(json.loads(out.splitlines()[-1])["samples"]) == 2
+
+
 # ---- memory
 
 

@@ -74,7 +74,8 @@ def test_the_long_run_commands_run_as_printed(tmp_path, user_env):
 
 SMALL = "--max-samples 1 --repeats 1 --warmup 0 --max-new-tokens 4 --device cpu"
 CHECKPOINTS = {"checkpoints/EventGPT-7b": "weights/tiny/drafter",
-               "LanguageBind/Video-LLaVA-7B-hf": "weights/tiny/target", "data/my_egpt_dsec_seq_1s": "weights/tiny/clips"}
+               "LanguageBind/Video-LLaVA-7B-hf": "weights/tiny/target",
+               "data/my_egpt_dsec_seq_1s": "weights/tiny/clips"}
 FORMS = {                                # a command -> (what changes, what is added, exit code, what is said)
     "python bench.py": ({}, SMALL, 0, "verdict"),
     "python bench.py --figures": ({}, "--device cpu", 2, "run it where torch sees one"),

@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from weights import InputError
@@ -265,7 +266,10 @@ def load(folder, device="cpu"):
     if wrong:
         raise refusal(path, f"{len(wrong)} tensors missing, unknown or of another shape: {listed(wrong, 4)}",
                       "it belongs to another adapter or another config.json")
-    weights = {key: value.float() for key, value in load_file(path, device=str(device)).items()}
+    try:
+        weights = {key: value.float() for key, value in load_file(path, device=str(device)).items()}
+    except (SafetensorError, OSError) as error:
+        raise refusal(path, f"cannot be read ({brief(error)})", "check the disk and try again") from None
     bad = [key for key, value in weights.items() if not bool(torch.isfinite(value).all())]
     if bad:
         raise refusal(path, f"NaN or infinity in {listed(bad, 4)}", "train or download it again")

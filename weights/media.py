@@ -102,11 +102,13 @@ def nearest_name(name):
 
 
 def insist_file(path, wanted):
-    """InputError unless `path` is a file that can be opened now; nothing of it is read."""
+    """Bytes of the file `path`. InputError unless it can be opened now; nothing of it is read."""
     if not isinstance(path, (str, bytes, os.PathLike)):
         raise input_error(brief(path), f"is a {type(path).__name__}, wanted the path of {wanted}", "give it as text")
     try:
-        open_regular(path, wanted)[0].close()
+        file, size = open_regular(path, wanted)
+        file.close()
+        return size
     except Refused as refused:
         raise input_error(path, *refused.args) from None
 
