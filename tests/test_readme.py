@@ -78,7 +78,8 @@ CHECKPOINTS = {"checkpoints/EventGPT-7b": "weights/tiny/drafter",
                "data/my_egpt_dsec_seq_1s": "weights/tiny/clips"}
 FORMS = {                                # a command -> (what changes, what is added, exit code, what is said)
     "python bench.py": ({}, SMALL, 0, "verdict"),
-    "python bench.py --figures": ({}, "--device cpu", 2, "run it where torch sees one"),
+    "python bench.py --figures --generations 1008": ({}, "--device cpu", 2, "run it where torch sees one"),
+    "python bench.py --temperature 0.7 --top-p 0.9 --seed 1": ({}, SMALL, 0, "identical to target_only in"),
     "python bench.py --peers": ({}, "--device cpu", 2, "--peers"),
     "python bench.py --weights random-7b --dataset-dir OUT": (
         {"random-7b": "tiny", "OUT": "weights/tiny/clips"}, SMALL, 0, "verdict"),
@@ -93,6 +94,8 @@ FORMS = {                                # a command -> (what changes, what is a
     "python -m weights.adapter train PAIRS.jsonl --out DIR": (
         {"DIR": "SCRATCH/adapter"}, "--src headstart --test 1 --valid 1 --epochs 1 --kind follower --width 32 "
         "--layers 1 --heads 2 --hidden 32", 0, ""),
+    "python -m weights.fit_blend PAIRS.jsonl": ({}, "", 0, ""),
+    "python tests/steady.py": ({}, "--requests 30", None, "1 distinct answer"),
     "python -m weights.load DIR": ({"DIR": "weights/tiny/target"}, "", 0, "engine tensors"),
     "python -m weights.convert DIR": ({"DIR": "SCRATCH/pickled"}, "", 0, "model.safetensors"),
     "python -m weights.tiny.make_clips OUT --films 1s": ({"OUT": "SCRATCH/films"}, "", 0, ""),
