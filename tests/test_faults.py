@@ -409,7 +409,8 @@ def test_a_memory_that_cannot_be_saved_keeps_the_old_one(tmp_path):
 def test_sixty_requests_answer_alike_and_leave_nothing_behind():
     found = long_run.requests(60)
     assert found["distinct outputs"] == 1 and found["growth MB"] < 20, found
-    assert abs(found["drift"]) < 1, found                   # six pairs: that both sides ran, and no more
+    drift, low, high = found["drift"]                        # of six pairs: that both sides ran, and no more
+    assert low <= drift <= high and abs(drift) < 1, found
 
 
 def test_one_input_gives_one_output_however_often_and_in_another_process():
