@@ -31,6 +31,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -821,6 +822,7 @@ def ladder(most: int, *steps) -> list[float]:
 
 
 def products(ours, rows) -> list[list[float]]:
+    """Each row times `ours`, entry by entry."""
     return [[a * b for a, b in zip(ours, row, strict=True)] for row in rows]
 
 
@@ -857,6 +859,7 @@ class Blend(DraftSource):
     POOL = ladder(16, (0, -0.45), (2, -0.22), (3, 0.25), (4, 0.27), (5, 0.28), (6, 0.49), (8, 0.45), (10, 0.91),
                   (13, 0.98), (16, 1.8))
     PLACED = 2                                               # ids of the contexts that the pool counts by place too
+    POOL_MOST = list(itertools.accumulate(POOL, max))        # a context no longer than this begins with at most
 
     def __init__(self, recent: int = 32, most: int = 5000, questions: int = 64, model: str = ""):
         assert 1 <= recent < len(self.AGE), f"recent {recent}: weights are known for 1..{len(self.AGE) - 1} answers"
@@ -911,7 +914,7 @@ class Blend(DraftSource):
                 * by_place[at - n if -17 < at - n else 17][fit if fit < 64 else 64]
         tail, after, mass, lead = tuple(ids[-self.pool.order:]), self.pool.after, None, ahead_by(votes)
         for length in range(len(tail), -1, -1):              # Witten and Bell's back-off, longest first
-            if lead > (1 + self.PLACED) * (mass or self.POOL[length]):
+            if lead > (1 + self.PLACED) * (mass or self.POOL_MOST[length]):
                 break
             key = tail[len(tail) - length:]
             if counts := after.get(key):

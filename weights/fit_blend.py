@@ -135,7 +135,8 @@ def with_tables(tables: dict):
     made: dict = {name: ladder(SIZES[name], *zip(STARTS[name], tables[name], strict=True)) for name in STARTS}
     made["PLACE"] = [ladder(64, *zip(NEAR, row, strict=True)) for row in tables["PLACE"]]
     rows = [made["PLACE"][off] for off in Blend.OFF + Blend.OFF[:0:-1]]
-    return type("Blend", (Blend,), made | {"BY_PLACE": products(made["FIT"], rows)})
+    return type("Blend", (Blend,), made | {"BY_PLACE": products(made["FIT"], rows), "POOL_MOST": list(
+        itertools.accumulate(made["POOL"], max))})
 
 
 def one_shot(rows, blend) -> float:
