@@ -220,7 +220,7 @@ def test_memory_that_really_runs_out_in_a_request_is_one_line_and_the_next_reque
         e.generate(mode="speculative", ignore_eos=True, **longer)
     assert "ran out in the target's preparation" in str(error.value) and "--cache-rows" in str(error.value)
     assert "\n" not in str(error.value)
-    assert e.generate(mode="speculative", ignore_eos=True, **asked(0)).output_ids == ids
-    del taken
+    del taken                                                # a request without new graphs needs some memory as well
     forget()
+    assert e.generate(mode="speculative", ignore_eos=True, **asked(0)).output_ids == ids
     assert len(e.generate(mode="speculative", ignore_eos=True, **longer).output_ids) == 40
