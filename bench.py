@@ -1579,13 +1579,37 @@ class Parser(argparse.ArgumentParser):
     """A wrong flag is one line, like every other bad input."""
 
     def error(self, message):
-        raise InputError(f"{message}; python bench.py --help lists all flags")
+        raise InputError(f"{message}; python bench.py --help-all lists all flags")
+
+
+SHORT = ("--eventgpt --videollava --weights --device --drafter-dtype --dataset-dir --max-samples --modes --repeats "
+         "--draft-source --gate --rows --json --timeline --merge --compare --sources --figures --peers "
+         "--replay").split()             # what --help shows
+
+
+class ShortHelp(argparse.Action):
+    """--help on one screen: the flags of SHORT."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for action in parser._actions:
+            if not set(action.option_strings) & set(SHORT):
+                action.help = argparse.SUPPRESS
+        parser.description, parser.epilog = __doc__.split("\n\nPrints")[0], "--help-all names every flag."
+        parser.print_help()
+        parser.exit()
 
 
 def parse(argv):
+    return flags().parse_args(argv)
+
+
+def flags() -> Parser:
     parser = Parser(prog="bench.py", description=__doc__, usage="python bench.py [FLAGS]", allow_abbrev=False,
+                    add_help=False,
                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
                         prog, max_help_position=32, width=120))
+    parser.add_argument("-h", "--help", action=ShortHelp, nargs=0, help="the flags needed most")
+    parser.add_argument("--help-all", action="help", help="every flag")
     add = parser.add_argument_group("model").add_argument
     add("--eventgpt", metavar="DIR|ID", help="drafter (default: the embedded pair's)")
     add("--videollava", metavar="DIR|ID", help="target (default: the embedded pair's)")
@@ -1595,7 +1619,8 @@ def parse(argv):
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there)")
     add("--drafter-device", metavar="DEVICE", help="another device for the drafter")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--drafter-dtype", default="bf16", choices=("bf16", *BITS), help="of the drafter's steps, packed at load")
+    add("--drafter-dtype", default="bf16", choices=("bf16", *BITS), metavar="NAME",
+        help=f"the drafter's weights, packed at load: bf16 (default), {', '.join(BITS)}")
     add("--cache-rows", type=int, metavar="M", help="cache positions (default: what the model was trained for)")
     add("--eager", action="store_true", help="no CUDA graphs")
     add = parser.add_argument_group("data").add_argument
@@ -1611,7 +1636,7 @@ def parse(argv):
     add("--overlap-len", type=int, default=15, metavar="G", help="drafts of the head start (default %(default)s)")
     add("--draft-source", default="drafter", metavar="NAME",
         help=f"who drafts in speculative mode: drafter, {', '.join(engine.SOURCES)}:DIR; memory:FILE and blend:FILE "
-             f"go on from FILE and save it at the end")
+             f"read and save FILE")
     add("--gate", default="on", choices=("on", "off"), help="draft only where it should pay (default %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="draw ids (default %(default)s: greedy)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest ids of this mass (default all)")
@@ -1646,7 +1671,7 @@ def parse(argv):
     add("--only", metavar="WORDS", help="of --replay: settings whose names hold one of these comma-separated words")
     for name, kind in (("dataset_dir", Path), ("max_samples", int), ("max_new_tokens", int)):    # the research code's
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    return parser
 
 
 def check(options) -> None:

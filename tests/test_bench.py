@@ -14,6 +14,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -532,3 +533,19 @@ def test_bad_input_is_one_line_on_stderr_and_exit_2(name, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert words in err and err.count("\n") == 1 and "Traceback" not in err and out == ""
     assert not list(tmp_path.glob("**/*.partial"))
+
+
+def test_help_fits_one_screen_and_help_all_names_every_flag(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("a CUDA context for a help text"))
+    pages = []
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as end:
+            bench.parse([flag])
+        assert end.value.code == 0
+        pages.append(capsys.readouterr().out)
+    short, whole = ({word.rstrip(",") for word in page.split() if word.startswith("--")} for page in pages)
+    assert len(pages[0].splitlines()) <= 40 and max(map(len, pages[0].splitlines())) <= 120
+    assert set(bench.SHORT) <= short and len(whole) > 2 * len(bench.SHORT)
+    known = {option for action in bench.flags()._actions if action.help != "==SUPPRESS==" for option in
+             action.option_strings if option.startswith("--")}
+    assert known <= whole
