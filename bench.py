@@ -622,7 +622,7 @@ def warnings_of(figures, rows, head) -> list:
         found.append(f"{facts['others_on_gpu']} other processes use this GPU")
     if facts.get("load", 0) > 0.5 * facts["cores"]:
         found.append(f"the machine was busy before this run: {facts['load']:.1f} of {facts['cores']} cores")
-    clocks = [int(text.split()[0]) for text in (facts["clocks"], head.get("clocks_after"))
+    clocks = [int(text.split()[0]) for text in (facts.get("clocks"), head.get("clocks_after"))
               if text and text.split()[0].isdecimal()]
     if len(clocks) == 2 and abs(clocks[1] / clocks[0] - 1) > 0.05:
         found.append(f"the GPU's clock went from {clocks[0]} to {clocks[1]} MHz between start and end")
@@ -1861,9 +1861,6 @@ def run(options, command) -> int:
         except KeyboardInterrupt:
             interrupted = True
     head["clocks_after"] = clocks(options.device)
-    for path, write in ((options.timeline, draw_timeline), (options.trace, write_trace)):
-        if path and getattr(options, "shown", None):
-            write(options.shown, path)
     code = publish(assemble(head, rows, interrupted), options)
     if options.kept:                                         # last: a full disk must not cost the report
         options.source.source.save(options.kept)

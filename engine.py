@@ -1501,7 +1501,8 @@ class Engine:
 
         with model.on_stream():
             encode_and_prefill(model, frames, req.max_new_tokens, req)
-            undrafted = req.source is None and req.drafter_done.is_set() and "drafter" not in req.prompt_rows
+            drafted = req.source is not None or req.preview or "drafter" in req.prompt_rows
+            undrafted = req.drafter_done.is_set() and not drafted
             if undrafted or req.mode in ("target_only", "prefill_only"):             # nothing to decide, ever
                 for state in self._decode(model, req, req.max_new_tokens, "decode"):
                     req.prefill_end = req.prefill_end or line.now()

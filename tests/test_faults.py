@@ -204,7 +204,7 @@ def test_sizes_of_an_engine_are_checked_before_anything_is_read(options, monkeyp
 
 
 def test_weights_that_cannot_be_packed_are_refused_in_one_line(monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         raise engine.NotPackable("96 inner columns in groups of 96")
     monkeypatch.setattr(engine, "quantise", fails)
     with pytest.raises(InputError, match="drafter: cannot be packed .96 inner columns"):
