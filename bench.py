@@ -1727,8 +1727,8 @@ def check(options) -> None:
     if options.resume and not options.rows:
         raise InputError("--resume: has nothing to go on with; pass --rows as well")
     named = options.draft_source
-    kind, _, options.kept = named.partition(":")             # the file that --draft-source memory:FILE keeps
-    if kind == "adapter" or not options.kept:
+    source, _, options.kept = named.partition(":")           # the file that --draft-source memory:FILE keeps
+    if source == "adapter" or not options.kept:
         options.kept = None
     elif options.shard[1] > 1:
         raise InputError(f"{options.kept}: shards cannot share it; leave :FILE out of --draft-source, or --shard")

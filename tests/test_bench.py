@@ -549,3 +549,12 @@ def test_help_fits_one_screen_and_help_all_names_every_flag(monkeypatch, capsys)
     known = {option for action in bench.flags()._actions if action.help != "==SUPPRESS==" for option in
              action.option_strings if option.startswith("--")}
     assert known <= whole
+
+
+@pytest.mark.parametrize("words, fixed", [("--weights random-7b", True), ("--tiny", False),
+                                          ("--weights random-7b --no-ignore-eos", False), ("--tiny --ignore-eos", True),
+                                          ("--weights random-7b --draft-source memory", True)])
+def test_random_weights_answer_at_a_fixed_length_unless_told(words, fixed):
+    options = bench.parse([*words.split(), "--device", "cpu"])
+    bench.check(options)
+    assert options.ignore_eos is fixed
