@@ -2084,20 +2084,14 @@ def open_model(cls, path):
 
 
 def model_name(target, tokenizer=None) -> str:
-    """Names a target and its tokenizer by a hash of the config, the tokenizer, and the sizes and last 64 KiB of the
-    weight files. What a source saved belongs to one such name. InputError if a file is not there; nothing is loaded."""
+    """Names a target and its tokenizer: a hash of the checkpoint's fingerprint and of tokenizer.json. What a source
+    saved belongs to one such name. InputError if a file is not there; nothing is loaded."""
     _, checkpoint = open_model(Target, target)
     folder = Path(__file__).parent / "weights/tiny/target" if checkpoint is None else checkpoint.folder
-    files = [tokenizer or folder / "tokenizer.json"]
-    files += [] if checkpoint is None else [folder / "config.json", *checkpoint.files]
-    digest = hashlib.sha256(b"random-7b" if checkpoint is None else b"")
-    for file in map(Path, files):
-        insist_file(file, "a file of the target")
-        with file.open("rb") as opened:
-            size = opened.seek(0, 2)
-            opened.seek(0 if file.suffix == ".json" else max(0, size - 2 ** 16))
-            digest.update(size.to_bytes(8, "little") + opened.read())
-    return digest.hexdigest()[:16]
+    file = Path(tokenizer or folder / "tokenizer.json")
+    insist_file(file, "a tokenizer.json")
+    name = "random-7b" if checkpoint is None else checkpoint.fingerprint()
+    return hashlib.sha256(name.encode() + file.read_bytes()).hexdigest()[:16]
 
 
 def text_config(config: dict) -> DecoderConfig:
