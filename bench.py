@@ -13,6 +13,7 @@ import argparse
 import collections
 import collections.abc
 import ctypes
+import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -53,10 +54,14 @@ RESAMPLES = 1000                     # of the bootstrap behind a ratio's interva
 LABELS = {"tiny": "embedded trained toy pair", "random-7b": "RANDOM 7B WEIGHTS"}      # of weights, in every header
 STAGES = {"drafter": ("load", "preprocess", "encode", "prefill", "draft"),
           "target": ("load", "preprocess", "encode", "prefill", "decode", "verify")}
+APPROACHES = {"target_only": "Video-LLaVA only", "drafter_only": "EventGPT only, another answer",
+              "speculative": "full speculation", "prefill_only": "prefill only, a preview",
+              "prefill_then_verify": "prefill + priming"}        # the research repository's names for the modes
 LEGEND = """legend  ttft: request in, files on disk, to the first answer id on the host; ttfp: the same for the preview
         tpot: (e2e - ttft) / (ids - 1); ratio: target_only's e2e over the mode's, paired by sample, median [95 %]
         accept_rate: accepted / drafted, bonus not counted; tokens_per_round: mean of accept_len + 1
-        overlap drafts: ids the host had before the target's prefill ended"""
+        overlap drafts: ids the host had before the target's prefill ended; both at once: while prefill_only runs
+        saved: target_only's ms less the mode's, paired by sample, median"""
 
 
 # ---- what to run on --------------------------------------------------------------------------------------------
@@ -315,13 +320,13 @@ def kv_bytes(model) -> int:
 # ---- the measured run ------------------------------------------------------------------------------------------
 
 
-def run_sample(e, sample: Sample, mode: str, options) -> engine.Result:
+def run_sample(e, sample: Sample, mode: str, options, explain: bool = False) -> engine.Result:
     drafted = {"event_image_path": sample.events} if isinstance(sample.events, list) else {"event_path": sample.events}
     return e.generate(video_path=sample.video if mode != "drafter_only" else None, query=sample.question, mode=mode,
                       max_new_tokens=options.max_new_tokens, ignore_eos=options.ignore_eos,
                       frame_rule=options.frame_rule, **drafted, temperature=options.temperature, top_p=options.top_p,
-                      seed=options.seed,
-                      draft_source=options.source if mode == "speculative" else None)
+                      seed=options.seed, draft_source=options.source if mode == "speculative" else None,
+                      explain=explain)
 
 
 class LearnsOnce(engine.DraftSource):
@@ -388,6 +393,8 @@ def measure(e, samples, options, rows: list, keep=None) -> None:
             row["truth"] = sample.truth
             row["modes"] = {mode: summary(of, results.get("target_only")) for mode, of in results.items()}
             row["pixels"] = {m.side: pixel_hash(m.seen) for m in e.models if m.seen is not None}
+            if any(of["differs_at"] is not None for of in row["modes"].values()):
+                add_margins(row["modes"], run_sample(e, sample, "target_only", options, explain=True))
         row["took_s"] = time.perf_counter() - began
         if options.source is not None:
             options.source.settle()
@@ -468,6 +475,14 @@ def summary(results, baseline) -> dict:
             "prompt_rows": last.prompt_rows, "peak_memory": last.peak_memory, "drafter_error": last.drafter_error}
 
 
+def add_margins(modes: dict, again: engine.Result) -> None:
+    """Where outputs part, by how much the target preferred its own id: rounding apart, or a fault?"""
+    margins = [margin for verdict in again.verdicts for margin in verdict.margins]
+    for of in modes.values():
+        if of["differs_at"] is not None and of["differs_at"] < len(margins):
+            of["margin"] = margins[of["differs_at"]]
+
+
 def parting(ours, theirs) -> int | None:
     """Where two lists of ids part for the first time, None if they are equal."""
     return None if ours == theirs else prefix(ours, theirs, len(ours))
@@ -491,7 +506,8 @@ def compare(rows) -> dict:
                 continue
             compared, equal = compared + 1, equal + of["identical"]
             if not of["identical"]:
-                differing.append({"id": row["id"], "mode": mode, "position": of["differs_at"]})
+                differing.append({"id": row["id"], "mode": mode, "position": of["differs_at"],
+                                  "margin": of.get("margin")})
     return {"compared": compared, "equal": equal, "differing": differing}
 
 
@@ -506,6 +522,17 @@ def worst_of(rows, mode: str) -> float | None:
     """The mode's e2e over target_only's on the sample where that is largest; both are medians of repeats."""
     return max((row["modes"][mode]["e2e_ms"] / row["modes"]["target_only"]["e2e_ms"] for row in rows
                 if mode in row["modes"] and "target_only" in row["modes"]), default=None)
+
+
+def saved_of(rows, mode: str):
+    """{first, rest}: milliseconds the mode saves before the answer's first id, and from there to its end."""
+    first, rest = [], []
+    for row in rows:
+        of, base = row["modes"].get(mode), row["modes"].get("target_only")
+        if of and base and None not in (of["ttft_ms"], base["ttft_ms"]):
+            first.append(base["ttft_ms"] - of["ttft_ms"])
+            rest.append(base["e2e_ms"] - base["ttft_ms"] - of["e2e_ms"] + of["ttft_ms"])
+    return {"first": statistics.median(first), "rest": statistics.median(rest)} if first else None
 
 
 def interval(ratios: list[float]):
@@ -532,6 +559,7 @@ def mode_figures(rows, modes, identical: bool) -> dict:
                for values in [[v for of in have for v in of["raw"][name] if v is not None]]},
             "tokens": sum(len(of["ids"]) for of in have), "ratio": ratio_of(rows, mode) if identical else None,
             "worst": worst_of(rows, mode) if identical else None,
+            "saved_ms": saved_of(rows, mode) if identical else None,
             "drafted": drafted, "accepted": sum(accept_lens),
             "overlap_drafts": median([of["overlap_drafts"] for of in have]),
             "accept_rate": sum(accept_lens) / drafted if drafted else None,
@@ -573,14 +601,19 @@ def prefix(drafts, ids, limit: int) -> int:
     return min(engine.agreeing(drafts, ids), limit)
 
 
+def stage_times(report, side: str, stage: str, modes) -> list[float]:
+    return [ms for row in report["samples"] for mode, of in row["modes"].items() if mode in modes
+            for ms in of["stages_ms"].get(side, {}).get(stage, [])]
+
+
 def stage_rows(report) -> list:
-    """(model, stage, p20, p50, p80, amount, unit, % of ceiling). A side's own mode measures it undisturbed."""
+    """(model, stage, p20, p50, p80, p50 with both at once, amount, unit, % of ceiling). A side's own mode measures it
+    undisturbed, `prefill_only` beside the other, with nothing that holds either back."""
     table, limits = [], report["ceilings"]
     for side in [s for s in ("target", "drafter") if s in limits]:
         alone, work = "target_only" if side == "target" else "drafter_only", limits[side]
         for stage in STAGES[side]:
-            values = [v for row in report["samples"] for mode, of in row["modes"].items()
-                      if mode == alone or stage == "verify" for v in of["stages_ms"].get(side, {}).get(stage, [])]
+            values = stage_times(report, side, stage, MODES if stage == "verify" else [alone])
             if not values:
                 continue
             low, mid, high = quantiles(values)
@@ -590,7 +623,8 @@ def stage_rows(report) -> list:
             elif stage == "prefill":
                 amount, unit = work["prefill_flop"] / 1e12, "TFLOP"
                 share = work["prefill_flop"] / mid * 1e3 / limits["gemm_flops"] / work.get("matrix_rate", 1)
-            table.append((side, stage, low, mid, high, amount, unit, share))
+            together = median(stage_times(report, side, stage, ["prefill_only"]))
+            table.append((side, stage, low, mid, high, together, amount, unit, share))
     return table
 
 
@@ -696,11 +730,13 @@ def render(report) -> list[str]:
     prefill = target["prefill_flop"] / f["gemm_flops"] * 1e3 if target else None
     lines.append(f"ceiling  read {f['read_bw'] / 1e12:.3f} TB/s, matrix {f['gemm_flops'] / 1e12:.2f} TFLOP/s, measured "
                  f"now | target step >= {fmt(step, 3)} ms, prefill >= {fmt(prefill, 2)} ms")
-    lines.append(f"{'model':8} {'stage':10} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'moved':>12} {'of ceiling':>10}")
-    for side, stage, low, mid, high, amount, unit, share in stage_rows(report):
+    lines.append(f"{'model':8} {'stage':10} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'both at once':>12} "
+                 f"{'moved':>12} {'of ceiling':>10}")
+    for side, stage, low, mid, high, together, amount, unit, share in stage_rows(report):
         moved = f"{amount:.3f} {unit}" if amount else ""
         part = f"{share:.0%}" if share else ""
-        lines.append(f"{side:8} {stage:10} {low:9.3f} {mid:9.3f} {high:9.3f} {moved:>12} {part:>10}")
+        lines.append(f"{side:8} {stage:10} {low:9.3f} {mid:9.3f} {high:9.3f} {fmt(together, 3):>12} {moved:>12} "
+                     f"{part:>10}")
     lines += break_even(report)
     lines.append(f"{'mode':20} {'e2e p50 ms':>10} {'[p20, p80]':>18} {'ttft':>8} {'ttfp':>8} {'tpot':>7} {'ids':>5} "
                  f"{'ratio to target_only':>22} {'accept':>7} {'tok/round':>9} {'overlap':>7}")
@@ -718,6 +754,13 @@ def render(report) -> list[str]:
              if of.get("worst") and mode in ("prefill_then_verify", "speculative")]
     if worst:
         lines.append(f"worst    of {len(report['samples'])} samples: {', '.join(worst)} of target_only's e2e")
+    if any(of.get("saved_ms") for of in report["modes"].values()):
+        lines.append(f"{'approach':30} {'preview, ms':>11} {'saved to first id':>17} {'saved after it':>14} "
+                     f"{'total':>6}")
+        for mode in [mode for mode in APPROACHES if report["modes"].get(mode, {}).get("saved_ms")]:
+            of = report["modes"][mode]
+            lines.append(f"{APPROACHES[mode]:30} {fmt(of['ttfp_ms'] and of['ttfp_ms']['p50']):>11} "
+                         f"{of['saved_ms']['first']:17.1f} {of['saved_ms']['rest']:14.1f} {of['ratio']['p50']:5.2f}x")
     for mode, of in report["modes"].items():
         if of["histogram"]:
             lines.append(f"accept_len {mode}: " + "  ".join(f"{k}: {v}" for k, v in of["histogram"].items()))
@@ -734,7 +777,8 @@ def render(report) -> list[str]:
     lines += [f"failed   {row['id']}: {row['error']}" for row in report["samples"] if "error" in row]
     lines += [f"skipped  {problem}" for problem in report["skipped"]]
     lines += [f"warning  {warning}" for warning in report["warnings"]]
-    lines += [f"differs  {d['id']}, {d['mode']}: first at answer id {d['position']}" for d in same["differing"]]
+    lines += [f"differs  {d['id']}, {d['mode']}: first at answer id {d['position']}, top-two margin of target_only "
+              f"there {fmt(d.get('margin'), 4)}" for d in same["differing"]]
     lines.append(f"verdict  outputs identical to target_only in {same['equal']} of {same['compared']} comparisons"
                  + (": ratios withheld" if differ else "") if same["compared"] else
                  "verdict  nothing was compared: it takes target_only and another mode that the target decides")
@@ -1026,6 +1070,70 @@ def write_trace(result, path: str) -> None:
     events += [{"name": stage, "ph": "X", "ts": start * 1e6, "dur": (end - start) * 1e6, "pid": 0,
                 "tid": ROWS.index(row), "args": {"note": note}} for row, stage, start, end, note in result.timeline]
     engine.replace_file(path, json.dumps({"traceEvents": events}).encode())
+
+
+# ---- one answer, id by id ---------------------------------------------------------------------------------------
+
+PAINT = {"accepted": "32", "rejected": "31", "behind": "2", "own": "1"}          # green, red, faint, bold
+
+
+def explain_page(options) -> int:
+    """One answer id by id, in the last of --modes: what was drafted, what the target said there, by which margin over
+    which runner-up. The sample is named by its id or by how that begins."""
+    samples, _ = read_dataset(options.dataset_dir, options.question, options.max_samples)
+    found = [s for s in samples if s.id == options.explain] or [s for s in samples if s.id.startswith(options.explain)]
+    if len(found) != 1:
+        raise InputError(f"--explain: {options.explain!r} names {len(found)} of the {len(samples)} samples in "
+                         f"{options.dataset_dir}; pass one id, such as {samples[0].id}")
+    sample, mode, (_, e) = found[0], options.modes[-1], load_pair(options)
+    drafter_only = mode == "drafter_only"
+    for _ in range(options.warmup):
+        run_sample(e, sample, mode, options)
+    alone, result = (run_sample(e, sample, name, options, explain=True) for name in ("target_only", mode))
+    differs_at = None if drafter_only else parting(result.output_ids, alone.output_ids)
+    colour = "NO_COLOR" not in os.environ and ("FORCE_COLOR" in os.environ or sys.stdout.isatty())
+    lines = [f"explain  {LABELS.get(options.kind, 'checkpoints')} | {sample.id} | {sample.question}",
+             *explained(result, (e.drafter if drafter_only else e.target).text.token, colour)]
+    if result.drafter_error:
+        lines.append(f"warning  the drafter gave up ({result.drafter_error})")
+    if not drafter_only:
+        lines.append("verdict  the ids are target_only's" if differs_at is None else
+                     f"verdict  DIFFERENT from target_only, first at answer id {differs_at}")
+    report = {"schema": SCHEMA, "commit": commit(), "weights": options.kind, "id": sample.id, "mode": mode,
+              "question": sample.question, "ids": result.output_ids, "target_only_ids": alone.output_ids,
+              "verdicts": [dataclasses.asdict(of) for of in result.verdicts]}
+    if options.json != "-":
+        print("\n".join(lines))
+    print(json.dumps(report), flush=True)
+    if options.json and options.json != "-":
+        engine.replace_file(options.json, json.dumps(report).encode() + b"\n")
+    if options.update_readme:
+        update_readme(options.update_readme, lines)
+    return int(differs_at is not None)
+
+
+def explained(result, token, colour: bool = False) -> list[str]:
+    """A line an id of the answer, one for the drafts behind a wrong one, and the answer; `token` names an id."""
+    def paint(kind, text):
+        return f"\x1b[{PAINT[kind]}m{text}\x1b[0m" if colour and kind in PAINT else text
+
+    lines, answer = [f"{'at':>4} {'forward':>7}  {'draft':16} {'':8}  {'said':16} {'margin':>8}  runner-up"], []
+    for number, of in enumerate(result.verdicts):
+        drafts = [token(i) for i in of.drafts]
+        for i, (own, second, margin) in enumerate(zip(of.ids, of.second, of.margins, strict=True)):
+            kind = "" if i >= len(drafts) else "accepted" if of.drafts[i] == own else "rejected"
+            said = "accepted" if kind == "accepted" else "own"
+            shown = paint(kind, f"{drafts[i] if kind else '':16} {kind:8}")
+            lines.append(f"{of.first + i:4} {number:7}  {shown}  {paint(said, f'{token(own):16}')} {margin:8.3f}  "
+                         f"{token(second)}")
+            answer.append(paint(said, token(own).replace("\u2581", " ")))
+        if len(drafts) > len(of.ids):
+            lines.append(f"{'':13} {paint('behind', 'behind it: ' + ' '.join(drafts[len(of.ids):]))}")
+    margins = [margin for of in result.verdicts for margin in of.margins]
+    return [f"mode     {result.mode}: {len(result.output_ids)} ids in {len(result.verdicts)} forwards, "
+            f"{result.accepted_tokens} of {result.drafted} drafts accepted; smallest margin "
+            f"{min(margins):.3f} at {margins.index(min(margins))}", *lines,
+            "answer  " + "".join(answer)]
 
 
 # ---- draft sources on recorded answers -------------------------------------------------------------------------
@@ -1589,7 +1697,7 @@ class Parser(argparse.ArgumentParser):
 
 
 SHORT = ("--eventgpt --videollava --weights --device --drafter-dtype --dataset-dir --max-samples --modes --repeats "
-         "--draft-source --gate --rows --json --timeline --merge --compare --sources --figures --peers "
+         "--draft-source --gate --rows --json --timeline --explain --merge --compare --sources --figures "
          "--replay").split()             # what --help shows
 
 
@@ -1665,6 +1773,7 @@ def flags() -> Parser:
     add("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two saved runs, paired, with a verdict")
     add("--from-json", type=Path, metavar="PATH", help="print the report of a saved run")
     add("--from-text", type=Path, metavar="PATH", help="with --update-readme: take the block's text from a file")
+    add("--explain", metavar="ID", help="one sample: drafts beside the target's verdicts and margins, last of --modes")
     add("--sources", type=Path, metavar="PAIRS", help="acceptance of draft sources on recorded answers; no models")
     add("--sources-src", default="test_tokens_1q", metavar="SRC",
         help="which rows of PAIRS (default %(default)s; headstart for what --record wrote)")
@@ -1823,6 +1932,8 @@ def run(options, command) -> int:
         return publish(merged(options.merge), options)
     if options.compare:
         return compare_runs(*options.compare)
+    if options.explain:
+        return explain_page(options)
     samples, skipped = read_dataset(options.dataset_dir, options.question, options.max_samples)
     listed, (shard, shards) = len(samples), options.shard
     samples = samples[shard::shards]
@@ -1830,15 +1941,7 @@ def run(options, command) -> int:
         options.rows = options.rows.with_suffix(f".{shard:05}-of-{shards:05}{options.rows.suffix}")
     if options.rows:
         insist_new(options.rows, options.resume)
-    place = dict(device=options.device, dtype=options.dtype, drafter_device=options.drafter_device,
-                 cache_rows=options.cache_rows)
-    memory = engine.memory_budget(options.eventgpt, options.videollava, drafter_dtype=options.drafter_dtype, **place)
-    if sys.stderr.isatty():
-        print(memory_line(memory), file=sys.stderr)          # before loading, which may take long or fail
-    e = engine.load_engine(options.eventgpt, options.videollava, draft_len=options.draft_len,
-                           overlap_len=options.overlap_len, tokenizer=options.tokenizer, graphs=not options.eager,
-                           gate=options.gate == "on", drafter_dtype=options.drafter_dtype,
-                           progress=Loading() if sys.stderr.isatty() else None, **place)
+    memory, e = load_pair(options)
     drawn = {name: getattr(options, name) for name in ("temperature", "top_p", "seed")}
     drawn = {"sampling": drawn} if options.temperature else {}
     head = {"schema": SCHEMA, "commit": commit(), "dirty": dirty(), "memory": memory,
@@ -1871,6 +1974,19 @@ def run(options, command) -> int:
     if options.kept:                                         # last: a full disk must not cost the report
         options.source.source.save(options.kept)
     return code
+
+
+def load_pair(options) -> tuple[dict, engine.Engine]:
+    """The memory that both models need, shown before loading, which may take long or fail; and the engine."""
+    place = dict(device=options.device, dtype=options.dtype, drafter_device=options.drafter_device,
+                 cache_rows=options.cache_rows)
+    memory = engine.memory_budget(options.eventgpt, options.videollava, drafter_dtype=options.drafter_dtype, **place)
+    if sys.stderr.isatty():
+        print(memory_line(memory), file=sys.stderr)
+    return memory, engine.load_engine(
+        options.eventgpt, options.videollava, draft_len=options.draft_len, overlap_len=options.overlap_len,
+        tokenizer=options.tokenizer, graphs=not options.eager, gate=options.gate == "on",
+        drafter_dtype=options.drafter_dtype, progress=Loading() if sys.stderr.isatty() else None, **place)
 
 
 def places(e) -> dict:

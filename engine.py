@@ -372,6 +372,7 @@ class Model:
         self.recorded_W: torch.Tensor | None = None          # `replay` puts ids here that stand in for its own choice
         self.sampling: tuple | None = None                   # this request's (temperature, top_p, seed); None: greedy
         self.sampling_3 = torch.zeros(3, dtype=torch.long, device=self.device)       # the same, for the kernel
+        self.looks: list | None = None                       # what `_look` saw of each forward, where it is asked for
         self.draft_ids, self.pixels, self.steps, self.prompt_rows = {}, {}, {}, 0
         self.hidden_MD = torch.zeros(decoder.cache_rows, self.config.D, dtype=decoder.dtype, device=self.device)
         # One scratch and one stream for the capture of all its graphs: cuBLAS keeps 32 MiB for every stream it meets.
@@ -417,7 +418,7 @@ class Model:
         self.tail_id.fill_(tail_id)
         if self.sampling:
             self.sampling_3.copy_(to_device(sampling_words(*self.sampling), self.device), non_blocking=True)
-        self.steps[key]()
+        self._look(key, 0)
 
     def prepare_prefill(self, rows: int):
         """On a GPU the rows are padded to a multiple of 16, so that questions of similar length share one graph. The
@@ -443,7 +444,7 @@ class Model:
         key = self._step_key(G)
         if key not in self.steps:
             self.prepare(G)
-        self.steps[key]()
+        self._look(key, G)
 
     def prepare(self, *lengths: int) -> None:
         """Builds the steps for these draft lengths. On CUDA this captures, so it has to come before prefill."""
@@ -453,6 +454,28 @@ class Model:
             key, sampled = self._step_key(G), self.sampling is not None
             if key not in self.steps:
                 self.steps[key] = StepGraph(lambda G=G, sampled=sampled: self._round(G, sampled), self)
+
+    def _look(self, key, G: int) -> None:
+        """Runs a forward; under `explain` it also keeps where in the answer it stood, its drafts, and the two best ids
+        of every row with their logits, all still on the device."""
+        if self.looks is None:
+            self.steps[key]()
+            return
+        first, drafts_G = self.state_W[:1].clone(), self.draft_ids[G].clone() if G else self.state_W[:0]
+        self.looks.append((first, drafts_G, self.steps[key]().float().topk(2)))
+
+    def verdicts(self, answer: list[int]) -> list[Verdict]:
+        """What was kept of each forward that made ids of this answer, read from the device."""
+        starts, found = [int(first) for first, _, _ in self.looks], []
+        for i, (_, drafts_G, (logits_S2, ids_S2)) in enumerate(self.looks):
+            said, drafts = answer[starts[i]:[*starts, len(answer)][i + 1]], drafts_G.tolist()
+            while drafts[-1:] == [-1]:                       # a short span is padded
+                drafts.pop()
+            second = [b if a == own else a for own, (a, b) in zip(said, ids_S2.tolist(), strict=False)]
+            margins = (logits_S2[:, 0] - logits_S2[:, 1]).tolist()[:len(said)]
+            if said:                                         # steps queued behind the end said nothing
+                found.append(Verdict(starts[i], drafts, said, second, margins))
+        return found
 
     def _step_key(self, G: int):
         return ("sampled", G) if self.sampling else G
@@ -1257,6 +1280,16 @@ class Event:
 
 
 @dataclass
+class Verdict:
+    """One forward of the deciding model that made ids of the answer: the drafts it was shown and what it said."""
+    first: int                              # place in the answer of its first id
+    drafts: list[int]                       # of the places from there on; none: prefill or a plain step
+    ids: list[int]                          # the accepted drafts, then the model's own id
+    second: list[int]                       # runner-up of each
+    margins: list[float]                    # logit of the id over its runner-up's; sampled, of the draw's scores
+
+
+@dataclass
 class Result(collections.abc.Mapping):
     """What `generate` returns: attributes, and the same as a mapping. Times in seconds from the request's start."""
     output_text: str = ""
@@ -1285,6 +1318,7 @@ class Result(collections.abc.Mapping):
     peak_memory: int = 0                    # bytes on the target's device; on the CPU the process's peak
     drafter_error: str | None = None        # why the drafter gave up, if it did; the answer is not affected
     ahead: list = field(default_factory=list)         # (forward, place, id) of drafts made on a device of its own
+    verdicts: list = field(default_factory=list)      # `Verdict` of each forward, where explain asked for them
 
     def __getitem__(self, key):
         try:
@@ -1373,6 +1407,7 @@ class Request:
     gate: Gate | None                       # None: draft whatever it costs
     size: int                               # of the video file, in doublings: clips of a size take alike to decode
     sampling: tuple | None                  # (temperature, top_p, seed) of the deciding model; None: greedy
+    explain: bool                           # keep what the deciding model looked at
     out: queue.Queue = field(default_factory=queue.Queue)
     stop_drafting: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -1387,6 +1422,13 @@ class Request:
     prefill_end: float | None = None
     prompt_rows: dict = field(default_factory=dict)
     drafter_error: str | None = None
+
+    def say(self, kind: str, ids: list[int]) -> float:
+        """Hands ids to the caller, with the time; the lock keeps what both sides say in order of time."""
+        with self.timeline.lock:
+            now = self.timeline.now()
+            self.out.put((kind, ids, now))
+        return now
 
     def ready(self, now: float):
         """When the target's frames are ready, in seconds of this request, as far as one can tell; None: no idea."""
@@ -1446,11 +1488,10 @@ class Engine:
                 self._preview(req, state)
 
     def _preview(self, req: Request, state) -> None:
-        now = req.timeline.now()
         fresh = state[STATE + len(req.preview):STATE + state[N_OUT]]
-        req.preview += [(i, now) for i in fresh]
         if fresh:
-            req.out.put(("preview", fresh, now))
+            now = req.say("preview", fresh)
+            req.preview += [(i, now) for i in fresh]
 
     def _draft_ahead(self, req: Request, limit: int) -> None:
         """Drafts for as long as the answer grows, always on the guess that the target agrees so far. When it says
@@ -1497,7 +1538,7 @@ class Engine:
             fresh = state[STATE + sent:STATE + state[N_OUT]]
             sent += len(fresh)
             if fresh:
-                req.out.put(("final", fresh, line.now()))
+                req.say("final", fresh)
 
         with model.on_stream():
             encode_and_prefill(model, frames, req.max_new_tokens, req)
@@ -1685,6 +1726,7 @@ class Engine:
         writes cache rows. `frames`: event frames of the drafter."""
         for model in active:                                 # drafts stay greedy, whoever judges them
             model.sampling = req.sampling if model is active[0] else None
+            model.looks = [] if req.explain and model is active[0] else None
         if self.target in active:
             target, R = self.target, 1 if req.image else self.target.num_frames
             rows = target.prompt(req.question).rows(R * (target.vision.P + int(not req.image or target.keep_cls)))
@@ -1712,7 +1754,7 @@ class Engine:
                mode="speculative", max_new_tokens=50, draft_len: int | None = None,
                overlap_len: int | None = None, draft_source: DraftSource | None = None, ignore_eos=False,
                frame_rule="uniform", event_frames=5, canvas=None, temperature=0.0, top_p=1.0,
-               seed=0) -> collections.abc.Iterator[Event]:
+               seed=0, explain=False) -> collections.abc.Iterator[Event]:
         """Yields `Event`s while the answer forms; the last one carries `finish_reason` and the `Result`.
 
         event_path: one `.npy`/`.npz`; event_image_path: one PNG or several; video_path: any mp4, mov, mkv, webm, avi;
@@ -1720,8 +1762,9 @@ class Engine:
         drafts a round (0..31) and drafts kept from the head start. draft_source: a DraftSource in place of the
         drafter, which then runs only if the source `hears` it. temperature (0..100): 0 is greedy; above, ids are drawn
         from softmax(logits / temperature) cut at top_p (0..1), and the seed (0..2**63 - 1) fixes the answer, whatever
-        the mode and the drafts; in `drafter_only` the drafter draws. Raises InputError for anything the user can mend,
-        before any model runs where possible.
+        the mode and the drafts; in `drafter_only` the drafter draws. explain: the result's `verdicts` say what the
+        deciding model was shown and by which margin it decided; some microseconds a forward. Raises InputError for
+        anything the user can mend, before any model runs where possible.
         """
         draft_len = self.draft_len if draft_len is None else draft_len
         overlap_len = self.overlap_len if overlap_len is None else overlap_len
@@ -1775,7 +1818,7 @@ class Engine:
                 size = insist_file(video_path or image_path, "a video file").bit_length() if uses_target else 0
                 req = Request(mode, question, frames, events, paths, image_path is not None, event_frames, canvas,
                               max_new_tokens, draft_len, overlap_len, draft_source, ignore_eos, Timeline(active), gate,
-                              size, (temperature, top_p, seed) if temperature else None)
+                              size, (temperature, top_p, seed) if temperature else None, explain)
                 for model in active:
                     if model.on_gpu:
                         torch.cuda.reset_peak_memory_stats(model.device)
@@ -1875,6 +1918,7 @@ class Engine:
         if self.gate and deciding == "target" and not (req.mode == "prefill_only"):
             self.gate.learn(req, result)
         result.prompt_rows, result.drafter_error = req.prompt_rows, req.drafter_error
+        result.verdicts = decider.verdicts(result.output_ids) if req.explain else []
         result.accept_lens, result.drafted, result.rounds = req.accept_lens, req.drafted, len(req.accept_lens)
         result.accepted_tokens = sum(req.accept_lens)
         if result.drafted:

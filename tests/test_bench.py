@@ -105,17 +105,20 @@ def test_every_printed_number_can_be_recomputed_from_the_raw_values(run):
         alone = "target_only" if side == "target" else "drafter_only"
         raw = [v for row in rows for mode, of in row["modes"].items() if mode == alone or stage == "verify"
                for v in of["stages_ms"].get(side, {}).get(stage, [])]
-        assert words[:3] == [f"{quantile(raw, q):.3f}" for q in (0.2, 0.5, 0.8)], (side, stage)
+        beside = [v for row in rows for v in row["modes"]["prefill_only"]["stages_ms"].get(side, {}).get(stage, [])]
+        wanted = [f"{quantile(raw, q):.3f}" for q in (0.2, 0.5, 0.8)]
+        wanted += [f"{statistics.median(beside):.3f}" if beside else "-"]
+        assert words[:4] == wanted, (side, stage)
         prompts = [of["prompt_rows"][side] for row in rows for of in row["modes"].values() if side in of["prompt_rows"]]
         work, S = limits[side], round(statistics.median(prompts))
         if stage in ("draft", "decode", "verify"):
             nbytes = work["weight_bytes"] + work["kv_bytes_per_row"] * S
             share = nbytes / quantile(raw, 0.5) * 1e3 / limits["read_bw"]
-            assert words[3:] == [f"{nbytes / 1e9:.3f}", "GB", f"{share:.0%}"]
+            assert words[4:] == [f"{nbytes / 1e9:.3f}", "GB", f"{share:.0%}"]
         elif stage == "prefill":
             flop = work["flop_per_row"] * S + work["flop_per_row_pair"] * S * (S + 1) + work["flop_head"]
             share = flop / quantile(raw, 0.5) * 1e3 / limits["gemm_flops"]
-            assert words[3:] == [f"{flop / 1e12:.3f}", "TFLOP", f"{share:.0%}"]
+            assert words[4:] == [f"{flop / 1e12:.3f}", "TFLOP", f"{share:.0%}"]
         found += 1
     assert found >= 10
     for mode in report["config"]["modes"]:
@@ -138,6 +141,13 @@ def test_every_printed_number_can_be_recomputed_from_the_raw_values(run):
         want += [f"{sum(lens) / drafted:.2f}" if drafted else "-", f"{sum(lens) / len(lens) + 1:.2f}" if lens else "-",
                  f"{statistics.median(sample['overlap_drafts'] for sample in of):.0f}"]
         assert numbers == want, mode
+        line = next(line for line in lines if line.startswith(bench.APPROACHES[mode]))
+        ends = [(row["modes"]["target_only"], row["modes"][mode]) for row in rows]
+        saved = [statistics.median(base["ttft_ms"] - ours["ttft_ms"] for base, ours in ends),
+                 statistics.median(base["e2e_ms"] - base["ttft_ms"] - (ours["e2e_ms"] - ours["ttft_ms"])
+                                   for base, ours in ends)]
+        assert line.removeprefix(bench.APPROACHES[mode]).split() == [
+            p50("ttfp_ms"), *(f"{ms:.1f}" for ms in saved), f"{statistics.median(ratios):.2f}x"], mode
         for line in [line for line in lines if line.startswith(f"accept_len {mode}:")]:
             pairs = [tuple(map(int, pair)) for pair in re.findall(r"(\d+): (\d+)", line)]
             assert pairs == sorted((n, lens.count(n)) for n in set(lens))

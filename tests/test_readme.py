@@ -85,6 +85,7 @@ FORMS = {                                # a command -> (what changes, what is a
         {"random-7b": "tiny", "OUT": "weights/tiny/clips"}, SMALL, 0, "verdict"),
     "python bench.py --max-samples 1 --gate off --timeline weights/tiny/timeline.png": (
         {"weights/tiny/timeline.png": "SCRATCH/t.png"}, SMALL, 0, "verdict"),
+    "python bench.py --explain 3b61 --gate off": ({}, SMALL, 0, "the ids are target_only's"),
     "python bench.py --eventgpt checkpoints/EventGPT-7b --videollava LanguageBind/Video-LLaVA-7B-hf "
     "--dataset-dir data/my_egpt_dsec_seq_1s --max-samples 10 --json out.json": (
         CHECKPOINTS | {"out.json": "SCRATCH/out.json"}, SMALL, 0, "verdict"),

@@ -40,6 +40,11 @@ class Text:
     def ids(self, text: str, first: bool = True) -> list[int]:
         return (self.head if first else self.rest).encode(text, add_special_tokens=False).ids
 
+    def token(self, i: int) -> str:
+        """The piece that an id stands for, as the file spells it; #i for an id it does not know."""
+        piece = self.head.id_to_token(i) if i >= 0 else None
+        return f"#{i}" if piece is None else "".join(c if c.isprintable() else f"<{ord(c):#x}>" for c in piece)
+
     def decode(self, ids: list[int]) -> str:
         return self.head.decode(ids, skip_special_tokens=True)
 
