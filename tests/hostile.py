@@ -362,11 +362,11 @@ def disk_fails(folder):
     def patch(monkeypatch):
         real = weights.load.open_weights
 
-        def fails(name, *args):
-            file = real(name, *args)
+        def fails(name):
+            opened = real(name)
             if Path(name).parent == path:
                 os.truncate(name, 1_000_000)
-            return file
+            return opened
         monkeypatch.setattr(weights.load, "open_weights", fails)
     return Case(lambda e: weights.load.open_checkpoint(path).load("cpu", torch.float32), pair_flags(target=path),
                 ["model.safetensors", "bytes", "check the disk"], patch=patch)

@@ -3,18 +3,27 @@
     checkpoint = open_checkpoint("checkpoints/eventgpt")       # headers only; InputError names what does not fit
     weights = checkpoint.load(torch.device("cuda"), torch.bfloat16)        # {"text.layers.0.qkv": tensor, ...}
 
-Each checkpoint tensor is read once, straight into its rows of the engine tensor; the host never holds more than one.
-`python -m weights.load DIR` prints names, shapes, bytes and leftovers; `--check` also reads every value.
+Each checkpoint tensor is read once, in pieces, straight into its rows of the engine tensor: the host holds PIECE bytes
+for each of READERS threads and nothing else.
+`python -m weights.load DIR` prints names, shapes, bytes and leftovers; `--check` also reads every value, and says how
+fast.
 """
 
 import argparse
+import collections
+import concurrent.futures
+import contextlib
+import ctypes
 import hashlib
+import itertools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +35,8 @@ from weights.names import KINDS, Plan, canonical, extra_rows, on_disk, plan, siz
 
 MAX_NAMES = 10                       # tensors listed in one message
 MAX_HEADER_BYTES = 100_000_000       # safetensors' own limit
-FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PIECE, READERS = 8 << 20, 4          # bytes read at a time, threads that read
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CLIP_336, ASSUMED_CLIP = "openai/clip-vit-large-patch14-336", {"image_size": 336}
 IMPOSTORS = [                        # what arrives in place of a file, by its first bytes
@@ -319,30 +329,57 @@ class Checkpoint:
         jobs = [(self.stored[part.name], part, wanted) for wanted in self.plan.wanted for part in wanted.parts]
         jobs.sort(key=lambda job: (str(job[0].file), job[0].start))
         filling, flags, done, total = {}, [], 0, sum(stored.nbytes for stored, _, _ in jobs)
-        file, open_path = None, None
-        for stored, part, wanted in jobs:
-            if stored.file != open_path:
-                file, open_path = open_weights(stored.file, device), stored.file
-            if wanted.name not in filling:
-                filling[wanted.name] = [torch.empty(wanted.shape, dtype=dtype, device=device), len(wanted.parts)]
-            entry = filling[wanted.name]
-            rows = entry[0].narrow(0, part.row, part.shape[0])
-            rows.copy_(read_tensor(file, stored, done, total))
-            low, high = torch.aminmax(rows)             # both NaN if one value is; no copy of the tensor, no sync
-            flags.append(torch.isfinite(low) & torch.isfinite(high))
-            entry[1] -= 1
-            done += stored.nbytes
-            if progress:
-                progress(done, total)
-            if entry[1] == 0:
-                yield wanted.name, filling.pop(wanted.name)[0]
+        lane, main = Lane(device), torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+        def reads():
+            """(job, whether it ends its tensor, its future) of every piece, as far as it is asked for."""
+            for job in jobs:
+                stored, part, wanted = job
+                if stored.file not in files:
+                    files[stored.file] = open_weights(stored.file)
+                    opened.callback(files[stored.file][0].close)
+                if wanted.name not in filling:
+                    filling[wanted.name] = [torch.empty(wanted.shape, dtype=dtype, device=device), len(wanted.parts)]
+                rows = filling[wanted.name][0].narrow(0, part.row, part.shape[0]).flatten()
+                step = PIECE // FLOATS[stored.dtype].itemsize
+                for first in range(0, len(rows), step):
+                    yield job, first + step >= len(rows), readers.submit(
+                        lane.read, files[stored.file], stored, first, rows[first:first + step], main)
+
+        files: dict = {}
+        with contextlib.ExitStack() as opened, concurrent.futures.ThreadPoolExecutor(READERS) as readers:
+            more = reads()
+            queued = collections.deque(itertools.islice(more, 4 * READERS))
+            while queued:
+                (stored, part, wanted), ends, reading = queued.popleft()
+                try:
+                    copied = reading.result()
+                except OSError as error:
+                    for *_, other in queued:
+                        other.cancel()
+                    raise refusal(stored.file, f"reading {stored.key} failed ({error.strerror}) after {done} of "
+                                  f"{total} bytes", "check the disk or network share and try again") from None
+                queued.extend(itertools.islice(more, 1))
+                if copied is not None:
+                    main.wait_event(copied)
+                if not ends:
+                    continue
+                entry = filling[wanted.name]
+                low, high = torch.aminmax(entry[0].narrow(0, part.row, part.shape[0]))
+                flags.append(torch.isfinite(low) & torch.isfinite(high))     # both NaN if one value is; no sync
+                entry[1] -= 1
+                done += stored.nbytes
+                if progress:
+                    progress(done, total)
+                if entry[1] == 0:
+                    yield wanted.name, filling.pop(wanted.name)[0]
         finite = torch.stack(flags).tolist()            # the one wait for the device
         bad = [stored for (stored, _, _), fine in zip(jobs, finite, strict=True) if not fine]
         if bad:
             self._refuse_nonfinite(bad, dtype)
 
     def _refuse_nonfinite(self, bad, dtype):
-        damaged = [s for s in bad if not bool(torch.isfinite(open_weights(s.file).get_tensor(s.key)).all())]
+        damaged = [s for s in bad if not bool(torch.isfinite(stored_values(s)).all())]
         names, files = listed(s.key for s in damaged or bad), listed(sorted({str(s.file) for s in damaged or bad}))
         if damaged:
             raise refusal(files, f"NaN or infinity in {counted(damaged)}: {names}",
@@ -445,21 +482,60 @@ def advice(kind, keys) -> str:
     return "take config.json and all weight files from one and the same checkpoint"
 
 
-def open_weights(path, device="cpu"):
-    """An open safetensors file. Read by pread: unlike a mapping, a file cut short meanwhile is an error and no crash,
-    and pages already copied don't count as ours. On a GPU the library copies through a pinned buffer."""
-    try:
-        return safe_open(path, framework="pt", device=str(device), backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise refusal(path, f"cannot be opened any more ({brief(error)})", "check the disk and try again") from None
+class Lane(threading.local):
+    """What each reader thread has for itself: a buffer, pinned for a GPU, and a stream that copies out of it.
+
+    The library's own reading holds Python's lock, so threads cannot share it: MEASURED"""
+
+    def __init__(self, device):
+        on_gpu = device.type == "cuda"
+        self.buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=on_gpu)
+        self.bytes = memoryview((ctypes.c_char * PIECE).from_address(self.buffer.data_ptr())).cast("B")
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
+
+    def read(self, opened, stored, first: int, rows, main):
+        """Fills `rows`, a flat part of an engine tensor, with the stored values from `first` on. On a GPU the copy is
+        under way on return, and the event says when it is there. OSError as read, or where the file ends early."""
+        (file, data), dtype, got = opened, FLOATS[stored.dtype], 0
+        at, nbytes = data + stored.start + first * dtype.itemsize, len(rows) * dtype.itemsize
+        if self.stream:
+            self.stream.synchronize()                        # the piece before has left the buffer
+        while got < nbytes:
+            count = os.preadv(file.fileno(), [self.bytes[got:nbytes]], at + got)
+            if not count:
+                raise OSError(0, "the file ends there")
+            got += count
+        values = self.buffer[:nbytes].view(dtype)
+        if self.stream is None:
+            rows.copy_(values)
+            return None
+        self.stream.wait_stream(main)                        # memory is handed out in the order of that stream
+        with torch.cuda.stream(self.stream):
+            if dtype != rows.dtype:
+                values = values.to(rows.device, non_blocking=True)           # narrow or widen over there
+            rows.copy_(values, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        return copied
 
 
-def read_tensor(file, stored, done, total):
+def open_weights(path):
+    """(open file, where its data begin). Read by pread: unlike a mapping, a file cut short meanwhile is an error and no
+    crash, and pages already copied don't count as ours."""
     try:
-        return file.get_tensor(stored.key)
+        file = open(path, "rb", buffering=0)
+        return file, 8 + int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise refusal(path, f"cannot be opened any more ({error.strerror})", "check the disk and try again") from None
+
+
+def stored_values(stored):
+    """One tensor as it is stored, by the library."""
+    try:
+        with safe_open(stored.file, framework="pt") as file:
+            return file.get_tensor(stored.key)
     except (SafetensorError, OSError) as error:
-        raise refusal(stored.file, f"reading {stored.key} failed ({brief(error)}) after {done} of {total} bytes",
-                      "check the disk or network share and try again") from None
+        raise refusal(stored.file, f"cannot be read again ({brief(error)})", "check the disk and try again") from None
 
 
 def free_bytes(device: torch.device) -> tuple[int, int]:
@@ -585,20 +661,36 @@ def report(checkpoint: Checkpoint):
           f"bytes; {len(checkpoint.unread)} not read, {sum(s.nbytes for s in checkpoint.unread):,} bytes")
 
 
+def checked(checkpoint: Checkpoint, device: str) -> str:
+    """Reads every value, to fp32 on the CPU and bf16 elsewhere, and keeps none."""
+    at = torch.device(device)
+    torch.zeros(1, device=at).item()                         # the driver's start is not the loader's
+    held, began = peak_resident(), time.monotonic()
+    for _ in checkpoint.tensors(at, torch.float32 if at.type == "cpu" else torch.bfloat16):
+        pass
+    took, read = time.monotonic() - began, sum(stored.nbytes for stored in checkpoint.stored.values())
+    return (f"every value is finite; {read / 1e9:.3f} GB to {device} in {took:.2f} s, {read / took / 1e9:.2f} GB/s, "
+            f"host memory {(peak_resident() - held) / 1e6:+.0f} MB at most")
+
+
+def peak_resident() -> int:
+    """The most bytes this process ever held. Not ru_maxrss: a child starts with its parent's."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weights.load", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="DIR", help="a folder, or ORG/NAME[@REVISION] in the hub cache")
     parser.add_argument("--revision", help="branch or commit of ORG/NAME")
     parser.add_argument("--check", action="store_true", help="also read every value and look for NaN and infinity")
+    parser.add_argument("--device", default="cpu", help="of --check: where to (default %(default)s)")
     args = parser.parse_args(argv)
     try:
         checkpoint = open_checkpoint(args.checkpoint, args.revision)
         report(checkpoint)
         if args.check:
-            for _ in checkpoint.tensors("cpu", torch.float32):
-                pass
-            print("every value is finite")
+            print(checked(checkpoint, args.device))
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
