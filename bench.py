@@ -1319,7 +1319,7 @@ def replay_page(options) -> int:
                 forwards = sum(row == "target" and stage in ("verify", "decode") for row, stage, *_ in result.timeline)
                 taken[name].append((result.wall_clock_time * 1e3, result.ttft * 1e3, forwards,
                                     result.free_tokens_count, len(result.output_ids),
-                                    cell["target_only"].wall_clock_time * 1e3))
+                                    cell["target_only"].wall_clock_time * 1e3, cell["target_only"].ttft * 1e3))
             options.shown = cell[list(cell)[-1]]
             progress.step(f"{seq} {row['clip']}")
         head = replay_head(e, options, stream)
@@ -1412,25 +1412,27 @@ def replay_head(e, options, sequences: int) -> dict:
 
 
 def replay_report(head: dict, taken: dict) -> list[str]:
-    """The table, from what was measured alone: (e2e ms, ttft ms, target forwards, overlap drafts, ids, target_only's
-    e2e ms of the same answer) by setting."""
+    """The table, from what was measured alone: (e2e ms, ttft ms, target forwards, overlap drafts, ids, and e2e and
+    ttft of target_only's run of the same answer) by setting."""
     lines = [f"replay, {head['what']}",
              f"{len(taken['target_only'])} recorded answers of {head['sequences']} sequences ({head['pairs']}, "
              f"{head['src']}), at most {head['new']} ids, gate {head['gate']}; from files to the last id, ms",
-             f"{'drafts':26} {'answers':>7} {'p20':>7} {'p50':>7} {'p80':>7} {'ttft':>7} {'ratio to target_only':>24} "
-             f"{'p5':>6} {'ids/forward':>11} {'overlap':>7}"]
+             f"{'drafts':26} {'answers':>7} {'p20':>7} {'p50':>7} {'p80':>7} {'ttft':>7} {'later':>20} "
+             f"{'ratio to target_only':>24} {'p5':>6} {'ids/forward':>11} {'overlap':>7}"]
     for name, rows in taken.items():
         low, mid, high = quantiles([row[0] for row in rows])
         ratios = [row[5] / row[0] for row in rows]
-        r, worst = interval(ratios), sorted(ratios)[int(0.05 * len(ratios))]
+        r, worst, later = interval(ratios), sorted(ratios)[int(0.05 * len(ratios))], interval(
+            [row[1] - row[6] for row in rows])
+        wait = f"{later['p50']:+.2f} [{later['low']:+.2f}, {later['high']:+.2f}]"
         per = sum(row[4] - 1 for row in rows) / sum(row[2] for row in rows)      # the first id comes with the prefill
         lines.append(f"{name:26} {len(rows):7} {low:7.1f} {mid:7.1f} {high:7.1f} "
-                     f"{statistics.median(row[1] for row in rows):7.1f} "
+                     f"{statistics.median(row[1] for row in rows):7.1f} {wait:>20} "
                      f"{r['p50']:7.3f} [{r['low']:.3f}, {r['high']:.3f}] {worst:6.3f} {per:11.2f} "
                      f"{statistics.median(row[3] for row in rows):7.0f}")
     total = sum(map(len, taken.values()))
     return lines + [f"verdict  the recorded ids came out of all {total} requests; p5: 5 % of the ratios are below",
-                    LEGEND.splitlines()[0]]
+                    LEGEND.splitlines()[0], "        later: ttft less target_only's, ms, paired by answer, median"]
 
 
 # ---- peers -----------------------------------------------------------------------------------------------------

@@ -485,7 +485,10 @@ def advice(kind, keys) -> str:
 class Lane(threading.local):
     """What each reader thread has for itself: a buffer, pinned for a GPU, and a stream that copies out of it.
 
-    The library's own reading holds Python's lock, so threads cannot share it: MEASURED"""
+    The library's own reading holds Python's lock, so threads cannot share it. 14.7 GB of f16 to bf16 on an H100, files
+    in memory: the library 3.3 s; 1, 2, 4, 8 and 12 readers 3.4, 1.8, 1.8, 2.7 and 2.8 s in one process after others,
+    4 readers in a fresh one 1.3 s; pieces of 2 MiB 4.9 s, of 32 MiB 1.3 s, for four times the host memory. From disk
+    11.4 s, where reading alone takes 9.0 to 11.0 s, and the library takes 12.2 s."""
 
     def __init__(self, device):
         on_gpu = device.type == "cuda"
