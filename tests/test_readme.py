@@ -98,6 +98,8 @@ FORMS = {                                # a command -> (what changes, what is a
     "python -m weights.fit_blend PAIRS.jsonl": ({}, "", 0, ""),
     "python tests/steady.py": ({}, "--requests 30", None, "1 distinct answer"),
     "python -m weights.load DIR": ({"DIR": "weights/tiny/target"}, "", 0, "engine tensors"),
+    "python -m weights.load DIR --check --device cuda": (
+        {"DIR": "weights/tiny/target", "cuda": "cpu"}, "", 0, "every value is finite"),
     "python -m weights.convert DIR": ({"DIR": "SCRATCH/pickled"}, "", 0, "model.safetensors"),
     "python -m weights.tiny.make_clips OUT --films 1s": ({"OUT": "SCRATCH/films"}, "", 0, ""),
     "python -m weights.tiny.evaluate": ({}, "--count 1", 0, "equals target_only: yes"),
