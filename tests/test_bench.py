@@ -300,10 +300,10 @@ def test_recorded_pairs_hold_both_answers_and_feed_the_sources_page(tmp_path, ca
     replay = ["--replay", str(path), "--sources-src", "headstart", "--device", "cpu", "--gate", "off"]
     assert bench.main([*replay, "--accept", "1.0"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    per_forward = {name.strip(): float(rest.split("]")[1].split()[1]) for name, rest in
+    per_forward = {name.strip(): float(rest.split("]")[2].split()[1]) for name, rest in
                    ((line[:26], line[26:]) for line in lines[3:6])}
     assert per_forward["target_only"] == 1 and per_forward["drafter right with 1.0"] > 3
-    assert "came out of all 12 requests" in lines[-2]
+    assert "came out of all 12 requests" in lines[-3]
     shards = [str(tmp_path / f"s{i}.json") for i in range(2)]
     for shard in shards:
         assert bench.main([*replay, "--only", "cold", "--rows", shard]) == 0

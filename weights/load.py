@@ -510,10 +510,11 @@ class Lane(threading.local):
             got += count
         values = self.buffer[:nbytes].view(dtype)
         if self.stream is None:
-            rows.copy_(values)
+            with torch.inference_mode(rows.is_inference()):  # which is each thread's own; the caller's may be on
+                rows.copy_(values)
             return None
         self.stream.wait_stream(main)                        # memory is handed out in the order of that stream
-        with torch.cuda.stream(self.stream):
+        with torch.inference_mode(rows.is_inference()), torch.cuda.stream(self.stream):
             if dtype != rows.dtype:
                 values = values.to(rows.device, non_blocking=True)           # narrow or widen over there
             rows.copy_(values, non_blocking=True)
