@@ -394,7 +394,10 @@ def measure(e, samples, options, rows: list, keep=None) -> None:
             row["modes"] = {mode: summary(of, results.get("target_only")) for mode, of in results.items()}
             row["pixels"] = {m.side: pixel_hash(m.seen) for m in e.models if m.seen is not None}
             if any(of["differs_at"] is not None for of in row["modes"].values()):
-                add_margins(row["modes"], run_sample(e, sample, "target_only", options, explain=True))
+                try:
+                    add_margins(row["modes"], run_sample(e, sample, "target_only", options, explain=True))
+                except Exception as error:                   # the difference counts without its margin
+                    show(error, options)
         row["took_s"] = time.perf_counter() - began
         if options.source is not None:
             options.source.settle()
@@ -1102,13 +1105,8 @@ def explain_page(options) -> int:
     report = {"schema": SCHEMA, "commit": commit(), "weights": options.kind, "id": sample.id, "mode": mode,
               "question": sample.question, "ids": result.output_ids, "target_only_ids": alone.output_ids,
               "verdicts": [dataclasses.asdict(of) for of in result.verdicts]}
-    if options.json != "-":
-        print("\n".join(lines))
-    print(json.dumps(report), flush=True)
-    if options.json and options.json != "-":
-        engine.replace_file(options.json, json.dumps(report).encode() + b"\n")
-    if options.update_readme:
-        update_readme(options.update_readme, lines)
+    options.shown = result
+    hand_over(lines, report, options)
     return int(differs_at is not None)
 
 
@@ -2012,24 +2010,29 @@ def assemble(head: dict, rows: list, interrupted: bool = False) -> dict:
             "warnings": warnings_of(figures, rows, head)}
 
 
+def hand_over(lines, report, options) -> None:
+    """Prints the lines and the JSON object, then writes what else was asked for."""
+    if options.json != "-":
+        print("\n".join(lines))
+    print(json.dumps(report), flush=True)                    # first: what was measured is worth more than any file
+    if options.json and options.json != "-":
+        engine.replace_file(options.json, json.dumps(report).encode() + b"\n")
+    for path, write in ((options.timeline, draw_timeline), (options.trace, write_trace)):
+        if path and getattr(options, "shown", None):
+            write(options.shown, path)
+    if options.update_readme:
+        update_readme(options.update_readme, lines)
+
+
 def publish(report, options) -> int:
     """Prints the report, writes what was asked for, and returns the exit code."""
     rows, identical, interrupted = report["samples"], report["identical"], report["interrupted"]
     lines = render(report)
     if interrupted:
         lines.append(f"interrupted after {len(rows)} of {report['config']['samples']} samples")
-    if options.json != "-":
-        print("\n".join(lines))
-    print(json.dumps(report), flush=True)                    # first: what was measured is worth more than any file
-    if options.json and options.json != "-":
-        engine.replace_file(options.json, json.dumps(report).encode() + b"\n")
+    hand_over(lines, report, options)
     if options.record:
         write_pairs(options.record, report)
-    for path, write in ((options.timeline, draw_timeline), (options.trace, write_trace)):
-        if path and getattr(options, "shown", None):
-            write(options.shown, path)
-    if options.update_readme:
-        update_readme(options.update_readme, lines)
     failed = identical["equal"] < identical["compared"] or report["skipped"] or any("error" in row for row in rows)
     return 130 if interrupted else int(bool(failed))
 

@@ -300,20 +300,20 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """16 hex digits that tell checkpoints apart: SHA-256 of config.json, of every tensor's name, dtype and shape,
         and of its first and last 4 KiB. All bytes would take ten seconds at 7B, these take milliseconds."""
-        digest, lengths, files = hashlib.sha256((self.folder / "config.json").read_bytes()), {}, {}
+        digest, files = hashlib.sha256((self.folder / "config.json").read_bytes()), {}
         try:
             for name, stored in sorted(self.stored.items()):
                 if stored.file not in files:
-                    files[stored.file] = open(stored.file, "rb")
-                    lengths[stored.file] = 8 + int.from_bytes(files[stored.file].read(8), "little")
+                    files[stored.file] = open_weights(stored.file)
+                file, data = files[stored.file]
                 digest.update(f"{name} {stored.dtype} {stored.shape}".encode())
-                begin, some = lengths[stored.file] + stored.start, min(4096, stored.nbytes)
+                begin, some = data + stored.start, min(4096, stored.nbytes)
                 for at in (begin, begin + stored.nbytes - some):
-                    digest.update(os.pread(files[stored.file].fileno(), some, at))
+                    digest.update(os.pread(file.fileno(), some, at))
         except OSError as error:
             raise refusal(self.folder, f"cannot be read ({error.strerror})", "check the disk and try again") from None
         finally:
-            for file in files.values():
+            for file, _ in files.values():
                 file.close()
         return digest.hexdigest()[:16]
 
@@ -667,8 +667,12 @@ def report(checkpoint: Checkpoint):
 
 def checked(checkpoint: Checkpoint, device: str) -> str:
     """Reads every value, to fp32 on the CPU and bf16 elsewhere, and keeps none."""
-    at = torch.device(device)
-    torch.zeros(1, device=at).item()                         # the driver's start is not the loader's
+    try:
+        at = torch.device(device)
+        torch.zeros(1, device=at).item()                     # the driver's start is not the loader's
+    except (AssertionError, RuntimeError) as error:
+        raise refusal(f"--device {brief(device)}", f"cannot be used ({str(error).splitlines()[0][:80]})",
+                      "pass cpu, or cuda where torch sees a GPU") from None
     held, began = peak_resident(), time.monotonic()
     for _ in checkpoint.tensors(at, torch.float32 if at.type == "cpu" else torch.bfloat16):
         pass
