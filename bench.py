@@ -60,7 +60,8 @@ APPROACHES = {"target_only": "Video-LLaVA only", "drafter_only": "EventGPT only,
 LEGEND = """legend  ttft: request in, files on disk, to the first answer id on the host; ttfp: the same for the preview
         tpot: (e2e - ttft) / (ids - 1); ratio: target_only's e2e over the mode's, paired by sample, median [95 %]
         accept_rate: accepted / drafted, bonus not counted; tokens_per_round: mean of accept_len + 1
-        overlap drafts: ids the host had before the target's prefill ended; both at once: while prefill_only runs
+        overlap drafts: ids the host had before the target's prefill ended; window: before the last frame was decoded
+        both at once: while prefill_only runs
         saved: target_only's ms less the mode's, paired by sample, median"""
 
 
@@ -473,7 +474,8 @@ def summary(results, baseline) -> dict:
             "finish_reason": last.finish_reason,
             **{name: median(values) for name, values in ms.items()}, "raw": ms, "stages_ms": each,
             "drafted": last.drafted, "accepted": last.accepted_tokens, "rounds": last.rounds,
-            "accept_lens": last.accept_lens, "overlap_drafts": last.free_tokens_count, "differs_at": differs_at,
+            "accept_lens": last.accept_lens, "overlap_drafts": median([r.free_tokens_count for r in results]),
+            "window_drafts": median([r.window_drafts for r in results]), "differs_at": differs_at,
             "identical": differs_at is None if apart else None,
             "prompt_rows": last.prompt_rows, "peak_memory": last.peak_memory, "drafter_error": last.drafter_error}
 
@@ -565,6 +567,7 @@ def mode_figures(rows, modes, identical: bool) -> dict:
             "saved_ms": saved_of(rows, mode) if identical else None,
             "drafted": drafted, "accepted": sum(accept_lens),
             "overlap_drafts": median([of["overlap_drafts"] for of in have]),
+            "window_drafts": median([of.get("window_drafts") for of in have]),
             "accept_rate": sum(accept_lens) / drafted if drafted else None,
             "tokens_per_round": statistics.mean(accept_lens) + 1 if accept_lens else None,
             "histogram": dict(sorted(collections.Counter(accept_lens).items()))}
@@ -742,7 +745,7 @@ def render(report) -> list[str]:
                      f"{part:>10}")
     lines += break_even(report)
     lines.append(f"{'mode':20} {'e2e p50 ms':>10} {'[p20, p80]':>18} {'ttft':>8} {'ttfp':>8} {'tpot':>7} {'ids':>5} "
-                 f"{'ratio to target_only':>22} {'accept':>7} {'tok/round':>9} {'overlap':>7}")
+                 f"{'ratio to target_only':>22} {'accept':>7} {'tok/round':>9} {'window':>6} {'overlap':>7}")
     same = report["identical"]
     differ = same["equal"] < same["compared"]
     for mode, of in report["modes"].items():
@@ -752,7 +755,8 @@ def render(report) -> list[str]:
         p50 = {k: fmt(of[k]["p50"] if of[k] else None) for k in ("ttft_ms", "ttfp_ms", "tpot_ms")}
         lines.append(f"{mode:20} {e2e['p50']:10.1f} {spread:>18} {p50['ttft_ms']:>8} {p50['ttfp_ms']:>8} "
                      f"{p50['tpot_ms']:>7} {of['tokens']:5} {ratio:>22} {fmt(of['accept_rate'], 2):>7} "
-                     f"{fmt(of['tokens_per_round'], 2):>9} {fmt(of['overlap_drafts'], 0):>7}")
+                     f"{fmt(of['tokens_per_round'], 2):>9} {fmt(of.get('window_drafts'), 0):>6} "
+                     f"{fmt(of['overlap_drafts'], 0):>7}")
     worst = [f"{mode} {of['worst']:.3f}" for mode, of in report["modes"].items()
              if of.get("worst") and mode in ("prefill_then_verify", "speculative")]
     if worst:

@@ -1308,6 +1308,7 @@ class Result(collections.abc.Mapping):
     acceptance_rate: float = 0.0            # accepted / drafted
     tokens_per_round: float = 0.0           # mean of accept_len + 1
     free_tokens_count: int = 0              # drafts the host had before the target's prefill ended
+    window_drafts: int = 0                  # those of them it had before the last frame was decoded
     wall_clock_time: float = 0.0
     ttfp: float | None = None               # first preview id on the host
     ttft: float | None = None               # first answer id on the host
@@ -1931,6 +1932,7 @@ class Engine:
         if deciding == "target":
             result.draft_ids = result.preview_ids
             result.free_tokens_count = sum(at <= req.prefill_end for _, at in req.preview)
+            result.window_drafts = sum(at <= req.ready_at["frames", req.size] for _, at in req.preview)
         if len(result.output_ids) > 1:
             result.tpot = (result.wall_clock_time - result.ttft) / (len(result.output_ids) - 1)
         result.peak_memory = peak_memory(decider.device)

@@ -240,8 +240,8 @@ def rows(folder):
     of = {"raw": {"e2e_ms": [1.0], "ttft_ms": [1.0], "ttfp_ms": [None], "tpot_ms": [1.0]}, "ids": [5, 6], "text": "a",
           "preview": "", "finish_reason": "stop", "e2e_ms": 1.0, "ttft_ms": 1.0, "ttfp_ms": None, "tpot_ms": 1.0,
           "stages_ms": {"target": {"decode": [1.0]}}, "drafted": 1, "accepted": 1, "rounds": 1, "accept_lens": [1],
-          "overlap_drafts": 0, "differs_at": None, "identical": True, "prompt_rows": {"target": 5}, "peak_memory": 1,
-          "drafter_error": None}
+          "overlap_drafts": 0, "window_drafts": 0, "differs_at": None, "identical": True,
+          "prompt_rows": {"target": 5}, "peak_memory": 1, "drafter_error": None}
     work = {"weight_bytes": 1, "kv_bytes_per_row": 1, "flop_per_row": 1, "flop_per_row_pair": 1, "flop_head": 1}
     head = {"schema": 1, "commit": "a", "dirty": False, "command": "c", "time": "t", "seed": 0, "skipped": [],
             "machine": {"gpu": None, "driver": None, "torch": "t", "triton": "t", "python": "p", "threads": 1,

@@ -68,7 +68,8 @@ def test_the_report_has_the_fields_of_the_contract(run):
     for row in report["samples"]:
         for mode, of in row["modes"].items():
             assert set(of) >= {"ids", "text", "finish_reason", "e2e_ms", "ttft_ms", "ttfp_ms", "tpot_ms", "stages_ms",
-                               "drafted", "accepted", "rounds", "accept_lens", "overlap_drafts", "identical"}, mode
+                               "drafted", "accepted", "rounds", "accept_lens", "overlap_drafts", "window_drafts",
+                               "identical"}, mode
             assert of["identical"] is (None if mode == "drafter_only" else True)
 
 
@@ -139,7 +140,8 @@ def test_every_printed_number_can_be_recomputed_from_the_raw_values(run):
         want += [f"{v:.2f}" for v in (statistics.median(ratios), medians[25], medians[975])]
         lens, drafted = [n for sample in of for n in sample["accept_lens"]], sum(sample["drafted"] for sample in of)
         want += [f"{sum(lens) / drafted:.2f}" if drafted else "-", f"{sum(lens) / len(lens) + 1:.2f}" if lens else "-",
-                 f"{statistics.median(sample['overlap_drafts'] for sample in of):.0f}"]
+                 *(f"{statistics.median(sample[name] for sample in of):.0f}"
+                   for name in ("window_drafts", "overlap_drafts"))]
         assert numbers == want, mode
         line = next(line for line in lines if line.startswith(bench.APPROACHES[mode]))
         ends = [(row["modes"]["target_only"], row["modes"][mode]) for row in rows]

@@ -106,7 +106,7 @@ def test_a_perfect_span_before_decode_is_kept_with_its_bonus(pair, monkeypatch):
         result = pair.generate(mode="prefill_then_verify", **asked(0))
         monkeypatch.setattr(pair.target, "prefill", original)
         assert result.output_ids == ids
-        assert result.free_tokens_count == 13
+        assert result.free_tokens_count == result.window_drafts == 13       # all at 0.0 s: before any frame
         assert result.accept_lens == ([] if wrong_at == 0 else [12 if wrong_at is None else wrong_at - 1])
 
 
