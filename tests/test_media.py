@@ -950,7 +950,8 @@ def test_a_plan_that_does_not_come_true_falls_back(tmp_path, monkeypatch):
 
 
 def test_truncated_h264_is_answered_as_by_the_plain_way(tmp_path):
-    """Cut in front of the last frame wanted it is refused; cut behind it, it is read. Both ways agree."""
+    """Cut inside a packet it is refused; between two, the packets that are there are the clip; behind the last frame
+    wanted, it is read. Both ways agree."""
     whole = film(tmp_path, "whole.mp4", keyframe=10)
     write_film(tmp_path / "fast.mkv", 2.4, (96, 64), 10)
     with av.open(str(whole), "r") as given, av.open(str(tmp_path / "fast.mp4"), "w",
@@ -961,8 +962,10 @@ def test_truncated_h264_is_answered_as_by_the_plain_way(tmp_path):
                 packet.stream = stream
                 out.mux(packet)
     blob, every = (tmp_path / "fast.mp4").read_bytes(), every_frame(whole)
-    begin = blob.index(b"mdat")
-    refused(media.read_video, saved(tmp_path, blob[:begin + (len(blob) - begin) // 2], "half.mp4"), ["h264 frames"])
+    with av.open(str(tmp_path / "fast.mp4"), "r") as container:
+        middle = sorted(packet.pos for packet in container.demux(video=0) if packet.size)[30]
+    refused(media.read_video, saved(tmp_path, blob[:middle + 9], "half.mp4"), ["h264 frames", "inside a packet"])
+    assert len(assert_frames_of_the_plain_way(saved(tmp_path, blob[:middle], "between.mp4"))) == 30
     late = saved(tmp_path, blob[:-20], "late.mp4")
     assert media.planned_frames(late, 8) is None
     for index, frame in zip(media.sample_indices(60, 8), media.read_video(late), strict=True):
