@@ -27,7 +27,7 @@ import av
 import torch
 from PIL import Image
 
-from kernels.frames import cores
+from kernels.frames import SERIAL, cores, quiet_copy
 from weights import InputError
 
 MAX_EVENT_BYTES = 1 << 30            # of a file, and of the arrays an .npz unpacks to
@@ -182,14 +182,21 @@ def events_of(columns, max_canvas):
         raise Refused("holds no events", "choose a window in which something moves")
     x, y, t, p = (columns[key].integers(key) for key in "xytp")
     for key, values, limit in (("x", x, max_canvas[1]), ("y", y, max_canvas[0])):
-        low, high = (v.item() for v in values.aminmax())
+        parts = [part.aminmax() for part in values.split(SERIAL)]
+        low, high = min(part.min.item() for part in parts), max(part.max.item() for part in parts)
         if low < 0:
             raise Refused(f"{key} is negative (smallest {low}), coordinates start at 0",
                           f"subtract the smallest {key}, or drop those events")
         if high >= limit:
             raise Refused(f"largest {key} is {high}, outside the {max_canvas[1]} x {max_canvas[0]} canvas allowed",
                           "drop stray events, or pass a larger max_canvas")
-    return Events(x.to(torch.int32), y.to(torch.int32), t.to(torch.int64), (p != 0).to(torch.uint8))
+    return Events(as_type(x, torch.int32), as_type(y, torch.int32), as_type(t, torch.int64),
+                  as_type(p, torch.bool).view(torch.uint8))
+
+
+def as_type(values, dtype):
+    """[N] of this type; itself if it is."""
+    return values if values.dtype == dtype else quiet_copy(values, torch.empty(len(values), dtype=dtype))
 
 
 TORCH_TYPES = {"b1": torch.uint8, "?": torch.uint8, "u1": torch.uint8, "u2": torch.uint16, "u4": torch.uint32,
@@ -230,7 +237,7 @@ class RawArray:
             raw = raw.view(-1, item).flip(1).contiguous().view(-1)
         values = raw.view(TORCH_TYPES[self.kind])
         # torch has few operations on uint16 and uint32: widen first.
-        values = values.to(torch.int32 if item <= 2 else torch.int64)
+        values = as_type(values, torch.int32 if item <= 2 else torch.int64)
         if self.kind == "u8" and values.amin().item() < 0:
             raise Refused(f"{key} holds values beyond 2^63", f"save {key} as int64")
         return values
