@@ -91,8 +91,8 @@ def filled(count, value, device):
 
 def quiet_copy(tensor, out):
     """`out`, contiguous, filled with the elements of a CPU tensor by this thread alone, in parts too small for torch to
-    share out: its workers would spin on the cores that decode a video meanwhile. 132,268 events, read on 2 cores: 1.2 ms
-    of processor time in place of 2.1, and as long."""
+    share out: its workers would spin on the cores that decode a video meanwhile. 132,268 events, read on 2 cores: 1.2
+    ms of processor time in place of 2.1, and as long."""
     for there, here in zip(out.view(-1).split(SERIAL), tensor.reshape(-1).split(SERIAL), strict=True):
         there.copy_(here)
     return out

@@ -1,11 +1,17 @@
-"""Without a GPU, Triton's interpreter runs kernels on the CPU: its variable must be set before Triton is imported."""
+"""What has to be set before torch and Triton are imported: without a GPU Triton's interpreter runs kernels on the CPU,
+and tests on several cores at once share these out."""
 
 import os
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
+import torch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

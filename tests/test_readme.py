@@ -104,12 +104,12 @@ FORMS = {                                # a command -> (what changes, what is a
     "python -m weights.tiny.make_clips OUT --films 1s": ({"OUT": "SCRATCH/films"}, "", 0, ""),
     "python -m weights.tiny.evaluate": ({}, "--count 1", 0, "equals target_only: yes"),
     "python -m weights.tiny.evaluate --packed": ({}, "--count 1", 0, "int4"),
-    "python tests/fuzz.py --mutations 20000": ({"20000": "10"}, "", 0, ""),
+    "python tests/fuzz.py --mutations 20000": ({"20000": "10"}, "--kind npy,config", 0, ""),
     "python tests/long_run.py repeat": ({}, "--count 30 --processes 1", 0, "target_only 1"),
     "python tests/long_run.py requests": ({}, "--count 30", None, "1 distinct output"),
 }
 ELSEWHERE = {                            # and why these are not run here
-    "python -m pytest": "is this",
+    "python -m pytest -n 2 --dist worksteal": "is this",
     "python tests/test_readme.py --fix": "writes into the README; what it writes is compared above",
     "python generate.py --compile --compile_prefill --prompt 2100 --max_new_tokens 50": "gpt-fast's, in its repository",
     "python tests/long_run.py rows": "tests/test_faults.py runs it with 30 rows",

@@ -53,8 +53,8 @@ def exact(m, ids, temperature=1.0, top_p=1.0):
 @torch.inference_mode()
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9)])
 def test_ids_follow_the_target_and_a_draft_is_accepted_with_its_probability(temperature, top_p):
-    """2 x 5 drafts x 4,000 seeds: likely, middling, unlikely, never, and no id at all."""
-    m, n = small_model(), 4000
+    """2 x 5 drafts x 2,000 seeds: likely, middling, unlikely, never, and no id at all."""
+    m, n = small_model(), 2000
     p_V = exact(m, [4], temperature, top_p)
     ranked = p_V.argsort(descending=True).tolist()
     drafts = [ranked[0], ranked[2], ranked[int((p_V > 0).sum()) - 1], ranked[-1], 10 ** 9]
@@ -114,13 +114,13 @@ def test_nan_is_reported_and_a_replay_keeps_its_ids():
 
 @pytest.mark.parametrize("temperature, top_p", HOT)
 def test_a_seed_fixes_the_answer_in_every_mode_and_under_any_drafts(pair, temperature, top_p):  # noqa: F811
-    """3 x 4 x (16 forced drafts + 3 modes) = 228 generations against 12 of target_only."""
+    """3 x 4 x (8 forced drafts + 3 modes) = 132 generations against 12 of target_only."""
     answers, lens = set(), []
     for i in range(4):
         options = asked(i, temperature=temperature, top_p=top_p, seed=2 ** 40 + i, ignore_eos=i % 2 == 1)
         ids = pair.generate(mode="target_only", **options).output_ids
         answers.add(tuple(ids[:12]))
-        for right in range(16):                              # so many right drafts before a wrong one
+        for right in range(i % 2, 16, 2):                    # so many right drafts before a wrong one
             guess = [x if (k % (right + 1)) else x + 1 for k, x in enumerate(ids)]
             result = pair.generate(mode="speculative", draft_source=Fixed(guess), draft_len=15, **options)
             assert result.output_ids == ids, f"sample {i}, {right} right"
