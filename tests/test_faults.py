@@ -333,8 +333,11 @@ def test_ctrl_c_at_any_time_leaves_a_table_or_one_word(where, monkeypatch, capsy
 def test_sigint_from_outside_ends_in_the_table_of_what_is_done(tmp_path, user_env):
     rows = tmp_path / "rows.jsonl"
     command = [sys.executable, "bench.py", *QUICK, "--repeats", "20", "--rows", str(rows)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env=user_env) as process:
+    def listen():                                            # a job in the background of a shell ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=user_env,
+                          preexec_fn=listen) as process:
         began = time.monotonic()
         while not (rows.exists() and rows.read_bytes().count(b"\n") > 2) and time.monotonic() - began < 60:
             time.sleep(0.02)
