@@ -39,9 +39,10 @@ import engine  # first: it keeps torch quiet where numpy is absent
 import torch
 import triton
 
-from engine import MODES, UNREADABLE, InputError
+from engine import MODES
 from kernels.check import differing, gemm_tflops, quantiles, read_tbps
 from kernels.quant import BITS
+from weights import UNREADABLE, InputError, describe, replace_file
 from weights.adapter import read_pairs
 from weights.load import nvidia_smi
 
@@ -156,7 +157,7 @@ def records_of(index: Path) -> collections.abc.Iterator:
     except InputError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{index}: cannot be read as JSON ({engine.describe(error)}); fetch it again") from None
+        raise InputError(f"{index}: cannot be read as JSON ({describe(error)}); fetch it again") from None
     if empty:
         raise InputError(f"{index}: wanted a list of records, got an empty one; see the layout in the README")
 
@@ -183,7 +184,7 @@ def read_record(folder: Path, record: dict, question: str | None) -> Sample:
         except (OSError, ValueError) as error:               # too long, no right to look, NUL
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{path}: cannot be looked up ({engine.describe(error)}); check the path") from None
+            raise InputError(f"{path}: cannot be looked up ({describe(error)}); check the path") from None
         return path
 
     if not isinstance(record, dict):
@@ -389,7 +390,7 @@ def measure(e, samples, options, rows: list, keep=None) -> None:
                     options.shown = results[mode][-1]
         except Exception as error:                           # whatever it is, the other samples are worth having
             show(error, options)
-            row["error"] = str(error) if isinstance(error, InputError) else engine.describe(error)
+            row["error"] = str(error) if isinstance(error, InputError) else describe(error)
         else:
             row["truth"] = sample.truth
             row["modes"] = {mode: summary(of, results.get("target_only")) for mode, of in results.items()}
@@ -806,7 +807,7 @@ def update_readme(block: str, lines) -> None:
     """Puts this run's report between the README's `bench BLOCK` markers."""
     head, rest = around_block(block)
     body = "\n".join(lines)
-    engine.replace_file(HERE / "README.md", f"{head}\n```\n{body}\n```\n{rest}".encode())
+    replace_file(HERE / "README.md", f"{head}\n```\n{body}\n```\n{rest}".encode())
 
 
 def insist_writable(path, flag: str) -> None:
@@ -850,7 +851,7 @@ def write_pairs(path: str, report: dict) -> None:
             pair["ms"][name] = [sum(of["stages_ms"].get(side, {}).get(stage, [])) / config["repeats"]
                                 for stage in stages]
         lines.append(json.dumps(pair))
-    engine.replace_file(path, "".join(line + "\n" for line in lines).encode())
+    replace_file(path, "".join(line + "\n" for line in lines).encode())
 
 
 SAME = ("schema", "commit", "weights", "config")     # of a header: rows under different ones never share a table
@@ -919,7 +920,7 @@ def read_rows(path: Path) -> tuple[dict, list, int]:
         assert all(type(row["id"]) is str and type(row["at"]) is int and row["modes"].keys() <= set(MODES)
                    for row in rows), "a line that is no finished sample"
     except UNREADABLE as error:
-        raise InputError(f"{path}: not a file of rows ({engine.describe(error)}); wants what --rows wrote") from None
+        raise InputError(f"{path}: not a file of rows ({describe(error)}); wants what --rows wrote") from None
     return head, rows, whole
 
 
@@ -947,7 +948,7 @@ def merged(paths: list[Path]) -> dict:
                           sorted(rows.values(), key=lambda row: row["at"]))
         render(report)
     except UNREADABLE as error:
-        raise InputError(f"{paths[0]}: cannot be made a report ({engine.describe(error)}); wants what --rows "
+        raise InputError(f"{paths[0]}: cannot be made a report ({describe(error)}); wants what --rows "
                          f"wrote") from None
     return report
 
@@ -960,11 +961,11 @@ def compare_runs(old_path: Path, new_path: Path) -> int:
             report = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
             runs.append((report, {row["id"]: row["modes"] for row in report["samples"]}))
         except UNREADABLE as error:
-            raise InputError(f"{path}: not a saved run ({engine.describe(error)}); wants what --json wrote") from None
+            raise InputError(f"{path}: not a saved run ({describe(error)}); wants what --json wrote") from None
     try:
         lines, changed = compared(*runs[0], *runs[1])
     except UNREADABLE as error:
-        raise InputError(f"{old_path}, {new_path}: no two saved runs ({engine.describe(error)}); want what --json "
+        raise InputError(f"{old_path}, {new_path}: no two saved runs ({describe(error)}); want what --json "
                          f"wrote") from None
     print("\n".join([f"compare  {old_path.name} with {new_path.name}, commits {lines[0]}", *lines[1:]]))
     return int(bool(changed))
@@ -1067,7 +1068,7 @@ def draw_timeline(result, path: str) -> None:
               fill="black")
     content = io.BytesIO()
     image.save(content, "PNG")
-    engine.replace_file(path, content.getvalue())
+    replace_file(path, content.getvalue())
 
 
 def write_trace(result, path: str) -> None:
@@ -1076,7 +1077,7 @@ def write_trace(result, path: str) -> None:
               for i, name in enumerate(ROWS)]
     events += [{"name": stage, "ph": "X", "ts": start * 1e6, "dur": (end - start) * 1e6, "pid": 0,
                 "tid": ROWS.index(row), "args": {"note": note}} for row, stage, start, end, note in result.timeline]
-    engine.replace_file(path, json.dumps({"traceEvents": events}).encode())
+    replace_file(path, json.dumps({"traceEvents": events}).encode())
 
 
 # ---- one answer, id by id ---------------------------------------------------------------------------------------
@@ -1326,7 +1327,7 @@ def replay_page(options) -> int:
             progress.step(f"{seq} {row['clip']}")
         head = replay_head(e, options, stream)
         if options.rows and stream:                          # after every stream: what is measured is kept
-            engine.replace_file(options.rows, (json.dumps([head, taken]) + "\n").encode())
+            replace_file(options.rows, (json.dumps([head, taken]) + "\n").encode())
     for path, write in ((options.timeline, draw_timeline), (options.trace, write_trace)):
         if path:
             write(options.shown, path)
@@ -1353,7 +1354,7 @@ def merged_replays(paths: list[Path]) -> tuple[dict, dict]:
                 taken[name] += [tuple(map(float, row)) for row in rows]
             sequences = head.pop("sequences")
         except UNREADABLE as error:
-            raise InputError(f"{path}: not a shard of a replay ({engine.describe(error)}); wants what --rows "
+            raise InputError(f"{path}: not a shard of a replay ({describe(error)}); wants what --rows "
                              f"wrote") from None
         if whole is not None and {**whole, "sequences": 0} != {**head, "sequences": 0}:
             raise InputError(f"{path}: was replayed otherwise than {paths[0]}; merge shards of one run")
@@ -1445,7 +1446,7 @@ def peers_page(options) -> int:
     try:
         import transformers
     except ImportError as error:
-        raise InputError(f"--peers: transformers cannot be imported ({engine.describe(error)}); pip install "
+        raise InputError(f"--peers: transformers cannot be imported ({describe(error)}); pip install "
                          f"transformers into an environment of its own") from None
     if options.device.type != "cuda":
         raise InputError("--peers: compares 7B models on a GPU; run it where torch sees one")
@@ -1919,7 +1920,7 @@ def run(options, command) -> int:
         try:
             lines = options.from_text.read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
-            raise InputError(f"{options.from_text}: cannot be read as text ({engine.describe(error)}); pass what a run "
+            raise InputError(f"{options.from_text}: cannot be read as text ({describe(error)}); pass what a run "
                              f"printed") from None
         update_readme(options.update_readme, lines)
         return 0
@@ -2020,7 +2021,7 @@ def hand_over(lines, report, options) -> None:
         print("\n".join(lines))
     print(json.dumps(report), flush=True)                    # first: what was measured is worth more than any file
     if options.json and options.json != "-":
-        engine.replace_file(options.json, json.dumps(report).encode() + b"\n")
+        replace_file(options.json, json.dumps(report).encode() + b"\n")
     for path, write in ((options.timeline, draw_timeline), (options.trace, write_trace)):
         if path and getattr(options, "shown", None):
             write(options.shown, path)

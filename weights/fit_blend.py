@@ -1,4 +1,4 @@
-"""fit_blend: the tables of engine.Blend out of recorded answers.
+"""fit_blend: the tables of Blend out of recorded answers.
 
     python -m weights.fit_blend PAIRS.jsonl [--src SRC] [--most 50]
 
@@ -10,7 +10,7 @@ fits whole (BOOSTS) is chosen afterwards, by accepted drafts of one shot on the 
 
 The shipped tables: `python -m weights.fit_blend seed_pairs_llava15.jsonl --src 4bit_200508`, 1,100 answers of another
 target than those they are judged on: 0.5096 nats an id, one shot of 21 accepts 11.047 with the boost 1, 11.176 with 2
-and 11.177 with 4 and 8. Prints them as they stand in engine.py; about a minute on one core.
+and 11.177 with 4 and 8. Prints them as they stand in weights/sources.py; about a minute on one core.
 """
 
 import argparse
@@ -22,9 +22,9 @@ import sys
 
 import torch
 
-from engine import Blend, agreeing, ladder, products
 from weights import InputError
 from weights.adapter import LIMIT, read_pairs
+from weights.sources import Blend, agreeing, ladder, products
 
 # Where the steps of the ladders begin, NEAR: those of PLACE's rows, by fit. SIZES: what the ladders run to.
 STARTS = {"FIT": (1, 2, 3, 4, 5, 6, 7, 10, 12, 16, 24, 32), "AGE": (0, 1, 2, 3, 4, 6, 9, 17),
