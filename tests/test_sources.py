@@ -135,10 +135,19 @@ def test_memory_may_be_shared_by_threads():
 
 
 def test_blend_goes_with_the_previous_answer_until_it_fails_then_with_what_fits_best():
-    source = taught(Blend(), [1, 2, 3, 4, 5, 6, 7], [1, 2, 8, 9, 5, 6, 1])
+    source = taught(Blend(), [1, 2, 3, 4, 5, 6, 7], [1, 2, 8, 9, 5, 6, 10])
     assert source.propose([1], 3) == [2, 8, 9]
     assert source.propose([1, 2, 3], 4) == [4, 5, 6, 7]
-    assert source.propose([0, 9, 5], 2) == [6, 1] and Blend().propose([1], 4) == []
+    assert source.propose([0, 9, 5], 2) == [6, 10] and Blend().propose([1], 4) == []
+
+
+def test_an_answer_says_again_what_others_said_again():
+    """After 5 a 1 came back twice, and once a 7 was new: 1 is drafted only where it would come back, 7 never again."""
+    source = Blend()
+    for answer in ([1, 5, 1], [1, 5, 1], [2, 5, 7]):
+        source.teach(answer)
+    assert source.propose([1, 3, 5], 1) == [1] and source.propose([2, 3, 5], 1) == [7]
+    assert source.propose([7, 3, 5], 1) != [7]
 
 
 def test_blend_drafts_the_same_from_any_cut_of_its_own_draft():
@@ -170,11 +179,13 @@ def slow_blend(blend, committed, limit):
                 mass = blend.POOL[length] if mass is None else mass
                 floor = 0.03 * mass if floor is None else floor
                 total = sum(counts.values()) + len(counts)
-                for fresh, count in counts.items():
-                    votes[fresh] += mass * count / total
+                for counted, count in counts.items():
+                    if counted >= 0 and counted not in ids or counted < 0 and ~counted in ids:
+                        votes[counted if counted >= 0 else ~counted] += mass * count / total
                 here = blend.pool.after.get((n, key), {}) if 0 < length <= blend.PLACED else {}
-                for fresh, count in here.items():
-                    votes[fresh] += mass * count / (sum(here.values()) + len(here))
+                for counted, count in here.items():
+                    if counted >= 0 and counted not in ids or counted < 0 and ~counted in ids:
+                        votes[counted if counted >= 0 else ~counted] += mass * count / (sum(here.values()) + len(here))
                 mass *= len(counts) / total
                 if mass < floor:
                     break
@@ -382,7 +393,7 @@ def test_blends_tables_come_out_of_a_fit_to_another_targets_answers():
     for name in ("FIT", "AGE", "WHOLE", "POOL"):             # to 0.05: the valley is flat, and rounding leads along it
         assert getattr(made, name) == pytest.approx(getattr(Blend, name), rel=0.05), name
     assert all(ours == pytest.approx(theirs, rel=0.05) for ours, theirs in zip(made.PLACE, Blend.PLACE, strict=True))
-    assert nats < 0.52
+    assert nats < 0.49
 
 
 def test_a_fit_finds_what_a_stream_lives_on(tmp_path, capsys):

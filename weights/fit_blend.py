@@ -9,7 +9,7 @@ counts votes of older answers as if each were news, which they are not: how much
 fits whole (BOOSTS) is chosen afterwards, by accepted drafts of one shot on the same answers.
 
 The shipped tables: `python -m weights.fit_blend seed_pairs_llava15.jsonl --src 4bit_200508`, 1,100 answers of another
-target than those they are judged on: 0.5096 nats an id, one shot of 21 accepts 11.047 with the boost 1, 11.176 with 2
+target than those they are judged on: 0.4872 nats an id, one shot of 21 accepts 11.060 with the boost 1, 11.165 with 2
 and 11.177 with 4 and 8. Prints them as they stand in weights/sources.py; about a minute on one core.
 """
 
@@ -50,7 +50,7 @@ def streams(rows, blend=Blend):
 
 def pool_share(pool, ids, fresh: int) -> tuple[int, float, float]:
     """(longest known context, votes for `fresh`, all votes) of the pool's back-off, which begins with the mass 1."""
-    longest, right, all_votes, mass, n = -1, 0.0, 0.0, 1.0, len(ids)
+    longest, right, all_votes, mass, n, have = -1, 0.0, 0.0, 1.0, len(ids), set(ids)
     for length in range(min(pool.order, n), -1, -1):
         key = tuple(ids[n - length:])
         if counts := pool.after.get(key):
@@ -58,8 +58,9 @@ def pool_share(pool, ids, fresh: int) -> tuple[int, float, float]:
             here = pool.after.get((n, key), {}) if 0 < length <= pool.placed else {}
             for found in (counts, here):
                 total = sum(found.values()) + len(found)
-                right += mass * found.get(fresh, 0) / max(total, 1)
-                all_votes += mass * sum(found.values()) / max(total, 1)
+                right += mass * found.get(~fresh if fresh in have else fresh, 0) / max(total, 1)
+                all_votes += mass / max(total, 1) * sum(
+                    count for counted, count in found.items() if (counted < 0) == (max(counted, ~counted) in have))
             mass *= len(counts) / (sum(counts.values()) + len(counts))
             if mass < 0.03:
                 break
