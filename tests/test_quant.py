@@ -30,6 +30,7 @@ def check(x_SD, w, folded, **override):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_weight_moves_by_half_a_step_unless_it_was_clipped(bits, device):
+    torch.manual_seed(0)                                     # of 60 seeds: 0.9715 are inside, give or take 0.0012
     w_OD = torch.randn(40, 512, device=device)
     w = quantise(w_OD, bits)
     step, half = w.scale_OG.float().abs().repeat_interleave(128, 1), 1 << bits - 1
