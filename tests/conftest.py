@@ -3,6 +3,7 @@ and tests on several cores at once share these out."""
 
 import os
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ def interpreted_only_in_kernel_tests(request):
             for module in [m for n, m in sys.modules.items() if n.startswith("kernels.") and hasattr(m, "INTERPRETED")]:
                 patch.setattr(module, "INTERPRETED", False)
         yield
+
+
+@pytest.fixture(autouse=True)
+def same_draws_in_any_order(request):
+    """Every test begins with its own seed: workers take tests as they come."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture(scope="session")
