@@ -1048,10 +1048,9 @@ class Engine:
         gate says that another draft would cost the target more than it brings.
 
         Drafts made while a 20 s clip is decoded on 16 cores delay the target's first id by what this thread takes of
-        them: 9 int4 drafts on an H100's host by 0.6 ms [0.0, 1.5] of 300 pairs (0.9 [0.3, 1.3] while torch's workers
-        helped to read events), on a less calm one by 1.5 [0.1, 2.2]. Dropped, no gain beyond the noise of 1 ms: waiting
-        for a draft asleep instead of spinning, a lower priority for this thread, a shorter turn of the interpreter's
-        lock."""
+        them: 9 int4 drafts on two H100 hosts by 1.3 ms [-0.2, 2.6] and 1.5 [0.1, 2.2]. Dropped, no gain beyond the
+        noise of 1 ms: waiting for a draft asleep instead of spinning, a lower priority for this thread, a shorter turn
+        of the interpreter's lock."""
         model, line = self.drafter, req.timeline
         gate = req.gate if req.source is None else None      # a source that hears the drafter has asked for it
         alone = req.mode in ("drafter_only", "prefill_only")
