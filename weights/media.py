@@ -661,8 +661,12 @@ def announced_samples(file, at, end, sound=False, depth=0):
     return total
 
 
-def open_video(path):
-    """An opened container and its first video stream, with the doors to other files and the network shut."""
+def open_video(path, decoders="all"):
+    """An opened container and its first video stream, with the doors to other files and the network shut.
+
+    decoders: "none" keeps FFmpeg from decoding the first pictures when it opens the file, 0.4 in place of 4.6 ms for a
+    clip of 640 x 480; what it would learn from them, such as the order of H.264 pictures, then stays unknown unless the
+    headers say it."""
     file, size = open_regular(path, "a video file")
     with file:
         head = file.read(256)
@@ -670,8 +674,10 @@ def open_video(path):
             raise Refused(f"its tables announce more than {MAX_SAMPLES} samples", "damaged, or cut it shorter")
     try:
         # Absolute: nothing in a relative name then reads as a protocol.
-        container = av.open(os.path.abspath(os.fsdecode(path)), metadata_errors="ignore",
-                            options={"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"})
+        options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
+        if decoders == "none":
+            options["codec_whitelist"] = "none"
+        container = av.open(os.path.abspath(os.fsdecode(path)), metadata_errors="ignore", options=options)
     except VIDEO_ERRORS as error:
         if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide") or \
                 head.startswith((b"\x1aE\xdf\xa3", b"RIFF")):
@@ -767,7 +773,10 @@ class Picture(NamedTuple):
 
 def planned_frames(path, num_frames):
     """Uniformly sampled frames as `counted_frames` gives them, or None wherever that cannot be shown beforehand."""
-    container, stream, codec = open_video(path)
+    container, stream, codec = open_video(path, decoders="none")
+    if "mp4" not in container.format.name:       # an mp4 says how far its pictures are out of order
+        container.close()
+        container, stream, codec = open_video(path)
     with container:
         try:
             if codec != "h264" or not 0 < container.size <= MAX_HELD_BYTES:
@@ -918,9 +927,10 @@ def decode_runs(path, stream, runs):
         return kept
 
     def work_alone():
-        container, stream, _ = open_video(path)
+        container, other, _ = open_video(path, decoders="none")
         with container:
-            return work(stream)
+            other.codec_context.reorder_depth = stream.codec_context.reorder_depth
+            return work(other)
 
     others = [pool().submit(work_alone) for _ in range(workers - 1)]
     try:
