@@ -41,6 +41,7 @@ import triton
 
 from engine import MODES
 from kernels.check import differing, gemm_tflops, quantiles, read_tbps
+from kernels.frames import to_device
 from kernels.quant import BITS
 from weights import UNREADABLE, InputError, describe, replace_file
 from weights.adapter import read_pairs
@@ -1684,7 +1685,7 @@ def forced_drafts(model, generations: int, new: int = 128, rows: int = 700) -> t
                 drafts = (ids[n:n + 15] + [-1] * 15)[:15]
                 if right < 15:
                     drafts[right] = -1
-                model.draft_ids[15].copy_(engine.to_device(torch.tensor(drafts), model.device))
+                model.draft_ids[15].copy_(to_device(torch.tensor(drafts), model.device))
                 model.step(15)
                 state = model.snapshot(engine.STATE + new).read()
             equal, total = equal + (state[engine.STATE:] == ids), total + 1

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 
 from kernels.attention import PAIR, attention, step_attention
 from kernels.fp8 import norm8, product8, rows8, weight8
-from kernels.frames import clip_pixels, draw_events, quiet_copy
+from kernels.frames import clip_pixels, draw_events, to_device
 from kernels.quant import BITS, NotPackable, packed_bytes, quantise
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
 from kernels.rope_store import rope_store
@@ -1540,8 +1540,7 @@ def pixels_of(loaded, model: Model, req: Request):
     travels is bytes. What cannot be drawn or resized is the user's to mend."""
     try:
         if isinstance(loaded, Events):
-            there = {name: to_device(getattr(loaded, name), model.device) for name in ("x", "y", "p")}
-            loaded = draw_events(loaded._replace(**there), req.event_frames, req.canvas)
+            loaded = draw_events(loaded, req.event_frames, req.canvas, model.device)
         return clip_pixels(loaded, model.vision.image, model.vision.mean, model.vision.std, device=model.device)
     except ValueError as error:
         raise InputError(f"{req.paths[model.side]}: {error}; use another recording or clip") from None
@@ -1564,14 +1563,6 @@ def encode_and_prefill(model: Model, loaded, limit: int, req: Request) -> None:
         eos_id = -1 if req.ignore_eos else model.config.eos_id
         model.prefill(model.splice(prompt, visual_AD), limit, eos_id, prompt.after[-1])
     req.prompt_rows[model.side] = model.prompt_rows
-
-
-def to_device(tensor, device):
-    """On the device, through pinned memory where that is a GPU, without waiting."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return quiet_copy(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)).to(
-            device, non_blocking=True)
-    return tensor.to(device)
 
 
 def wait_for(later: Model, earlier: Model) -> None:

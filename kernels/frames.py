@@ -1,7 +1,7 @@
 """frames: draws events into frames, and brings any frame onto the square pixel grid of a CLIP tower.
-A frame is [H, W, 3] uint8, red first. Everything here is bit-exact with upstream, so it is torch and Pillow, no Triton:
-Pillow's bicubic rounds and clamps to uint8 between its two passes, and a float resize differs by up to 24 of 255. On a
-GPU the same two passes are products of whole numbers in float64.
+A frame is [H, W, 3] uint8, red first. Everything here is bit-exact with upstream. Pillow's bicubic rounds and clamps to
+uint8 between its two passes, and a float resize differs by up to 24 of 255: on a GPU the same two passes are products
+of whole numbers in float64. There drawing is two launches for all frames, and nothing waits for the host.
 Bytes: 132,268 events are 1.2 MB as x, y, p; five frames of 480 x 640 are 4.6 MB drawn and 6.8 MB as fp32 pixels of 336.
 Measured on 2 calm CPU cores: drawing 3.8 ms; 8 frames of 480 x 640 to 224, 10 ms with a thread per core, 18 without.
 CPU steps stay below the size from which torch wakes its own workers: those wait for each other, and hold up a video
@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import PIL
 import torch
+import triton
+import triton.language as tl
 from PIL import Image
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -46,33 +48,80 @@ def draw_ref(x, y, p, height, width):
     return frame_HW3
 
 
-def draw_events(events, num_frames=5, canvas=None):
-    """List of `num_frames` frames [H_i, W_i, 3] uint8, drawn as EventGPT does, on the events' device.
+@triton.jit
+def last_event_kernel(x_ptr, y_ptr, p_ptr, frame_ptr, last_ptr, N, step, R: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK events, each for its pixel: the largest of 2 * (number + 1) + polarity is the last event's, whatever the
+    order of writing. frame_ptr: where each frame's pixels begin, then each frame's width."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    frame = tl.minimum(i // step, R - 1)
+    begin = tl.load(frame_ptr + frame, mask=i < N, other=0)
+    width = tl.load(frame_ptr + R + frame, mask=i < N, other=0)
+    x = tl.load(x_ptr + i, mask=i < N, other=0).to(tl.int64)
+    y = tl.load(y_ptr + i, mask=i < N, other=0).to(tl.int64)
+    key = 2 * (i + 1) + (tl.load(p_ptr + i, mask=i < N, other=0) != 0).to(tl.int32)
+    tl.atomic_max(last_ptr + begin + y * width + x, key, mask=i < N, sem="relaxed")
+
+
+@triton.jit
+def paint_kernel(last_ptr, out_ptr, N, BLOCK: tl.constexpr):
+    """BLOCK bytes of pixels: white without an event, red after a positive one, blue after a negative one."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(last_ptr + at // 3, mask=at < N, other=0)
+    lit = (at % 3 == 0) & (key % 2 == 1) | (at % 3 == 2) & (key % 2 == 0) | (key == 0)
+    tl.store(out_ptr + at, tl.where(lit, 255, 0).to(tl.uint8), mask=at < N)
+
+
+def drawn_at_once(x, y, p, sizes):
+    """List of frames [H_i, W_i, 3] uint8 of these sizes, views of one tensor on the events' device. x, y, p [N], in
+    equal shares of which the last frame takes the remainder; every event is inside its frame."""
+    N, R = x.numel(), len(sizes)
+    areas = [height * width for height, width in sizes]
+    assert max(2 * N + 3, sum(areas)) < 1 << 31, f"drawn_at_once: {N} events on {sum(areas)} pixels"
+    begins = [sum(areas[:i]) for i in range(R)]
+    frame = to_device(torch.tensor(begins + [width for _, width in sizes]), x.device)
+    last = torch.zeros(sum(areas), dtype=torch.int32, device=x.device)
+    out = torch.empty(3 * sum(areas), dtype=torch.uint8, device=x.device)
+    last_event_kernel[(triton.cdiv(N, 512),)](x, y, p, frame, last, N, N // R, R=R, BLOCK=512, num_warps=4)
+    paint_kernel[(triton.cdiv(out.numel(), 4096),)](last, out, out.numel(), BLOCK=4096, num_warps=8)
+    return [part.view(*size, 3) for part, size in zip(out.split([3 * area for area in areas]), sizes, strict=True)]
+
+
+def extent(values):
+    """(smallest, largest) of a tensor, in parts that wake none of torch's workers."""
+    parts = [part.aminmax() for part in values.split(SERIAL)]
+    return min(int(part.min) for part in parts), max(int(part.max) for part in parts)
+
+
+def draw_events(events, num_frames=5, canvas=None, device=None):
+    """List of `num_frames` frames [H_i, W_i, 3] uint8, drawn as EventGPT does, on `device`, the events' own unless
+    given. Events on the host are drawn on a GPU without waiting for it.
 
     events: anything with 1-D integer tensors x, y, p of one length N, used in file order (time is not looked at).
     canvas: None gives every frame its own, as large as its largest y and x; (H, W) fixes one for all.
     Raises ValueError for fewer events than frames, and for an event outside a fixed canvas."""
     x, y, p = events.x, events.y, events.p
-    spans, device = split_by_count(x.numel(), num_frames), x.device
-    # One trip to the host for all frames; the maximum sizes the canvas, the minimum keeps a negative index out.
-    edges = [edge for b, e in spans for edge in (*y[b:e].aminmax(), *x[b:e].aminmax())]
-    edges = torch.stack(edges).view(-1, 4).tolist()
-    for low_y, top_y, low_x, top_x in edges:
+    spans, sizes = split_by_count(x.numel(), num_frames), []
+    for begin, end in spans:
+        (low_x, top_x), (low_y, top_y) = extent(x[begin:end]), extent(y[begin:end])
         height, width = canvas or (top_y + 1, top_x + 1)
+        # The maximum sizes the canvas, the minimum keeps a negative index out.
         if top_y >= height or top_x >= width or low_y < 0 or low_x < 0:
             raise ValueError(f"events span x {low_x}..{top_x}, y {low_y}..{top_y}, outside the canvas of "
                              f"{width} x {height}: give a canvas that holds them, or none")
-    sizes = [canvas or (top_y + 1, top_x + 1) for _, top_y, _, top_x in edges]
-    # "The last event wins" has to survive a parallel scatter: the largest of index * 2 + polarity is that event
-    # whatever the order of writing, and its low bit is the colour. Same bits on CPU and CUDA. Later frames have larger
-    # indices, so what an earlier one left behind loses by itself.
-    last, frames = filled(8 * max(h * w for h, w in sizes), 0, device).view(torch.int64), []
+        sizes.append((height, width))
+    device = torch.device(device or x.device)
+    if device.type == "cuda":
+        return drawn_at_once(*(to_device(values, device) for values in (x, y, p)), sizes)
+    # "The last event wins" has to survive a scatter in any order: the largest of index * 2 + polarity is that event,
+    # and its low bit is the colour. Later frames have larger indices, so what an earlier one left behind loses by
+    # itself.
+    last, frames = filled(8 * max(h * w for h, w in sizes), 0).view(torch.int64), []
     for (begin, end), (height, width) in zip(spans, sizes, strict=True):
         pixel = torch.add(x[begin:end].long(), y[begin:end].long(), alpha=width)
-        key = torch.arange(2 * begin, 2 * end, 2, device=device).add_(p[begin:end] != 0)
+        key = torch.arange(2 * begin, 2 * end, 2).add_(p[begin:end] != 0)
         last.scatter_reduce_(0, pixel, key, "amax")
         positive = last.gather(0, pixel).bitwise_and_(1)
-        frame, at = filled(height * width * 3, 255, device), pixel.mul_(3)
+        frame, at = filled(height * width * 3, 255), pixel.mul_(3)
         for negative_is, positive_is in zip(*COLOURS, strict=True):     # red, green, blue
             # All events of a pixel write its winner's colour: any order will do.
             frame.scatter_(0, at, (positive * (positive_is - negative_is)).add_(negative_is).to(torch.uint8))
@@ -81,12 +130,10 @@ def draw_events(events, num_frames=5, canvas=None):
     return frames
 
 
-def filled(count, value, device):
-    """[count] uint8 of one value. On the CPU without torch, whose workers would wake for it and, while a video decodes
+def filled(count, value):
+    """[count] uint8 of one value on the CPU, without torch, whose workers would wake for it and, while a video decodes
     beside, hold each other up: drawing five frames on two busy cores took 125 ms that way and takes 8 this way."""
-    if device.type == "cpu":
-        return torch.frombuffer(bytearray(bytes([value])) * count, dtype=torch.uint8)
-    return torch.full((count,), value, dtype=torch.uint8, device=device)
+    return torch.frombuffer(bytearray(bytes([value])) * count, dtype=torch.uint8)
 
 
 def quiet_copy(tensor, out):
@@ -96,6 +143,14 @@ def quiet_copy(tensor, out):
     for there, here in zip(out.view(-1).split(SERIAL), tensor.reshape(-1).split(SERIAL), strict=True):
         there.copy_(here)
     return out
+
+
+def to_device(tensor, device):
+    """On the device, through pinned memory where that is a GPU, without waiting."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return quiet_copy(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)).to(
+            device, non_blocking=True)
+    return tensor.to(device)
 
 
 def resized_hw(height, width, size):
@@ -191,10 +246,10 @@ def crop_u8(frame_HW3, size, crop=None):
     return crops_u8([frame_HW3], size, crop)[0]
 
 
-@functools.lru_cache(maxsize=64)
-def bicubic_weights(have, want, begin, count, pinned=False):
+@functools.lru_cache(maxsize=16)
+def bicubic_weights(have, want, begin, count, device):
     """[count, have] float64 of whole numbers: what Pillow's bicubic takes of `have` pixels, in units of 2^-22, for the
-    `count` of `want` pixels from `begin` on. Pinned ones travel without waiting."""
+    `count` of `want` pixels from `begin` on. They stay on the device, where any stream may read them."""
     scale = have / want
     widened = max(scale, 1.0)                    # when shrinking, the kernel spans as many more pixels
     support = 2.0 * widened
@@ -210,8 +265,8 @@ def bicubic_weights(have, want, begin, count, pinned=False):
         total += tap
     weight /= total[:, None]
     weight = (weight * ONE + torch.where(weight < 0, -0.5, 0.5)).trunc()
-    dense = torch.zeros(count, have, dtype=torch.float64, pin_memory=pinned)
-    return dense.scatter_add_(1, at.clamp(max=have - 1).long(), weight)
+    dense = torch.zeros(count, have, dtype=torch.float64)
+    return dense.scatter_add_(1, at.clamp(max=have - 1).long(), weight).to(device)
 
 
 def crop_exact(frames_RHW3, size, crop):
@@ -222,9 +277,8 @@ def crop_exact(frames_RHW3, size, crop):
     height, width = frames_RHW3.shape[1:3]
     high, wide = resized_hw(height, width, size)
     top, left = (high - crop) // 2, (wide - crop) // 2
-    device = frames_RHW3.device
-    across, down = (bicubic_weights(*of, crop, device.type == "cuda").to(device, non_blocking=True)
-                    for of in ((width, wide, left), (height, high, top)))
+    across, down = (bicubic_weights(*of, crop, frames_RHW3.device) for of in
+                    ((width, wide, left), (height, high, top)))
 
     def to_bytes(sums):
         return sums.add_(ONE // 2).div_(ONE).floor_().clamp_(0, 255)
@@ -267,8 +321,14 @@ def normalised(crops, mean=CLIP_MEAN, std=CLIP_STD):
 
     u / 255 rounded once is what rescaling in double and rounding gives, for all 256 of them. Looking the table up took
     3.6 ms where this takes 0.34. The 255 is a tensor: by a Python number CUDA would multiply with its inverse."""
-    whole, mean, std = (torch.tensor(v, device=crops.device).view(-1, 1, 1) for v in ((255.0,), mean, std))
+    whole, mean, std = (channels(values, crops.device) for values in ((255.0,), tuple(mean), tuple(std)))
     return crops.float().div_(whole).sub_(mean).div_(std)
+
+
+@functools.lru_cache(maxsize=16)
+def channels(values, device):
+    """[C, 1, 1] float32 on the device, where it stays: a fresh copy would wait for all that is queued there."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def clip_pixels(frames, size, mean=CLIP_MEAN, std=CLIP_STD, crop=None, device="cpu"):
@@ -313,6 +373,9 @@ def main():
             equal &= torch.equal(frame.cpu(), draw_ref(few.x[b:e], few.y[b:e], few.p[b:e], *frame.shape[:2]))
         print(f"draw_events {device:>4}: {'equal to' if equal else 'NOT EQUAL to'} the plain loop, 5000 events")
         assert equal
+        if device == "cuda":
+            for a, b in zip(draw_events(few, 5), draw_events(few, 5, device=device), strict=True):
+                assert torch.equal(a, b.cpu()), "events on the host, drawn on the GPU"
     sizes = torch.randint(1, 200, (200, 2), generator=seeded).tolist()
     odd = [torch.randint(0, 256, (h, w, 3), generator=seeded, dtype=torch.uint8) for h, w in sizes + [(480, 640)] * 8]
     for device in devices:
@@ -324,9 +387,10 @@ def main():
     table = clip_table()
     print(f"clip_table: 0 -> {table[:, 0].tolist()}, 255 -> {table[:, 255].tolist()}")
     print("what                                      p50 ms")
+    on_host = SimpleNamespace(x=x, y=y, p=p.to(torch.uint8))
     for device in devices:
-        on = SimpleNamespace(x=x.to(device), y=y.to(device), p=p.to(device))
-        print(f"draw_events, 132268 events, {device:>4}        {median_ms(lambda on=on: draw_events(on)):8.2f}")
+        took = median_ms(lambda device=device: draw_events(on_host, device=device))
+        print(f"draw_events, 132268 events, {device:>4}        {took:8.2f}")
     frames = [torch.randint(0, 256, (480, 640, 3), generator=seeded, dtype=torch.uint8) for _ in range(8)]
     for size in (224, 336):
         one = median_ms(lambda size=size: [crop_u8(frame, size) for frame in frames])

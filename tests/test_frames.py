@@ -110,6 +110,18 @@ def test_drawing_equals_one_event_at_a_time(num_events, num_frames):
         assert torch.equal(drawn, plain)
 
 
+@pytest.mark.parametrize("num_events, num_frames", [(1, 1), (23, 5), (997, 4), (1537, 3)])
+@pytest.mark.parametrize("canvas", [None, (9, 11)])
+def test_drawing_all_frames_at_once_equals_one_event_at_a_time(num_events, num_frames, canvas, device, nan_empty):
+    """The kernels that a GPU draws with; events of one frame share pixels, and canvases differ in size."""
+    recording = crowded(num_events, seed=num_events)
+    one_by_one = frames.draw_events(recording, num_frames, canvas)
+    on = [values.to(device) for values in (recording.x, recording.y, recording.p.to(torch.uint8))]
+    at_once = frames.drawn_at_once(*on, [frame.shape[:2] for frame in one_by_one])
+    for drawn, plain in zip(at_once, one_by_one, strict=True):
+        assert torch.equal(drawn.cpu(), plain)
+
+
 def test_split_covers_every_event_once_and_the_last_frame_takes_the_rest():
     assert [end - begin for begin, end in frames.split_by_count(23, 5)] == [4, 4, 4, 4, 7]
     for num_events in range(5, 60):
@@ -144,8 +156,10 @@ def test_events_that_cannot_be_drawn_raise_a_clear_sentence(x, y, num_frames, ca
 def test_gpu_draws_the_same_bytes():
     recording = crowded(100_000, seed=2)
     on_gpu = events(recording.x.cuda(), recording.y.cuda(), recording.p.cuda())
-    for a, b in zip(frames.draw_events(recording, 5), frames.draw_events(on_gpu, 5), strict=True):
-        assert torch.equal(a, b.cpu())
+    plain = frames.draw_events(recording, 5)
+    for drawn in (frames.draw_events(on_gpu, 5), frames.draw_events(recording, 5, device="cuda")):
+        for a, b in zip(plain, drawn, strict=True):
+            assert torch.equal(a, b.cpu())
 
 
 # ---- resize, crop, normalise -----------------------------------------------------------------------------------------
