@@ -1391,7 +1391,7 @@ class Engine:
                              f"source_named")
         question = check_question(query)
         frames = (lambda: read_images([image_path])) if image_path is not None else (
-            lambda: read_video(video_path, self.target.num_frames, frame_rule))
+            lambda: read_video(video_path, self.target.num_frames, frame_rule, self.target.on_gpu))
         events = (lambda: read_events(event_path)) if event_path is not None else (lambda: read_images(images))
         if self.owner == threading.get_ident():
             raise InputError("engine: a stream of this thread is still open; finish or close it first")

@@ -145,12 +145,16 @@ def quiet_copy(tensor, out):
     return out
 
 
+def pinned(tensor):
+    """The tensor in page-locked memory, from where it travels to a GPU while the host goes on: itself, or a copy."""
+    if tensor.device.type != "cpu" or tensor.is_pinned():
+        return tensor
+    return quiet_copy(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
+
+
 def to_device(tensor, device):
     """On the device, through pinned memory where that is a GPU, without waiting."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return quiet_copy(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)).to(
-            device, non_blocking=True)
-    return tensor.to(device)
+    return pinned(tensor).to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def resized_hw(height, width, size):
@@ -299,12 +303,9 @@ def crops_on(device, frames, size, crop):
         # Frames of one size go together, up to 64 MiB of float64 at a time.
         while end < len(frames) and frames[end].shape == shape and (end - begin + 1) * shape.numel() <= 1 << 23:
             end += 1
-        batch = frames[begin:end]
-        if all(frame.device.type == "cpu" for frame in batch):
-            staged = torch.empty(len(batch), *shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-            batch = torch.stack(batch, out=staged).to(device, non_blocking=True)
-        else:
-            batch = torch.stack([frame.to(device) for frame in batch])
+        batch = torch.empty(end - begin, *shape, dtype=torch.uint8, device=device)
+        for there, frame in zip(batch, frames[begin:end], strict=True):
+            there.copy_(pinned(frame) if device.type == "cuda" else frame, non_blocking=True)
         crops.append(crop_exact(batch, size, crop))
         begin = end
     return torch.cat(crops)

@@ -161,7 +161,7 @@ def config(folder):
         write(folder / side, raw, tensors_of(raw))
         shutil.copy(ROOT / "weights/tiny/target/tokenizer.json", folder / side)
     frames = [torch.zeros(32, 32, 3, dtype=torch.uint8)] * 8
-    engine.read_video = lambda path, count, rule: frames * (count // 8) + frames[:count % 8]
+    engine.read_video = lambda path, count, *_: frames * (count // 8) + frames[:count % 8]
     engine.read_images = lambda paths: frames[:1]
     here = str(ROOT / "README.md")                           # a path that exists; the frames above stand for its pixels
 

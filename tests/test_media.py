@@ -1008,7 +1008,7 @@ def test_a_clip_that_changes_size_is_refused(tmp_path):
 
 # ---- the module as a whole -------------------------------------------------------------------------------------------
 
-def test_everything_works_without_numpy(tmp_path):
+def test_everything_works_without_numpy(tmp_path, user_env):
     saved(tmp_path, npy_of_dict(small_events(50)), "e.npy")
     saved(tmp_path, npz_of(**small_events(50)), "e.npz")
     saved(tmp_path, image_bytes(some_image("RGB")), "e.png")
@@ -1021,7 +1021,7 @@ def test_everything_works_without_numpy(tmp_path):
         "for given in (drawn, media.read_images([f'{d}/e.png']), media.read_video(f'{d}/e.mp4')):\n"
         "    print(tuple(frames.clip_pixels(given, 28).shape))\n")
     command = [sys.executable, "-c", script, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=user_env)
     assert done.stdout.split("\n")[:3] == ["(5, 3, 28, 28)", "(1, 3, 28, 28)", "(8, 3, 28, 28)"], done.stderr
     assert done.stderr == ""
 

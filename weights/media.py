@@ -27,7 +27,7 @@ import av
 import torch
 from PIL import Image
 
-from kernels.frames import SERIAL, cores, quiet_copy
+from kernels.frames import SERIAL, cores, pinned, quiet_copy
 from weights import InputError
 
 MAX_EVENT_BYTES = 1 << 30            # of a file, and of the arrays an .npz unpacks to
@@ -594,8 +594,9 @@ def sample_indices(total, num_frames, rule="uniform"):
     return [min(k, total - 1) for k in range(num_frames)]
 
 
-def read_video(path, num_frames=8, rule="uniform"):
-    """List of `num_frames` frames [H, W, 3] uint8 in order of presentation; see `sample_indices` for which.
+def read_video(path, num_frames=8, rule="uniform", for_gpu=False):
+    """List of `num_frames` frames [H, W, 3] uint8 in order of presentation; see `sample_indices` for which. for_gpu: in
+    page-locked memory, from where a GPU fetches them; each thread that decodes copies its own there.
 
     Frames go by number, not by time. The container's header says how many there are, as upstream takes it; where it has
     no count (webm, mkv) or announces frames that are not there, decoding counts. Repeated frames share their memory.
@@ -603,8 +604,9 @@ def read_video(path, num_frames=8, rule="uniform"):
     if rule not in VIDEO_RULES or num_frames < 1:
         raise ValueError(f"read_video: wanted rule in {VIDEO_RULES} and num_frames >= 1, got {rule!r} and {num_frames}")
     try:
-        frames = planned_frames(path, num_frames) if rule == "uniform" else None
-        return one_size(frames or counted_frames(path, num_frames, rule))
+        take = (lambda frame: pinned(rgb_tensor(frame))) if for_gpu else rgb_tensor
+        frames = planned_frames(path, num_frames, take) if rule == "uniform" else None
+        return one_size(frames or counted_frames(path, num_frames, rule, take))
     except Refused as refused:
         raise input_error(path, *refused.args) from None
     except KeyError:
@@ -612,15 +614,15 @@ def read_video(path, num_frames=8, rule="uniform"):
                           "is it still being written? copy it first") from None
 
 
-def counted_frames(path, num_frames, rule):
+def counted_frames(path, num_frames, rule, take=None):
     """The frames of `read_video` for any file: decoded one after the other and counted as they come."""
     total, trusted = (num_frames, True) if rule == "first" else announced_frames(path)
     indices = sample_indices(total, num_frames, rule)
-    kept, decoded = decode_frames(path, indices, stop_early=trusted)
+    kept, decoded = decode_frames(path, indices, stop_early=trusted, take=take)
     if decoded <= indices[-1] or (not trusted and decoded != total):
         indices = sample_indices(decoded, num_frames, rule)
         if not kept.keys() >= set(indices):
-            kept, _ = decode_frames(path, indices, stop_early=True)
+            kept, _ = decode_frames(path, indices, stop_early=True, take=take)
     return [kept[index] for index in indices]
 
 
@@ -733,8 +735,10 @@ def announced_frames(path):
     return total, trusted
 
 
-def decode_frames(path, indices, stop_early):
-    """({index: [H, W, 3] uint8}, frames decoded). stop_early: leave after the last index, else count to the end."""
+def decode_frames(path, indices, stop_early, take=None):
+    """({index: [H, W, 3] uint8}, frames decoded). stop_early: leave after the last index, else count to the end. take:
+    what makes a tensor of a wanted frame, `rgb_tensor` unless given."""
+    take = take or rgb_tensor
     container, stream, codec = open_video(path)
     wanted, last, kept, decoded = set(indices), indices[-1], {}, 0
     try:
@@ -746,7 +750,7 @@ def decode_frames(path, indices, stop_early):
                                   "an incomplete copy? fetch it again")
                 for frame in packet.decode():
                     if decoded in wanted:
-                        kept[decoded] = rgb_tensor(frame)
+                        kept[decoded] = take(frame)
                     decoded += 1
                     if stop_early and decoded > last:
                         return kept, decoded
@@ -771,7 +775,7 @@ class Picture(NamedTuple):
     referred: bool     # others may be predicted from it
 
 
-def planned_frames(path, num_frames):
+def planned_frames(path, num_frames, take=None):
     """Uniformly sampled frames as `counted_frames` gives them, or None wherever that cannot be shown beforehand."""
     container, stream, codec = open_video(path, decoders="none")
     if "mp4" not in container.format.name:       # an mp4 says how far its pictures are out of order
@@ -788,7 +792,7 @@ def planned_frames(path, num_frames):
                 if len(packets) > MAX_VIDEO_FRAMES:
                     return None
             runs, order = plan(packets, stream, num_frames) or (None, None)
-            kept = runs and decode_runs(path, stream, runs)
+            kept = runs and decode_runs(path, stream, runs, take or rgb_tensor)
         except (Refused, *VIDEO_ERRORS):         # counted_frames meets the same, and knows how to say it
             return None
     return [kept[pts] for pts in order] if kept and kept.keys() >= set(order) else None
@@ -903,7 +907,7 @@ def whole_frames(sps, width, height):
         return False
 
 
-def decode_runs(path, stream, runs):
+def decode_runs(path, stream, runs, take):
     """{pts: [H, W, 3] uint8} of all runs, or None in doubt. Runs go to threads, each with a container of its own."""
     runs = sorted(runs, key=lambda run: len(run[0]))          # the longest is taken first
     workers = min(len(runs), cores())
@@ -922,7 +926,7 @@ def decode_runs(path, stream, runs):
                     if frame.pts in wanted:
                         if frame.pts in kept or frame.is_corrupt:
                             return None
-                        kept[frame.pts] = rgb_tensor(frame)
+                        kept[frame.pts] = take(frame)
             stream.codec_context.flush_buffers()
         return kept
 
