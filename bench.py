@@ -372,9 +372,10 @@ def warm_up(e, samples, options) -> None:
 
 
 def measure(e, samples, options, rows: list, keep=None) -> None:
-    """Runs every mode on every sample, repeats and modes interleaved, and appends to `rows` as it goes; `keep` is
-    called with each finished row."""
-    progress = Progress(len(samples))
+    """Runs every mode on every sample and appends to `rows` as it goes; `keep` is called with each finished row.
+    Repeats are interleaved, the modes of each in an order of its own: so what one mode leaves to the next, a clock or a
+    cache, favours none."""
+    progress, order = Progress(len(samples)), random.Random(options.seed)
     warm_up(e, samples, options)
     if options.profile:
         torch.cuda.profiler.start()
@@ -386,15 +387,15 @@ def measure(e, samples, options, rows: list, keep=None) -> None:
         results, began = collections.defaultdict(list), time.perf_counter()
         try:
             for _ in range(options.repeats):
-                for mode in options.modes:
+                for mode in order.sample(options.modes, len(options.modes)):
                     results[mode].append(run_sample(e, sample, mode, options))
-                    options.shown = results[mode][-1]
+            options.shown = results[options.modes[-1]][-1]
         except Exception as error:                           # whatever it is, the other samples are worth having
             show(error, options)
             row["error"] = str(error) if isinstance(error, InputError) else describe(error)
         else:
             row["truth"] = sample.truth
-            row["modes"] = {mode: summary(of, results.get("target_only")) for mode, of in results.items()}
+            row["modes"] = {mode: summary(results[mode], results.get("target_only")) for mode in options.modes}
             row["pixels"] = {m.side: pixel_hash(m.seen) for m in e.models if m.seen is not None}
             if any(of["differs_at"] is not None for of in row["modes"].values()):
                 try:
@@ -542,13 +543,20 @@ def saved_of(rows, mode: str):
     return {"first": statistics.median(first), "rest": statistics.median(rest)} if first else None
 
 
-def interval(ratios: list[float]):
+def later_of(rows, mode: str):
+    """{p50, low, high}: by how many ms the mode's first id comes later than target_only's, paired by repeat."""
+    pairs = [(of, base) for row in rows if mode in row["modes"] and "target_only" in row["modes"] for of, base in
+             zip(*(row["modes"][m]["raw"]["ttft_ms"] for m in (mode, "target_only")), strict=True)]
+    return interval([of - base for of, base in pairs if None not in (of, base)])
+
+
+def interval(values: list[float]):
     """{p50, low, high}: the median and its bootstrap interval of 95 %; None without values."""
-    if not ratios:
+    if not values:
         return None
     rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
-    return {"p50": statistics.median(ratios), "low": medians[int(0.025 * RESAMPLES)],
+    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    return {"p50": statistics.median(values), "low": medians[int(0.025 * RESAMPLES)],
             "high": medians[int(0.975 * RESAMPLES)]}
 
 
@@ -566,6 +574,7 @@ def mode_figures(rows, modes, identical: bool) -> dict:
                for values in [[v for of in have for v in of["raw"][name] if v is not None]]},
             "tokens": sum(len(of["ids"]) for of in have), "ratio": ratio_of(rows, mode) if identical else None,
             "worst": worst_of(rows, mode) if identical else None,
+            "later_ms": later_of(rows, mode) if identical and mode != "target_only" else None,
             "saved_ms": saved_of(rows, mode) if identical else None,
             "drafted": drafted, "accepted": sum(accept_lens),
             "overlap_drafts": median([of["overlap_drafts"] for of in have]),
@@ -763,6 +772,10 @@ def render(report) -> list[str]:
              if of.get("worst") and mode in ("prefill_then_verify", "speculative")]
     if worst:
         lines.append(f"worst    of {len(report['samples'])} samples: {', '.join(worst)} of target_only's e2e")
+    later = [f"{mode} {of['later_ms']['p50']:+.2f} [{of['later_ms']['low']:+.2f}, {of['later_ms']['high']:+.2f}]"
+             for mode, of in report["modes"].items() if of.get("later_ms") and mode != "drafter_only"]
+    if later:
+        lines.append(f"later    first id, ms, paired by repeat, median: {', '.join(later)}")
     if any(of.get("saved_ms") for of in report["modes"].values()):
         lines.append(f"{'approach':30} {'preview, ms':>11} {'saved to first id':>17} {'saved after it':>14} "
                      f"{'total':>6}")

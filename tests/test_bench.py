@@ -38,6 +38,14 @@ def run(tmp_path_factory, user_env):
     return done.returncode, done.stdout.splitlines(), json.loads(path.read_text())
 
 
+def test_every_repeat_runs_the_modes_in_an_order_of_its_own(monkeypatch, tmp_path, capsys):
+    ran, real = [], bench.run_sample
+    monkeypatch.setattr(bench, "run_sample", lambda *args: ran.append(args[2]) or real(*args))
+    assert bench.main([*QUICK, "--modes", "target_only,prefill_then_verify,speculative", "--repeats", "6"]) == 0
+    repeats = [tuple(ran[i:i + 3]) for i in range(0, len(ran), 3)]
+    assert len(repeats) == 12 and all(len(set(modes)) == 3 for modes in repeats) and len(set(repeats)) > 3
+
+
 def test_the_last_line_and_the_file_are_one_json_object(run):
     code, lines, report = run
     assert code == 0 and json.loads(lines[-1]) == report
@@ -87,6 +95,11 @@ def test_printed_ratios_can_be_recomputed_from_the_raw_values(run):
         assert of["worst"] == pytest.approx(1 / ratios[0], rel=1e-9)
         if mode == "speculative":
             assert any(line.startswith("worst ") and f"speculative {1 / ratios[0]:.3f} of" in line for line in lines)
+            waits = [ours - theirs for row in report["samples"] for ours, theirs in zip(
+                *(row["modes"][m]["raw"]["ttft_ms"] for m in (mode, "target_only")), strict=True)]
+            assert of["later_ms"]["low"] <= statistics.median(waits) <= of["later_ms"]["high"]
+            assert any(line.startswith("later ") and f"{mode} {statistics.median(waits):+.2f} [" in line
+                       for line in lines)
         printed = next(line for line in lines if line.startswith(f"{mode} "))
         assert f"{p50:.2f} [" in printed
 
@@ -445,9 +458,10 @@ def test_a_difference_in_any_repeat_is_placed_and_counts_for_target_only_too(mon
     def tampered(self, **options):
         result = real(self, **options)
         calls.append(options["mode"])
-        if len(calls) == 2:                                  # the first of three repeats, not the last; then the second
+        turn = options["mode"], calls.count(options["mode"])
+        if turn == ("speculative", 1):                       # of three repeats, not the last
             result.output_ids = result.output_ids[:3] + [7] + result.output_ids[4:]
-        if len(calls) == 3:
+        if turn == ("target_only", 2):
             result.output_ids = result.output_ids[:6]
         return result
 
