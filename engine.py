@@ -57,6 +57,7 @@ from kernels.round import close_round, first_id, open_round
 from kernels.sample import sample, sampling_words
 from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
+from kernels.tower import add_layernorm, layernorm, quick_gelu
 from weights import InputError, describe
 from weights.load import (
     DRAFTER_7B,
@@ -335,19 +336,24 @@ class Tower:
         tiles = pixels_R3XX.to(self.patch_CE.dtype).reshape(R, 3, side, c.patch, side, c.patch)
         tiles_RPE = tiles.permute(0, 2, 4, 1, 3, 5).reshape(R, c.P, 3 * c.patch ** 2)
         h_RSC = torch.cat([w["cls"].expand(R, 1, c.C), F.linear(tiles_RPE, self.patch_CE)], 1) + w["pos"]
-        h_RSC = self._norm(h_RSC, "pre_norm")
+        h_RSC = layernorm(h_RSC, *self._norm("pre_norm"))
+        fresh_RSC = None                                     # the last block's output, not yet added to the stream
         for j in range(layers):
-            qkv = F.linear(self._norm(h_RSC, f"layers.{j}.norm1"), w[f"layers.{j}.qkv.w"], w[f"layers.{j}.qkv.b"])
+            if fresh_RSC is None:
+                normed_RSC = layernorm(h_RSC, *self._norm("layers.0.norm1"))
+            else:
+                normed_RSC, h_RSC = add_layernorm(fresh_RSC, h_RSC, *self._norm(f"layers.{j}.norm1"))
+            qkv = F.linear(normed_RSC, w[f"layers.{j}.qkv.w"], w[f"layers.{j}.qkv.b"])
             q, k, v = qkv.reshape(R, c.P + 1, 3, c.heads, c.C // c.heads).permute(2, 0, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(R, c.P + 1, c.C)
-            h_RSC = h_RSC + F.linear(mixed, w[f"layers.{j}.out.w"], w[f"layers.{j}.out.b"])
-            up = F.linear(self._norm(h_RSC, f"layers.{j}.norm2"), w[f"layers.{j}.fc1.w"], w[f"layers.{j}.fc1.b"])
-            up = up * torch.sigmoid(1.702 * up)
-            h_RSC = h_RSC + F.linear(up, w[f"layers.{j}.fc2.w"], w[f"layers.{j}.fc2.b"])
-        return h_RSC
+            mixed_RSC = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(R, c.P + 1, c.C)
+            mixed_RSC = F.linear(mixed_RSC, w[f"layers.{j}.out.w"], w[f"layers.{j}.out.b"])
+            normed_RSC, h_RSC = add_layernorm(mixed_RSC, h_RSC, *self._norm(f"layers.{j}.norm2"))
+            up_RSF = quick_gelu(F.linear(normed_RSC, w[f"layers.{j}.fc1.w"], w[f"layers.{j}.fc1.b"]))
+            fresh_RSC = F.linear(up_RSF, w[f"layers.{j}.fc2.w"], w[f"layers.{j}.fc2.b"])
+        return h_RSC if fresh_RSC is None else h_RSC + fresh_RSC
 
-    def _norm(self, x, name):
-        return F.layer_norm(x, x.shape[-1:], self.w[name + ".w"], self.w[name + ".b"], self.config.eps)
+    def _norm(self, name: str):
+        return self.w[name + ".w"], self.w[name + ".b"], self.config.eps
 
 
 # ---- drafter and target ----------------------------------------------------------------------------------------

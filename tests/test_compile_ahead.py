@@ -24,6 +24,7 @@ JITFunction.run = lambda self, *args, grid, warmup, **options: launches.append((
 
 from kernels.attention import attention, step_attention
 from kernels.fp8 import norm8, rows8
+from kernels.frames import drawn_at_once
 from kernels.quant import Packed
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
 from kernels.rope_store import rope_store
@@ -31,6 +32,7 @@ from kernels.round import close_round, open_round
 from kernels.sample import sample
 from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
+from kernels.tower import add_layernorm, quick_gelu
 
 def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")
@@ -66,13 +68,18 @@ else:
     add_rmsnorm(hidden, hidden, *norm)
     attention(rope_store(meta(S, 3 * D), pos_ids, cos, sin, k, v), k, v, pos_ids)
     swiglu(meta(S, 2 * F))
+    tower = meta(5, 577, 1024)
+    add_layernorm(tower, tower.clone(), meta(1024), meta(1024))
+    quick_gelu(meta(5, 577, 4096))
+    x, y, p = (meta(100_000, dtype=dtype) for dtype in (torch.int32, torch.int32, torch.uint8))
+    drawn_at_once(x, y, p, [(480, 640)] * 5)
     if arch >= 90:
         norm8(hidden, 1e-5, hidden, meta(S, dtype=torch.float32))
         rows8(hidden)
         rows8(meta(S, 2 * F), gated=True)
 
 names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
-         torch.int64: "*i64", torch.float8_e4m3fn: "*fp8e4nv"}
+         torch.int64: "*i64", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv"}
 for kernel, args, options in launches:
     given = dict(zip((p.name for p in kernel.params), args))
     given.update({p.name: options.pop(p.name) for p in kernel.params if p.name in options})
@@ -94,7 +101,8 @@ for kernel, args, options in launches:
 STEP = {"open_round_kernel", "row_sums_kernel", "skinny_kernel", "step_kernel", "combine_kernel", "close_round_kernel",
         "top_p_kernel", "scores_kernel"}
 DRAFTS = {1: {"gemv_kernel", "pair_kernel"}, 2: {"gemv_kernel", "pair_kernel"}}      # by rows
-PREFILL = {"rmsnorm_kernel", "rope_store_kernel", "prefill_kernel", "swiglu_kernel"}
+PREFILL = {"rmsnorm_kernel", "rope_store_kernel", "prefill_kernel", "swiglu_kernel", "layernorm_kernel",
+           "quick_gelu_kernel", "last_event_kernel", "paint_kernel"}
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}            # bytes of shared memory a program may use
 
 
