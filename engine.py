@@ -980,8 +980,8 @@ class Request:
     """What was asked, and what its two workers share while they answer."""
     mode: str
     question: str
-    video: collections.abc.Callable         # () -> list of uint8 frames [H, W, 3]
-    events: collections.abc.Callable        # () -> the same, or an Events recording
+    video: collections.abc.Callable         # (call when decoding begins) -> list of uint8 frames [H, W, 3]
+    events: collections.abc.Callable        # () -> such frames, or an Events recording
     paths: dict                             # side -> what was asked for, for messages
     image: bool                             # one picture in place of a video
     event_frames: int                       # pictures a recording is drawn in
@@ -1000,6 +1000,7 @@ class Request:
     stop_drafting: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
     drafter_done: threading.Event = field(default_factory=threading.Event)
+    decoding: threading.Event = field(default_factory=threading.Event)          # the video's packets are read
     frames_ready: threading.Event = field(default_factory=threading.Event)      # the target wants the GPU
     ready_at: dict = field(default_factory=dict)        # ("frames" or "events", size) -> seconds
     ahead: Ahead = field(default_factory=Ahead)
@@ -1053,16 +1054,17 @@ class Engine:
         """Events to drafts. Runs ahead of the target and stops when told, at its limit, at its own end, or when the
         gate says that another draft would cost the target more than it brings.
 
-        Drafts made while a 20 s clip is decoded on 16 cores delay the target's first id by what this thread takes of
-        them: 9 int4 drafts on two H100 hosts by 1.3 ms [-0.2, 2.6] and 1.5 [0.1, 2.2]. Dropped, no gain beyond the
-        noise of 1 ms: waiting for a draft asleep instead of spinning, a lower priority for this thread, a shorter turn
-        of the interpreter's lock."""
+        It begins when the video's packets are read. Both readers hold the interpreter's lock: side by side they made
+        the frames of a 20 s clip 6.8 ms later (16 cores), now it is 0.5; the preview then comes 3.5 ms later. Dropped,
+        no gain beyond the noise of 1 ms: waiting for a draft asleep instead of spinning, a lower priority for this
+        thread, a shorter turn of that lock."""
         model, line = self.drafter, req.timeline
         gate = req.gate if req.source is None else None      # a source that hears the drafter has asked for it
         alone = req.mode in ("drafter_only", "prefill_only")
         ahead = self.apart and req.mode == "speculative" and req.source is None
         if gate and not gate.head_start(req, gate.usual(("events", req.size)) or 0.0):
             return
+        req.decoding.wait()
         with line.stage("load", model, host=True):
             loaded = req.events()
         req.ready_at["events", req.size] = line.now()
@@ -1119,7 +1121,10 @@ class Engine:
         """Video to answer. Everything it emits is the target's own greedy id."""
         model, line = self.target, req.timeline
         with line.stage("load", model, host=True):
-            frames = req.video()
+            try:
+                frames = req.video(req.decoding.set)
+            finally:
+                req.decoding.set()
         req.ready_at["frames", req.size] = line.now()
         req.frames_ready.set()
         words = STATE + req.max_new_tokens + STEP_ROWS
@@ -1396,8 +1401,13 @@ class Engine:
             raise InputError(f"draft_source: wanted a DraftSource, got {type(draft_source).__name__}; make one by "
                              f"source_named")
         question = check_question(query)
-        frames = (lambda: read_images([image_path])) if image_path is not None else (
-            lambda: read_video(video_path, self.target.num_frames, frame_rule, self.target.on_gpu))
+
+        def frames(decoding):
+            if image_path is None:
+                return read_video(video_path, self.target.num_frames, frame_rule, self.target.on_gpu, decoding)
+            decoding()
+            return read_images([image_path])
+
         events = (lambda: read_events(event_path)) if event_path is not None else (lambda: read_images(images))
         if self.owner == threading.get_ident():
             raise InputError("engine: a stream of this thread is still open; finish or close it first")
@@ -1412,6 +1422,8 @@ class Engine:
                 req = Request(mode, question, frames, events, paths, image_path is not None, event_frames, canvas,
                               max_new_tokens, draft_len, overlap_len, draft_source, ignore_eos, Timeline(active), gate,
                               size, (temperature, top_p, seed) if temperature else None, explain)
+                if not uses_target:
+                    req.decoding.set()
                 for model in active:
                     if model.on_gpu:
                         torch.cuda.reset_peak_memory_stats(model.device)

@@ -4,6 +4,8 @@ uint8 between its two passes, and a float resize differs by up to 24 of 255: on 
 of whole numbers in float64. There drawing is two launches for all frames, and nothing waits for the host.
 Bytes: 132,268 events are 1.2 MB as x, y, p; five frames of 480 x 640 are 4.6 MB drawn and 6.8 MB as fp32 pixels of 336.
 Measured on 2 calm CPU cores: drawing 3.8 ms; 8 frames of 480 x 640 to 224, 10 ms with a thread per core, 18 without.
+From events on the host to pixels on an H100 0.34 ms of GPU time in 30 operations, 1.15 ms with the host's share; by
+torch, frame by frame, and with constants sent anew for every clip, 0.79 ms in 170 and 2.98.
 CPU steps stay below the size from which torch wakes its own workers: those wait for each other, and hold up a video
 that is being decoded beside."""
 

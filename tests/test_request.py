@@ -25,8 +25,9 @@ NEW = 40
 @pytest.fixture(scope="module")
 def pair():
     e = engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", dtype=torch.float32, gate=False)
-    real, e.read_video = engine.read_video, engine.read_video
-    engine.read_video = functools.lru_cache(real)            # decode each clip once: these tests are about ids
+    real = engine.read_video
+    once = functools.lru_cache(real)                         # decode each clip once: these tests are about ids
+    engine.read_video = lambda path, count, rule, *_: once(path, count, rule)
     yield e
     engine.read_video = real
 
@@ -368,3 +369,33 @@ def test_bad_input_is_one_line_and_the_engine_goes_on(pair, change, words):
         pair.generate(**{"mode": "speculative", **asked(0), **change})
     assert words in str(error.value) and "\n" not in str(error.value)
     assert pair.generate(mode="target_only", **asked(0)).output_ids == truth(pair, 0, 0)
+
+
+def test_events_wait_until_the_videos_packets_are_read_and_no_longer(pair, monkeypatch):
+    """Both readers hold the interpreter's lock; the target's goes first. Its frames may come much later."""
+    order, drafted, real = [], threading.Event(), (engine.read_video, engine.read_events)
+    answer = truth(pair, 0, 0)
+
+    def video(path, count, rule, for_gpu, decoding):
+        time.sleep(0.05)                                     # a long list of packets
+        order.append("packets")
+        decoding()
+        assert drafted.wait(20), "the drafter waited for frames"
+        return real[0](path, count, rule)
+
+    def events(path):
+        order.append("events")
+        drafted.set()
+        return real[1](path)
+    monkeypatch.setattr(engine, "read_video", video)
+    monkeypatch.setattr(engine, "read_events", events)
+    assert pair.generate(mode="speculative", **asked(0)).output_ids == answer
+    assert order == ["packets", "events"]
+
+
+def test_a_video_that_cannot_be_read_keeps_no_drafter_waiting(pair, monkeypatch):
+    def video(*_):
+        raise engine.InputError("clip.mp4: unreadable; another one")
+    monkeypatch.setattr(engine, "read_video", video)
+    with pytest.raises(engine.InputError, match="unreadable"):
+        pair.generate(mode="speculative", **asked(0))
