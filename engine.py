@@ -1027,6 +1027,29 @@ class Request:
         return None if usual is None else max(usual, now)
 
 
+class Answer:
+    """Hands the target's ids to the caller. What a round found is kept until the GPU has its next work queued: telling
+    takes the host a while, which the GPU would spend idle."""
+
+    def __init__(self, req: Request, model: Target):
+        self.req, self.model, self.told, self.kept = req, model, 0, None
+        self.words = STATE + req.max_new_tokens + STEP_ROWS  # of a state that holds the whole answer
+
+    def keep(self, state, stage: str) -> None:
+        check_finite(state, self.model, stage)
+        self.kept = state
+        if not self.model.on_gpu:                            # on the CPU nothing is queued
+            self.tell()
+
+    def tell(self, state=None) -> None:
+        """The ids of `state`, or of the one that was kept."""
+        state, self.kept = state or self.kept, None
+        fresh = state[STATE + self.told:STATE + state[N_OUT]] if state else []
+        self.told += len(fresh)
+        if fresh:
+            self.req.say("final", fresh)
+
+
 class Engine:
     """A target and its drafter, answering one request at a time. See `load_engine`.
 
@@ -1127,17 +1150,7 @@ class Engine:
                 req.decoding.set()
         req.ready_at["frames", req.size] = line.now()
         req.frames_ready.set()
-        words = STATE + req.max_new_tokens + STEP_ROWS
-        sent = 0
-
-        def emit(state, stage):
-            nonlocal sent
-            check_finite(state, model, stage)
-            fresh = state[STATE + sent:STATE + state[N_OUT]]
-            sent += len(fresh)
-            if fresh:
-                req.say("final", fresh)
-
+        answer = Answer(req, model)
         with model.on_stream():
             encode_and_prefill(model, frames, req.max_new_tokens, req)
             drafted = req.source is not None or req.preview or "drafter" in req.prompt_rows
@@ -1145,23 +1158,25 @@ class Engine:
             if undrafted or req.mode in ("target_only", "prefill_only"):             # nothing to decide, ever
                 for state in self._decode(model, req, req.max_new_tokens, "decode"):
                     req.prefill_end = req.prefill_end or line.now()
-                    emit(state, "decode" if sent else "prefill")
+                    answer.tell(state)
                 return
-            state = model.snapshot(words).read()
+            state = model.snapshot(answer.words).read()
             req.prefill_end = line.now()
-            emit(state, "prefill")
+            check_finite(state, model, "prefill")
+            answer.tell(state)
             if req.mode == "speculative" and self.apart and req.source is None:
-                state = self._rounds_ahead(req, state, words, emit)
+                state = self._rounds_ahead(req, state, answer)
             elif req.mode in ("prefill_then_verify", "speculative"):
                 req.stop_drafting.set()
-                state = self._verify_overlap(req, state, words, emit)
+                state = self._verify_overlap(req, state, answer)
                 if req.mode == "speculative" and req.source is None:
-                    state = self._rounds_with_drafter(req, state, words, emit)
+                    state = self._rounds_with_drafter(req, state, answer)
                 elif req.mode == "speculative":
-                    state = self._rounds_with_source(req, state, words, emit)
+                    state = self._rounds_with_source(req, state, answer)
+            answer.tell()
             if not state[DONE]:
                 for newest in self._decode(model, req, req.max_new_tokens, "decode", known=state[N_OUT]):
-                    emit(newest, "decode")
+                    answer.tell(newest)
 
     def _decode(self, model: Model, req: Request, limit: int, name: str, go_on=None, known: int = 1):
         """One-row steps to the end, or until `go_on`, told the newest state the host has seen, says no. Yields states
@@ -1185,7 +1200,7 @@ class Engine:
             yield state
             stop, stage, behind = stop or bool(state[DONE]), name, int(model.on_gpu)
 
-    def _verify_overlap(self, req: Request, state, words: int, emit):
+    def _verify_overlap(self, req: Request, state, answer: Answer):
         """The first span, verified in one forward: the drafts made before prefill ended, or what a source proposes."""
         if state[DONE]:
             return state
@@ -1197,7 +1212,7 @@ class Engine:
         if not span:
             return state
         req.first_span = span
-        state = self._verify(req, span, req.overlap_len, words, emit)
+        state = self._verify(req, span, req.overlap_len, answer)
         if req.source is not None:
             guarded(req, req.source.verdict, len(span), min(len(span), state[ACCEPT_LEN]))
         return state
@@ -1208,32 +1223,37 @@ class Engine:
             guarded(req, req.source.hear, [i for i, _ in list(req.preview)])
         return guarded(req, lambda: [int(i) for i in req.source.propose(committed, limit)][:limit]) or []
 
-    def _verify(self, req: Request, drafts, G: int, words: int, emit):
+    def _verify(self, req: Request, drafts, G: int, answer: Answer):
         """One target forward over pending_id and up to G drafts; the rest of the span is padded and never matches."""
         model = self.target
         with req.timeline.stage("verify", model):
             req.drafted += len(drafts)
             if isinstance(drafts, list):
-                padded = torch.tensor([i if -2**62 < i < 2**62 else -1 for i in drafts] + [-1] * (G - len(drafts)))
-                model.draft_ids[G].copy_(to_device(padded, model.device), non_blocking=True)
+                ids = [i if -2**62 < i < 2**62 else -1 for i in drafts] + [-1] * (G - len(drafts))
+                model.draft_ids[G].copy_(torch.tensor(ids, pin_memory=model.on_gpu), non_blocking=True)
             else:
                 model.draft_ids[G].copy_(F.pad(drafts, (0, G - len(drafts)), value=-1), non_blocking=True)
             model.step(G)
-        state = model.snapshot(words).read()
+        state = self._seen(answer, "verify")
         req.accept_lens.append(state[ACCEPT_LEN])
-        emit(state, "verify")
         return state
 
-    def _plain(self, req: Request, words: int, emit):
+    def _plain(self, req: Request, answer: Answer):
         """One step without drafts, looked at like a round."""
         with req.timeline.stage("decode", self.target):
             self.target.step(0)
-        state = self.target.snapshot(words).read()
         req.accept_lens.append(0)
-        emit(state, "decode")
+        return self._seen(answer, "decode")
+
+    def _seen(self, answer: Answer, stage: str):
+        """The state behind all that is queued; the caller hears of the one before meanwhile."""
+        on_its_way = self.target.snapshot(answer.words)
+        answer.tell()
+        state = on_its_way.read()
+        answer.keep(state, stage)
         return state
 
-    def _rounds_with_drafter(self, req: Request, state, words: int, emit):
+    def _rounds_with_drafter(self, req: Request, state, answer: Answer):
         """draft -> verify -> accept, both models on one device: the host looks once a round, a round never waits. Ends
         with the answer, with the drafter, or when the gate sees no draft that pays."""
         model, drafter, gate = self.target, self.drafter, req.gate
@@ -1252,12 +1272,12 @@ class Engine:
             except Exception as error:                       # a drafter that breaks must not cost the answer
                 req.drafter_error = describe(error)
                 break
-            state = self._verify(req, drafts_G, req.draft_len, words, emit)
+            state = self._verify(req, drafts_G, req.draft_len, answer)
             if gate:
                 gate.accepted("round", req.question, G, min(G, state[ACCEPT_LEN]))
         return state
 
-    def _rounds_with_source(self, req: Request, state, words: int, emit):
+    def _rounds_with_source(self, req: Request, state, answer: Answer):
         """The same with drafts from the host. While the gate sees none that pay, the target decodes without them and
         the source is judged by what it would have said, which costs nothing."""
         gate, source, line = req.gate, req.source, req.timeline
@@ -1266,19 +1286,19 @@ class Engine:
             began = line.now()
             drafts = self._propose(req, state, req.draft_len)
             if drafts and gate and not gate.pays(kind, req.question, len(drafts)):
-                state = self._decode_and_judge(req, kind, state[N_OUT], emit)
+                state = self._decode_and_judge(req, kind, state[N_OUT], answer)
             elif drafts:
-                state = self._verify(req, drafts, req.draft_len, words, emit)
+                state = self._verify(req, drafts, req.draft_len, answer)
                 agreed = min(len(drafts), state[ACCEPT_LEN])
                 guarded(req, source.verdict, len(drafts), agreed)
                 if gate:
                     gate.timed(("round", kind), line.now() - began)
                     gate.accepted(kind, req.question, len(drafts), agreed)
             else:
-                state = self._plain(req, words, emit)
+                state = self._plain(req, answer)
         return state
 
-    def _decode_and_judge(self, req: Request, kind: str, known: int, emit):
+    def _decode_and_judge(self, req: Request, kind: str, known: int, answer: Answer):
         """Plain steps until the source's unverified drafts have been right often enough, or to the end."""
         at, drafts = 0, []                                   # drafts that would have followed the first `at` ids
 
@@ -1294,19 +1314,20 @@ class Engine:
             at, drafts = len(ids), self._propose(req, state, req.draft_len)
             return not (drafts and req.gate.pays(kind, req.question, len(drafts)))
 
+        answer.tell()
         for state in self._decode(self.target, req, req.max_new_tokens, "decode", go_on, known):
-            emit(state, "decode")
+            answer.tell(state)
         return state
 
-    def _rounds_ahead(self, req: Request, state, words: int, emit):
+    def _rounds_ahead(self, req: Request, state, answer: Answer):
         """Verifies what the drafter on the other device has ready, and steps alone where that is nothing."""
         while not (state[DONE] or req.cancelled.is_set() or req.drafter_error):
             span = req.ahead.span(state[STATE:STATE + state[N_OUT]], req.overlap_len)
             req.first_span = req.first_span or (span if not req.accept_lens else [])
             if span:
-                state = self._verify(req, span, req.overlap_len, words, emit)
+                state = self._verify(req, span, req.overlap_len, answer)
             else:
-                state = self._plain(req, words, emit)
+                state = self._plain(req, answer)
         return state
 
     # -- checks, assembly

@@ -109,7 +109,7 @@ def test_nan_in_the_target_names_the_stage_and_stops(pair, monkeypatch, stage, m
     breaking = Breaks(real, count, poisoned)
     monkeypatch.setattr(pair.target, name, lambda *a, **k: breaking(*a, **k) if G is None or a[0] == G else real(*a))
     if stage == "verify":
-        monkeypatch.setattr(pair, "_verify_overlap", lambda req, state, words, emit: state)
+        monkeypatch.setattr(pair, "_verify_overlap", lambda req, state, answer: state)
     try:
         with pytest.raises(InputError, match=f"target's logits hold NaN or infinity after {stage}; check"):
             pair.generate(mode=mode, **asked())

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -399,3 +400,18 @@ def test_a_video_that_cannot_be_read_keeps_no_drafter_waiting(pair, monkeypatch)
     monkeypatch.setattr(engine, "read_video", video)
     with pytest.raises(engine.InputError, match="unreadable"):
         pair.generate(mode="speculative", **asked(0))
+
+
+def test_on_a_gpu_ids_are_told_once_the_next_forward_is_queued_and_on_a_cpu_at_once(pair):
+    """The state of a round is kept until then; told twice, its ids go out once."""
+    for on_gpu, at_once in ((True, []), (False, [7, 8])):
+        heard = []
+        req = SimpleNamespace(max_new_tokens=4, say=lambda kind, ids, heard=heard: heard.extend(ids))
+        answer = engine.Answer(req, SimpleNamespace(on_gpu=on_gpu, path="", side="target"))
+        answer.keep([2, 0, 1, 9, 2, 4, 0, 0, 7, 8, 0, 0], "verify")
+        assert heard == at_once
+        answer.tell()
+        answer.tell()
+        assert heard == [7, 8]
+        answer.tell([3, 1, 0, 9, 2, 4, 0, 0, 7, 8, 6, 0])
+        assert heard == [7, 8, 6]
