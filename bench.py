@@ -1305,14 +1305,16 @@ def replay_page(options) -> int:
         chosen, left = [*chosen, *([seq] if left else [])], left - len(streams[seq])
     (shard, shards), taken = options.shard, collections.defaultdict(list)
     chosen = chosen[shard::shards]
-    progress, rng = Progress(sum(len(streams[seq]) for seq in chosen)), random.Random(shard)
+    progress = Progress(sum(len(streams[seq]) for seq in chosen))
+    rng, order = random.Random(shard), random.Random(shard)
     gates = collections.defaultdict(engine.Gate)             # each setting is priced by its own acceptance
     for stream, seq in enumerate([chosen[0], *chosen]):      # three answers of the first to warm up
         settings = replay_settings([row for row in pairs if row["seq"] != seq], rates, e.apart, options.only)
         for number, row in enumerate(streams[seq] if stream else streams[seq][:3]):
             clip, cell = clips[number % len(clips)], {}
             ids = row["target"][:options.max_new_tokens]
-            for name, (mode, source, said) in settings.items():
+            for name in order.sample(list(settings), len(settings)):     # what one leaves behind favours none
+                mode, source, said = settings[name]
                 if mode == "prefill_then_verify" and number % options.every:
                     if source is not None:                   # not timed, but its stream goes on
                         source.begin(row["question"])
@@ -1332,6 +1334,7 @@ def replay_page(options) -> int:
                     return 1
             if not stream:
                 continue
+            cell = {name: cell[name] for name in settings if name in cell}
             for name, result in cell.items():
                 forwards = sum(row == "target" and stage in ("verify", "decode") for row, stage, *_ in result.timeline)
                 taken[name].append((result.wall_clock_time * 1e3, result.ttft * 1e3, forwards,
