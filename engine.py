@@ -1000,7 +1000,7 @@ class Request:
     stop_drafting: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
     drafter_done: threading.Event = field(default_factory=threading.Event)
-    decoding: threading.Event = field(default_factory=threading.Event)          # the video's packets are read
+    host_free: threading.Event = field(default_factory=threading.Event)         # the drafter may use the interpreter
     frames_ready: threading.Event = field(default_factory=threading.Event)      # the target wants the GPU
     ready_at: dict = field(default_factory=dict)        # ("frames" or "events", size) -> seconds
     ahead: Ahead = field(default_factory=Ahead)
@@ -1077,29 +1077,32 @@ class Engine:
         """Events to drafts. Runs ahead of the target and stops when told, at its limit, at its own end, or when the
         gate says that another draft would cost the target more than it brings.
 
-        It begins when the video's packets are read. Both readers hold the interpreter's lock: side by side they made
-        the frames of a 20 s clip 6.8 ms later (16 cores), now it is 0.5; the preview then comes 3.5 ms later. Dropped,
-        no gain beyond the noise of 1 ms: waiting for a draft asleep instead of spinning, a lower priority for this
-        thread, a shorter turn of that lock."""
+        The interpreter's lock is the target's first: the drafter waits while the target reads packets, and from its
+        last frame until its prefill is queued. Side by side they made the frames of a 20 s clip 6.8 ms later on 16
+        cores, with the first of these waits 0.5; the preview then comes 3.5 ms later. Dropped, no gain beyond the noise
+        of 1 ms: waiting for a draft asleep instead of spinning, a lower priority for this thread, a shorter turn of the
+        lock."""
         model, line = self.drafter, req.timeline
         gate = req.gate if req.source is None else None      # a source that hears the drafter has asked for it
         alone = req.mode in ("drafter_only", "prefill_only")
         ahead = self.apart and req.mode == "speculative" and req.source is None
         if gate and not gate.head_start(req, gate.usual(("events", req.size)) or 0.0):
             return
-        req.decoding.wait()
+        req.host_free.wait()
         with line.stage("load", model, host=True):
             loaded = req.events()
         req.ready_at["events", req.size] = line.now()
         if gate and not gate.head_start(req, line.now()):    # what was expected of the clock may have come otherwise
             return
         limit = req.max_new_tokens if alone or ahead else min(req.overlap_len + 1, req.max_new_tokens)
+        req.host_free.wait()
         with model.on_stream():
             encode_and_prefill(model, loaded, limit, req)
             if ahead:
                 return self._draft_ahead(req, limit)
 
             def go_on(state):
+                req.host_free.wait()
                 return not req.stop_drafting.is_set() and (gate is None or gate.another(req, state[N_OUT], line.now()))
 
             for state in self._decode(model, req, limit, "draft", go_on):
@@ -1118,6 +1121,7 @@ class Engine:
         model, ahead, words = self.drafter, req.ahead, STATE + limit + STEP_ROWS
         epoch, bar, state = 0, 0, model.snapshot(words).read()
         while not req.stop_drafting.is_set():
+            req.host_free.wait()
             check_finite(state, model, "draft")
             own = state[STATE:STATE + state[N_OUT]]          # the answer as the drafter believes it
             ended = bool(state[DONE]) or len(own) >= limit
@@ -1144,15 +1148,15 @@ class Engine:
         """Video to answer. Everything it emits is the target's own greedy id."""
         model, line = self.target, req.timeline
         with line.stage("load", model, host=True):
-            try:
-                frames = req.video(req.decoding.set)
-            finally:
-                req.decoding.set()
+            frames = req.video(req.host_free.set)            # from here on FFmpeg's threads work
+        if model.on_gpu:                                     # until encode and prefill are queued; a CPU computes them
+            req.host_free.clear()
         req.ready_at["frames", req.size] = line.now()
         req.frames_ready.set()
         answer = Answer(req, model)
         with model.on_stream():
             encode_and_prefill(model, frames, req.max_new_tokens, req)
+            req.host_free.set()
             drafted = req.source is not None or req.preview or "drafter" in req.prompt_rows
             undrafted = req.drafter_done.is_set() and not drafted
             if undrafted or req.mode in ("target_only", "prefill_only"):             # nothing to decide, ever
@@ -1444,7 +1448,7 @@ class Engine:
                               max_new_tokens, draft_len, overlap_len, draft_source, ignore_eos, Timeline(active), gate,
                               size, (temperature, top_p, seed) if temperature else None, explain)
                 if not uses_target:
-                    req.decoding.set()
+                    req.host_free.set()
                 for model in active:
                     if model.on_gpu:
                         torch.cuda.reset_peak_memory_stats(model.device)
@@ -1520,8 +1524,7 @@ class Engine:
             else:
                 req.drafter_error = describe(error)
         finally:
-            if model is self.drafter:
-                req.drafter_done.set()
+            (req.drafter_done if model is self.drafter else req.host_free).set()
             req.out.put(("end", model.side, None))
 
     def _finish(self, req: Request, result: Result, active, deciding, texts) -> Event:
