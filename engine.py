@@ -1062,6 +1062,7 @@ class Engine:
         self.draft_len, self.overlap_len = draft_len, overlap_len
         self.gate = Gate() if gate else None
         self.apart = bool(target and drafter) and target.device != drafter.device   # two devices: drafts cost nothing
+        self.target_first = bool(target and target.on_gpu)   # in the interpreter; what a CPU computes holds no lock
         self.lock = threading.Lock()
         self.owner: int | None = None                        # the thread whose request runs
         # One lasting thread a model: cuDNN keeps its plans per thread, and a new thread pays 70 ms to make them again.
@@ -1077,11 +1078,11 @@ class Engine:
         """Events to drafts. Runs ahead of the target and stops when told, at its limit, at its own end, or when the
         gate says that another draft would cost the target more than it brings.
 
-        The interpreter's lock is the target's first: the drafter waits while the target reads packets, and from its
-        last frame until its prefill is queued. Side by side they made the frames of a 20 s clip 6.8 ms later on 16
-        cores, with the first of these waits 0.5; the preview then comes 3.5 ms later. Dropped, no gain beyond the noise
-        of 1 ms: waiting for a draft asleep instead of spinning, a lower priority for this thread, a shorter turn of the
-        lock."""
+        Beside a target on a GPU the interpreter's lock is the target's first: the drafter waits while the target reads
+        packets, and from its last frame until its prefill is queued; where frames are there within some ms it starts
+        after that. Side by side they made the frames of a 20 s clip 6.8 ms later on 16 cores, now it is 0.5; the
+        preview comes 3.5 ms later for it. Dropped, no gain beyond the noise of 1 ms: waiting for a draft asleep instead
+        of spinning, a lower priority for this thread, a shorter turn of the lock."""
         model, line = self.drafter, req.timeline
         gate = req.gate if req.source is None else None      # a source that hears the drafter has asked for it
         alone = req.mode in ("drafter_only", "prefill_only")
@@ -1149,7 +1150,7 @@ class Engine:
         model, line = self.target, req.timeline
         with line.stage("load", model, host=True):
             frames = req.video(req.host_free.set)            # from here on FFmpeg's threads work
-        if model.on_gpu:                                     # until encode and prefill are queued; a CPU computes them
+        if self.target_first:
             req.host_free.clear()
         req.ready_at["frames", req.size] = line.now()
         req.frames_ready.set()
@@ -1447,7 +1448,7 @@ class Engine:
                 req = Request(mode, question, frames, events, paths, image_path is not None, event_frames, canvas,
                               max_new_tokens, draft_len, overlap_len, draft_source, ignore_eos, Timeline(active), gate,
                               size, (temperature, top_p, seed) if temperature else None, explain)
-                if not uses_target:
+                if not (uses_target and self.target_first):
                     req.host_free.set()
                 for model in active:
                     if model.on_gpu:

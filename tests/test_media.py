@@ -854,6 +854,14 @@ def test_frames_nobody_needs_are_not_decoded(tmp_path):
     assert packets[0].is_keyframe
 
 
+@pytest.mark.parametrize("name, options, called", [("small.mp4", {}, 0), ("large.mp4", {"size": (640, 480)}, 1),
+                                                   ("counted.webm", {"codec": "libvpx-vp9", "cpu-used": "8"}, 1)])
+def test_the_caller_hears_when_ffmpegs_threads_take_over_for_long(tmp_path, name, options, called):
+    heard = []
+    media.read_video(film(tmp_path, name, seconds=1.0, **options), decoding=lambda: heard.append(1))
+    assert len(heard) == called
+
+
 UNPLANNED = {     # name: (file name, options, where the plain way decodes what)
     "vp9 webm": ("a.webm", {"codec": "libvpx-vp9", "deadline": "realtime", "cpu-used": "8", "keyframe": 8}),
     "mpeg4": ("a.mp4", {"codec": "mpeg4", "keyframe": 8}),

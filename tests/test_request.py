@@ -390,14 +390,23 @@ def test_events_wait_until_the_videos_packets_are_read_and_no_longer(pair, monke
         return real[1](path)
     monkeypatch.setattr(engine, "read_video", video)
     monkeypatch.setattr(engine, "read_events", events)
+    monkeypatch.setattr(pair, "target_first", True)          # as beside a GPU
     assert pair.generate(mode="speculative", **asked(0)).output_ids == answer
     assert order == ["packets", "events"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_target_that_goes_first_keeps_nobody_waiting_for_good(pair, monkeypatch, mode):
+    monkeypatch.setattr(pair, "target_first", True)
+    result = pair.generate(mode=mode, **asked(0))
+    assert result.drafter_error is None and (mode == "drafter_only" or result.output_ids == truth(pair, 0, 0))
 
 
 def test_a_video_that_cannot_be_read_keeps_no_drafter_waiting(pair, monkeypatch):
     def video(*_):
         raise engine.InputError("clip.mp4: unreadable; another one")
     monkeypatch.setattr(engine, "read_video", video)
+    monkeypatch.setattr(pair, "target_first", True)
     with pytest.raises(engine.InputError, match="unreadable"):
         pair.generate(mode="speculative", **asked(0))
 

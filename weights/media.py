@@ -39,6 +39,7 @@ MAX_VIDEO_PIXELS = 4096 * 4096       # of one frame
 MAX_VIDEO_FRAMES = 108_000           # an hour at 30 a second; uniform sampling decodes nearly all of them
 MAX_HELD_BYTES = 1 << 28             # of a clip whose packets are held in memory while their frames are chosen
 MAX_DECODE_THREADS = 8               # of one decoder; more cost more to start than they bring on a clip of seconds
+LONG_PIXELS = 1 << 22                # decoded one after the other: 13 frames of 640 x 480, some 8 ms
 MAX_SIDE_RATIO = 256                 # the shorter side grows to the model's 224 or 336, and the longer with it
 VIDEO_FORMATS = "mov,mp4,matroska,webm,avi"    # an open list lets a playlist named .mp4 read other files
 VIDEO_RULES = ("uniform", "first")
@@ -597,7 +598,7 @@ def sample_indices(total, num_frames, rule="uniform"):
 def read_video(path, num_frames=8, rule="uniform", for_gpu=False, decoding=None):
     """List of `num_frames` frames [H, W, 3] uint8 in order of presentation; see `sample_indices` for which. for_gpu: in
     page-locked memory, from where a GPU fetches them; each thread that decodes copies its own there. decoding: called
-    when packets have been read and FFmpeg's threads take over.
+    when packets have been read and FFmpeg's threads take over for some ms; not for a clip that is there sooner.
 
     Frames go by number, not by time. The container's header says how many there are, as upstream takes it; where it has
     no count (webm, mkv) or announces frames that are not there, decoding counts. Repeated frames share their memory.
@@ -797,7 +798,8 @@ def planned_frames(path, num_frames, take=None, decoding=lambda: None):
                 if len(packets) > MAX_VIDEO_FRAMES:
                     return None
             runs, order = plan(packets, stream, num_frames) or (None, None)
-            decoding()
+            if runs and max(len(needed) for needed, _ in runs) * stream.width * stream.height > LONG_PIXELS:
+                decoding()
             kept = runs and decode_runs(stream, runs, take or rgb_tensor)
         except (Refused, *VIDEO_ERRORS):         # counted_frames meets the same, and knows how to say it
             return None
