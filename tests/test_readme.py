@@ -44,6 +44,14 @@ def test_every_measured_block_names_its_machine_and_is_filled(block):
     assert "```" in inside and re.search(r"H100|CPU", inside), f"block {block} is empty or names no machine"
 
 
+def test_every_number_of_a_summary_stands_in_the_report_below_it():
+    folded = re.findall(r"<summary>(.*?)</summary>(.*?)</details>", (ROOT / "README.md").read_text(), re.S)
+    assert len(folded) >= 4
+    for summary, report in folded:
+        numbers = re.findall(r"\d+\.\d+|\d+ of \d+|\d{3,}", summary)
+        assert numbers and all(re.search(rf"(?<![\d.]){re.escape(n)}", report) for n in numbers), (summary, numbers)
+
+
 def test_the_library_example_runs_as_printed(user_env):
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
