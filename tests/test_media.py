@@ -854,6 +854,23 @@ def test_frames_nobody_needs_are_not_decoded(tmp_path):
     assert packets[0].is_keyframe
 
 
+@pytest.mark.parametrize("color_range, colorspace", [(1, 1), (2, 5), (1, 9)])
+def test_colours_that_only_the_container_names_reach_every_decoder(tmp_path, color_range, colorspace):
+    """A box beside the stream says how its numbers become colours, and each group of pictures has its own decoder."""
+    plain = film(tmp_path, "plain.mp4", keyframe=10)
+    with av.open(str(plain)) as given, av.open(str(tmp_path / "said.mp4"), "w") as out:
+        stream = out.add_stream_from_template(given.streams.video[0])
+        stream.codec_context.color_range, stream.codec_context.colorspace = color_range, colorspace
+        stream.codec_context.color_primaries = stream.codec_context.color_trc = 1          # else no box is written
+        for packet in given.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    assert media.planned_frames(tmp_path / "said.mp4", 8) is not None
+    said = assert_frames_of_the_plain_way(tmp_path / "said.mp4")
+    assert any(not torch.equal(a, b) for a, b in zip(said, every_frame(plain), strict=True))
+
+
 @pytest.mark.parametrize("name, options, called", [("small.mp4", {}, 0), ("large.mp4", {"size": (640, 480)}, 1),
                                                    ("counted.webm", {"codec": "libvpx-vp9", "cpu-used": "8"}, 1)])
 def test_the_caller_hears_when_ffmpegs_threads_take_over_for_long(tmp_path, name, options, called):
