@@ -213,6 +213,11 @@ class Blend(DraftSource):
     best of 16 recency weights (13.45); of those 16 the answer most like the rest (13.21), the one whose clip's drafter
     text is most alike (10.89), the one that a linear map or a small network of 22 such features picks, learnt from the
     other sequences (13.47, 13.45). An oracle that picks of the last two answers has 14.36, of the last 16 16.28.
+    Later, whole sequences held out: a transformer over the last 8 answers that may copy from each (13.51), with blend's
+    votes, by expected accepted length (13.56); a model of 32 features for each place, trained on the accepted length
+    itself (13.58, and 13.69 on the rows it was trained on). Where the last two answers part, the target stays with the
+    last one 369 times, goes back 132, and says something else 75; no feature tells which (AUC 0.47 to 0.51), and the
+    drafter's text least. What blend adds to the previous answer here it adds on the 12 first clips alone.
     Cold at K = 15, on the other target's answers (3.37 before, 3.41 with contexts by place): Kneser-Ney discounts 3.38,
     answers that share words with this one weighing more 3.43 at four times the time, words of the drafter's text 3.37.
     Places of the stream's own answers under the rule of new and held ids: 5.13 there, 6.17 for 6.22 on this target.
