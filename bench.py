@@ -337,7 +337,7 @@ class LearnsOnce(engine.DraftSource):
 
     def __init__(self, source: engine.DraftSource):
         self.source, self.answer, self.name = source, None, type(source).__name__
-        for name in ("begin", "hear", "hears", "propose", "verdict"):
+        for name in ("begin", "hear", "hears", "propose", "verdict", "worth_hearing"):
             setattr(self, name, getattr(source, name))
 
     def learn(self, answer):
@@ -1174,7 +1174,7 @@ def memory_controls(rows, order: int, lengths, only=None) -> dict:
 CONTROLS = {"previous": lambda most: engine.Previous(), "constant": lambda most: engine.Constant(most=most),
             "memory 8": lambda most: engine.Memory(8, most=most),
             "memory 16": lambda most: engine.Memory(16, most=most), "blend": lambda most: engine.Blend(most=most),
-            "drafter-text": lambda most: engine.DrafterText()}
+            "blend-text": lambda most: engine.BlendText(most=most), "drafter-text": lambda most: engine.DrafterText()}
 LENGTHS, SHOTS = (8, 15, 31), (15, 21, 31)
 
 
@@ -1241,7 +1241,7 @@ def sources_page(options) -> int:
              f"{options.sources_src}), whole sequences held out, "
              + ("[95 % over sequences]" if len(seqs) > 2 else "too few of them for intervals")]
     runs = {}
-    for own, names in ((True, list(CONTROLS)), (False, [n for n in CONTROLS if n not in ("previous", "drafter-text")])):
+    for own, names in ((True, list(CONTROLS)), (False, [n for n in CONTROLS if not n.endswith(("previous", "text"))])):
         for name in names:
             print(f"{name}, {'own stream too' if own else 'other sequences only'} ...", file=sys.stderr, flush=True)
             runs[name, own] = replay(rows, name, own=own) if own or name != "constant" else runs[name, True]
@@ -1258,6 +1258,10 @@ def sources_page(options) -> int:
         over = lambda pairs, K, of=figure: of([b for b, _ in pairs], K) / max(of([m for _, m in pairs], K), 1e-9)  # noqa: E731
         lines.append(f"  {'ratio':12}" + "".join(f"{with_interval(over, paired, K):>22}" for K in columns)
                      + f"  blend over {rival}, paired")
+        if ("blend-text", own) in runs:
+            paired = list(zip(runs["blend-text", own].values(), runs["blend", own].values(), strict=True))
+            lines.append(f"  {'ratio':12}" + "".join(f"{with_interval(over, paired, K):>22}" for K in columns)
+                         + "  blend-text over blend, paired")
         if figure is accepted:
             lines.append(f"  drafter's own text {drafter:.3f} of 21")
     if len(questions) > 1:
@@ -1408,6 +1412,8 @@ def replay_settings(others, rates, apart: bool, only: str | None) -> dict:
                  "memory, other sequences": lambda: ("speculative", taught("other sequences", learns=False), raw),
                  "memory, both": lambda: ("speculative", taught("both"), raw),
                  "blend, both": lambda: ("speculative", taught("blend", made=engine.Blend()), raw)}
+        if apart:                                            # there the drafter costs nothing, and is heard to its end
+            made["blend-text, both"] = lambda: ("speculative", taught("blend-text", made=engine.BlendText()), raw)
     for p in rates:
         made[f"drafter right with {p}"] = functools.partial(lambda p: ("speculative", None, says(p)), p)
     if not apart:
@@ -1771,8 +1777,8 @@ def flags() -> Parser:
     add("--draft-len", type=int, default=5, metavar="G", help="drafts a round (default %(default)s)")
     add("--overlap-len", type=int, default=15, metavar="G", help="drafts of the head start (default %(default)s)")
     add("--draft-source", default="drafter", metavar="NAME",
-        help=f"who drafts in speculative mode: drafter, {', '.join(engine.SOURCES)}:DIR; memory:FILE and blend:FILE "
-             f"read and save FILE")
+        help=f"who drafts in speculative mode: drafter, {', '.join(engine.SOURCES)}:DIR; memory and both "
+             f"blends:FILE read and save FILE")
     add("--gate", default="on", choices=("on", "off"), help="draft only where it should pay (default %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="draw ids (default %(default)s: greedy)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest ids of this mass (default all)")

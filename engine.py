@@ -75,6 +75,7 @@ from weights.sources import (
     Adapted,
     Best,
     Blend,
+    BlendText,
     Constant,
     DrafterText,
     DraftSource,
@@ -86,9 +87,9 @@ from weights.sources import (
 )
 from weights.text import Text, TextStream
 
-__all__ = ["MODES", "SOURCES", "Adapted", "Best", "Blend", "Constant", "DraftSource", "DrafterText", "Engine", "Event",
-           "Fixed", "InputError", "Memory", "PrefillOnlyInference", "Previous", "Result", "load_engine", "model_name",
-           "source_named"]
+__all__ = ["MODES", "SOURCES", "Adapted", "Best", "Blend", "BlendText", "Constant", "DraftSource", "DrafterText",
+           "Engine", "Event", "Fixed", "InputError", "Memory", "PrefillOnlyInference", "Previous", "Result",
+           "load_engine", "model_name", "source_named"]
 
 MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
@@ -1095,7 +1096,8 @@ class Engine:
         req.ready_at["events", req.size] = line.now()
         if gate and not gate.head_start(req, line.now()):    # what was expected of the clock may have come otherwise
             return
-        limit = req.max_new_tokens if alone or ahead else min(req.overlap_len + 1, req.max_new_tokens)
+        endless = alone or self.apart and req.mode == "speculative"      # on a device of its own it disturbs nobody
+        limit = req.max_new_tokens if endless else min(req.overlap_len + 1, req.max_new_tokens)
         req.host_free.wait()
         with model.on_stream():
             encode_and_prefill(model, loaded, limit, req)
@@ -1172,7 +1174,8 @@ class Engine:
             if req.mode == "speculative" and self.apart and req.source is None:
                 state = self._rounds_ahead(req, state, answer)
             elif req.mode in ("prefill_then_verify", "speculative"):
-                req.stop_drafting.set()
+                if not (self.apart and req.mode == "speculative"):       # there a source hears it to its end
+                    req.stop_drafting.set()
                 state = self._verify_overlap(req, state, answer)
                 if req.mode == "speculative" and req.source is None:
                     state = self._rounds_with_drafter(req, state, answer)
@@ -1402,7 +1405,8 @@ class Engine:
                 raise InputError(f"{name}: wanted a whole number {low}..{high}, got {value!r}; change it")
         check_sampling(temperature, top_p, seed)
         uses_target = mode != "drafter_only"
-        uses_drafter = mode != "target_only" and (draft_source is None or getattr(draft_source, "hears", False))
+        hears = getattr(draft_source, "hears", False)
+        uses_drafter = mode != "target_only" and (draft_source is None or hears)
         if uses_target and self.target is None:
             raise InputError(f"mode {mode}: needs the target, which was not loaded; pass --videollava")
         if uses_drafter and self.drafter is None:
@@ -1440,6 +1444,12 @@ class Engine:
         with self.lock:
             self.owner = threading.get_ident()
             try:
+                broken = None
+                if uses_drafter and hears and self.gate and not self.apart:
+                    try:
+                        uses_drafter = draft_source.worth_hearing()
+                    except Exception as error:
+                        broken = describe(error)
                 active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
                 paths = {"target": video_path or image_path, "drafter": event_path or next(iter(images), None)}
                 drafts = mode in ("prefill_then_verify", "speculative")
@@ -1447,7 +1457,8 @@ class Engine:
                 size = insist_file(video_path or image_path, "a video file").bit_length() if uses_target else 0
                 req = Request(mode, question, frames, events, paths, image_path is not None, event_frames, canvas,
                               max_new_tokens, draft_len, overlap_len, draft_source, ignore_eos, Timeline(active), gate,
-                              size, (temperature, top_p, seed) if temperature else None, explain)
+                              size, (temperature, top_p, seed) if temperature else None, explain,
+                              drafter_error=broken)
                 if not (uses_target and self.target_first):
                     req.host_free.set()
                 for model in active:

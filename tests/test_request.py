@@ -207,13 +207,46 @@ def test_a_source_that_hears_is_told_the_drafters_own_ids(pair):
     assert not heard
 
 
-@pytest.mark.parametrize("where", ["begin", "propose", "verdict", "learn", "hear"])
-def test_a_source_that_breaks_costs_nothing_but_its_drafts(pair, where):
+def test_a_drafter_whose_text_helps_nobody_is_left_alone_but_on_a_device_of_its_own(pair, monkeypatch):
+    source, ran = engine.BlendText(), []
+    monkeypatch.setattr(pair, "gate", engine.Gate())
+    for apart, right in ((False, 0.9), (False, 0.1), (True, 0.1)):
+        monkeypatch.setattr(pair, "apart", apart)
+        source.right = right * source.tried
+        result = pair.generate(mode="speculative", draft_source=source, **asked(0))
+        assert result.output_ids == truth(pair, 0, 0) and result.drafter_error is None
+        ran.append("drafter" in result.prompt_rows)
+    assert ran == [True, False, True]
+    source.right, source.asked, source.PROBE = 0.0, 0, 3      # it may have got better: asked for now and then
+    assert [source.worth_hearing() for _ in range(6)] == [False, False, True] * 2
+
+
+def test_on_a_device_of_its_own_a_drafter_that_is_heard_goes_on_to_its_end(pair, monkeypatch):
+    """On the target's device it stops with its head start."""
+    alone, said = pair.generate(mode="drafter_only", **asked(0)).output_ids, []
+    real = pair.target.step
+    monkeypatch.setattr(pair.target, "step", lambda *a: (time.sleep(0.05), real(*a))[1])
+    for apart in (False, True):
+        monkeypatch.setattr(pair, "apart", apart)
+        result = pair.generate(mode="speculative", draft_source=Fixed([]), overlap_len=2, **asked(0))
+        assert result.preview_ids == []                      # nobody hears it
+        source = engine.BlendText()
+        result = pair.generate(mode="speculative", draft_source=source, overlap_len=2, **asked(0))
+        assert result.output_ids == truth(pair, 0, 0) and result.drafter_error is None
+        said.append(len(result.preview_ids))
+        assert result.preview_ids == alone[:said[-1]] and source.text == result.preview_ids[:len(source.text)]
+    assert said[0] <= 3 < said[1]
+
+
+@pytest.mark.parametrize("where", ["begin", "propose", "verdict", "learn", "hear", "worth_hearing"])
+def test_a_source_that_breaks_costs_nothing_but_its_drafts(pair, where, monkeypatch):
     def out_of_ideas(*_):
         raise RuntimeError("out of ideas")
     source = Fixed([3] * 64)
     source.hears = True
     setattr(source, where, out_of_ideas)
+    if where == "worth_hearing":                             # asked where a gate may save the drafter its work
+        monkeypatch.setattr(pair, "gate", engine.Gate())
     result = pair.generate(mode="speculative", draft_source=source, **asked(0))
     assert result.output_ids == truth(pair, 0, 0) and "out of ideas" in result.drafter_error
 

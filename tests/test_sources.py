@@ -14,6 +14,7 @@ import bench
 from engine import (
     Best,
     Blend,
+    BlendText,
     Constant,
     DrafterText,
     Fixed,
@@ -107,7 +108,7 @@ def test_a_model_is_named_by_its_config_its_tokenizer_and_its_weights(tmp_path):
         model_name(folder, tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("kind", ["memory", "blend"])
+@pytest.mark.parametrize("kind", ["memory", "blend", "blend-text"])
 def test_a_run_goes_on_from_the_answers_that_the_last_one_kept(kind, tmp_path, capsys):
     """Same clip twice: the second run drafts the first one's answer from its first round on."""
     file, rates = tmp_path / "kept.json", []
@@ -139,6 +140,49 @@ def test_blend_goes_with_the_previous_answer_until_it_fails_then_with_what_fits_
     assert source.propose([1], 3) == [2, 8, 9]
     assert source.propose([1, 2, 3], 4) == [4, 5, 6, 7]
     assert source.propose([0, 9, 5], 2) == [6, 10] and Blend().propose([1], 4) == []
+
+
+def test_a_text_votes_where_it_fits_best_and_there_for_the_nearest_place():
+    source = BlendText()
+    source.begin("q")
+    assert source.propose([1], 4) == []
+    source.hear([1, 2, 3, 4, 5, 3, 6])
+    assert source.propose([1], 4) == [2, 3, 4, 5]
+    assert source.propose([1, 2, 9, 5, 3], 1) == [6]         # both of its ids fit there; after the first 3 only one
+    assert source.propose([1, 8, 3], 1) == [4]               # one fits at either place, and this one is near
+    assert source.propose([7], 2) == []                      # nothing it says
+    source.begin("q")
+    assert source.propose([1], 4) == []                      # the last request's text is gone
+
+
+def test_a_text_outvotes_old_answers_while_it_is_right_and_not_when_it_was_wrong():
+    memories = [[1, 2, 3, 4], [1, 2, 3, 4]]
+    right, wrong = BlendText(), BlendText()
+    for i in range(200):                                     # what is heard: the truth, and the truth with other ends
+        for source, text in ((right, [1, 10 + i, 20]), (wrong, [1, 9, 9])):
+            source.begin("other")
+            source.hear(text)
+            source.learn([1, 10 + i, 20])
+    for source in (right, wrong):
+        for answer in memories:
+            source.begin("q")
+            source.learn(answer)
+        source.begin("q")
+        source.hear([1, 2, 7, 7])
+    assert right.propose([1], 3) == [2, 7, 7]
+    plain = taught(Blend(), *([1, 10 + i, 20] for i in range(200)))
+    for answer in memories:
+        plain.begin("q")
+        plain.learn(answer)
+    plain.begin("q")
+    assert wrong.propose([1], 3) == plain.propose([1], 3) == [2, 3, 4]
+
+
+def test_without_a_text_it_drafts_what_blend_drafts():
+    answers = [[1, 2 + i % 3, 5, 6, 7 + i % 2, 9, 5, 6] for i in range(9)]
+    plain, hearing = taught(Blend(), *answers), taught(BlendText(), *answers)
+    for at in range(1, 8):
+        assert hearing.propose(answers[-1][:at], 15) == plain.propose(answers[-1][:at], 15) != []
 
 
 def test_an_answer_says_again_what_others_said_again():

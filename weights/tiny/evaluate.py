@@ -7,7 +7,8 @@ Beside both models stand two controls that see nothing: `answer`, the text train
 question, and `value`, each attribute's own most frequent value. An attribute is read back from a text by scenes.parse
 and counts where the true answer states it. The drafter's drafts stand beside as many a round of sources that see no
 scene: `answer`; `previous`, the last answer to the same question; `memory`, n-grams of the answers so far; `blend`,
-their votes; `taught`, a blend that knew 3,000 training answers before.
+their votes; `taught`, a blend that knew 3,000 training answers before. `blend-text` and `taught-text` are these two
+that also heard the drafter's whole text, as they do where it has a device of its own: no forward a draft, then.
 --packed: the acceptance of a drafter whose steps read 8 or 4 bit weights, 5 drafts a round.
 Exits 1 if a speculative answer differs from target_only's."""
 
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from engine import Blend, DraftSource, Fixed, Memory, Previous, agreeing, load_engine
+from engine import Blend, BlendText, DraftSource, Fixed, Memory, Previous, agreeing, load_engine
 from kernels.quant import BITS
 from weights.tiny import make_clips, scenes
 
@@ -58,12 +59,34 @@ def attribute_rates(said: list[tuple[dict, str | dict]]) -> dict[str, float]:
 def blind_sources(text, end: int, taught: int = 300) -> dict[str, DraftSource]:
     """Draft sources that see no scene and remember answers; the blend `taught` begins with those that so many training
     scenes give to every question."""
-    knows = Blend()
-    for seed in range(taught):
+    return {"previous": Previous(), "memory": Memory(), "blend": Blend(),
+            "taught": taught_by(Blend(), text, end, taught)}
+
+
+def taught_by(source: DraftSource, text, end: int, count: int) -> DraftSource:
+    """The source, after the answers that `count` training scenes give to every question."""
+    for seed in range(count):
         for q, question in enumerate(scenes.QUESTIONS):
-            knows.begin(question)
-            knows.learn(text.ids(scenes.answer(scenes.sample(seed), q)) + [end])
-    return {"previous": Previous(), "memory": Memory(), "blend": Blend(), "taught": knows}
+            source.begin(question)
+            source.learn(text.ids(scenes.answer(scenes.sample(seed), q)) + [end])
+    return source
+
+
+class Told(DraftSource):
+    """A source that hears, told all that the drafter says of this scene before it drafts."""
+
+    def __init__(self, source: DraftSource, text: list[int]):
+        self.source, self.text = source, text
+
+    def begin(self, question):
+        self.source.begin(question)
+        self.source.hear(self.text)
+
+    def propose(self, committed, limit):
+        return self.source.propose(committed, limit)
+
+    def learn(self, answer):
+        self.source.learn(answer)
 
 
 def evaluate(engine, count: int, folder: Path, progress=None, controls: bool = True) -> dict:
@@ -75,6 +98,8 @@ def evaluate(engine, count: int, folder: Path, progress=None, controls: bool = T
     exact, accept, drafted, lens, first, unequal = Counter(), Counter(), Counter(), {}, [], []
     eos = engine.target.config.eos_id
     blind = blind_sources(engine.target.text, eos) if controls else {}
+    hearing = {"blend-text": BlendText(), "taught-text": taught_by(BlendText(), engine.target.text, eos, 300)
+               } if controls else {}
     for i, record in enumerate(records):
         scene, q = scenes.sample(make_clips.HELD_OUT + i), i % len(scenes.QUESTIONS)
         truth = record["conversations"][1]["value"]
@@ -89,7 +114,8 @@ def evaluate(engine, count: int, folder: Path, progress=None, controls: bool = T
         first.append(agreeing(drafter.output_ids, alone.output_ids))
         if controls:
             blind["answer"] = Fixed(engine.target.text.ids(common[q]) + [eos])
-        for source, kept in (("drafter", None), *blind.items()):
+        told = {name: Told(source, drafter.output_ids) for name, source in hearing.items()}
+        for source, kept in (("drafter", None), *told.items(), *blind.items()):
             result = engine.generate(mode="speculative", draft_source=kept, draft_len=DRAFTS if controls else None,
                                      **asked)
             if result.output_ids != alone.output_ids:
@@ -140,9 +166,10 @@ def report(figures: dict) -> str:
     for source in figures["accept_rate"]:
         histogram = "  ".join(f"{n}: {times}" for n, times in figures["accept_len"][source].items())
         low, high = figures["interval"][source]
-        lines.append(f"{source:8} accept_rate {figures['accept_rate'][source]:.2f}   tokens_per_round "
+        lines.append(f"{source:11} accept_rate {figures['accept_rate'][source]:.2f}   tokens_per_round "
                      f"{figures['tokens_per_round'][source]:.2f} [{low:.2f}, {high:.2f}]   accept_len {histogram}")
-    rivals = {source: rate for source, rate in figures["tokens_per_round"].items() if source != "drafter"}
+    rivals = {source: rate for source, rate in figures["tokens_per_round"].items()
+              if source != "drafter" and not source.endswith("text")}
     if rivals:
         best = max(rivals, key=rivals.get)
         lines.append(f"tokens_per_round over scenes [95 %]; the drafter's over {best}'s, the best that sees no scene: "
