@@ -335,8 +335,9 @@ class Tower:
         c, w = self.config, self.w
         R, side = len(pixels_R3XX), c.image // c.patch
         tiles = pixels_R3XX.to(self.patch_CE.dtype).reshape(R, 3, side, c.patch, side, c.patch)
-        tiles_RPE = tiles.permute(0, 2, 4, 1, 3, 5).reshape(R, c.P, 3 * c.patch ** 2)
-        h_RSC = torch.cat([w["cls"].expand(R, 1, c.C), F.linear(tiles_RPE, self.patch_CE)], 1) + w["pos"]
+        tiles = tiles.permute(0, 2, 4, 1, 3, 5).reshape(R, c.P, 3 * c.patch ** 2)              # [R, P, patch's numbers]
+        h_RSC = torch.cat([w["cls"].expand(R, 1, c.C), F.linear(tiles, self.patch_CE)], 1) + w["pos"]
+        del tiles                                            # what nobody needs any more would stay to the end
         h_RSC = layernorm(h_RSC, *self._norm("pre_norm"))
         fresh_RSC = None                                     # the last block's output, not yet added to the stream
         for j in range(layers):
@@ -349,8 +350,8 @@ class Tower:
             mixed_RSC = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(R, c.P + 1, c.C)
             mixed_RSC = F.linear(mixed_RSC, w[f"layers.{j}.out.w"], w[f"layers.{j}.out.b"])
             normed_RSC, h_RSC = add_layernorm(mixed_RSC, h_RSC, *self._norm(f"layers.{j}.norm2"))
-            up_RSF = quick_gelu(F.linear(normed_RSC, w[f"layers.{j}.fc1.w"], w[f"layers.{j}.fc1.b"]))
-            fresh_RSC = F.linear(up_RSF, w[f"layers.{j}.fc2.w"], w[f"layers.{j}.fc2.b"])
+            fresh_RSC = F.linear(quick_gelu(F.linear(normed_RSC, w[f"layers.{j}.fc1.w"], w[f"layers.{j}.fc1.b"])),
+                                 w[f"layers.{j}.fc2.w"], w[f"layers.{j}.fc2.b"])
         return h_RSC if fresh_RSC is None else h_RSC + fresh_RSC
 
     def _norm(self, name: str):
@@ -1773,7 +1774,7 @@ def memory_needs(cls, config: dict, device: torch.device, dtype: torch.dtype, ca
     S, HK = min(A + 64, rows), d.H * d.K
     pixels = R * 3 * vision.image ** 2 * 4
     F1 = max((t.shape[0] for t in wanted.wanted if t.name.endswith(".fc1.w")), default=0)
-    encode = R * T * b * max(5 * vision.C + 3 * F1, vision.C + 2 * d.D)
+    encode = R * T * b * max(7 * vision.C + (2 if gpu else 3) * F1, vision.C + 2 * d.D)
     layer = [4 * d.D + (2 * d.H + 2 * d.N) * d.K, 5 * d.D + 2 * HK, 5 * d.D + HK + 3 * d.F]
     fixed = pixels + 2 * A * d.D * b + 32 * d.V * b + 8 * rows + Workspace.nbytes(d.D, d.H, d.K, rows)
     if gpu:                                                  # cuBLAS's, on two streams; pictures that are resized

@@ -53,7 +53,7 @@ class Allocations(TorchDispatchMode):
 
 
 def launchers(monkeypatch):
-    """In place of the kernels of a prefill, what their launchers allocate: results, and nothing else."""
+    """In place of the kernels of encode and prefill, what their launchers allocate: results, and nothing else."""
     def made(*shape, like):
         return torch.empty(shape, dtype=like.dtype)
 
@@ -63,6 +63,10 @@ def launchers(monkeypatch):
     monkeypatch.setattr(engine, "attention", lambda q, k, v, at: torch.empty_like(q))
     monkeypatch.setattr(engine, "rmsnorm", lambda x, w, eps: torch.empty_like(x))
     monkeypatch.setattr(engine, "add_rmsnorm", lambda x, residual, w, eps: (torch.empty_like(x), torch.empty_like(x)))
+    monkeypatch.setattr(engine, "layernorm", lambda x, w, b, eps: torch.empty_like(x))
+    monkeypatch.setattr(engine, "add_layernorm", lambda x, residual, w, b, eps: (torch.empty_like(x),
+                                                                                 torch.empty_like(x)))
+    monkeypatch.setattr(engine, "quick_gelu", torch.empty_like)
     monkeypatch.setattr(engine, "swiglu", lambda x: made(len(x), x.shape[1] // 2, like=x))
     plain = engine.skinny
 
