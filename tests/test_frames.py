@@ -122,6 +122,12 @@ def test_drawing_all_frames_at_once_equals_one_event_at_a_time(num_events, num_f
         assert torch.equal(drawn.cpu(), plain)
 
 
+def test_more_pixels_than_a_place_can_name_are_the_users_to_mend():
+    x = torch.zeros(200, dtype=torch.int32)
+    with pytest.raises(ValueError, match="200 events on 200 frames of 3355443200 pixels"):
+        frames.drawn_at_once(x, x, x.to(torch.uint8), [(4096, 4096)] * 200)
+
+
 def test_split_covers_every_event_once_and_the_last_frame_takes_the_rest():
     assert [end - begin for begin, end in frames.split_by_count(23, 5)] == [4, 4, 4, 4, 7]
     for num_events in range(5, 60):
