@@ -27,7 +27,7 @@ import av
 import torch
 from PIL import Image
 
-from kernels.frames import SERIAL, cores, pinned, quiet_copy
+from kernels.frames import cores, extent, pinned, quiet_copy
 from weights import InputError
 
 MAX_EVENT_BYTES = 1 << 30            # of a file, and of the arrays an .npz unpacks to
@@ -183,8 +183,7 @@ def events_of(columns, max_canvas):
         raise Refused("holds no events", "choose a window in which something moves")
     x, y, t, p = (columns[key].integers(key) for key in "xytp")
     for key, values, limit in (("x", x, max_canvas[1]), ("y", y, max_canvas[0])):
-        parts = [part.aminmax() for part in values.split(SERIAL)]
-        low, high = min(part.min.item() for part in parts), max(part.max.item() for part in parts)
+        low, high = extent(values)
         if low < 0:
             raise Refused(f"{key} is negative (smallest {low}), coordinates start at 0",
                           f"subtract the smallest {key}, or drop those events")
