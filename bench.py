@@ -775,7 +775,7 @@ def render(report) -> list[str]:
     later = [f"{mode} {of['later_ms']['p50']:+.2f} [{of['later_ms']['low']:+.2f}, {of['later_ms']['high']:+.2f}]"
              for mode, of in report["modes"].items() if of.get("later_ms") and mode != "drafter_only"]
     if later:
-        lines.append(f"later    first id, ms, paired by repeat, median: {', '.join(later)}")
+        lines.append(f"later    first id than target_only's, ms, paired by repeat, median: {', '.join(later)}")
     if any(of.get("saved_ms") for of in report["modes"].values()):
         lines.append(f"{'approach':30} {'preview, ms':>11} {'saved to first id':>17} {'saved after it':>14} "
                      f"{'total':>6}")
@@ -1253,15 +1253,13 @@ def sources_page(options) -> int:
         lines += [title, f"{'':14}" + "".join(f"{K:>22}" for K in columns)]
         lines += [f"  {name:12}" + "".join(f"{with_interval(figure, runs[name, own].values(), K):>22}" for K in columns)
                   for name in CONTROLS if (name, own) in runs]
-        rival = "previous" if figure is accepted else "memory 16"            # the best control of each table
-        paired = list(zip(runs["blend", own].values(), runs[rival, own].values(), strict=True))
         over = lambda pairs, K, of=figure: of([b for b, _ in pairs], K) / max(of([m for _, m in pairs], K), 1e-9)  # noqa: E731
-        lines.append(f"  {'ratio':12}" + "".join(f"{with_interval(over, paired, K):>22}" for K in columns)
-                     + f"  blend over {rival}, paired")
-        if ("blend-text", own) in runs:
-            paired = list(zip(runs["blend-text", own].values(), runs["blend", own].values(), strict=True))
-            lines.append(f"  {'ratio':12}" + "".join(f"{with_interval(over, paired, K):>22}" for K in columns)
-                         + "  blend-text over blend, paired")
+        rival = "previous" if figure is accepted else "memory 16"            # the best control of each table
+        for ours, theirs in (("blend", rival), ("blend-text", "blend")):
+            if (ours, own) in runs:
+                paired = list(zip(runs[ours, own].values(), runs[theirs, own].values(), strict=True))
+                lines.append(f"  {'ratio':12}" + "".join(f"{with_interval(over, paired, K):>22}" for K in columns)
+                             + f"  {ours} over {theirs}, paired")
         if figure is accepted:
             lines.append(f"  drafter's own text {drafter:.3f} of 21")
     if len(questions) > 1:
@@ -1777,8 +1775,8 @@ def flags() -> Parser:
     add("--draft-len", type=int, default=5, metavar="G", help="drafts a round (default %(default)s)")
     add("--overlap-len", type=int, default=15, metavar="G", help="drafts of the head start (default %(default)s)")
     add("--draft-source", default="drafter", metavar="NAME",
-        help=f"who drafts in speculative mode: drafter, {', '.join(engine.SOURCES)}:DIR; memory and both "
-             f"blends:FILE read and save FILE")
+        help=f"who drafts in speculative mode: drafter, {', '.join(engine.SOURCES)}:DIR; :FILE after memory, "
+             f"blend or blend-text is read and saved")
     add("--gate", default="on", choices=("on", "off"), help="draft only where it should pay (default %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="draw ids (default %(default)s: greedy)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest ids of this mass (default all)")

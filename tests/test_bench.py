@@ -38,7 +38,7 @@ def run(tmp_path_factory, user_env):
     return done.returncode, done.stdout.splitlines(), json.loads(path.read_text())
 
 
-def test_every_repeat_runs_the_modes_in_an_order_of_its_own(monkeypatch, tmp_path, capsys):
+def test_every_repeat_runs_the_modes_in_an_order_of_its_own(monkeypatch, capsys):
     ran, real = [], bench.run_sample
     monkeypatch.setattr(bench, "run_sample", lambda *args: ran.append(args[2]) or real(*args))
     assert bench.main([*QUICK, "--modes", "target_only,prefill_then_verify,speculative", "--repeats", "6"]) == 0

@@ -444,7 +444,7 @@ def test_a_video_that_cannot_be_read_keeps_no_drafter_waiting(pair, monkeypatch)
         pair.generate(mode="speculative", **asked(0))
 
 
-def test_on_a_gpu_ids_are_told_once_the_next_forward_is_queued_and_on_a_cpu_at_once(pair):
+def test_on_a_gpu_ids_are_told_once_the_next_forward_is_queued_and_on_a_cpu_at_once():
     """The state of a round is kept until then; told twice, its ids go out once."""
     for on_gpu, at_once in ((True, []), (False, [7, 8])):
         heard = []
