@@ -54,8 +54,9 @@ WHITE = re.compile(r"[ \t\r\n]*")
 MAX_RECORD = 1 << 26                 # characters of one record of a data set
 RESAMPLES = 1000                     # of the bootstrap behind a ratio's interval
 LABELS = {"tiny": "embedded trained toy pair", "random-7b": "RANDOM 7B WEIGHTS"}      # of weights, in every header
-STAGES = {"drafter": ("load", "preprocess", "encode", "prefill", "draft"),
+STAGES = {"drafter": ("load", "preprocess", "encode", "prefill", "draft", "recall"),
           "target": ("load", "preprocess", "encode", "prefill", "decode", "verify")}
+PER_FORWARD = {"draft", "recall", "decode", "verify"}        # stages with an entry for each forward
 APPROACHES = {"target_only": "Video-LLaVA only", "drafter_only": "EventGPT only, another answer",
               "speculative": "full speculation", "prefill_only": "prefill only, a preview",
               "prefill_then_verify": "prefill + priming"}        # the research repository's names for the modes
@@ -376,6 +377,7 @@ def measure(e, samples, options, rows: list, keep=None) -> None:
     Repeats are interleaved, the modes of each in an order of its own: so what one mode leaves to the next, a clock or a
     cache, favours none."""
     progress, order = Progress(len(samples)), random.Random(options.seed)
+    e.remembers = False                                      # else a sample's second repeat recalls its first
     warm_up(e, samples, options)
     if options.profile:
         torch.cuda.profiler.start()
@@ -405,6 +407,8 @@ def measure(e, samples, options, rows: list, keep=None) -> None:
         row["took_s"] = time.perf_counter() - began
         if options.source is not None:
             options.source.settle()
+        if e.drafter is not None:                            # the sample is done: what was said may be recalled
+            e.drafter.remember(max((of[-1].preview_ids for of in results.values() if of), key=len, default=[]))
         rows.append(row)
         if keep:
             keep(row)
@@ -464,7 +468,7 @@ def summary(results, baseline) -> dict:
     for result in results:
         per_request = {(side, stage): s * 1e3 for side, of in result.stages.items() for stage, s in of.items()}
         for row, stage, start, end, note in result.timeline:
-            if stage in ("draft", "decode", "verify"):                     # one entry a forward
+            if stage in PER_FORWARD:                                       # one entry a forward
                 forwards = int(note.split()[0]) if note.endswith(" ids") else 1
                 each[row][stage].append((end - start) * 1e3 / forwards)
                 per_request.pop((row, stage), None)
@@ -630,12 +634,12 @@ def stage_rows(report) -> list:
     for side in [s for s in ("target", "drafter") if s in limits]:
         alone, work = "target_only" if side == "target" else "drafter_only", limits[side]
         for stage in STAGES[side]:
-            values = stage_times(report, side, stage, MODES if stage == "verify" else [alone])
+            values = stage_times(report, side, stage, MODES if stage in ("verify", "recall") else [alone])
             if not values:
                 continue
             low, mid, high = quantiles(values)
             amount = unit = share = None
-            if stage in ("draft", "decode", "verify"):
+            if stage in PER_FORWARD:
                 amount, unit, share = work["step_bytes"] / 1e9, "GB", work["step_bytes"] / mid * 1e3 / limits["read_bw"]
             elif stage == "prefill":
                 amount, unit = work["prefill_flop"] / 1e12, "TFLOP"
@@ -845,7 +849,7 @@ def check_outputs(options) -> None:
 
 # ---- long runs: rows on disk, shards, merging, comparing ---------------------------------------------------------
 
-STAGE_ORDER = {"eventgpt": ("drafter_only", "drafter", STAGES["drafter"]),
+STAGE_ORDER = {"eventgpt": ("drafter_only", "drafter", STAGES["drafter"][:5]),
                "videollava": ("target_only", "target", STAGES["target"][:5])}
 
 
@@ -1016,26 +1020,34 @@ def compared(old: dict, before: dict, new: dict, after: dict) -> tuple[list, set
 # ---- the request as a picture ----------------------------------------------------------------------------------
 
 COLOURS = {"load": "#9aa5b1", "preprocess": "#c3cad2", "encode": "#6aa9d8", "prefill": "#2f6fa7", "draft": "#e39b3b",
-           "verify": "#4d9a57", "decode": "#a9cf9f"}
+           "recall": "#b8791f", "verify": "#4d9a57", "decode": "#a9cf9f"}
 ROWS = ("host", "drafter", "target")
 
 
 def draft_cells(result) -> list[tuple]:
     """(start_s, end_s, accepted) of every draft on the timeline, those of the head start first."""
     lens = list(result.accept_lens)
-    head = lens.pop(0) if result.span_len else 0                                # the drafter's first id has no bar
-    single = [(start, end) for row, stage, start, end, note in result.timeline
-              if (row, stage) == ("drafter", "draft") and not note.endswith(" ids")]
-    if result.ahead:                                                            # right where the answer says the same
-        right = {bar for bar, at, i in result.ahead if result.output_ids[at:at + 1] == [i]}
-        return [(start, end, bar in right) for bar, (start, end) in enumerate(single, 1)]
-    cells = [(start, end, i < head) for i, (start, end) in enumerate(single)]
-    for row, stage, start, end, note in result.timeline:
-        if (row, stage) == ("drafter", "draft") and note:
+    head = lens.pop(0) if result.span_len else 0
+    bars = [(start, end, note) for row, stage, start, end, note in result.timeline
+            if row == "drafter" and stage in ("draft", "recall")]
+    single = [bar for bar in bars if not bar[2].endswith(" ids")]
+    wrote, cells = {forward: (at, ids) for forward, at, ids in result.drafts}, []
+    for forward, (start, end, note) in enumerate(single, 1):                    # the prefill, 0, has a bar of its own
+        at, ids = wrote.get(forward, (0, []))
+        right = [result.output_ids[n:n + 1] == [i] and (note in ("ahead", "resume") or n <= head)
+                 for n, i in enumerate(ids, at)]
+        cells += split(start, end, right or [False])
+    for start, end, note in bars:
+        if note.endswith(" ids"):
             count, accepted = int(note.split()[0]), lens.pop(0) if lens else 0
-            width = (end - start) / count
-            cells += [(start + i * width, start + (i + 1) * width, i < accepted) for i in range(count)]
+            cells += split(start, end, [i < accepted for i in range(count)])
     return cells
+
+
+def split(start: float, end: float, right: list[bool]) -> list[tuple]:
+    """A bar in as many cells as it brought ids."""
+    width = (end - start) / len(right)
+    return [(start + i * width, start + (i + 1) * width, of) for i, of in enumerate(right)]
 
 
 def draw_timeline(result, path: str) -> None:
@@ -1056,7 +1068,7 @@ def draw_timeline(result, path: str) -> None:
         draw.text((8, y + high // 2 - 6), name, fill="black")
         lanes = {}
         for row, stage, start, end, note in result.timeline:
-            if row != name or stage == "draft":
+            if row != name or stage in ("draft", "recall"):
                 continue
             lane = lanes.setdefault(note, len(lanes)) if row == "host" else 0           # the two loads overlap
             y0, y1 = (y + lane * high // 2, y + (lane + 1) * high // 2 - 2) if row == "host" else (y, y + high)
@@ -1290,7 +1302,8 @@ def replay_page(options) -> int:
     e = engine.load_engine(options.eventgpt, options.videollava, device=options.device, dtype=options.dtype,
                            drafter_device=options.drafter_device, cache_rows=options.cache_rows, draft_len=15,
                            tokenizer=options.tokenizer, graphs=not options.eager, gate=options.gate == "on",
-                           drafter_dtype=options.drafter_dtype)
+                           drafter_dtype=options.drafter_dtype, recall_len=options.recall_len)
+    e.remembers = False                                      # settings share a drafter, and say the same answer
     most = max(i for row in pairs for name in ("target", "drafter") for i in row[name])
     for model in e.models:
         if most >= model.config.V:
@@ -1313,7 +1326,7 @@ def replay_page(options) -> int:
     for stream, seq in enumerate([chosen[0], *chosen]):      # three answers of the first to warm up
         settings = replay_settings([row for row in pairs if row["seq"] != seq], rates, e.apart, options.only)
         for number, row in enumerate(streams[seq] if stream else streams[seq][:3]):
-            clip, cell = clips[number % len(clips)], {}
+            clip, cell, heard = clips[number % len(clips)], {}, []
             ids = row["target"][:options.max_new_tokens]
             for name in order.sample(list(settings), len(settings)):     # what one leaves behind favours none
                 mode, source, said = settings[name]
@@ -1324,16 +1337,19 @@ def replay_page(options) -> int:
                     continue
                 e.gate = gates[name] if options.gate == "on" else None
                 drafter_ids = said(row, rng)
+                heard += [drafter_ids] * (drafter_ids not in heard)
                 with torch.inference_mode():
                     e.target.replay(ids)
                     e.drafter.replay(drafter_ids)
                 cell[name] = e.generate(
                     event_path=clip.events, video_path=clip.video, query=row["question"], mode=mode,
                     draft_source=source, max_new_tokens=len(ids), ignore_eos=True,
-                    overlap_len=31 if name.startswith("one shot") else 15)
+                    overlap_len=31 if name.startswith("one shot") else options.overlap_len)
                 if cell[name].output_ids != ids:
                     print(f"{name}, {seq} {row['clip']}: other ids than recorded", file=sys.stderr)
                     return 1
+            for ids in heard:
+                e.drafter.remember(ids)
             if not stream:
                 continue
             cell = {name: cell[name] for name in settings if name in cell}
@@ -1341,7 +1357,8 @@ def replay_page(options) -> int:
                 forwards = sum(row == "target" and stage in ("verify", "decode") for row, stage, *_ in result.timeline)
                 taken[name].append((result.wall_clock_time * 1e3, result.ttft * 1e3, forwards,
                                     result.free_tokens_count, len(result.output_ids),
-                                    cell["target_only"].wall_clock_time * 1e3, cell["target_only"].ttft * 1e3))
+                                    cell["target_only"].wall_clock_time * 1e3, cell["target_only"].ttft * 1e3,
+                                    result.window_drafts))
             options.shown = cell[list(cell)[-1]]
             progress.step(f"{seq} {row['clip']}")
         head = replay_head(e, options, stream)
@@ -1370,7 +1387,9 @@ def merged_replays(paths: list[Path]) -> tuple[dict, dict]:
         try:
             head, found = json.loads(path.read_text(encoding="utf-8"))
             for name, rows in found.items():
-                taken[name] += [tuple(map(float, row)) for row in rows]
+                for e2e, ttft, forwards, overlap, ids, base_e2e, base_ttft, window in rows:
+                    taken[name].append(tuple(map(float, (e2e, ttft, forwards, overlap, ids, base_e2e, base_ttft,
+                                                         window))))
             sequences = head.pop("sequences")
         except UNREADABLE as error:
             raise InputError(f"{path}: not a shard of a replay ({describe(error)}); wants what --rows "
@@ -1436,13 +1455,13 @@ def replay_head(e, options, sequences: int) -> dict:
 
 
 def replay_report(head: dict, taken: dict) -> list[str]:
-    """The table, from what was measured alone: (e2e ms, ttft ms, target forwards, overlap drafts, ids, and e2e and
-    ttft of target_only's run of the same answer) by setting."""
+    """The table, from what was measured alone: (e2e ms, ttft ms, target forwards, overlap drafts, ids, e2e and ttft
+    of target_only's run of the same answer, and the drafts of the window) by setting."""
     lines = [f"replay, {head['what']}",
              f"{len(taken['target_only'])} recorded answers of {head['sequences']} sequences ({head['pairs']}, "
              f"{head['src']}), at most {head['new']} ids, gate {head['gate']}; from files to the last id, ms",
              f"{'drafts':26} {'answers':>7} {'p20':>7} {'p50':>7} {'p80':>7} {'ttft':>7} {'later':>20} "
-             f"{'ratio to target_only':>24} {'p5':>6} {'ids/forward':>11} {'overlap':>7}"]
+             f"{'ratio to target_only':>24} {'p5':>6} {'ids/forward':>11} {'window':>6} {'overlap':>7}"]
     for name, rows in taken.items():
         low, mid, high = quantiles([row[0] for row in rows])
         ratios = [row[5] / row[0] for row in rows]
@@ -1453,6 +1472,7 @@ def replay_report(head: dict, taken: dict) -> list[str]:
         lines.append(f"{name:26} {len(rows):7} {low:7.1f} {mid:7.1f} {high:7.1f} "
                      f"{statistics.median(row[1] for row in rows):7.1f} {wait:>20} "
                      f"{r['p50']:7.3f} [{r['low']:.3f}, {r['high']:.3f}] {worst:6.3f} {per:11.2f} "
+                     f"{statistics.median(row[7] for row in rows):6.0f} "
                      f"{statistics.median(row[3] for row in rows):7.0f}")
     total = sum(map(len, taken.values()))
     return lines + [f"verdict  the recorded ids came out of all {total} requests; p5: 5 % of the ratios are below",
@@ -1777,6 +1797,9 @@ def flags() -> Parser:
     add("--draft-source", default="drafter", metavar="NAME",
         help=f"who drafts in speculative mode: drafter, {', '.join(engine.SOURCES)}:DIR; :FILE after memory, "
              f"blend or blend-text is read and saved")
+    add("--recall-len", type=int, metavar="N",
+        help=f"ids of its earlier texts that the drafter checks in one forward (default: {engine.RECALL_MOST} on a GPU, "
+             f"else 0)")
     add("--gate", default="on", choices=("on", "off"), help="draft only where it should pay (default %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="draw ids (default %(default)s: greedy)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest ids of this mass (default all)")
@@ -1828,7 +1851,8 @@ def check(options) -> None:
     most = engine.STEP_ROWS - 1
     for name, low, high in (("max_new_tokens", 1, 1_000_000), ("repeats", 1, None), ("warmup", 0, None),
                             ("cache_rows", 1, None), ("max_samples", 1, None), ("every", 1, None),
-                            ("draft_len", 0, most), ("overlap_len", 0, most)):
+                            ("draft_len", 0, most), ("overlap_len", 0, most),
+                            ("recall_len", 0, engine.RECALL_MOST)):
         value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
         if value is None or (name == "max_samples" and value == -1):
             continue
@@ -1978,7 +2002,8 @@ def run(options, command) -> int:
             "ceilings": {**ceilings(options.device), **{m.side: work_of(m) for m in e.models}},
             "config": {"modes": options.modes, "max_new_tokens": options.max_new_tokens,
                        "draft_len": options.draft_len, "overlap_len": options.overlap_len,
-                       "draft_source": options.draft_source, "gate": options.gate, "ignore_eos": options.ignore_eos,
+                       "draft_source": options.draft_source, "recall_len": e.drafter.recall_len if e.drafter else None,
+                       "gate": options.gate, "ignore_eos": options.ignore_eos,
                        "frame_rule": options.frame_rule, "graphs": not options.eager, "warmup": options.warmup,
                        "repeats": options.repeats, "samples": listed,
                        "devices": places(e), **drawn}, "skipped": skipped}
@@ -2012,7 +2037,8 @@ def load_pair(options) -> tuple[dict, engine.Engine]:
     return memory, engine.load_engine(
         options.eventgpt, options.videollava, draft_len=options.draft_len, overlap_len=options.overlap_len,
         tokenizer=options.tokenizer, graphs=not options.eager, gate=options.gate == "on",
-        drafter_dtype=options.drafter_dtype, progress=Loading() if sys.stderr.isatty() else None, **place)
+        drafter_dtype=options.drafter_dtype, recall_len=options.recall_len,
+        progress=Loading() if sys.stderr.isatty() else None, **place)
 
 
 def places(e) -> dict:

@@ -51,6 +51,7 @@ from kernels.attention import PAIR, attention, step_attention
 from kernels.fp8 import norm8, product8, rows8, weight8
 from kernels.frames import clip_pixels, draw_events, to_device
 from kernels.quant import BITS, NotPackable, packed_bytes, quantise
+from kernels.recall import Recall, recall
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
 from kernels.rope_store import rope_store
 from kernels.round import close_round, first_id, open_round
@@ -93,6 +94,9 @@ __all__ = ["MODES", "SOURCES", "Adapted", "Best", "Blend", "BlendText", "Constan
 
 MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
+RECALL_MOST = 15        # ids that a drafter recalls for one step, which then has a row more than that
+RECALL_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of its earlier texts that a drafter keeps, on a GPU and on a CPU
+RECALL_PAYS = 0.3       # recalled ids that must be right in a step, on average, to pay for its rows
 STATE = 8               # words before the ids in a request's state; kernels/round.py names them
 N_OUT, DONE, ACCEPT_LEN, PROMPT_LEN, EOS_ID, LIMIT, NONFINITE = range(7)
 
@@ -471,6 +475,13 @@ class Model:
             if key not in self.steps:
                 self.steps[key] = StepGraph(lambda G=G, sampled=sampled: self._round(G, sampled), self)
 
+    def next_len(self) -> int:
+        """Drafts of its own that the next step of a decode checks; a drafter may recall some."""
+        return 0
+
+    def judge(self, G: int, fresh: int) -> None:
+        """A step of a decode with G of them gave `fresh` ids."""
+
     def _look(self, key, G: int) -> None:
         """Runs a forward; under `explain` it also keeps where in the answer it stood, its drafts, and the two best ids
         of every row with their logits, all still on the device."""
@@ -576,6 +587,9 @@ class Drafter(Model):
         first = 32000 + int(flags[1])                        # a patch token, if added, comes before the two markers
         self.marker_ids = (first, first + 1) if flags[0] else None
         self.one_zero = torch.tensor([1, 0]).to(self.device)
+        self.texts = Recall(self.device, RECALL_ROWS[self.on_gpu], decoder.work.pdl)
+        self.recall_len, self.recalls = 0, False             # ids recalled a step, at most; whether this request may
+        self.recalled = 1.0                                  # how many of them were right of late
 
     def prompt(self, question: str) -> Prompt:
         """Each side of the placeholder is encoded alone, and both get a leading-space mark, as upstream."""
@@ -601,12 +615,38 @@ class Drafter(Model):
         rows_RSD = F.linear(hidden_RSD, w1, b1)
         return torch.cat([rows_RSD.mean(1), rows_RSD.mean(0)])
 
+    def _round(self, G: int, sampled: bool):
+        """One forward for several ids: the drafter checks what it wrote before in such a place."""
+        if G:
+            recall(self.texts, self.state_W, self.draft_ids[G])
+        return super()._round(G, sampled)
+
+    def next_len(self) -> int:
+        """Ids to recall for the next step: none while they are too seldom right to pay for the wider step."""
+        return self.recall_len if self.recalls and self.texts.texts and self.recalled > RECALL_PAYS else 0
+
+    def judge(self, G: int, fresh: int) -> None:
+        """A step with G recalled ids gave `fresh` ids. Without any it becomes likelier that they are tried again."""
+        if G and fresh:
+            self.recalled += 0.25 * (fresh - 1 - self.recalled)
+        elif not G:
+            self.recalled += 0.01
+
+    def remember(self, ids) -> None:
+        """Keeps a text that this drafter wrote, to be recalled."""
+        if self.recall_len and ids:
+            with self.on_stream():
+                self.texts.teach(ids)
+
     def follow(self, committed_W, G: int):
         """G drafts after the ids in `committed_W`, the target's state: int64 [G], -1 past the drafter's own end."""
         n_out = committed_W[:1].clone()
         self.resume(committed_W)
-        for _ in range(G - 1):
-            self.step(0)
+        if G > 1 and self.next_len():                        # most often enough for all of them
+            self.step(self.recall_len)
+        else:
+            for _ in range(G - 1):
+                self.step(0)
         at_G = n_out + torch.arange(G, device=self.device)
         ids_G = self.state_W.gather(0, (STATE + at_G).clamp(max=len(self.state_W) - 1))
         return torch.where(at_G < self.state_W[:1], ids_G, -1)
@@ -623,8 +663,11 @@ class Drafter(Model):
         self.state_W[STATE:words].copy_(committed_W[STATE:words])
         self.state_W[:2].copy_(committed_W[:2] * self.one_zero)       # keep n_out, clear done
         self.state_W[LIMIT].fill_(len(self.state_W))                  # the limit was the head start's
-        self.prepare_resume(rows)
-        self.steps["resume", rows]()
+        if rows == 1:                                        # its last id has no row yet, as after any step
+            self.step(self.next_len())
+        else:
+            self.prepare_resume(rows)
+            self.steps["resume", rows]()
 
     def prepare_resume(self, rows: int = 2) -> None:
         if ("resume", rows) not in self.steps:
@@ -729,8 +772,13 @@ class Gate:
 
     @property
     def draft(self):
-        """Seconds of a draft; the target's step stands in while none was made."""
-        return self.seconds("draft") or self.step
+        """Seconds of a draft of a round; the target's step stands in while none was made."""
+        return self.seconds("draft") or self.seconds("forward") or self.step
+
+    @property
+    def head_draft(self):
+        """(seconds of a drafter's forward in a head start, ids that it brings)."""
+        return self.seconds("forward") or self.draft, self.usual("ids a forward") or 1.0
 
     def usual(self, what):
         """Its median, for what the host does."""
@@ -770,10 +818,10 @@ class Gate:
 
     def head_start(self, req: Request, now: float) -> bool:
         """Whether the drafter should encode and prefill, `now` being the earliest it can begin."""
-        front, step, draft, ready = self.seconds("front"), self.step, self.draft, req.ready(now)
-        if front is None or step is None or draft is None or ready is None:
+        front, step, (forward, ids), ready = self.seconds("front"), self.step, self.head_draft, req.ready(now)
+        if front is None or step is None or forward is None or ready is None:
             return True
-        at, gain = now + front, 0.0
+        at, gain, draft = now + front, 0.0, forward / ids
         for share in self.alive("span", req.question, req.overlap_len + 1)[1:]:       # the first id comes for free
             at += draft
             worth = share * step - min(draft, max(0.0, at - ready))
@@ -792,11 +840,11 @@ class Gate:
     def another(self, req: Request, drafted: int, now: float) -> bool:
         """Whether a head start of `drafted` ids should grow, with a step already queued: for free while the target is
         not ready, else for a price."""
-        step, draft, ready = self.step, self.draft, req.ready(now)
-        if step is None or draft is None or ready is None:
+        step, (forward, ids), ready = self.step, self.head_draft, req.ready(now)
+        if step is None or forward is None or ready is None:
             return not req.frames_ready.is_set()
-        price = min(draft, max(0.0, now + 2 * draft - ready))
-        return self.alive("span", req.question, drafted + 1)[-1] * step > price
+        price = min(forward, max(0.0, now + 2 * forward - ready))
+        return sum(self.alive("span", req.question, drafted + max(1, round(ids)))[drafted:]) * step > price
 
     def pays(self, kind: str, question: str, drafts: int) -> bool:
         """Whether a round of drafts from the host ends an answer sooner than plain steps."""
@@ -805,10 +853,15 @@ class Gate:
 
     def learn(self, req: Request, result: Result) -> None:
         """Times of a request's stages, and how far its head start agreed with the answer, verified or not."""
+        forwards = 0
         for row, stage, start, end, note in result.timeline:
-            if (row, stage) in (("target", "decode"), ("target", "verify"), ("drafter", "draft")):
-                forwards = int(note.split()[0]) if note.endswith(" ids") else 1
-                self.timed({"decode": "step"}.get(stage, stage), (end - start) / forwards)
+            if (row, stage) in (("target", "decode"), ("target", "verify")):
+                self.timed({"decode": "step"}.get(stage, stage), end - start)
+            elif row == "drafter" and note.endswith(" ids"):
+                self.timed("draft", (end - start) / int(note.split()[0]))
+            elif (row, stage) in (("drafter", "draft"), ("drafter", "recall")):
+                self.timed("forward", end - start)
+                forwards += 1
             elif (row, stage) == ("drafter", "prefill"):
                 self.timed("front", end - req.ready_at["events", req.size])
         for what, at in req.ready_at.items():
@@ -816,6 +869,8 @@ class Gate:
         if ("frames", req.size) in req.ready_at:
             drafting = "load" in result.stages.get("drafter", {})
             self.timed(("frames", req.size, drafting), req.ready_at["frames", req.size])
+        if forwards:
+            self.timed("ids a forward", max(1.0, (len(result.preview_ids) - 1) / forwards))
         if result.preview_ids:
             self.accepted("span", req.question, len(result.preview_ids),
                           agreeing(result.preview_ids, result.output_ids))
@@ -829,7 +884,7 @@ class Ahead:
     """
 
     def __init__(self):
-        self.lock, self.epoch, self.ids, self.drafted = threading.Lock(), 0, [], []
+        self.lock, self.epoch, self.ids = threading.Lock(), 0, []
 
     def publish(self, epoch: int, ids: list[int]) -> None:
         """The drafter: everything it takes for the answer so far."""
@@ -907,7 +962,8 @@ class Result(collections.abc.Mapping):
     prompt_rows: dict = field(default_factory=dict)   # side -> rows
     peak_memory: int = 0                    # bytes on the target's device; on the CPU the process's peak
     drafter_error: str | None = None        # why the drafter gave up, if it did; the answer is not affected
-    ahead: list = field(default_factory=list)         # (forward, place, id) of drafts made on a device of its own
+    drafts: list = field(default_factory=list)        # (forward, place, ids) of what each of the drafter's forwards
+                                                      # wrote, from its prefill on, rounds on the target's device apart
     verdicts: list = field(default_factory=list)      # `Verdict` of each forward, where explain asked for them
 
     def __getitem__(self, key):
@@ -1013,6 +1069,8 @@ class Request:
     prefill_end: float | None = None
     prompt_rows: dict = field(default_factory=dict)
     drafter_error: str | None = None
+    drafts: list = field(default_factory=list)          # see Result
+    drafted_text: list = field(default_factory=list)    # what a drafter on its own device took for the answer at last
 
     def say(self, kind: str, ids: list[int]) -> float:
         """Hands ids to the caller, with the time; the lock keeps what both sides say in order of time."""
@@ -1063,6 +1121,7 @@ class Engine:
         self.target, self.drafter = target, drafter
         self.draft_len, self.overlap_len = draft_len, overlap_len
         self.gate = Gate() if gate else None
+        self.remembers = True                                # what the drafter writes, so that it may recall it
         self.apart = bool(target and drafter) and target.device != drafter.device   # two devices: drafts cost nothing
         self.target_first = bool(target and target.on_gpu)   # in the interpreter; what a CPU computes holds no lock
         self.lock = threading.Lock()
@@ -1109,44 +1168,50 @@ class Engine:
                 req.host_free.wait()
                 return not req.stop_drafting.is_set() and (gate is None or gate.another(req, state[N_OUT], line.now()))
 
-            for state in self._decode(model, req, limit, "draft", go_on):
-                self._preview(req, state)
+            for forward, state in enumerate(self._decode(model, req, limit, "draft", go_on)):
+                req.drafts.append((forward, len(req.preview), self._preview(req, state)))
 
-    def _preview(self, req: Request, state) -> None:
+    def _preview(self, req: Request, state) -> list[int]:
+        """Hands the drafter's ids that are new to the caller, and returns them."""
         fresh = state[STATE + len(req.preview):STATE + state[N_OUT]]
         if fresh:
             now = req.say("preview", fresh)
             req.preview += [(i, now) for i in fresh]
+        return fresh
 
     def _draft_ahead(self, req: Request, limit: int) -> None:
         """Drafts for as long as the answer grows, always on the guess that the target agrees so far. When it says
         otherwise, its ids are taken up and the drafts made on the wrong guess are forgotten: by length, not by waiting.
         """
         model, ahead, words = self.drafter, req.ahead, STATE + limit + STEP_ROWS
-        epoch, bar, state = 0, 0, model.snapshot(words).read()
+        epoch, forward, known, state = 0, 0, 0, model.snapshot(words).read()
         while not req.stop_drafting.is_set():
             req.host_free.wait()
             check_finite(state, model, "draft")
-            own = state[STATE:STATE + state[N_OUT]]          # the answer as the drafter believes it
+            own = req.drafted_text = state[STATE:STATE + state[N_OUT]]       # the answer as the drafter believes it
             ended = bool(state[DONE]) or len(own) >= limit
             ahead.publish(epoch, own)
-            ahead.drafted.append((bar, len(own) - 1, own[-1]))
+            req.drafts.append((forward, known, own[known:]))
             if epoch == 0:
                 self._preview(req, state)
             while ended and not ahead.correction(epoch) and not req.stop_drafting.is_set():
                 time.sleep(2e-4)                             # nothing to draft until the target disagrees
-            truth = ahead.correction(epoch)
+            truth, known, G = ahead.correction(epoch), len(own), 0
             if truth:
                 epoch, ids = truth
+                known = len(ids)
                 right = min(agreeing(own, ids), max(len(own) - 1, 0))                # rows of these need not run again
                 with req.timeline.stage("draft", model, note="resume"):
                     for end in [*range(right + STEP_ROWS, len(ids), STEP_ROWS), len(ids)]:
                         head, rows = torch.tensor([end, 0, 0, 0, 0, 0, 0, 0] + ids[:end]), end - right
                         model.resume(to_device(head, model.device), rows if rows <= 2 else STEP_ROWS)
             else:
-                with req.timeline.stage("draft", model):
-                    model.step(0)
-            bar, state = bar + 1, model.snapshot(words).read()       # at once: a correction must not wait for a step
+                G = model.next_len()
+                with req.timeline.stage("recall" if G else "draft", model, note="ahead"):
+                    model.step(G)
+            forward, state = forward + 1, model.snapshot(words).read()       # at once: a correction must not wait
+            if not truth:
+                model.judge(G, state[N_OUT] - known)
 
     def _target_side(self, req: Request) -> None:
         """Video to answer. Everything it emits is the target's own greedy id."""
@@ -1192,20 +1257,24 @@ class Engine:
         as the host sees them, one step behind what is queued; the last one has everything. Without `go_on` the first
         step is queued unseen as well: the GPU waits for nobody. known: ids that are there already."""
         words, left, stop, stage, state = STATE + limit + STEP_ROWS, limit - known, False, "prefill", None
-        pending = collections.deque([model.snapshot(words)])             # states on their way to the host
+        pending = collections.deque([(model.snapshot(words), 0)])        # states on their way to the host, ids recalled
         behind = int(model.on_gpu and go_on is None)         # on the CPU nothing is queued: look at once
         while not req.cancelled.is_set():
             while not stop and left > 0 and len(pending) <= behind:
                 stop = go_on is not None and not go_on(state)
                 if not stop:
-                    with req.timeline.stage(name, model):
-                        model.step(0)
-                    pending.append(model.snapshot(words))
+                    G = model.next_len()
+                    with req.timeline.stage("recall" if G else name, model):
+                        model.step(G)
+                    pending.append((model.snapshot(words), G))
                     left -= 1
             if not pending:
                 break
-            state = pending.popleft().read()
+            snapshot, G = pending.popleft()
+            before, state = state[N_OUT] if state else None, snapshot.read()
             check_finite(state, model, stage)
+            if before is not None:
+                model.judge(G, state[N_OUT] - before)
             yield state
             stop, stage, behind = stop or bool(state[DONE]), name, int(model.on_gpu)
 
@@ -1342,7 +1411,7 @@ class Engine:
     # -- checks, assembly
 
     def _check_rows(self, model: Model, prompt_rows: int, req: Request) -> None:
-        spare = max(req.draft_len, req.overlap_len) + 2
+        spare = max(req.draft_len, req.overlap_len, getattr(model, "recall_len", 0)) + 2
         need, have = prompt_rows + req.max_new_tokens + spare, model.decoder.cache_rows
         if need > have:
             raise InputError(f"{model.path}: {model.side} cache holds {have} rows, prompt {prompt_rows} + new "
@@ -1371,11 +1440,11 @@ class Engine:
             with naming_stage(drafter, "preparation"):
                 drafter.prepare_encode(frames)
                 drafter.prepare_prefill(rows)
-                drafter.prepare(0)
+                drafter.recalls = drafter.recall_len > 0 and req.mode != "drafter_only"      # its own answer is its own
+                drafter.prepare(0, *[drafter.recall_len] * drafter.recalls)
                 if req.mode == "speculative":
                     drafter.prepare_resume()
                     if self.apart:
-                        drafter.prepare_resume(1)
                         drafter.prepare_resume(STEP_ROWS)
 
     def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, image_path=None,
@@ -1557,6 +1626,8 @@ class Engine:
         result.timeline, result.stages = req.timeline.resolve()
         if req.source is not None:
             guarded(req, req.source.learn, list(result.output_ids))
+        if self.remembers and self.drafter in active:
+            self.drafter.remember(req.drafted_text or result.preview_ids)
         if self.gate and deciding == "target" and not (req.mode == "prefill_only"):
             self.gate.learn(req, result)
         result.prompt_rows, result.drafter_error = req.prompt_rows, req.drafter_error
@@ -1567,7 +1638,7 @@ class Engine:
             result.acceptance_rate = result.accepted_tokens / result.drafted
         if result.rounds:
             result.tokens_per_round = result.accepted_tokens / result.rounds + 1
-        result.span_len, result.ahead = len(req.first_span), req.ahead.drafted
+        result.span_len, result.drafts = len(req.first_span), req.drafts
         if req.first_span and req.accept_lens and req.accept_lens[0] < len(req.first_span):
             result.rejected_at = req.accept_lens[0]
         if deciding == "target":
@@ -1777,6 +1848,8 @@ def memory_needs(cls, config: dict, device: torch.device, dtype: torch.dtype, ca
     encode = R * T * b * max(7 * vision.C + (2 if gpu else 3) * F1, vision.C + 2 * d.D)
     layer = [4 * d.D + (2 * d.H + 2 * d.N) * d.K, 5 * d.D + 2 * HK, 5 * d.D + HK + 3 * d.F]
     fixed = pixels + 2 * A * d.D * b + 32 * d.V * b + 8 * rows + Workspace.nbytes(d.D, d.H, d.K, rows)
+    if cls is Drafter:
+        fixed += Recall.nbytes(RECALL_ROWS[gpu])
     if gpu:                                                  # cuBLAS's, on two streams; pictures that are resized
         fixed += (2 << 25) + (2 << 26)
     else:                                                    # the plain definitions keep scores, and unpack weights
@@ -1814,7 +1887,7 @@ def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=No
 
 def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,
                 draft_len=5, overlap_len=15, tokenizer=None, graphs=True, seed=0, gate=True,
-                drafter_dtype="bf16", progress=None) -> Engine:
+                drafter_dtype="bf16", recall_len=None, progress=None) -> Engine:
     """An Engine over the two checkpoints (either may be None). bf16 on a GPU and fp32 on the CPU unless told.
 
     eventgpt, videollava: folders, hub ids already in the cache, or `random-7b`. device: `cuda`, `cuda:N` or `cpu`;
@@ -1822,7 +1895,8 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
     tokenizer: a tokenizer.json in place of the checkpoints' own. gate: draft only where it is expected to pay; False:
     whatever it costs. drafter_dtype: `int8` or `int4` packs the weights of the drafter's steps, `fp8` (8-bit steps) and
     `fp8+int4` those of its prefill too (answers stay the same, drafts are cheaper and a little worse); `bf16` leaves
-    them as loaded. progress: see `load_model`.
+    them as loaded. recall_len: ids of its earlier texts that the drafter checks in one forward, 0..15, to draft several
+    at once (None: 15 on a GPU, where rows cost little, and 0 on the CPU). progress: see `load_model`.
     """
     if drafter_dtype not in ("bf16", *BITS):
         raise InputError(f"drafter_dtype: {drafter_dtype!r} is not one of bf16, {', '.join(BITS)}; pick from these")
@@ -1834,6 +1908,8 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
                              ("overlap_len", overlap_len, 0)):
         if value is not None and (type(value) is not int or value < low):
             raise InputError(f"{name}: wanted a whole number from {low} up, got {value!r}; change it")
+    if recall_len is not None and (type(recall_len) is not int or not 0 <= recall_len <= RECALL_MOST):
+        raise InputError(f"recall_len: wanted a whole number 0..{RECALL_MOST}, got {recall_len!r}; change it")
     memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype)
     options = dict(dtype=dtype, cache_rows=cache_rows, graphs=graphs, progress=progress)
     target = drafter = None
@@ -1844,6 +1920,7 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
         shared = target.text.path if target is not None and not own.exists() else None
         drafter = load_model(Drafter, eventgpt, drafter_device or device, tokenizer=tokenizer or shared, seed=seed + 1,
                              packed=None if drafter_dtype == "bf16" else drafter_dtype, **options)
+        drafter.recall_len = (RECALL_MOST if drafter.on_gpu else 0) if recall_len is None else recall_len
     return Engine(target, drafter, draft_len, overlap_len, gate)
 
 

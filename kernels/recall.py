@@ -1,6 +1,6 @@
-"""recall: drafts for a drafter, on the device: what followed, in the texts it wrote before, wherever their last ids were
-the last ids of this one; of the longest such contexts the latest. The drafter checks them all in one forward, so its
-own text costs it a forward for several ids, and the host is not asked.
+"""recall: drafts for a drafter, on the device: in the texts it wrote before, what followed the last ids of this one; of
+the longest such contexts the latest. The drafter checks them all in one forward, so that its text costs it a forward
+for several ids, and the host is not asked.
 
 ids_M, int32: texts one after the other, each closed by -1, the oldest overwritten first; a text never wraps. Before a
 text and before the first id stands -1 too, so that two beginnings count as one id more that fits.
@@ -40,6 +40,7 @@ class Recall:
         """Bytes of one, before it is made."""
         return 4 * rows + 8 * (rows // PLACES) + 12
 
+    @torch.inference_mode()
     def teach(self, ids) -> None:
         """Remembers a text, on the current stream. What does not fit at all is cut."""
         ids = [int(i) for i in ids][:len(self.ids_M) - 1] + [-1]
@@ -52,6 +53,7 @@ class Recall:
         self.at, self.texts = self.at + len(ids), self.texts + 1
         self.end.fill_(self.at)
 
+    @torch.inference_mode()
     def forget(self) -> None:
         self.ids_M.fill_(-1)
         self.end.zero_()

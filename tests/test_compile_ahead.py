@@ -26,6 +26,7 @@ from kernels.attention import attention, step_attention
 from kernels.fp8 import norm8, rows8
 from kernels.frames import drawn_at_once
 from kernels.quant import Packed
+from kernels.recall import Recall, recall
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
 from kernels.rope_store import rope_store
 from kernels.round import close_round, open_round
@@ -62,6 +63,7 @@ if S <= 32:
     logits = meta(S, V)
     close_round(logits, meta(S - 1, dtype=torch.int64), state, work.round)
     scores = sample(logits, state, meta(3, dtype=torch.int64))
+    recall(Recall("meta", pdl=arch >= 90), state, meta(15, dtype=torch.int64))
     close_round(scores, meta(S - 1, dtype=torch.int64), state, work.round)
 else:
     rmsnorm(hidden, *norm)
@@ -99,7 +101,7 @@ for kernel, args, options in launches:
     print(kernel.__name__, built.metadata.shared)
 """
 STEP = {"open_round_kernel", "row_sums_kernel", "skinny_kernel", "step_kernel", "combine_kernel", "close_round_kernel",
-        "top_p_kernel", "scores_kernel"}
+        "top_p_kernel", "scores_kernel", "recall_kernel"}
 DRAFTS = {1: {"gemv_kernel", "pair_kernel"}, 2: {"gemv_kernel", "pair_kernel"}}      # by rows
 PREFILL = {"rmsnorm_kernel", "rope_store_kernel", "prefill_kernel", "swiglu_kernel", "layernorm_kernel",
            "quick_gelu_kernel", "last_event_kernel", "paint_kernel"}

@@ -145,7 +145,7 @@ def test_a_drafter_on_a_gpu_of_its_own_gives_the_targets_ids(drafter_dtype):
         for mode in ("prefill_only", "prefill_then_verify", "speculative"):
             result = e.generate(mode=mode, ignore_eos=True, **asked(i))
             assert result.output_ids == ids and result.drafter_error is None, mode
-        assert result.ahead and result.stages["drafter"]["draft"] > 0
+        assert result.drafts and result.stages["drafter"]["draft"] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

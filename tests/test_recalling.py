@@ -1,0 +1,116 @@
+"""A drafter that recalls its earlier texts writes what it would have written, in fewer forwards, and answers stay the
+target's. On the embedded pair; the search itself is tests/test_recall.py."""
+
+import pytest
+import torch
+from test_request import MODES, TINY, asked, pair, truth  # noqa: F401
+
+import engine
+from engine import RECALL_MOST, RECALL_PAYS, InputError
+
+
+@pytest.fixture
+def recalling(pair):  # noqa: F811
+    """The pair, its drafter allowed to recall and with nothing in mind."""
+    drafter = pair.drafter
+    drafter.recall_len, drafter.recalled = RECALL_MOST, 1.0
+    drafter.texts.forget()
+    yield pair
+    drafter.recall_len, drafter.recalls = 0, False
+    pair.remembers = True
+
+
+def forwards(result):
+    return sum(row == "drafter" and stage in ("draft", "recall") for row, stage, *_ in result.timeline)
+
+
+def test_a_preview_is_the_same_text_in_fewer_forwards(recalling):
+    first = recalling.generate(mode="prefill_only", **asked(0))
+    again = recalling.generate(mode="prefill_only", **asked(0))
+    assert first.preview_ids == again.preview_ids and len(first.preview_ids) > 10
+    assert "recall" not in first.stages["drafter"] and again.stages["drafter"]["recall"] > 0
+    assert forwards(first) >= len(first.preview_ids) - 1
+    assert forwards(again) <= -(-len(first.preview_ids) // (RECALL_MOST + 1)) + 1
+    assert [i for _, _, ids in again.drafts for i in ids] == again.preview_ids
+    assert first.output_ids == again.output_ids == truth(recalling, 0, 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_answers_and_previews_of_every_mode_stay(recalling, mode):
+    """Six clips twice over: what was written for others is recalled, and what fits only a while is dropped."""
+    alone = {}
+    for _ in range(2):
+        for i in range(6):
+            result = recalling.generate(mode=mode, **asked(i))
+            if mode != "drafter_only":
+                assert result.output_ids == truth(recalling, i, 0)
+            before = alone.setdefault(i, result.preview_ids)
+            n = min(len(before), len(result.preview_ids))
+            assert before[:n] == result.preview_ids[:n]
+            assert ("recall" in result.stages.get("drafter", {})) <= (mode not in ("target_only", "drafter_only"))
+
+
+def test_drafter_only_is_measured_without(recalling):
+    for _ in range(2):
+        result = recalling.generate(mode="drafter_only", **asked(1))
+        assert forwards(result) >= len(result.output_ids) - 1 and "recall" not in result.stages["drafter"]
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_on_a_device_of_its_own(recalling, turn):
+    recalling.apart = True
+    try:
+        for i in range(4):
+            result = recalling.generate(mode="speculative", ignore_eos=True, **asked(i + turn))
+            assert result.output_ids == truth(recalling, i + turn, 0, True) and result.drafter_error is None
+    finally:
+        recalling.apart = False
+    places = [n + k for _, n, ids in result.drafts for k in range(len(ids))]
+    assert places and recalling.drafter.texts.texts == 4
+
+
+def test_rounds_recall_as_well(recalling):
+    """In `follow` one wide step stands in for G - 1 narrow ones; right drafts are accepted as before."""
+    recalling.generate(mode="prefill_only", **asked(2))
+    narrow = recalling.generate(mode="speculative", draft_len=7, **asked(2))
+    recalling.drafter.recall_len = 0
+    plain = recalling.generate(mode="speculative", draft_len=7, **asked(2))
+    assert narrow.output_ids == plain.output_ids and narrow.accepted_tokens > 0
+
+
+def test_what_is_not_right_is_not_recalled_for_long(recalling):
+    drafter = recalling.drafter
+    drafter.recalls = True
+    assert drafter.next_len() == 0                           # nothing in mind
+    drafter.remember([1, 2, 3])
+    wide = 0
+    while drafter.next_len():
+        drafter.judge(RECALL_MOST, 1)
+        wide += 1
+    assert 2 <= wide <= 8 and drafter.recalled <= RECALL_PAYS
+    plain = 0
+    while not drafter.next_len():
+        drafter.judge(0, 1)
+        plain += 1
+    assert 3 <= plain <= 30                                  # noticed when it gets better
+    for _ in range(10):
+        drafter.judge(RECALL_MOST, 9)
+    assert drafter.recalled > 5
+
+
+def test_nothing_is_remembered_where_an_engine_is_told_so(recalling):
+    recalling.remembers = False
+    recalling.generate(mode="prefill_only", **asked(0))
+    assert recalling.drafter.texts.texts == 0
+
+
+@pytest.mark.parametrize("wrong", [-1, 16, 1.5, True, "15"])
+def test_a_length_that_cannot_be_is_one_line(wrong):
+    with pytest.raises(InputError, match="recall_len: wanted a whole number 0..15"):
+        engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", recall_len=wrong)
+
+
+def test_the_default_follows_the_device():
+    e = engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", dtype=torch.float32)
+    assert e.drafter.recall_len == (RECALL_MOST if e.drafter.on_gpu else 0)
+    assert engine.load_engine(TINY / "drafter", None, device="cpu", recall_len=3).drafter.recall_len == 3
