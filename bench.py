@@ -1798,7 +1798,7 @@ def flags() -> Parser:
         help=f"who drafts in speculative mode: drafter, {', '.join(engine.SOURCES)}:DIR; :FILE after memory, "
              f"blend or blend-text is read and saved")
     add("--recall-len", type=int, metavar="N",
-        help=f"ids of its earlier texts that the drafter checks in one forward (default: {engine.RECALL_MOST} on a GPU, "
+        help=f"ids of its earlier texts that the drafter checks a forward (default: {engine.RECALL_MOST} on a GPU, "
              f"else 0)")
     add("--gate", default="on", choices=("on", "off"), help="draft only where it should pay (default %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="draw ids (default %(default)s: greedy)")
