@@ -224,3 +224,17 @@ def test_memory_that_really_runs_out_in_a_request_is_one_line_and_the_next_reque
     forget()
     assert e.generate(mode="speculative", ignore_eos=True, **asked(0)).output_ids == ids
     assert len(e.generate(mode="speculative", ignore_eos=True, **longer).output_ids) == 40
+
+
+@pytest.mark.parametrize("packed", ["bf16", "int8", "int4", "fp8+int4"])
+def test_a_drafter_recalls_its_text_in_fewer_forwards(packed):
+    e = load(drafter_dtype=packed)
+    first, again = (e.generate(mode="prefill_only", **asked(0)) for _ in range(2))
+    assert first.preview_ids == again.preview_ids and len(first.preview_ids) > 10
+    assert "recall" not in first.stages["drafter"] and again.stages["drafter"]["recall"] > 0
+    forwards = [sum(row == "drafter" and stage in ("draft", "recall") for row, stage, *_ in r.timeline)
+                for r in (first, again)]
+    assert forwards[1] * 3 < forwards[0]
+    for mode in ("prefill_then_verify", "speculative"):
+        result = e.generate(mode=mode, **asked(0))
+        assert result.output_ids == first.output_ids and result.drafter_error is None
