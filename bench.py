@@ -1358,7 +1358,7 @@ def replay_page(options) -> int:
                 taken[name].append((result.wall_clock_time * 1e3, result.ttft * 1e3, forwards,
                                     result.free_tokens_count, len(result.output_ids),
                                     cell["target_only"].wall_clock_time * 1e3, cell["target_only"].ttft * 1e3,
-                                    result.window_drafts))
+                                    result.window_drafts, result.preview_end and result.preview_end * 1e3))
             options.shown = cell[list(cell)[-1]]
             progress.step(f"{seq} {row['clip']}")
         head = replay_head(e, options, stream)
@@ -1387,9 +1387,10 @@ def merged_replays(paths: list[Path]) -> tuple[dict, dict]:
         try:
             head, found = json.loads(path.read_text(encoding="utf-8"))
             for name, rows in found.items():
-                for e2e, ttft, forwards, overlap, ids, base_e2e, base_ttft, window in rows:
-                    taken[name].append(tuple(map(float, (e2e, ttft, forwards, overlap, ids, base_e2e, base_ttft,
-                                                         window))))
+                for *numbers, preview_end in rows:
+                    e2e, ttft, forwards, overlap, ids, base_e2e, base_ttft, window = map(float, numbers)
+                    taken[name].append((e2e, ttft, forwards, overlap, ids, base_e2e, base_ttft, window,
+                                        None if preview_end is None else float(preview_end)))
             sequences = head.pop("sequences")
         except UNREADABLE as error:
             raise InputError(f"{path}: not a shard of a replay ({describe(error)}); wants what --rows "
@@ -1433,8 +1434,14 @@ def replay_settings(others, rates, apart: bool, only: str | None) -> dict:
             made["blend-text, both"] = lambda: ("speculative", taught("blend-text", made=engine.BlendText()), raw)
     for p in rates:
         made[f"drafter right with {p}"] = functools.partial(lambda p: ("speculative", None, says(p)), p)
+        if apart:                                            # blend alone, below, is what the drafter is worth beside
+            made[f"blend-text, right with {p}"] = functools.partial(
+                lambda p: ("speculative", taught("blend-text", made=engine.BlendText()), says(p)), p)
+    if rates and apart:
+        made["blend, both"] = lambda: ("speculative", taught("blend", made=engine.Blend()), raw)
     if not apart:
         made["drafter, raw"] = lambda: ("prefill_then_verify", None, raw)
+        made["preview, raw"] = lambda: ("prefill_only", None, raw)
     return {name: make() for name, make in made.items()
             if name == "target_only" or only is None or any(word in name for word in only.split(","))}
 
@@ -1456,12 +1463,13 @@ def replay_head(e, options, sequences: int) -> dict:
 
 def replay_report(head: dict, taken: dict) -> list[str]:
     """The table, from what was measured alone: (e2e ms, ttft ms, target forwards, overlap drafts, ids, e2e and ttft
-    of target_only's run of the same answer, and the drafts of the window) by setting."""
+    of target_only's run of the same answer, the drafts of the window, the preview's last id in ms) by setting."""
     lines = [f"replay, {head['what']}",
              f"{len(taken['target_only'])} recorded answers of {head['sequences']} sequences ({head['pairs']}, "
              f"{head['src']}), at most {head['new']} ids, gate {head['gate']}; from files to the last id, ms",
              f"{'drafts':26} {'answers':>7} {'p20':>7} {'p50':>7} {'p80':>7} {'ttft':>7} {'later':>20} "
-             f"{'ratio to target_only':>24} {'p5':>6} {'ids/forward':>11} {'window':>6} {'overlap':>7}"]
+             f"{'ratio to target_only':>24} {'p5':>6} {'ids/forward':>11} {'window':>6} {'overlap':>7} "
+             f"{'preview':>7}"]
     for name, rows in taken.items():
         low, mid, high = quantiles([row[0] for row in rows])
         ratios = [row[5] / row[0] for row in rows]
@@ -1473,10 +1481,12 @@ def replay_report(head: dict, taken: dict) -> list[str]:
                      f"{statistics.median(row[1] for row in rows):7.1f} {wait:>20} "
                      f"{r['p50']:7.3f} [{r['low']:.3f}, {r['high']:.3f}] {worst:6.3f} {per:11.2f} "
                      f"{statistics.median(row[7] for row in rows):6.0f} "
-                     f"{statistics.median(row[3] for row in rows):7.0f}")
+                     f"{statistics.median(row[3] for row in rows):7.0f} {fmt(median([row[8] for row in rows])):>7}")
     total = sum(map(len, taken.values()))
     return lines + [f"verdict  the recorded ids came out of all {total} requests; p5: 5 % of the ratios are below",
-                    LEGEND.splitlines()[0], "        later: ttft less target_only's, ms, paired by answer, median"]
+                    LEGEND.splitlines()[0],
+                    "        later: ttft less target_only's, ms, paired by answer, median; preview: its last id;",
+                    "        window, overlap: drafts before the last frame, before the prefill's end"]
 
 
 # ---- peers -----------------------------------------------------------------------------------------------------

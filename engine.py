@@ -955,6 +955,7 @@ class Result(collections.abc.Mapping):
     window_drafts: int = 0                  # those of them it had before the last frame was decoded
     wall_clock_time: float = 0.0
     ttfp: float | None = None               # first preview id on the host
+    preview_end: float | None = None        # the last one
     ttft: float | None = None               # first answer id on the host
     tpot: float | None = None               # (end - ttft) / (ids - 1)
     stages: dict = field(default_factory=dict)        # side -> stage -> seconds
@@ -1612,6 +1613,7 @@ class Engine:
     def _finish(self, req: Request, result: Result, active, deciding, texts) -> Event:
         decider = self.target if deciding == "target" else self.drafter
         result.preview_ids = [i for i, _ in req.preview]
+        result.preview_end = req.preview[-1][1] if req.preview else None
         if deciding == "drafter":
             result.output_ids = result.preview_ids
             result.wall_clock_time = req.preview[-1][1]

@@ -318,7 +318,9 @@ def test_recorded_pairs_hold_both_answers_and_feed_the_sources_page(tmp_path, ca
     per_forward = {name.strip(): float(rest.split("]")[2].split()[1]) for name, rest in
                    ((line[:26], line[26:]) for line in lines[3:6])}
     assert per_forward["target_only"] == 1 and per_forward["drafter right with 1.0"] > 3
-    assert "came out of all 12 requests" in lines[-3]
+    assert "came out of all 16 requests" in lines[-4]
+    last_id = {line[:26].strip(): line.split()[-1] for line in lines[3:7]}
+    assert last_id["target_only"] == "-" and float(last_id["preview, raw"]) > 0
     shards = [str(tmp_path / f"s{i}.json") for i in range(2)]
     for shard in shards:
         assert bench.main([*replay, "--only", "cold", "--rows", shard]) == 0
