@@ -14,10 +14,11 @@ the Workspace. Nothing is added atomically: a row's bits may depend on the row c
 Bytes: the weights as in kernels/quant.py, 3.47 GB a step of LLaMA-7B at 4 bits and an 8-bit head, 1.12 ms at 3.1 TB/s.
 Every program reads all of x from L2, D * 2 bytes a row, as much at 16 rows as 64 outputs have in words of 4 bits: qkv
 25 MB beside 26 of weights, o 17 beside 9, gate-up 45 beside 47, down 45 beside 23; half of it at 8 rows.
-Instructions (sm_90, Triton 3.6, 16 rows): the loop has 625 a warp for 32 words a thread at 4 bits, 64 of them products
-and 19 a word, 826 at 8 bits. 32 words of 4 warps are 16 KB, 1,210 clocks of a processor's share of 3 TB/s: half of
-what its four schedulers can issue, two fifths of what its tensor cores can.
-Not built: a scale for every weight instead of every sum (128 more instructions a loop, 32 fewer registers, and a
+Instructions (sm_90, Triton 3.6, 16 rows): a round of the loop takes a warp 620 for 32 words a thread at 4 bits, 19 a
+word, 64 of them products; 560 at 8 rows; 780 at 8 bits. 32 words of 4 warps are 16 KB, 1,210 clocks of a processor's
+share of 3 TB/s: half of what its four schedulers can issue, two fifths of what its tensor cores can. 64 outputs fit 168
+registers without spilling (Triton 3.7 reloads one or two addresses), so that a processor holds three programs.
+Not built: a scale for every weight instead of every sum (128 more instructions a round, 32 fewer registers, and a
 rounding of each weight)."""
 
 import torch
@@ -312,10 +313,10 @@ def main():
               ("", *(x for S in (1, 2, 4, 8, 16) for x in (f"us, {S}", "TB/s"))), rows)
         moved = sum(w.nbytes for layers in chain.w.values() for w in layers) + chain.head_VD.nbytes
         moved += 4 * chain.L * 700 * chain.H * chain.K
-        rows = [(f"{S} rows", ms, moved / 1e9, 1e-9 * moved / ms, 1e-7 * moved / ms / stream)
+        rows = [(S, ms, moved / 1e9, 1e-9 * moved / ms, 1e-7 * moved / ms / stream)
                 for S in (1, 2, 4, 8, 16) for ms in [step_ms(chain, work, S)]]
         table(f"{name}, a step of {chain.L} layers and the head at context 700",
-              ("", "p50 ms", "GB", "TB/s", "% of stream"), rows)
+              ("rows", "p50 ms", "GB", "TB/s", "% of stream"), rows)
         print(end="", flush=True)
         del chain
         torch.cuda.empty_cache()

@@ -81,6 +81,49 @@ def test_every_step_of_the_grid_is_met_exactly(bits, low, high, device):
         assert bool((quant_rows(x_SD, w) == steps_OD.T[start:start + MAX_PACKED_ROWS]).all())
 
 
+def floats_of(asm, words, bf16):
+    """The pair of floats that a line of `unpacking` makes of two words, by the letter of the PTX manual."""
+    held = {"$1": words[0], "$2": words[1]}
+
+    def read(name):
+        return held[name] if name in held else int(name, 0)
+
+    def pair(bits):
+        ints = torch.tensor([bits & 0xffff, bits >> 16], dtype=torch.int32).to(torch.uint16)
+        return ints.view(torch.bfloat16 if bf16 else torch.float16).double()
+    for line in asm.strip("{}").split(";"):
+        name, *operands = line.replace(",", " ").split() or [""]
+        out, inputs = operands[0] if operands else "", [] if name in ("", ".reg") else [read(x) for x in operands[1:]]
+        if name == "mov.b32":
+            held[out] = inputs[0]
+        elif name == "shr.u32":
+            held[out] = inputs[0] >> inputs[1]
+        elif name == "prmt.b32":                             # selects four of the eight bytes of two registers
+            both = inputs[0] | inputs[1] << 32
+            held[out] = sum((both >> 8 * (inputs[2] >> 4 * i & 7) & 0xff) << 8 * i for i in range(4))
+        elif name == "lop3.b32":                             # bit (a, b, c) of a table of 8
+            held[out] = sum((inputs[3] >> ((inputs[0] >> i & 1) << 2 | (inputs[1] >> i & 1) << 1 | inputs[2] >> i & 1)
+                             & 1) << i for i in range(32))
+        elif name.startswith("fma.rn."):
+            assert name == ("fma.rn.bf16x2" if bf16 else "fma.rn.f16x2") and out == "$0"
+            return (pair(inputs[0]) * pair(inputs[1]) + pair(inputs[2])).tolist()
+        else:
+            assert name in ("", ".reg"), name
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_words_are_unpacked_by_hand_as_plainly(bits, bf16):
+    """Every value at every place, beside two neighbours of all ones or zeros."""
+    for i in range(32 // bits):
+        asm = module.unpacking(i, bits, bf16)
+        for u in range(1 << bits):
+            other, around = (1 << bits) - 1 - u, 0xffffffff ^ ((1 << bits) - 1) << bits * i
+            for rest in (0, around):
+                words = rest | u << bits * i, rest ^ around | other << bits * i
+                assert floats_of(asm, words, bf16) == [u - (1 << bits - 1), other - (1 << bits - 1)]
+
+
 # ---- sums of squares, from a product with a residual to the norm behind it
 
 
