@@ -47,10 +47,11 @@ import kernels  # noqa: F401  first: it keeps torch quiet where numpy is absent
 import torch
 import torch.nn.functional as F
 
-from kernels.attention import PAIR, attention, step_attention
+from kernels.attention import attention, step_attention
 from kernels.fp8 import norm8, product8, rows8, weight8
 from kernels.frames import clip_pixels, draw_events, to_device
 from kernels.quant import BITS, NotPackable, packed_bytes, quantise
+from kernels.quant_rows import MAX_PACKED_ROWS
 from kernels.recall import Recall, recall
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
 from kernels.rope_store import rope_store
@@ -236,7 +237,7 @@ class Decoder:
         return self.k_cache_LNMK.shape[2]
 
     def pack(self, name: str) -> None:
-        """From now on steps of one or two rows read 8 or 4 bit copies of the weights, to be faster and a little wrong:
+        """From now on steps of up to 16 rows read 8 or 4 bit copies of the weights, to be faster and a little wrong:
         for drafters alone. `int8` and `int4` keep the full weights beside them for more rows. `fp8` has e4m3 weights
         in their place: prefill takes two thirds of the time, and the rows that every draft looks back at are a little
         wrong as well."""
@@ -245,7 +246,7 @@ class Decoder:
         self.step_layers = [layer | {product: quantise(layer[product], of_layers, norm_D=layer.get(norm))
                                      for product, norm in norms.items()} for layer in self.layers]
         self.step_head_VD, self.packed = quantise(self.head_VD, of_head, norm_D=self.w["text.norm"]), name
-        self.step_rows, self.fp8 = PAIR, name.startswith("fp8")
+        self.step_rows, self.fp8 = MAX_PACKED_ROWS, name.startswith("fp8")
         for i, layer in enumerate(self.layers if self.fp8 else []):
             self.layers[i] = {product: weight8(layer[product], layer.get(norm)) for product, norm in norms.items()}
             for product in norms:
@@ -1185,6 +1186,7 @@ class Engine:
         otherwise, its ids are taken up and the drafts made on the wrong guess are forgotten: by length, not by waiting.
         """
         model, ahead, words = self.drafter, req.ahead, STATE + limit + STEP_ROWS
+        most = model.decoder.step_rows
         epoch, forward, known, state = 0, 0, 0, model.snapshot(words).read()
         while not req.stop_drafting.is_set():
             req.host_free.wait()
@@ -1203,9 +1205,9 @@ class Engine:
                 known = len(ids)
                 right = min(agreeing(own, ids), max(len(own) - 1, 0))                # rows of these need not run again
                 with req.timeline.stage("draft", model, note="resume"):
-                    for end in [*range(right + STEP_ROWS, len(ids), STEP_ROWS), len(ids)]:
+                    for end in [*range(right + most, len(ids), most), len(ids)]:
                         head, rows = torch.tensor([end, 0, 0, 0, 0, 0, 0, 0] + ids[:end]), end - right
-                        model.resume(to_device(head, model.device), rows if rows <= 2 else STEP_ROWS)
+                        model.resume(to_device(head, model.device), rows if rows <= 2 else most)
             else:
                 G = model.next_len()
                 with req.timeline.stage("recall" if G else "draft", model, note="ahead"):
@@ -1446,7 +1448,7 @@ class Engine:
                 if req.mode == "speculative":
                     drafter.prepare_resume()
                     if self.apart:
-                        drafter.prepare_resume(STEP_ROWS)
+                        drafter.prepare_resume(drafter.decoder.step_rows)
 
     def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, image_path=None,
                mode="speculative", max_new_tokens=50, draft_len: int | None = None,

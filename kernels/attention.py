@@ -85,6 +85,14 @@ def loads_before():
 
 
 @triton.jit
+def launch_dependents_if(now, then):
+    """Lets the next kernel start once `now` equals `then`. A predicate: a branch would break the pipelined loop."""
+    tl.inline_asm_elementwise(
+        "{.reg .pred p; setp.eq.s32 p, $1, $2; @p griddepcontrol.launch_dependents; mov.u32 $0, 0;}", "=r,r,r",
+        [now, then], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def prefill_tiles(acc, top, total, q, k_ptr, v_ptr, pos, begin, end, M, scale, K: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr):
     """Folds the cache rows begin..end into (acc, top, total). Unmasked, every row of q must see all of them."""

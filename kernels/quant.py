@@ -11,8 +11,8 @@ One program sums BLOCK_O outputs by plain multiply-add, its threads along the in
 the kernel ahead. The scale meets the sum of 4 words, never a weight. The norm's weight is folded into the packed one,
 its factor meets the result, its sum of squares is taken along the way. HALF: two 4-bit weights at a time in fp16, 4
 products a chain, fp32 from there on.
-A row's bits may depend on the row count; only drafts hang on them, never an answer. More rows than two are left to
-the full weights: by tensor cores from weights unpacked into the dtype, 16 rows took 21 ms a step, 32 rows 27.
+A row's bits may depend on the row count; only drafts hang on them, never an answer. Steps of 3 to 16 rows go to
+kernels/quant_rows.py, by tensor cores.
 
 Bytes: O*D*bits/8 + O*D/64 of scales. LLaMA-7B, a layer at 4 bits: qkv 26.0 MB, o 8.7, gate-up 46.5, down 23.2; with an
 8-bit head of 133 MB 3.47 GB a step, 1.12 ms at 3.1 TB/s; all at 8 bits 6.71 GB, 2.16 ms."""

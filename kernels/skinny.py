@@ -28,15 +28,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention import SPLIT, SplitWork, prefetch, step_attention
+from kernels.attention import PAIR, SPLIT, SplitWork, launch_dependents_if, prefetch, step_attention
 from kernels.check import INTERPRETED, self_check, stages_that_fit
 from kernels.quant import Packed, quant_skinny
-from kernels.rmsnorm import rmsnorm_ref
+from kernels.quant_rows import quant_rows
+from kernels.rmsnorm import SUM_COLS, rmsnorm_ref, row_sums
 from kernels.round import MAX_CHUNKS, RoundWork
 from kernels.swiglu import silu_times, swiglu_ref
 
 MAX_ROWS = 32                        # rows of a step
-SUM_COLS = 32                        # columns under one partial sum of squares
 
 
 class Workspace(SplitWork):
@@ -73,14 +73,6 @@ def skinny_ref(x_SD, w_OD, norm=None, residual=None, gated=False):
 
 
 @triton.jit
-def launch_dependents_if(now, then):
-    """Lets the next kernel start once `now` equals `then`. A predicate: a branch would break the pipelined loop."""
-    tl.inline_asm_elementwise(
-        "{.reg .pred p; setp.eq.s32 p, $1, $2; @p griddepcontrol.launch_dependents; mov.u32 $0, 0;}", "=r,r,r",
-        [now, then], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
 def pair_sum(x, S: tl.constexpr):
     """[S]: the sum over the rows of x [a power of two up to 256, S], neighbours first. The order stands in the program;
     tl.sum takes it from the layout, which follows S: 16 and 32 columns then differed in the last bit."""
@@ -89,20 +81,6 @@ def pair_sum(x, S: tl.constexpr):
             even, odd = tl.split(tl.permute(tl.reshape(x, (x.shape[0] // 2, 2, S)), (0, 2, 1)))
             x = even + odd
     return tl.reshape(x, (S,))
-
-
-@triton.jit
-def row_sums_kernel(x_ptr, sums_ptr, x_stride, D: tl.constexpr, BLOCK_T: tl.constexpr, T: tl.constexpr,
-                    SUM_COLS: tl.constexpr, PDL: tl.constexpr):
-    """Sums of squares of one row, one for every SUM_COLS columns."""
-    row = tl.program_id(0).to(tl.int64)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    t = tl.arange(0, BLOCK_T)
-    col = t[:, None] * SUM_COLS + tl.arange(0, SUM_COLS)[None, :]
-    x = tl.load(x_ptr + row * x_stride + col, mask=col < D, other=0.0).to(tl.float32)             # [BLOCK_T, SUM_COLS]
-    tl.store(sums_ptr + row * T + t, tl.sum(x * x, 1), mask=t < T)
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -204,9 +182,11 @@ def skinny(x_SD, w_OD, work=None, norm=None, residual=None, gated=False, **overr
     norm: (w_D, eps), RMSNorm of x first. residual: [S, O], added last. gated: w is gate over up, the result
     silu(gate) * up, [S, O/2]. Every step rounds as the plain chain does. work: a Workspace; the sums of squares a norm
     needs are then those that the product with a residual left when it made x. override: launch choices, for tuning.
-    A Packed weight goes to kernels/quant.py: one or two rows, whose bits may depend on S."""
+    A Packed weight goes to kernels/quant.py, one or two rows, or kernels/quant_rows.py, up to 16, whose bits may depend
+    on S."""
     if isinstance(w_OD, Packed):
-        return quant_skinny(x_SD, w_OD, work, norm, residual, gated, **override)
+        product = quant_skinny if len(x_SD) <= PAIR else quant_rows
+        return product(x_SD, w_OD, work, norm, residual, gated, **override)
     (S, D), O = x_SD.shape, w_OD.shape[0]
     assert 1 <= S <= MAX_ROWS, f"skinny: {S} rows, wanted 1..{MAX_ROWS}"
     assert w_OD.shape == (O, D) and w_OD.is_contiguous() and x_SD.stride(1) == 1 and x_SD.dtype == w_OD.dtype, \
@@ -241,16 +221,6 @@ def skinny(x_SD, w_OD, work=None, norm=None, residual=None, gated=False, **overr
     if sums:
         work.sums_of = y_SO
     return y_SO
-
-
-def row_sums(x_SD, work):
-    """Leaves the sums of squares of x's rows in `work`, for the next norm."""
-    S, D = x_SD.shape
-    T = triton.cdiv(D, SUM_COLS)
-    assert work.sums_ST.shape[1] == T, f"row_sums: rows of {D}, a Workspace for {work.sums_ST.shape[1] * SUM_COLS}"
-    row_sums_kernel[(S,)](x_SD, work.sums_ST, x_SD.stride(0), D=D, BLOCK_T=triton.next_power_of_2(T), T=T,
-                          SUM_COLS=SUM_COLS, PDL=work.pdl, launch_pdl=work.pdl, enable_fp_fusion=False, num_warps=4)
-    work.sums_of = x_SD
 
 
 class Chain:

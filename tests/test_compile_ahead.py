@@ -56,7 +56,7 @@ if S <= 32:
     skinny(meta(S, F), meta(D, F), work, residual=hidden)
     drafting = Workspace("meta", D, H, K, M, pdl=arch >= 90, late=arch == 90, drafts=True)
     step_attention(meta(S, 3 * D), k, v, pos_ids, cos, sin, drafting)
-    if S <= 2:
+    if S <= 16:
         skinny(hidden, packed(2 * F, D, 4, True), work, norm=norm, gated=True)
         skinny(meta(S, F), packed(D, F, 4), work, residual=hidden)
         skinny(hidden, packed(V, D, 8, True), work, norm=norm)
@@ -102,7 +102,8 @@ for kernel, args, options in launches:
 """
 STEP = {"open_round_kernel", "row_sums_kernel", "skinny_kernel", "step_kernel", "combine_kernel", "close_round_kernel",
         "top_p_kernel", "scores_kernel", "recall_kernel"}
-DRAFTS = {1: {"gemv_kernel", "pair_kernel"}, 2: {"gemv_kernel", "pair_kernel"}}      # by rows
+DRAFTS = {1: {"gemv_kernel", "pair_kernel"}, 2: {"gemv_kernel", "pair_kernel"}, 8: {"rows_kernel"},
+          16: {"rows_kernel"}}                               # by rows
 PREFILL = {"rmsnorm_kernel", "rope_store_kernel", "prefill_kernel", "swiglu_kernel", "layernorm_kernel",
            "quick_gelu_kernel", "last_event_kernel", "paint_kernel"}
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}            # bytes of shared memory a program may use
@@ -113,7 +114,8 @@ def built(tmp_path_factory):
     """{(arch, rows): printed lines}; two processes at a time, their compiled files thrown away."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    lines, waiting = {}, [(arch, rows) for arch in SHARED for rows in (1, 2076)] + [(90, 2), (90, 32)]
+    lines, waiting = {}, [(arch, rows) for arch in SHARED for rows in (1, 16, 2076)]
+    waiting += [(90, rows) for rows in (2, 8, 32)]
     while waiting:
         pair = [waiting.pop(0) for _ in range(min(2, len(waiting)))]
         runs = [subprocess.Popen([sys.executable, "-c", SCRIPT, str(arch), str(rows)], env=env, text=True, cwd=ROOT,
@@ -126,14 +128,14 @@ def built(tmp_path_factory):
 
 
 @pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("rows, kernels", [(1, STEP), (2076, PREFILL)])
+@pytest.mark.parametrize("rows, kernels", [(1, STEP), (16, STEP), (2076, PREFILL)])
 def test_every_kernel_compiles_and_fits(arch, rows, kernels, built):
     fp8 = {"norm8_kernel", "rows8_kernel"} if kernels == PREFILL and arch >= 90 else set()
     assert {name for name, _ in built[arch, rows]} == kernels | DRAFTS.get(rows, set()) | fp8
     assert max(int(shared) for _, shared in built[arch, rows]) <= SHARED[arch]
 
 
-@pytest.mark.parametrize("rows", [2, 32])
+@pytest.mark.parametrize("rows", [2, 8, 32])
 def test_steps_of_more_rows_compile_and_fit_on_hopper(rows, built):
     assert {name for name, _ in built[90, rows]} == STEP | DRAFTS.get(rows, set())
     assert max(int(shared) for _, shared in built[90, rows]) <= SHARED[90]

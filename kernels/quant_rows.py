@@ -1,0 +1,328 @@
+"""quant_rows: y = x @ w.T with weights packed to 8 or 4 bits (kernels/quant.py), for a drafter's steps of 3 to 16 rows;
+the same call and the same folds (norm, SwiGLU, residual) as kernels/skinny.py, which hands over to it.
+
+The tensor cores' product, the weights its tall operand and the rows the narrow one. A product has one member per group
+of 128 inner columns and a warp each (a batched dot), so that the sum of a group is complete in its warp's registers
+when its scale meets it, no weight is unpacked twice, and every warp fetches only its own columns of x from shared
+memory. The members are added up once, at the end. Words go by asynchronous copies to shared memory and from there
+straight into the places that the tensor cores want their weights at; value i of all words makes one product, with x at
+the columns that meet it. The order of the inner columns in a product is free, so nothing is permuted, and no unpacked
+weight leaves its registers: two neighbouring words give a pair of 16-bit floats in four instructions at most.
+A norm's weight is folded into the packed one, its factor meets the result, from the sums that skinny's rules leave in
+the Workspace. Nothing is added atomically: a row's bits may depend on the row count, and on nothing else.
+
+Bytes: the weights as in kernels/quant.py, 3.47 GB a step of LLaMA-7B at 4 bits and an 8-bit head, 1.12 ms at 3.1 TB/s.
+Every program reads all of x from L2, D * 2 bytes a row, as much at 16 rows as 64 outputs have in words of 4 bits: qkv
+25 MB beside 26 of weights, o 17 beside 9, gate-up 45 beside 47, down 45 beside 23; half of it at 8 rows.
+Instructions (sm_90, Triton 3.6, 16 rows): a round of the loop takes a warp 620 for 32 words a thread at 4 bits, 19 a
+word, 64 of them products; 560 at 8 rows; 780 at 8 bits. 32 words of 4 warps are 16 KB, 1,210 clocks of a processor's
+share of 3 TB/s: half of what its four schedulers can issue, two fifths of what its tensor cores can. 64 outputs fit 168
+registers without spilling (Triton 3.7 reloads one or two addresses), so that a processor holds three programs.
+Not built: a scale for every weight instead of every sum (128 more instructions a round, 32 fewer registers, and a
+rounding of each weight)."""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.attention import PAIR, launch_dependents_if, prefetch
+from kernels.check import INTERPRETED, self_check, stages_that_fit
+from kernels.quant import BITS, FOLDS, Packed, folded, quant_skinny_ref, scales, unpack
+from kernels.rmsnorm import SUM_COLS, row_sums
+from kernels.swiglu import silu_times
+
+MAX_PACKED_ROWS = 16                 # rows of a step with packed weights
+
+
+class Sums:
+    """What a norm needs of a Workspace, where there is none: sums of squares of each row, [S, D / SUM_COLS]."""
+
+    def __init__(self, x_SD):
+        S, D = x_SD.shape
+        self.sums_ST = torch.empty((S, triton.cdiv(D, SUM_COLS)), dtype=torch.float32, device=x_SD.device)
+        self.sums_of, self.pdl = None, False
+
+
+@triton.constexpr_function
+def unpacking(i, bits, bf16):
+    """PTX that turns value i of two neighbouring words, $1 and $2, into a pair of 16-bit floats, exact."""
+    if bits == 4:                                            # 128 + u or 1024 + u, less 136 or 1032
+        mask, magic, less = 0x000f000f, 0x43004300 if bf16 else 0x64006400, 0xc308c308 if bf16 else 0xe408e408
+        pick = f"prmt.b32 v, $1, $2, {0x5410 if i < 4 else 0x7632}; shr.u32 v, v, {i % 4 * 4}; mov.b32 less, {less};"
+    else:                                                    # bytes 0 and 2 of v; what else is in there is masked out
+        pick = f"prmt.b32 v, $1, $2, {0x0400 + i * 0x0101};"
+        if bf16:                                             # 128 + the low 7 bits, less 128 if bit 7 is set, else 256
+            mask, magic = 0x007f007f, 0x43004300
+            pick += "lop3.b32 less, v, 0x00800080, 0xc380c380, 0x6a;"
+        else:                                                # 1024 + u, less 1152
+            mask, magic = 0x00ff00ff, 0x64006400
+            pick += "mov.b32 less, 0xe480e480;"
+    return f"""{{.reg .b32 v, one, less;
+        mov.b32 one, {0x3f803f80 if bf16 else 0x3c003c00}; {pick}
+        lop3.b32 v, v, {mask}, {magic}, 0xea;
+        fma.rn.{"bf16x2" if bf16 else "f16x2"} $0, v, one, less;}}"""
+
+
+@triton.jit
+def values(words, I: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, BY_HAND: tl.constexpr):
+    """Value I of each word in `dtype`, exact. BY_HAND: two at a time, for bf16 and fp16."""
+    if not BY_HAND:
+        found = unpack(words, I, BITS).to(dtype)
+    elif dtype == tl.bfloat16:
+        found = tl.inline_asm_elementwise(unpacking(I, BITS, True), "=r,r,r", [words], dtype=tl.bfloat16, is_pure=True,
+                                          pack=2)
+    else:
+        found = tl.inline_asm_elementwise(unpacking(I, BITS, False), "=r,r,r", [words], dtype=tl.float16, is_pure=True,
+                                          pack=2)
+    return found
+
+
+@triton.jit(do_not_specialize=["S"])
+def rows_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, sums_ptr, x_stride, residual_stride, S, O, eps,
+                D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, BLOCK_T: tl.constexpr,
+                BLOCK_S: tl.constexpr, BLOCK_O: tl.constexpr, GROUPS: tl.constexpr, BY_HAND: tl.constexpr,
+                EVEN: tl.constexpr, SUM_COLS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+                SUMS: tl.constexpr, GATED: tl.constexpr, PREFETCH: tl.constexpr, LATE: tl.constexpr,
+                PDL: tl.constexpr):
+    """BLOCK_O outputs of all rows; GATED, half of them are gates and half are ups; EVEN, the last program has as many.
+    GROUPS groups a round, one a warp.
+    PREFETCH: rounds whose words are asked into L2 before the wait. LATE: rounds before the end at which the next
+    kernel may start; 0, at once."""
+    tile = tl.program_id(0)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    PER: tl.constexpr = 32 // BITS                                   # values of a word
+    WORDS: tl.constexpr = D // PER
+    SPAN: tl.constexpr = GROUP // PER                                # words of a group
+    BLOCK_W: tl.constexpr = SPAN if SPAN > 16 else 16                # no product is shorter
+    G: tl.constexpr = D // GROUP
+    END: tl.constexpr = (G + GROUPS - 1) // GROUPS * GROUPS
+    FULL: tl.constexpr = END == G and SPAN == BLOCK_W
+    SCALE_LINES: tl.constexpr = 1 if G <= 64 else 2 if G <= 128 else 4
+    WIDE: tl.constexpr = BLOCK_O // 2 if GATED else BLOCK_O          # outputs that are stored
+    width = O // 2 if GATED else O
+    local, group = tl.arange(0, BLOCK_O), tl.arange(0, GROUPS)
+    word, s = tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_S)
+    if EVEN:                                                         # one address, and constants from there
+        w_row = tile * WIDE + local % WIDE + local // WIDE * width
+        w_rows = w_ptr + (tile * WIDE).to(tl.int64) * WORDS + local % WIDE * WORDS
+        w_rows += (local // WIDE).to(tl.int64) * width * WORDS
+    else:                                                            # past the edge any row will do
+        w_row = tl.minimum(tile * WIDE + local % WIDE, width - 1) + local // WIDE * width
+        w_rows = w_ptr + w_row.to(tl.int64) * WORDS
+    w_ptrs = w_rows[None, :, None] + group[:, None, None] * SPAN + word[None, None, :]
+    x_ptrs = x_ptr + s.to(tl.int64)[None, None, :] * x_stride + group[:, None, None] * GROUP + word[None, :, None]
+    scale_ptrs = scale_ptr + w_row[None, :] * G
+    if PREFETCH > 0:                                                 # weights depend on nobody: ask before the wait
+        line = tl.arange(0, PREFETCH * GROUPS * SPAN // 32)          # of 128 bytes
+        prefetch(w_rows[:, None] + line[None, :] * 32)
+        behind = tl.arange(0, SCALE_LINES) * 64
+        prefetch(scale_ptr + w_row[:, None] * G + tl.minimum(behind, G - 1)[None, :])
+    scale = scales(scale_ptrs + tl.minimum(group, G - 1)[:, None], BY_HAND)                         # [GROUPS, BLOCK_O]
+    if PDL:
+        gdc_wait()
+        if LATE == 0:
+            gdc_launch_dependents()
+    out = tile * WIDE + tl.arange(0, WIDE)
+    held = (out < width)[:, None] & (s < S)[None, :]                 # neither outputs nor rows need fill their block
+    if RESIDUAL:
+        residual_ptrs = residual_ptr + s.to(tl.int64)[None, :] * residual_stride + out[:, None]
+        residual = tl.load(residual_ptrs, mask=held, other=0.0)
+    factor = tl.zeros((BLOCK_S,), dtype=tl.float32)
+    acc = tl.zeros((GROUPS, BLOCK_O, BLOCK_S), dtype=tl.float32)
+    for start in range(0, END, GROUPS):
+        next_scale = scales(scale_ptrs + tl.minimum(start + GROUPS + group, G - 1)[:, None], BY_HAND)
+        real = (s < S)[None, None, :]
+        if FULL:
+            w = tl.load(w_ptrs + start * SPAN)                                             # [GROUPS, BLOCK_O, BLOCK_W]
+        else:                                                        # the last groups need not fill a round
+            inside = (start + group < G)[:, None, None]
+            w = tl.load(w_ptrs + start * SPAN, mask=inside & (word < SPAN)[None, None, :], other=0)
+            real = real & inside & (word < SPAN)[None, :, None]
+        if NORM:
+            if start == 0:                                           # here, with the first weights already on their way
+                t = tl.arange(0, BLOCK_T)
+                sums = tl.load(sums_ptr + s[:, None] * T + t[None, :], mask=(s < S)[:, None] & (t < T)[None, :],
+                               other=0.0)
+                factor = tl.rsqrt(tl.sum(sums, 1) / D + eps)
+        part = tl.zeros((GROUPS, BLOCK_O, BLOCK_S), dtype=tl.float32)
+        for i in tl.static_range(PER):
+            x = tl.load(x_ptrs + start * GROUP + i * SPAN, mask=real, other=0.0)           # [GROUPS, BLOCK_W, BLOCK_S]
+            part = tl.dot(values(w, i, BITS, dtype, BY_HAND), x, part, input_precision="ieee")
+        acc += part * scale[:, :, None]
+        scale = next_scale
+        if PDL and LATE > 0:
+            launch_dependents_if(start, END - LATE * GROUPS)
+    y = tl.sum(acc, 0)                                                                             # [BLOCK_O, BLOCK_S]
+    if NORM:
+        y *= factor[None, :]
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(y, (2, WIDE, BLOCK_S)), (1, 2, 0)))
+        rounded = silu_times(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
+    else:
+        rounded = y.to(dtype)
+    if RESIDUAL:
+        rounded = (residual.to(tl.float32) + rounded.to(tl.float32)).to(dtype)
+    tl.store(y_ptr + s.to(tl.int64)[None, :] * width + out[:, None], rounded, mask=held)
+    if SUMS:
+        square = tl.where(held, rounded.to(tl.float32) * rounded.to(tl.float32), 0.0)
+        PARTS: tl.constexpr = BLOCK_O // SUM_COLS
+        total = tl.sum(tl.reshape(square, (PARTS, SUM_COLS, BLOCK_S)), 1)                            # [PARTS, BLOCK_S]
+        t = tile * PARTS + tl.arange(0, PARTS)
+        tl.store(sums_ptr + s[None, :] * T + t[:, None], total, mask=(s < S)[None, :] & (t < T)[:, None])
+
+
+def launch_config(S, O, D, bits, group, itemsize, device):
+    """Tile, pipeline and warps. Not yet tuned on a card: from instruction counts, registers and the programs that a
+    processor can hold (`python -m kernels.quant_rows --tune` finds the best). At 168 registers three programs of 4
+    warps are on a processor at a time, all 344 of gate-up at once on an H100."""
+    narrow, BLOCK_S = O <= 4096, 8 if S <= 8 else 16
+    BLOCK_O, GROUPS = (32, 8) if narrow else (64, 4)         # o and down: 128 programs of 32 outputs
+    stage = GROUPS * (4 * BLOCK_O * max(16, group * bits // 32) + itemsize * group * BLOCK_S)
+    return dict(BLOCK_S=BLOCK_S, BLOCK_O=BLOCK_O, GROUPS=GROUPS, num_warps=GROUPS, PREFETCH=1, LATE=0,
+                num_stages=stages_that_fit(4 if narrow else 3, stage, device),
+                maxnreg=168 if bits == 4 and itemsize == 2 and not narrow else None)
+
+
+def quant_rows(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **override):
+    """x @ dequantise(w).T, [S, O] for 3 to 16 rows; fewer work too. Arguments as those of `skinny`; of `norm` only the
+    epsilon is used, for w holds its weight."""
+    (S, D), O = x_SD.shape, w.shape[0]
+    assert 1 <= S <= MAX_PACKED_ROWS, f"quant_rows: {S} rows, wanted {PAIR + 1}..{MAX_PACKED_ROWS}"
+    assert w.shape[1] == D and x_SD.stride(1) == 1, \
+        f"quant_rows: weight {tuple(w.shape)} for rows of {D}, strides {x_SD.stride()}"
+    assert w.normed == (norm is not None), f"quant_rows: norm {norm is not None}, folded into the weight {w.normed}"
+    assert norm is None or residual is None, "quant_rows: a norm before and a residual after would share their sums"
+    width = O // 2 if gated else O
+    assert residual is None or residual.shape == (S, width) and residual.stride(1) == 1, \
+        f"quant_rows: residual {tuple(residual.shape)} beside a result of {(S, width)}"
+    if x_SD.device.type == "cpu" and not INTERPRETED:
+        return quant_skinny_ref(x_SD, w, norm, residual, gated)
+    y_SO = torch.empty((S, width), dtype=x_SD.dtype, device=x_SD.device)
+    pdl, sums = work is not None and work.pdl, work is not None and residual is not None
+    if norm is not None:
+        work = work or Sums(x_SD)
+        if work.sums_of is not x_SD:
+            row_sums(x_SD, work)
+    model = D if norm is not None else O if sums else None
+    assert model is None or work.sums_ST.shape[1] == triton.cdiv(model, SUM_COLS), \
+        f"quant_rows: rows of {model}, a Workspace for {work.sums_ST.shape[1] * SUM_COLS}"
+    itemsize, G, span = x_SD.element_size(), D // w.group, w.group * w.bits // 32
+    config = {**launch_config(S, O, D, w.bits, w.group, itemsize, x_SD.device), **override}
+    assert not sums or config["BLOCK_O"] % SUM_COLS == 0, f"quant_rows: {config['BLOCK_O']} outputs, sums of {SUM_COLS}"
+    if not pdl or config["PREFETCH"] * config["GROUPS"] > G or config["GROUPS"] * span < 32:
+        config["PREFETCH"] = 0                               # nothing to bridge, or not as many words as that
+    config["LATE"] = min(config["LATE"], triton.cdiv(G, config["GROUPS"])) if pdl and work.late else 0
+    T = triton.cdiv(model, SUM_COLS) if model else 1
+    rows_kernel[(triton.cdiv(O, config["BLOCK_O"]),)](
+        x_SD, w.words_OW, w.scale_OG, y_SO, residual if residual is not None else x_SD,
+        work.sums_ST if model else x_SD, x_SD.stride(0), residual.stride(0) if residual is not None else 0, S=S, O=O,
+        eps=norm[1] if norm else 0.0, D=D, BITS=w.bits, GROUP=w.group, T=T, BLOCK_T=triton.next_power_of_2(T),
+        BY_HAND=itemsize == 2 and not INTERPRETED, EVEN=O % config["BLOCK_O"] == 0, SUM_COLS=SUM_COLS,
+        NORM=norm is not None, RESIDUAL=residual is not None, SUMS=sums, GATED=gated, PDL=pdl, launch_pdl=pdl, **config)
+    if sums:
+        work.sums_of = y_SO
+    return y_SO
+
+
+def tile(outputs, groups, stages, maxnreg=None):
+    """A launch choice, a warp for every group."""
+    return dict(BLOCK_O=outputs, GROUPS=groups, num_warps=groups, num_stages=stages, maxnreg=maxnreg)
+
+
+WIDE_TILES = [tile(64, 4, 3), tile(64, 4, 4), tile(64, 4, 3, 168), tile(32, 8, 3), tile(32, 4, 4), tile(128, 8, 3)]
+LONG_TILES = [tile(32, 4, 4), tile(32, 4, 6), tile(32, 8, 3), tile(32, 8, 4), tile(32, 16, 3), tile(64, 8, 3)]
+TUNE = dict(qkv=WIDE_TILES, o=LONG_TILES, gate_up=WIDE_TILES, down=LONG_TILES,
+            head=[tile(64, 4, 2), tile(64, 4, 3), tile(64, 4, 2, 168), tile(32, 4, 3), tile(32, 8, 3)])
+
+
+def agreement(chain, work):
+    """Rows of a table: distances from fp64 of the dequantised weights, for every product and some row counts."""
+    from kernels.check import assert_no_worse, differing
+
+    rows = []
+    for name in FOLDS:
+        w = chain.head_VD if name == "head" else chain.w[name][0]
+        for S in (3, 8, 16):
+            x, keywords = folded(chain, name, S, w.shape[1], w.shape[0])
+            wide = {k: (v[0].double(), v[1]) if k == "norm" else v.double() if torch.is_tensor(v) else v
+                    for k, v in keywords.items()}
+            truth, plain = quant_skinny_ref(x.double(), w, **wide), quant_skinny_ref(x, w, **keywords)
+            ours, again = (quant_rows(x, w, work, **keywords) for _ in range(2))
+            label = f"{name} {w.bits} bits, {S} rows"
+            assert differing(ours, again) == 0, f"{label}: two calls differ"
+            rows.append((label, *assert_no_worse(ours, plain, truth, what=label)))
+    return rows
+
+
+def tune(chain, work, name):
+    """The tiles of each product over all layers at 16 rows, then the best of them in a whole step."""
+    from kernels.check import table
+    from kernels.quant import product_us, step_ms
+
+    def tried(measure, choice):
+        try:
+            return measure()
+        except Exception as failure:                         # too much shared memory, say: the sweep goes on
+            print(f"    {choice} FAILED: {type(failure).__name__} {str(failure)[:200]}", flush=True)
+            torch.cuda.synchronize()
+            return None
+
+    best = {}
+    for product, choices in TUNE.items():
+        timed = [(*at, c) for c in choices
+                 if (at := tried(lambda c=c, p=product: product_us(chain, work, p, 16, **c), (product, c)))]
+        timed.sort(key=lambda t: t[0])
+        best[product] = timed[0][2]
+        rows = [(str(c), us, tbps) for us, tbps, c in timed]
+        for S in (16, 8):
+            rows.append((f"launch_config, {S} rows", *product_us(chain, work, product, S)))
+        rows.append(("the best, 8 rows", *product_us(chain, work, product, 8, **best[product])))
+        table(f"{name}, {product}, 16 rows; best first", ("choice", "us", "TB/s"), rows)
+        print(end="", flush=True)
+    rows = [("launch_config", step_ms(chain, work, 16))]
+    changes = [("best of each", {}), ("no prefetch", dict(PREFETCH=0)), ("prefetch 2", dict(PREFETCH=2)),
+               ("released late, 1", dict(LATE=1)), ("released late, 2", dict(LATE=2))]
+    for label, change in changes:
+        choice = {product: c | change for product, c in best.items()}
+        rows.append((label, tried(lambda c=choice: step_ms(chain, work, 16, **c), label)))
+    table(f"{name}: a step of 16 rows at context 700, p50 ms", ("choice", "ms"), rows)
+    print(end="", flush=True)
+
+
+def main():
+    """Agreement with fp64, each product, then a step, for 4 and 8 bits. --tune: the launch choices too; int4 or int8
+    alone where named."""
+    import sys
+
+    from kernels.check import read_tbps, table
+    from kernels.quant import packed_chain, product_us, step_ms
+    from kernels.skinny import Workspace
+
+    stream = read_tbps()
+    for name in [name for name in BITS if name in sys.argv] or ["int4", "int8"]:
+        chain = packed_chain(name)
+        work = Workspace("cuda", chain.D, chain.H, chain.K, chain.M, drafts=True)
+        table(f"{name}, distance from fp64", ("product, rows", "ours", "plain torch"), agreement(chain, work))
+        print(end="", flush=True)
+        if "--tune" in sys.argv:
+            tune(chain, work, name)
+        rows = [(product, *(x for S in (1, 2, 4, 8, 16) for x in product_us(chain, work, product, S)))
+                for product in FOLDS]
+        table(f"{name}, one product after the other over all layers; read-only stream {stream:.3f} TB/s",
+              ("", *(x for S in (1, 2, 4, 8, 16) for x in (f"us, {S}", "TB/s"))), rows)
+        moved = sum(w.nbytes for layers in chain.w.values() for w in layers) + chain.head_VD.nbytes
+        moved += 4 * chain.L * 700 * chain.H * chain.K
+        rows = [(S, ms, moved / 1e9, 1e-9 * moved / ms, 1e-7 * moved / ms / stream)
+                for S in (1, 2, 4, 8, 16) for ms in [step_ms(chain, work, S)]]
+        table(f"{name}, a step of {chain.L} layers and the head at context 700",
+              ("rows", "p50 ms", "GB", "TB/s", "% of stream"), rows)
+        print(end="", flush=True)
+        del chain
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    from kernels import quant_rows as this  # kernels/skinny.py would not know this file's own functions
+
+    self_check(this.main, __file__)
