@@ -309,7 +309,7 @@ def all_bytes(decoder) -> int:
     """Weights a model holds, towers included, and packed copies."""
     packed = [t for layer in (*decoder.step_layers, *decoder.layers) for t in layer.values()]
     held = {id(t): t for t in [*decoder.w.values(), *packed, decoder.step_head_VD]}      # most are the model's own
-    return sum(t.nbytes for t in held.values())
+    return sum(getattr(t, "held_bytes", t.nbytes) for t in held.values())
 
 
 def weight_bytes(model) -> int:

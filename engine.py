@@ -246,7 +246,7 @@ class Decoder:
         self.step_layers = [layer | {product: quantise(layer[product], of_layers, norm_D=layer.get(norm))
                                      for product, norm in norms.items()} for layer in self.layers]
         self.step_head_VD, self.packed = quantise(self.head_VD, of_head, norm_D=self.w["text.norm"]), name
-        self.step_rows, self.fp8 = MAX_PACKED_ROWS, name.startswith("fp8")
+        self.step_rows, self.fp8, self.work.by_columns = MAX_PACKED_ROWS, name.startswith("fp8"), True
         for i, layer in enumerate(self.layers if self.fp8 else []):
             self.layers[i] = {product: weight8(layer[product], layer.get(norm)) for product, norm in norms.items()}
             for product in norms:
@@ -1851,7 +1851,8 @@ def memory_needs(cls, config: dict, device: torch.device, dtype: torch.dtype, ca
     F1 = max((t.shape[0] for t in wanted.wanted if t.name.endswith(".fc1.w")), default=0)
     encode = R * T * b * max(7 * vision.C + (2 if gpu else 3) * F1, vision.C + 2 * d.D)
     layer = [4 * d.D + (2 * d.H + 2 * d.N) * d.K, 5 * d.D + 2 * HK, 5 * d.D + HK + 3 * d.F]
-    fixed = pixels + 2 * A * d.D * b + 32 * d.V * b + 8 * rows + Workspace.nbytes(d.D, d.H, d.K, rows)
+    fixed = pixels + 2 * A * d.D * b + 32 * d.V * b + 8 * rows + Workspace.nbytes(d.D, d.H, d.K, rows,
+                                                                                       cls is Drafter)
     if cls is Drafter:
         fixed += Recall.nbytes(RECALL_ROWS[gpu])
     if gpu:                                                  # cuBLAS's, on two streams; pictures that are resized

@@ -39,18 +39,34 @@ MAX_ROWS = 32                        # rows of a step
 SPLIT = 512                          # cache rows a program of a step looks at; part of the order of addition
 PAIR = 2                             # rows of a drafter's step
 PAIR_SPLIT = 64                      # cache rows a program of it holds in registers
+FEW = 16                             # rows of a drafter's step that checks several ids
+FEW_SPLIT = 128                      # cache rows a program of it looks at
 
 
 class SplitWork:
     """Scratch of a step's attention: what every split of the cache found for every row.
 
-    drafts: nothing but drafts will hang on the bits, so steps of one or two rows may take a quicker order."""
+    drafts: nothing but drafts will hang on the bits, so steps of up to 16 rows may take a quicker order.
+    by_columns: what attention makes of 3 to 16 rows is laid out as `columns` says."""
+    by_columns = False
 
     def __init__(self, device, H, K, cache_rows, pdl=False, drafts=False):
-        room = triton.cdiv(cache_rows, SPLIT) * MAX_ROWS     # pairs of rows with smaller splits need less
+        room = self.room(cache_rows, drafts)
         self.mixed = torch.empty(H * room * K, dtype=torch.float32, device=device)       # [H, splits, rows, K], dense
         self.top, self.total = (torch.empty(H * room, dtype=torch.float32, device=device) for _ in range(2))
         self.cache_rows, self.pdl, self.drafts = cache_rows, pdl, drafts
+
+    @staticmethod
+    def room(cache_rows, drafts=False) -> int:
+        """Rows of splits; pairs of rows with smaller splits need less than either."""
+        return max(triton.cdiv(cache_rows, SPLIT) * MAX_ROWS, triton.cdiv(cache_rows, FEW_SPLIT) * FEW * drafts)
+
+
+def columns(S, E, like):
+    """An empty [S, E] whose columns lie one after the other, 16 values each: a product of few rows with packed weights
+    meets some columns of all rows at a time, and fetches them as one piece (kernels/quant_rows.py)."""
+    assert S <= FEW, f"columns: {S} rows, at most {FEW}"
+    return torch.empty((E, FEW), dtype=like.dtype, device=like.device).t()[:S]
 
 
 def attention_ref(q_SHK, k_NMK, v_NMK, pos_ids_S, upcast=True):
@@ -144,7 +160,8 @@ def prefill_kernel(q_ptr, k_ptr, v_ptr, pos_ids_ptr, out_ptr, q_stride, k_head_s
 
 
 @triton.jit(do_not_specialize=["S"])
-def combine_kernel(pos_ids_ptr, mixed_ptr, top_ptr, total_ptr, out_ptr, S, M, H: tl.constexpr, K: tl.constexpr,
+def combine_kernel(pos_ids_ptr, mixed_ptr, top_ptr, total_ptr, out_ptr, out_stride, out_step, S, M,
+                   H: tl.constexpr, K: tl.constexpr,
                    T: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
                    MAX_ROWS: tl.constexpr, PDL: tl.constexpr):
     """One row of one head: merges what the splits found, always in the same order.
@@ -174,7 +191,7 @@ def combine_kernel(pos_ids_ptr, mixed_ptr, top_ptr, total_ptr, out_ptr, S, M, H:
         acc = acc * shrink + tl.sum(mixed * weight[:, None], 0)
         best = new_best
     acc = acc / tl.where(total > 0, total, 1.0)
-    tl.store(out_ptr + (row * H + head) * K + col, acc.to(out_ptr.dtype.element_ty), mask=col < K)
+    tl.store(out_ptr + row * out_stride + (head * K + col) * out_step, acc.to(out_ptr.dtype.element_ty), mask=col < K)
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -370,10 +387,14 @@ def split_attention(q_SHK, k_NMK, v_NMK, pos_ids_S, cos_sin, work, **override):
     (S, E, K), (N, M, _) = q_SHK.shape, k_NMK.shape
     H = E if cos_sin is None else E - 2 * N
     assert work.cache_rows >= M, f"attention: scratch for {work.cache_rows} cache rows, the cache has {M}"
-    pair = work.drafts and S <= PAIR and cos_sin is not None
-    split, rows = (PAIR_SPLIT, PAIR) if pair else (SPLIT, MAX_ROWS)
+    drafts = work.drafts and cos_sin is not None
+    pair, few = drafts and S <= PAIR, drafts and PAIR < S <= FEW
+    split, rows = (PAIR_SPLIT, PAIR) if pair else (FEW_SPLIT, FEW) if few else (SPLIT, MAX_ROWS)
     T = triton.cdiv(M, split)
-    out_SHK = torch.empty((S, H, K), dtype=q_SHK.dtype, device=q_SHK.device)
+    if few and work.by_columns:
+        out_SHK = columns(S, H * K, q_SHK).unflatten(1, (H, K))
+    else:
+        out_SHK = torch.empty((S, H, K), dtype=q_SHK.dtype, device=q_SHK.device)
     cos_MK, sin_MK = cos_sin or (q_SHK, q_SHK)
     shape = dict(H=H, K=K, T=T, BLOCK_K=max(16, triton.next_power_of_2(K)), SPLIT=split, MAX_ROWS=rows, PDL=work.pdl,
                  launch_pdl=work.pdl, enable_fp_fusion=False)
@@ -386,8 +407,8 @@ def split_attention(q_SHK, k_NMK, v_NMK, pos_ids_S, cos_sin, work, **override):
         config = {**step_config(K, q_SHK.element_size(), work.pdl, q_SHK.device), **override}
         assert split % config["BLOCK_M"] == 0, f"attention: tiles of {config['BLOCK_M']} rows overlap splits of {split}"
         step_kernel[(H, T)](*given, S, M, K ** -0.5 * LOG2E, GROUP=H // N, FUSED=cos_sin is not None, **shape, **config)
-    combine_kernel[(H, S)](pos_ids_S, work.mixed, work.top, work.total, out_SHK, S, M,
-                           CHUNK=min(32, triton.next_power_of_2(T)), num_warps=4, **shape)
+    combine_kernel[(H, S)](pos_ids_S, work.mixed, work.top, work.total, out_SHK, out_SHK.stride(0),
+                           out_SHK.stride(2), S, M, CHUNK=min(32, triton.next_power_of_2(T)), num_warps=4, **shape)
     return out_SHK
 
 

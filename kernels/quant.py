@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention import PAIR, loads_before
+from kernels.attention import PAIR, columns, loads_before
 from kernels.check import INTERPRETED, self_check
 from kernels.rmsnorm import rmsnorm_ref
 from kernels.swiglu import silu_times, swiglu_ref
@@ -39,6 +39,7 @@ class Packed:
     """A weight [O, D] in few bits."""
     words_OW: torch.Tensor      # int32, W = D * bits / 32
     scale_OG: torch.Tensor      # fp16, G = D / group
+    scale_GO: torch.Tensor      # the same once more, as kernels/quant_rows.py reads it
     bits: int                   # 4 or 8
     group: int                  # inner columns under one scale
     normed: bool = False        # the weight of the norm in front is folded in
@@ -49,7 +50,12 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
+        """Of what one product reads."""
         return self.words_OW.nbytes + self.scale_OG.nbytes
+
+    @property
+    def held_bytes(self) -> int:
+        return self.nbytes + self.scale_GO.nbytes
 
 
 class NotPackable(ValueError):
@@ -58,7 +64,7 @@ class NotPackable(ValueError):
 
 def packed_bytes(O: int, D: int, bits: int, group: int = 128) -> int:
     """Bytes of a Packed weight [O, D]."""
-    return O * D * bits // 8 + 2 * O * D // min(group, D)
+    return O * D * bits // 8 + 4 * O * D // min(group, D)
 
 
 def quantise(w_OD, bits, group=128, norm_D=None) -> Packed:
@@ -68,8 +74,8 @@ def quantise(w_OD, bits, group=128, norm_D=None) -> Packed:
     and go PACK_ROWS at a time: one takes a dozen times its own size meanwhile."""
     if len(w_OD) > PACK_ROWS:
         parts = [quantise(part, bits, group, norm_D) for part in w_OD.split(PACK_ROWS)]
-        return Packed(torch.cat([p.words_OW for p in parts]), torch.cat([p.scale_OG for p in parts]), bits,
-                      parts[0].group, parts[0].normed)
+        return Packed(torch.cat([p.words_OW for p in parts]), torch.cat([p.scale_OG for p in parts]),
+                      torch.cat([p.scale_GO for p in parts], 1), bits, parts[0].group, parts[0].normed)
     (O, D), half, per = w_OD.shape, 1 << bits - 1, 32 // bits
     group = min(group, D)
     span = group // per                                      # words of a group
@@ -92,7 +98,8 @@ def quantise(w_OD, bits, group=128, norm_D=None) -> Packed:
     words = u[:, :, 0].clone()
     for i in range(1, per):
         words |= u[:, :, i] << bits * i
-    return Packed(words.view(O, D // per), scale.view(O, D // group), bits, group, norm_D is not None)
+    scale_OG = scale.view(O, D // group)
+    return Packed(words.view(O, D // per), scale_OG, scale_OG.t().contiguous(), bits, group, norm_D is not None)
 
 
 def dequantise(w: Packed, dtype=torch.float32):
@@ -174,7 +181,7 @@ def scales(ptrs, BY_HAND: tl.constexpr):
 
 
 @triton.jit
-def columns(x_ptrs, held):
+def held_columns(x_ptrs, held):
     """x at the columns of one value of each word, fp32 [BLOCK_W]."""
     return tl.load(x_ptrs, mask=held, other=0.0).to(tl.float32)
 
@@ -184,10 +191,10 @@ def row_times_words(acc, square, w, scale, x_ptrs, held, BITS: tl.constexpr, SPA
                     NORM: tl.constexpr):
     """(acc, square) with a round of words [BLOCK_O, BLOCK_W] times one row of x added; acc [BLOCK_O, BLOCK_W / 4]."""
     if HALF:
-        x0, x4 = columns(x_ptrs, held), columns(x_ptrs + 4 * SPAN, held)
-        x1, x5 = columns(x_ptrs + SPAN, held), columns(x_ptrs + 5 * SPAN, held)
-        x2, x6 = columns(x_ptrs + 2 * SPAN, held), columns(x_ptrs + 6 * SPAN, held)
-        x3, x7 = columns(x_ptrs + 3 * SPAN, held), columns(x_ptrs + 7 * SPAN, held)
+        x0, x4 = held_columns(x_ptrs, held), held_columns(x_ptrs + 4 * SPAN, held)
+        x1, x5 = held_columns(x_ptrs + SPAN, held), held_columns(x_ptrs + 5 * SPAN, held)
+        x2, x6 = held_columns(x_ptrs + 2 * SPAN, held), held_columns(x_ptrs + 6 * SPAN, held)
+        x3, x7 = held_columns(x_ptrs + 3 * SPAN, held), held_columns(x_ptrs + 7 * SPAN, held)
         if NORM:
             square += x0 * x0
             square += x1 * x1
@@ -202,7 +209,7 @@ def row_times_words(acc, square, w, scale, x_ptrs, held, BITS: tl.constexpr, SPA
     else:
         part = tl.zeros(w.shape, dtype=tl.float32)
         for i in tl.static_range(32 // BITS):
-            x = columns(x_ptrs + i * SPAN, held)
+            x = held_columns(x_ptrs + i * SPAN, held)
             if NORM:
                 square += x * x
             part += unpack(w, i, BITS) * x[None, :]
@@ -343,10 +350,14 @@ def packed_chain(name):
 
 def folded(chain, name, S, D, O):
     """(x, keywords) of a product as a layer calls it."""
-    x, kinds = torch.randn(S, D, device="cuda").bfloat16(), FOLDS[name]
+    def rows(width):
+        x = torch.randn(S, width, device="cuda").bfloat16()
+        return columns(S, width, x).copy_(x) if S > PAIR else x
+
+    x, kinds = rows(D), FOLDS[name]
     keywords = dict(norm=chain.norm) if "norm" in kinds else {}
     if "residual" in kinds:
-        keywords["residual"] = torch.randn(S, O, device="cuda").bfloat16()
+        keywords["residual"] = rows(O)
     return x, keywords | (dict(gated=True) if "gated" in kinds else {})
 
 

@@ -26,13 +26,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention import PAIR, launch_dependents_if, prefetch
+from kernels.attention import FEW, PAIR, columns, launch_dependents_if, prefetch
 from kernels.check import INTERPRETED, self_check, stages_that_fit
-from kernels.quant import BITS, FOLDS, Packed, folded, quant_skinny_ref, scales, unpack
+from kernels.quant import BITS, FOLDS, Packed, folded, quant_skinny_ref, unpack
 from kernels.rmsnorm import SUM_COLS, row_sums
 from kernels.swiglu import silu_times
 
-MAX_PACKED_ROWS = 16                 # rows of a step with packed weights
+MAX_PACKED_ROWS = FEW                # rows of a step with packed weights
 
 
 class Sums:
@@ -78,10 +78,22 @@ def values(words, I: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, BY_H
     return found
 
 
+@triton.jit
+def halves(ptrs, BY_HAND: tl.constexpr):
+    """The fp16 at these addresses as int32; see `scales` of kernels/quant.py. Nothing is done with them before they are
+    needed: to turn them into fp32, or to pack two into a register, would be to wait for them."""
+    if BY_HAND:
+        return tl.inline_asm_elementwise("ld.global.nc.u16 $0, [$1];", "=r,l", [ptrs], dtype=tl.int32, is_pure=False,
+                                         pack=1)
+    return tl.load(ptrs).to(tl.int16, bitcast=True).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["S"])
-def rows_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, sums_ptr, x_stride, residual_stride, S, O, eps,
+def rows_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, sums_ptr, x_stride, residual_stride, residual_step,
+                y_stride, y_step, S, O, eps,
                 D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, BLOCK_T: tl.constexpr,
                 BLOCK_S: tl.constexpr, BLOCK_O: tl.constexpr, GROUPS: tl.constexpr, BY_HAND: tl.constexpr,
+                X_STEP: tl.constexpr,
                 EVEN: tl.constexpr, SUM_COLS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
                 SUMS: tl.constexpr, GATED: tl.constexpr, PREFETCH: tl.constexpr, LATE: tl.constexpr,
                 PDL: tl.constexpr):
@@ -97,8 +109,7 @@ def rows_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, sums_ptr, x_stride
     BLOCK_W: tl.constexpr = SPAN if SPAN > 16 else 16                # no product is shorter
     G: tl.constexpr = D // GROUP
     END: tl.constexpr = (G + GROUPS - 1) // GROUPS * GROUPS
-    FULL: tl.constexpr = END == G and SPAN == BLOCK_W
-    SCALE_LINES: tl.constexpr = 1 if G <= 64 else 2 if G <= 128 else 4
+    EXACT: tl.constexpr = END == G                                   # the groups fill every round
     WIDE: tl.constexpr = BLOCK_O // 2 if GATED else BLOCK_O          # outputs that are stored
     width = O // 2 if GATED else O
     local, group = tl.arange(0, BLOCK_O), tl.arange(0, GROUPS)
@@ -111,14 +122,17 @@ def rows_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, sums_ptr, x_stride
         w_row = tl.minimum(tile * WIDE + local % WIDE, width - 1) + local // WIDE * width
         w_rows = w_ptr + w_row.to(tl.int64) * WORDS
     w_ptrs = w_rows[None, :, None] + group[:, None, None] * SPAN + word[None, None, :]
-    x_ptrs = x_ptr + s.to(tl.int64)[None, None, :] * x_stride + group[:, None, None] * GROUP + word[None, :, None]
-    scale_ptrs = scale_ptr + w_row[None, :] * G
+    BY_COLUMNS: tl.constexpr = X_STEP > 1                            # of BLOCK_S values: no row has to be masked
+    x_ptrs = x_ptr + (group[:, None, None] * GROUP + word[None, :, None]) * X_STEP
+    if BY_COLUMNS:
+        x_ptrs += s[None, None, :]
+    else:
+        x_ptrs += s.to(tl.int64)[None, None, :] * x_stride
+    scale_ptrs = scale_ptr + w_row[None, :]
     if PREFETCH > 0:                                                 # weights depend on nobody: ask before the wait
         line = tl.arange(0, PREFETCH * GROUPS * SPAN // 32)          # of 128 bytes
         prefetch(w_rows[:, None] + line[None, :] * 32)
-        behind = tl.arange(0, SCALE_LINES) * 64
-        prefetch(scale_ptr + w_row[:, None] * G + tl.minimum(behind, G - 1)[None, :])
-    scale = scales(scale_ptrs + tl.minimum(group, G - 1)[:, None], BY_HAND)                         # [GROUPS, BLOCK_O]
+    scale = halves(scale_ptrs + tl.minimum(group, G - 1)[:, None] * O, BY_HAND)                     # [GROUPS, BLOCK_O]
     if PDL:
         gdc_wait()
         if LATE == 0:
@@ -126,19 +140,19 @@ def rows_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, sums_ptr, x_stride
     out = tile * WIDE + tl.arange(0, WIDE)
     held = (out < width)[:, None] & (s < S)[None, :]                 # neither outputs nor rows need fill their block
     if RESIDUAL:
-        residual_ptrs = residual_ptr + s.to(tl.int64)[None, :] * residual_stride + out[:, None]
+        residual_ptrs = residual_ptr + s.to(tl.int64)[None, :] * residual_stride + out[:, None] * residual_step
         residual = tl.load(residual_ptrs, mask=held, other=0.0)
     factor = tl.zeros((BLOCK_S,), dtype=tl.float32)
     acc = tl.zeros((GROUPS, BLOCK_O, BLOCK_S), dtype=tl.float32)
     for start in range(0, END, GROUPS):
-        next_scale = scales(scale_ptrs + tl.minimum(start + GROUPS + group, G - 1)[:, None], BY_HAND)
-        real = (s < S)[None, None, :]
-        if FULL:
-            w = tl.load(w_ptrs + start * SPAN)                                             # [GROUPS, BLOCK_O, BLOCK_W]
-        else:                                                        # the last groups need not fill a round
-            inside = (start + group < G)[:, None, None]
-            w = tl.load(w_ptrs + start * SPAN, mask=inside & (word < SPAN)[None, None, :], other=0)
-            real = real & inside & (word < SPAN)[None, :, None]
+        next_scale = halves(scale_ptrs + tl.minimum(start + GROUPS + group, G - 1)[:, None] * O, BY_HAND)
+        real = (s < S)[None, None, :] | BY_COLUMNS
+        there = start if EXACT else tl.minimum(start + group, G - 1)[:, None, None] - group[:, None, None]
+        if SPAN == BLOCK_W:
+            w = tl.load(w_ptrs + there * SPAN)                                             # [GROUPS, BLOCK_O, BLOCK_W]
+        else:                                                        # short groups
+            w = tl.load(w_ptrs + there * SPAN, mask=(word < SPAN)[None, None, :], other=0)
+            real = real & (word < SPAN)[None, :, None]
         if NORM:
             if start == 0:                                           # here, with the first weights already on their way
                 t = tl.arange(0, BLOCK_T)
@@ -147,15 +161,24 @@ def rows_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, sums_ptr, x_stride
                 factor = tl.rsqrt(tl.sum(sums, 1) / D + eps)
         part = tl.zeros((GROUPS, BLOCK_O, BLOCK_S), dtype=tl.float32)
         for i in tl.static_range(PER):
-            x = tl.load(x_ptrs + start * GROUP + i * SPAN, mask=real, other=0.0)           # [GROUPS, BLOCK_W, BLOCK_S]
+            at = x_ptrs + (there * GROUP + i * SPAN) * X_STEP
+            if BY_COLUMNS and SPAN == BLOCK_W:
+                x = tl.load(at)                                                            # [GROUPS, BLOCK_W, BLOCK_S]
+            else:
+                x = tl.load(at, mask=real, other=0.0)
             part = tl.dot(values(w, i, BITS, dtype, BY_HAND), x, part, input_precision="ieee")
-        acc += part * scale[:, :, None]
+        weight = scale.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        if not EXACT:                                                # in the last round some groups come once more
+            weight = tl.where((start + group < G)[:, None], weight, 0.0)
+        acc += part * weight[:, :, None]
         scale = next_scale
         if PDL and LATE > 0:
             launch_dependents_if(start, END - LATE * GROUPS)
     y = tl.sum(acc, 0)                                                                             # [BLOCK_O, BLOCK_S]
     if NORM:
         y *= factor[None, :]
+    if BY_COLUMNS:                                                   # what lies behind the rows is not theirs
+        y = tl.where((s < S)[None, :], y, 0.0)
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(y, (2, WIDE, BLOCK_S)), (1, 2, 0)))
         rounded = silu_times(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
@@ -163,7 +186,7 @@ def rows_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, sums_ptr, x_stride
         rounded = y.to(dtype)
     if RESIDUAL:
         rounded = (residual.to(tl.float32) + rounded.to(tl.float32)).to(dtype)
-    tl.store(y_ptr + s.to(tl.int64)[None, :] * width + out[:, None], rounded, mask=held)
+    tl.store(y_ptr + s.to(tl.int64)[None, :] * y_stride + out[:, None] * y_step, rounded, mask=held)
     if SUMS:
         square = tl.where(held, rounded.to(tl.float32) * rounded.to(tl.float32), 0.0)
         PARTS: tl.constexpr = BLOCK_O // SUM_COLS
@@ -172,33 +195,41 @@ def rows_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, sums_ptr, x_stride
         tl.store(sums_ptr + s[None, :] * T + t[:, None], total, mask=(s < S)[None, :] & (t < T)[:, None])
 
 
-def launch_config(S, O, D, bits, group, itemsize, device):
-    """Tile, pipeline and warps. Not yet tuned on a card: from instruction counts, registers and the programs that a
-    processor can hold (`python -m kernels.quant_rows --tune` finds the best). At 168 registers three programs of 4
-    warps are on a processor at a time, all 344 of gate-up at once on an H100."""
-    narrow, BLOCK_S = O <= 4096, 8 if S <= 8 else 16
-    BLOCK_O, GROUPS = (32, 8) if narrow else (64, 4)         # o and down: 128 programs of 32 outputs
+def launch_config(O, D, bits, group, itemsize, device):
+    """Tile, pipeline and warps: the best of `--tune` at 16 rows of bf16."""
+    BLOCK_S = FEW
+    if O <= 4096:                                            # o and down: 128 programs of 32 outputs
+        BLOCK_O, GROUPS, stages, maxnreg = (32, 8, 4, 128) if D > 4096 else (32, 4, 3, None)
+    elif bits == 8 or O > 16384:                             # gate-up and head
+        BLOCK_O, GROUPS, stages, maxnreg = 64, 4, 2, 168 if bits == 4 else None
+    else:
+        BLOCK_O, GROUPS, stages, maxnreg = 32, 4, 4, None
     stage = GROUPS * (4 * BLOCK_O * max(16, group * bits // 32) + itemsize * group * BLOCK_S)
-    return dict(BLOCK_S=BLOCK_S, BLOCK_O=BLOCK_O, GROUPS=GROUPS, num_warps=GROUPS, PREFETCH=1, LATE=0,
-                num_stages=stages_that_fit(4 if narrow else 3, stage, device),
-                maxnreg=168 if bits == 4 and itemsize == 2 and not narrow else None)
+    return dict(BLOCK_S=BLOCK_S, BLOCK_O=BLOCK_O, GROUPS=GROUPS, num_warps=GROUPS, PREFETCH=1, LATE=2,
+                num_stages=stages_that_fit(stages, stage, device), maxnreg=maxnreg if itemsize == 2 else None)
 
 
 def quant_rows(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **override):
     """x @ dequantise(w).T, [S, O] for 3 to 16 rows; fewer work too. Arguments as those of `skinny`; of `norm` only the
-    epsilon is used, for w holds its weight."""
+    epsilon is used, for w holds its weight. x may lie by rows or, faster, by `columns` of kernels/attention.py. What
+    has a residual or is gated feeds another product and is laid out by columns, the rest by rows."""
     (S, D), O = x_SD.shape, w.shape[0]
     assert 1 <= S <= MAX_PACKED_ROWS, f"quant_rows: {S} rows, wanted {PAIR + 1}..{MAX_PACKED_ROWS}"
-    assert w.shape[1] == D and x_SD.stride(1) == 1, \
+    step = x_SD.stride(1)
+    assert w.shape[1] == D and (step == 1 or x_SD.stride() == (1, FEW)), \
         f"quant_rows: weight {tuple(w.shape)} for rows of {D}, strides {x_SD.stride()}"
     assert w.normed == (norm is not None), f"quant_rows: norm {norm is not None}, folded into the weight {w.normed}"
     assert norm is None or residual is None, "quant_rows: a norm before and a residual after would share their sums"
     width = O // 2 if gated else O
-    assert residual is None or residual.shape == (S, width) and residual.stride(1) == 1, \
+    assert residual is None or residual.shape == (S, width), \
         f"quant_rows: residual {tuple(residual.shape)} beside a result of {(S, width)}"
     if x_SD.device.type == "cpu" and not INTERPRETED:
         return quant_skinny_ref(x_SD, w, norm, residual, gated)
-    y_SO = torch.empty((S, width), dtype=x_SD.dtype, device=x_SD.device)
+    if gated or residual is not None:
+        y_SO = columns(S, width, x_SD)
+    else:
+        y_SO = torch.empty((S, width), dtype=x_SD.dtype, device=x_SD.device)
+    kept = y_SO if residual is None else residual
     pdl, sums = work is not None and work.pdl, work is not None and residual is not None
     if norm is not None:
         work = work or Sums(x_SD)
@@ -208,15 +239,15 @@ def quant_rows(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False
     assert model is None or work.sums_ST.shape[1] == triton.cdiv(model, SUM_COLS), \
         f"quant_rows: rows of {model}, a Workspace for {work.sums_ST.shape[1] * SUM_COLS}"
     itemsize, G, span = x_SD.element_size(), D // w.group, w.group * w.bits // 32
-    config = {**launch_config(S, O, D, w.bits, w.group, itemsize, x_SD.device), **override}
+    config = {**launch_config(O, D, w.bits, w.group, itemsize, x_SD.device), **override}
     assert not sums or config["BLOCK_O"] % SUM_COLS == 0, f"quant_rows: {config['BLOCK_O']} outputs, sums of {SUM_COLS}"
     if not pdl or config["PREFETCH"] * config["GROUPS"] > G or config["GROUPS"] * span < 32:
         config["PREFETCH"] = 0                               # nothing to bridge, or not as many words as that
     config["LATE"] = min(config["LATE"], triton.cdiv(G, config["GROUPS"])) if pdl and work.late else 0
     T = triton.cdiv(model, SUM_COLS) if model else 1
     rows_kernel[(triton.cdiv(O, config["BLOCK_O"]),)](
-        x_SD, w.words_OW, w.scale_OG, y_SO, residual if residual is not None else x_SD,
-        work.sums_ST if model else x_SD, x_SD.stride(0), residual.stride(0) if residual is not None else 0, S=S, O=O,
+        x_SD, w.words_OW, w.scale_GO, y_SO, kept, work.sums_ST if model else x_SD, x_SD.stride(0), *kept.stride(),
+        *y_SO.stride(), S=S, O=O, X_STEP=step,
         eps=norm[1] if norm else 0.0, D=D, BITS=w.bits, GROUP=w.group, T=T, BLOCK_T=triton.next_power_of_2(T),
         BY_HAND=itemsize == 2 and not INTERPRETED, EVEN=O % config["BLOCK_O"] == 0, SUM_COLS=SUM_COLS,
         NORM=norm is not None, RESIDUAL=residual is not None, SUMS=sums, GATED=gated, PDL=pdl, launch_pdl=pdl, **config)
@@ -230,10 +261,10 @@ def tile(outputs, groups, stages, maxnreg=None):
     return dict(BLOCK_O=outputs, GROUPS=groups, num_warps=groups, num_stages=stages, maxnreg=maxnreg)
 
 
-WIDE_TILES = [tile(64, 4, 3), tile(64, 4, 4), tile(64, 4, 3, 168), tile(32, 8, 3), tile(32, 4, 4), tile(128, 8, 3)]
-LONG_TILES = [tile(32, 4, 4), tile(32, 4, 6), tile(32, 8, 3), tile(32, 8, 4), tile(32, 16, 3), tile(64, 8, 3)]
+WIDE_TILES = [tile(64, 4, 3, 168), tile(64, 4, 2, 168), tile(32, 4, 4), tile(32, 4, 3, 128), tile(32, 2, 4)]
+LONG_TILES = [tile(32, 4, 3), tile(32, 4, 4), tile(32, 4, 6), tile(32, 8, 4, 128), tile(32, 8, 3)]
 TUNE = dict(qkv=WIDE_TILES, o=LONG_TILES, gate_up=WIDE_TILES, down=LONG_TILES,
-            head=[tile(64, 4, 2), tile(64, 4, 3), tile(64, 4, 2, 168), tile(32, 4, 3), tile(32, 8, 3)])
+            head=[tile(64, 4, 2), tile(64, 4, 3), tile(32, 4, 3)])
 
 
 def agreement(chain, work):
@@ -257,8 +288,12 @@ def agreement(chain, work):
 
 def tune(chain, work, name):
     """The tiles of each product over all layers at 16 rows, then the best of them in a whole step."""
+    from unittest import mock
+
+    from kernels import attention
     from kernels.check import table
     from kernels.quant import product_us, step_ms
+    from kernels.skinny import Workspace
 
     def tried(measure, choice):
         try:
@@ -275,9 +310,7 @@ def tune(chain, work, name):
         timed.sort(key=lambda t: t[0])
         best[product] = timed[0][2]
         rows = [(str(c), us, tbps) for us, tbps, c in timed]
-        for S in (16, 8):
-            rows.append((f"launch_config, {S} rows", *product_us(chain, work, product, S)))
-        rows.append(("the best, 8 rows", *product_us(chain, work, product, 8, **best[product])))
+        rows.append(("launch_config", *product_us(chain, work, product, 16)))
         table(f"{name}, {product}, 16 rows; best first", ("choice", "us", "TB/s"), rows)
         print(end="", flush=True)
     rows = [("launch_config", step_ms(chain, work, 16))]
@@ -286,6 +319,11 @@ def tune(chain, work, name):
     for label, change in changes:
         choice = {product: c | change for product, c in best.items()}
         rows.append((label, tried(lambda c=choice: step_ms(chain, work, 16, **c), label)))
+    for split in (64, 256):
+        with mock.patch.object(attention, "FEW_SPLIT", split):
+            other = Workspace("cuda", chain.D, chain.H, chain.K, chain.M, drafts=True)
+            other.by_columns = True
+            rows.append((f"launch_config, attention's splits of {split}", step_ms(chain, other, 16)))
     table(f"{name}: a step of 16 rows at context 700, p50 ms", ("choice", "ms"), rows)
     print(end="", flush=True)
 
@@ -303,6 +341,7 @@ def main():
     for name in [name for name in BITS if name in sys.argv] or ["int4", "int8"]:
         chain = packed_chain(name)
         work = Workspace("cuda", chain.D, chain.H, chain.K, chain.M, drafts=True)
+        work.by_columns = True
         table(f"{name}, distance from fp64", ("product, rows", "ours", "plain torch"), agreement(chain, work))
         print(end="", flush=True)
         if "--tune" in sys.argv:

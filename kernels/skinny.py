@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention import PAIR, SPLIT, SplitWork, launch_dependents_if, prefetch, step_attention
+from kernels.attention import PAIR, SplitWork, launch_dependents_if, prefetch, step_attention
 from kernels.check import INTERPRETED, self_check, stages_that_fit
 from kernels.quant import Packed, quant_skinny
 from kernels.quant_rows import quant_rows
@@ -59,10 +59,10 @@ class Workspace(SplitWork):
         self.round = RoundWork(device, self.pdl)
 
     @staticmethod
-    def nbytes(D: int, H: int, K: int, cache_rows: int) -> int:
+    def nbytes(D: int, H: int, K: int, cache_rows: int, drafts: bool = False) -> int:
         """Bytes of one, before it is made."""
-        splits = triton.cdiv(cache_rows, SPLIT)
-        return 4 * MAX_ROWS * (H * splits * (K + 2) + triton.cdiv(D, SUM_COLS) + 2 * MAX_CHUNKS) + 4
+        room = SplitWork.room(cache_rows, drafts)
+        return 4 * H * room * (K + 2) + 4 * MAX_ROWS * (triton.cdiv(D, SUM_COLS) + 2 * MAX_CHUNKS) + 4
 
 
 def skinny_ref(x_SD, w_OD, norm=None, residual=None, gated=False):

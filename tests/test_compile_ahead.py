@@ -39,7 +39,8 @@ def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 def packed(O, D, bits, normed=False):
-    return Packed(meta(O, D * bits // 32, dtype=torch.int32), meta(O, D // 128, dtype=torch.float16), bits, 128, normed)
+    return Packed(meta(O, D * bits // 32, dtype=torch.int32), meta(O, D // 128, dtype=torch.float16),
+                  meta(D // 128, O, dtype=torch.float16), bits, 128, normed)
 
 arch = int(sys.argv[1])
 D, F, H, K, V, M, S = 4096, 11008, 32, 128, 32064, 4096, int(sys.argv[2])

@@ -9,6 +9,7 @@ import engine
 from bench import TINY, all_bytes, dtype_of
 from kernels.fp8 import Fp8
 from kernels.quant import BITS, Packed, dequantise
+from kernels.quant_rows import MAX_PACKED_ROWS
 from weights.load import InputError
 
 CLIPS = TINY / "clips"
@@ -72,17 +73,18 @@ def test_fp8_prefill_reads_e4m3_weights_in_place_of_the_full_ones(pair):
 def test_a_step_is_off_by_packing_and_more_rows_by_fp8_alone(pair):
     drafter, full = pair.drafter.decoder, plain()
     with torch.inference_mode():
-        for rows in (1, 2, 3, engine.STEP_ROWS, engine.STEP_ROWS + 1):
+        for rows in (1, 2, 3, MAX_PACKED_ROWS, MAX_PACKED_ROWS + 1, engine.STEP_ROWS + 1):
+            full_rows = rows > MAX_PACKED_ROWS and not drafter.fp8
             hidden_SD, pos_ids_S = drafter.embed_VD[torch.arange(rows) + 5], torch.arange(rows)
             packed, exact = (d.forward(hidden_SD, pos_ids_S) for d in (drafter, full))
             off = ((packed - exact).norm() / exact.norm()).item()
-            if rows > 2 and not drafter.fp8:
+            if full_rows:
                 assert off < 1e-5, f"{rows} rows: {off}"
             else:                                            # e4m3 keeps 3 bits, 4 layers of it; 4-bit steps are worse
                 assert 0.001 < off < 0.3, f"{rows} rows: {off}"
             for ours, theirs in ((drafter.k_cache_LNMK, full.k_cache_LNMK), (drafter.v_cache_LNMK, full.v_cache_LNMK)):
                 away = (ours[:, :, :rows] - theirs[:, :, :rows]).norm() / theirs[:, :, :rows].norm()
-                assert away < (1e-5 if rows > 2 and not drafter.fp8 else 0.3), f"{rows} rows: {away}"
+                assert away < (1e-5 if full_rows else 0.3), f"{rows} rows: {away}"
 
 
 def test_the_last_row_alone_gives_the_same_logits(pair):

@@ -108,7 +108,7 @@ def test_the_budget_is_within_5_percent_of_what_is_allocated(name, packed, kerne
     assert needs["weights"] == sum(t.nbytes for t in d.w.values())
     if packed:
         copies = [t for layer in d.step_layers for t in layer.values() if hasattr(t, "bits")] + [d.step_head_VD]
-        assert needs["packed"] == sum(t.nbytes for t in copies)
+        assert needs["packed"] == sum(t.held_bytes for t in copies)
     assert counted.peak == pytest.approx(sum(needs.values()), rel=0.05), needs
 
 

@@ -79,7 +79,7 @@ def test_value_i_of_word_j_is_column_i_times_words_plus_j(bits):
             words |= 1 << bits * other + bits - 1
         span = 128 // per
         words[0, span + 3] += 1 << bits * i
-        w = Packed(words, torch.ones(1, 2).half(), bits, 128)
+        w = Packed(words, torch.ones(1, 2).half(), torch.ones(2, 1).half(), bits, 128)
         at = dequantise(w)[0].nonzero().flatten().tolist()
         assert at == [128 + i * span + 3]
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels import quant_rows as module
+from kernels.attention import columns
 from kernels.check import assert_no_worse, differing
 from kernels.quant import quant_skinny, quant_skinny_ref, quantise
 from kernels.quant_rows import MAX_PACKED_ROWS, quant_rows
@@ -56,6 +57,21 @@ def test_rows_that_do_not_follow_each_other_in_memory(fold, device, nan_empty):
         residual = torch.full((11, 100), float("nan"), device=device)[:, :64]
         folded["residual"] = residual.copy_(folded["residual"])
     assert differing(check(x_SD, w, folded), quant_rows(wide_SD, w, **folded)) == 0
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("S", [3, 8, 9, 16])
+def test_columns_that_follow_each_other_make_the_same_bits(S, fold, bits, device, nan_empty):
+    """Behind the rows that are there a column holds anything: here NaN."""
+    x_SD, w, folded = packed_case(fold, bits, S, 384, 70, torch.float32, device)
+    laid_SD = columns(S, 384, x_SD).copy_(x_SD)
+    more = folded | {"residual": columns(S, 70, x_SD).copy_(folded["residual"])} if "residual" in folded else folded
+    y_SO = quant_rows(laid_SD, w, **more)
+    assert differing(y_SO, quant_rows(x_SD, w, **folded)) == 0
+    assert y_SO.stride(0) == (1 if "residual" in folded or "gated" in folded else y_SO.shape[1])
+    if S > 3:                                                        # fewer rows of the same, as they lie
+        check(laid_SD[:3], w, rows_of(more, slice(0, 3)))
 
 
 @pytest.mark.parametrize("S", [4, 16])
@@ -160,7 +176,8 @@ def test_a_norm_uses_the_sums_of_its_own_rows_whatever_ran_between(device):
     assert as_without_sums(wide_SD[:4], quant_rows)                  # a new view, a tensor of its own
     full = torch.randn(64, 128, device=device)                       # and full weights read what packed ones left
     wide_SD = skinny(x_SD, w, work, **folded)
-    torch.testing.assert_close(skinny(wide_SD, full, work, norm=norm), skinny(wide_SD, full, norm=norm))
+    work.sums_of = rows_SD = wide_SD.contiguous()                    # the same rows, as skinny wants them to lie
+    torch.testing.assert_close(skinny(rows_SD, full, work, norm=norm), skinny(rows_SD, full, norm=norm))
 
 
 # ---- who is let in
