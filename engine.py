@@ -55,7 +55,7 @@ from kernels.quant_rows import MAX_PACKED_ROWS
 from kernels.recall import Recall, recall
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
 from kernels.rope_store import rope_store
-from kernels.round import close_round, first_id, open_round
+from kernels.round import close_round, open_round
 from kernels.sample import sample, sampling_words
 from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
@@ -253,9 +253,9 @@ class Decoder:
                 del self.w[f"text.layers.{i}.{product}"]
 
     def forward(self, hidden_SD, pos_ids_S, only=None):
-        """Writes cache rows pos_ids_S; returns logits [S, V], or [1, V] of the one row that `only` (int64 [1]) names.
+        """Writes cache rows pos_ids_S; returns logits [S, V], or those of the rows that `only` (int64, few) names.
 
-        `only` is for prefill: the last layer's queries and feed-forward are computed for that row alone, since
+        `only` is for prefill: the last layer's queries and feed-forward are computed for these rows alone, since
         nobody reads the others; its keys and values are stored for all.
         """
         c, rows = self.config, len(pos_ids_S)
@@ -432,7 +432,7 @@ class Model:
     def prefill(self, hidden_SD, limit: int, eos_id: int, tail_id: int) -> None:
         """Fills cache rows 0..S-1 and puts the first answer id into the state."""
         self.prompt_rows = len(hidden_SD)
-        key = self.prepare_prefill(self.prompt_rows)
+        key = self.prepare_prefill(self.prompt_rows, self.next_len())
         self.hidden_MD[:self.prompt_rows].copy_(hidden_SD)
         head = torch.tensor([0, 0, 0, self.prompt_rows, eos_id, limit, 0, 0])
         self.state_W[:STATE].copy_(to_device(head, self.device), non_blocking=True)
@@ -441,23 +441,32 @@ class Model:
             self.sampling_3.copy_(to_device(sampling_words(*self.sampling), self.device), non_blocking=True)
         self._look(key, 0)
 
-    def prepare_prefill(self, rows: int):
+    def prepare_prefill(self, rows: int, G: int = 0):
         """On a GPU the rows are padded to a multiple of 16, so that questions of similar length share one graph. The
         padding sits behind the prompt: it fills cache rows that nobody sees before decode overwrites them."""
-        size = min(-(-rows // 16) * 16, self.decoder.cache_rows) if self.on_gpu else rows
+        size = min(-(-(rows + G) // 16) * 16, self.decoder.cache_rows) if self.on_gpu else rows + G
         sampled = self.sampling is not None
-        key = ("prefill", size, sampled)
+        key = ("prefill", size, sampled, G)
         if key not in self.steps:
             pos_ids_S = torch.arange(size, device=self.device)
-            self.steps[key] = StepGraph(lambda: self._prefill(pos_ids_S, sampled), self)
+            self.steps[key] = StepGraph(lambda: self._prefill(pos_ids_S, sampled, G), self)
         return key
 
-    def _prefill(self, pos_ids_S, sampled: bool):
-        last = self.state_W[PROMPT_LEN:PROMPT_LEN + 1] - 1
-        logits_1V = self.decoder.forward(self.hidden_MD[:len(pos_ids_S)], pos_ids_S, only=last)
-        logits_1V = self._chosen(logits_1V, sampled)
-        first_id(logits_1V[0], self.state_W, self.decoder.work.round)
-        return logits_1V
+    def _prefill(self, pos_ids_S, sampled: bool, G: int):
+        """G: drafts of the answer's first ids, which stand behind the prompt and are checked along with it."""
+        rows_S = self.state_W[PROMPT_LEN:PROMPT_LEN + 1] - 1 + torch.arange(G + 1, device=self.device)
+        drafts_G = self._own_drafts(G)
+        if G:
+            known_G = drafts_G.clamp(0, self.config.V - 1)
+            self.hidden_MD.index_copy_(0, rows_S[1:], self.decoder.embed_VD[known_G])
+        logits_SV = self.decoder.forward(self.hidden_MD[:len(pos_ids_S)], pos_ids_S, only=rows_S)
+        logits_SV = self._chosen(logits_SV, sampled)
+        close_round(logits_SV, drafts_G, self.state_W, self.decoder.work.round)
+        return logits_SV
+
+    def _own_drafts(self, G: int):
+        """Drafts of a step, int64 [G]: those that were put into `draft_ids`."""
+        return self.draft_ids[G] if G else self.state_W[:0]
 
     def step(self, G: int = 0) -> None:
         """One forward of [pending_id, G drafts] and its accept; G = 0 is one decode step. Nothing is returned:
@@ -509,10 +518,10 @@ class Model:
         return ("sampled", G) if self.sampling else G
 
     def _round(self, G: int, sampled: bool):
-        _, pos_ids_S, hidden_SD = open_round(self.state_W, self.draft_ids[G], self.decoder.embed_VD,
-                                                        self.decoder.work.round)
+        drafts_G, work = self._own_drafts(G), self.decoder.work.round
+        _, pos_ids_S, hidden_SD = open_round(self.state_W, drafts_G, self.decoder.embed_VD, work)
         logits_SV = self._chosen(self.decoder.forward(hidden_SD, pos_ids_S), sampled)
-        close_round(logits_SV, self.draft_ids[G], self.state_W, self.decoder.work.round)
+        close_round(logits_SV, drafts_G, self.state_W, work)
         return logits_SV
 
     def replay(self, ids) -> None:
@@ -616,11 +625,11 @@ class Drafter(Model):
         rows_RSD = F.linear(hidden_RSD, w1, b1)
         return torch.cat([rows_RSD.mean(1), rows_RSD.mean(0)])
 
-    def _round(self, G: int, sampled: bool):
-        """One forward for several ids: the drafter checks what it wrote before in such a place."""
+    def _own_drafts(self, G: int):
+        """What it wrote before in such a place, so that one forward checks several ids."""
         if G:
             recall(self.texts, self.state_W, self.draft_ids[G])
-        return super()._round(G, sampled)
+        return super()._own_drafts(G)
 
     def next_len(self) -> int:
         """Ids to recall for the next step: none while they are too seldom right to pay for the wider step."""
@@ -1442,9 +1451,10 @@ class Engine:
             self._check_rows(drafter, rows, req)
             with naming_stage(drafter, "preparation"):
                 drafter.prepare_encode(frames)
-                drafter.prepare_prefill(rows)
                 drafter.recalls = drafter.recall_len > 0 and req.mode != "drafter_only"      # its own answer is its own
-                drafter.prepare(0, *[drafter.recall_len] * drafter.recalls)
+                for G in {0, drafter.recall_len * drafter.recalls}:
+                    drafter.prepare(G)
+                    drafter.prepare_prefill(rows, G)
                 if req.mode == "speculative":
                     drafter.prepare_resume()
                     if self.apart:

@@ -155,11 +155,6 @@ def close_round(logits_SV, draft_ids_G, state_W, work=None):
                                     STATE=STATE, PDL=work.pdl, launch_pdl=work.pdl, num_warps=4)
 
 
-def first_id(logits_V, state_W, work=None):
-    """Puts the answer's first id, the best of the prefill's last row, into a fresh state. A round without drafts."""
-    close_round(logits_V[None], state_W[:0], state_W, work)
-
-
 def main():
     """Agreement with the plain loop, then microseconds: both ends are launch-bound."""
     from kernels.check import table, time_ms

@@ -46,6 +46,7 @@ def test_a_beginning_fits_a_beginning(which):
     texts.teach([1, 5, 7])
     assert drafts_of(texts, [5]) == [6, -1, -1, -1]                      # as the first id, though 5 7 came later
     assert drafts_of(texts, [2, 5]) == [7, -1, -1, -1]
+    assert drafts_of(texts, []) == [1, 5, 7, -1]                         # before the first id: the latest text
 
 
 def test_an_empty_memory_and_a_forgotten_one_say_nothing(which):
@@ -79,7 +80,7 @@ def test_kernel_equals_definition_on_texts_of_few_ids(G):
         for _ in range(int(torch.randint(0, 90, (1,), generator=generator))):
             length = int(torch.randint(1, 60, (1,), generator=generator))
             texts.teach(torch.randint(0, 4, (length,), generator=generator).tolist())
-        ids = torch.randint(0, 4, (int(torch.randint(1, 40, (1,), generator=generator)),), generator=generator).tolist()
+        ids = torch.randint(0, 4, (int(torch.randint(0, 40, (1,), generator=generator)),), generator=generator).tolist()
         state_W, drafts_G = state_of(ids), torch.full((G,), -7, dtype=torch.int64)
         recall(texts, state_W, drafts_G)
         truth = recall_ref(texts.ids_M, texts.at, state_W, G).tolist()

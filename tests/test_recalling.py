@@ -32,6 +32,7 @@ def test_a_preview_is_the_same_text_in_fewer_forwards(recalling):
     assert forwards(first) >= len(first.preview_ids) - 1
     assert forwards(again) <= -(-len(first.preview_ids) // (RECALL_MOST + 1)) + 1
     assert [i for _, _, ids in again.drafts for i in ids] == again.preview_ids
+    assert len(first.drafts[0][2]) == 1 < len(again.drafts[0][2]), "its prefill checks the text's beginning"
     assert first.output_ids == again.output_ids == truth(recalling, 0, 0)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.round import STATE, RoundWork, close_round, close_round_ref, first_id, open_round, open_round_ref
+from kernels.round import STATE, RoundWork, close_round, close_round_ref, open_round, open_round_ref
 
 NAMES = ("n_out", "done", "accept_len", "prompt_len", "eos_id", "limit", "nonfinite", "rounds")
 
@@ -100,12 +100,6 @@ def test_scratch_is_left_as_it_was_found(device):
         close_round(logits_for([1] * (G + 1), 5000, device), torch.zeros(G, dtype=torch.long, device=device), s, work)
         assert int(work.arrived) == 0
     assert ids_of(s) == [1, 1, 1]
-
-
-def test_the_first_id_is_a_round_without_drafts(device):
-    s = state(device)
-    first_id(logits_for([23], 5000, device)[0], s)
-    assert ids_of(s) == [23] and int(s[7]) == 1
 
 
 @pytest.mark.parametrize("G", [0, 4, 31])
