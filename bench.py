@@ -338,7 +338,7 @@ class LearnsOnce(engine.DraftSource):
 
     def __init__(self, source: engine.DraftSource):
         self.source, self.answer, self.name = source, None, type(source).__name__
-        for name in ("begin", "hear", "hears", "propose", "verdict", "worth_hearing"):
+        for name in ("attach", "begin", "hear", "hears", "propose", "recalls", "verdict", "worth_hearing"):
             setattr(self, name, getattr(source, name))
 
     def learn(self, answer):
@@ -1324,7 +1324,7 @@ def replay_page(options) -> int:
     rng, order = random.Random(shard), random.Random(shard)
     gates = collections.defaultdict(engine.Gate)             # each setting is priced by its own acceptance
     for stream, seq in enumerate([chosen[0], *chosen]):      # three answers of the first to warm up
-        settings = replay_settings([row for row in pairs if row["seq"] != seq], rates, e.apart, options.only)
+        settings = replay_settings([row for row in pairs if row["seq"] != seq], rates, e, options.only)
         for number, row in enumerate(streams[seq] if stream else streams[seq][:3]):
             clip, cell, heard = clips[number % len(clips)], {}, []
             ids = row["target"][:options.max_new_tokens]
@@ -1344,7 +1344,8 @@ def replay_page(options) -> int:
                 cell[name] = e.generate(
                     event_path=clip.events, video_path=clip.video, query=row["question"], mode=mode,
                     draft_source=source, max_new_tokens=len(ids), ignore_eos=True,
-                    overlap_len=31 if name.startswith("one shot") else options.overlap_len)
+                    overlap_len=31 if name.startswith("one shot") else options.overlap_len,
+                    draft_len=31 if name.startswith("recall") else 15)
                 if cell[name].output_ids != ids:
                     print(f"{name}, {seq} {row['clip']}: other ids than recorded", file=sys.stderr)
                     return 1
@@ -1409,10 +1410,15 @@ def replay_print(options, head, taken) -> int:
     return 0
 
 
-def replay_settings(others, rates, apart: bool, only: str | None) -> dict:
+def replay_settings(others, rates, e, only: str | None) -> dict:
     """{name: (mode, source, what the drafter says of a row)}, target_only first. Sources live as long as a stream."""
+    apart = e.apart
+
     def taught(name, learns=True, made=None):
         source = made or engine.Memory(16)
+        if source.recalls:
+            source.attach(e.target)
+            e.target.texts.forget()
         source.name = name                                   # the gate judges each for itself
         for row in others:
             source.teach(row["target"])
@@ -1429,7 +1435,8 @@ def replay_settings(others, rates, apart: bool, only: str | None) -> dict:
                  "memory, cold stream": lambda: ("speculative", engine.Memory(16), raw),
                  "memory, other sequences": lambda: ("speculative", taught("other sequences", learns=False), raw),
                  "memory, both": lambda: ("speculative", taught("both"), raw),
-                 "blend, both": lambda: ("speculative", taught("blend", made=engine.Blend()), raw)}
+                 "blend, both": lambda: ("speculative", taught("blend", made=engine.Blend()), raw),
+                 "recall, both": lambda: ("speculative", taught("recall", made=engine.Recalled()), raw)}
         if apart:                                            # there the drafter costs nothing, and is heard to its end
             made["blend-text, both"] = lambda: ("speculative", taught("blend-text", made=engine.BlendText()), raw)
     for p in rates:
@@ -1805,8 +1812,8 @@ def flags() -> Parser:
     add("--draft-len", type=int, default=5, metavar="G", help="drafts a round (default %(default)s)")
     add("--overlap-len", type=int, default=15, metavar="G", help="drafts of the head start (default %(default)s)")
     add("--draft-source", default="drafter", metavar="NAME",
-        help=f"who drafts in speculative mode: drafter, {', '.join(engine.SOURCES)}:DIR; :FILE after memory, "
-             f"blend or blend-text is read and saved")
+        help=f"who drafts in speculative mode: drafter, {', '.join(engine.SOURCES)}:DIR; memory, blend and "
+             f"blend-text keep a :FILE")
     add("--recall-len", type=int, metavar="N",
         help=f"ids of its earlier texts that the drafter checks a forward (default: {engine.RECALL_MOST} on a GPU, "
              f"else 0)")

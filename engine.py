@@ -84,20 +84,23 @@ from weights.sources import (
     Fixed,
     Memory,
     Previous,
+    Recalled,
     agreeing,
     source_named,
 )
 from weights.text import Text, TextStream
 
 __all__ = ["MODES", "SOURCES", "Adapted", "Best", "Blend", "BlendText", "Constant", "DraftSource", "DrafterText",
-           "Engine", "Event", "Fixed", "InputError", "Memory", "PrefillOnlyInference", "Previous", "Result",
+           "Engine", "Event", "Fixed", "InputError", "Memory", "PrefillOnlyInference", "Previous", "Recalled",
+           "Result",
            "load_engine", "model_name", "source_named"]
 
 MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
 RECALL_MOST = 15        # ids that a drafter recalls for one step, which then has a row more than that
-RECALL_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of its earlier texts that a drafter keeps, on a GPU and on a CPU
-RECALL_PAYS = 0.3       # recalled ids that must be right in a step, on average, to pay for its rows
+RECALL_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of its earlier texts that a model keeps, on a GPU and on a CPU
+RECALL_PAYS = {None: 0.1, 8: 0.5, 4: 0.9}        # ids to be right in a step for its rows to pay, by bits of the weights
+CHECKS = {"draft": "recall", "decode": "verify"}    # a stage of one id a forward, and the same with recalled ids
 STATE = 8               # words before the ids in a request's state; kernels/round.py names them
 N_OUT, DONE, ACCEPT_LEN, PROMPT_LEN, EOS_ID, LIMIT, NONFINITE = range(7)
 
@@ -374,6 +377,7 @@ class Model:
     """
     side = ""                                                # "drafter" or "target"
     priority = 0                                             # of its stream; lower goes first
+    drafts = False                                           # only drafts hang on its ids: its prefill may check some
     vision: VisionConfig
     origin: dict                                             # {"hash", "revision"} of its checkpoint, see `load_model`
     seen: torch.Tensor | None = None                         # the pixels that were encoded last
@@ -394,6 +398,9 @@ class Model:
         self.sampling: tuple | None = None                   # this request's (temperature, top_p, seed); None: greedy
         self.sampling_3 = torch.zeros(3, dtype=torch.long, device=self.device)       # the same, for the kernel
         self.looks: list | None = None                       # what `_look` saw of each forward, where it is asked for
+        self.texts = Recall(self.device, RECALL_ROWS[self.on_gpu], decoder.work.pdl)     # what it wrote before
+        self.recall_len, self.recalls = 0, False             # ids recalled a step, at most; whether this request may
+        self.recalled = 1.0                                  # how many of them were right of late
         self.draft_ids, self.pixels, self.steps, self.prompt_rows = {}, {}, {}, 0
         self.hidden_MD = torch.zeros(decoder.cache_rows, self.config.D, dtype=decoder.dtype, device=self.device)
         # One scratch and one stream for the capture of all its graphs: cuBLAS keeps 32 MiB for every stream it meets.
@@ -432,7 +439,7 @@ class Model:
     def prefill(self, hidden_SD, limit: int, eos_id: int, tail_id: int) -> None:
         """Fills cache rows 0..S-1 and puts the first answer id into the state."""
         self.prompt_rows = len(hidden_SD)
-        key = self.prepare_prefill(self.prompt_rows, self.next_len())
+        key = self.prepare_prefill(self.prompt_rows, self.next_len() if self.drafts else 0)
         self.hidden_MD[:self.prompt_rows].copy_(hidden_SD)
         head = torch.tensor([0, 0, 0, self.prompt_rows, eos_id, limit, 0, 0])
         self.state_W[:STATE].copy_(to_device(head, self.device), non_blocking=True)
@@ -455,7 +462,7 @@ class Model:
     def _prefill(self, pos_ids_S, sampled: bool, G: int):
         """G: drafts of the answer's first ids, which stand behind the prompt and are checked along with it."""
         rows_S = self.state_W[PROMPT_LEN:PROMPT_LEN + 1] - 1 + torch.arange(G + 1, device=self.device)
-        drafts_G = self._own_drafts(G)
+        drafts_G = self._drafts(G, recalled=True)
         if G:
             known_G = drafts_G.clamp(0, self.config.V - 1)
             self.hidden_MD.index_copy_(0, rows_S[1:], self.decoder.embed_VD[known_G])
@@ -464,33 +471,59 @@ class Model:
         close_round(logits_SV, drafts_G, self.state_W, self.decoder.work.round)
         return logits_SV
 
-    def _own_drafts(self, G: int):
-        """Drafts of a step, int64 [G]: those that were put into `draft_ids`."""
+    def _drafts(self, G: int, recalled: bool):
+        """Drafts of a forward, int64 [G]: those that were put into `draft_ids`, or what this model wrote before in
+        such a place."""
+        if recalled and G:
+            recall(self.texts, self.state_W, self.draft_ids[G])
         return self.draft_ids[G] if G else self.state_W[:0]
 
     def step(self, G: int = 0) -> None:
         """One forward of [pending_id, G drafts] and its accept; G = 0 is one decode step. Nothing is returned:
         the state moves on. A state that is done stays as it is."""
-        key = self._step_key(G)
-        if key not in self.steps:
-            self.prepare(G)
-        self._look(key, G)
+        self.prepare(G)
+        self._look(self._step_key(G), G)
 
-    def prepare(self, *lengths: int) -> None:
+    def step_recalled(self, G: int) -> None:
+        """The same with ids that this model recalls, on its device: one forward for several ids, and no host asked."""
+        self.prepare(G, recalled=True)
+        self._look(self._step_key(G, recalled=True), G)
+
+    def prepare(self, *lengths: int, recalled: bool = False) -> None:
         """Builds the steps for these draft lengths. On CUDA this captures, so it has to come before prefill."""
+        sampled = self.sampling is not None
         for G in lengths:
             if G not in self.draft_ids:
                 self.draft_ids[G] = torch.full((G,), -1, dtype=torch.long, device=self.device)
-            key, sampled = self._step_key(G), self.sampling is not None
+            key = self._step_key(G, recalled)
             if key not in self.steps:
-                self.steps[key] = StepGraph(lambda G=G, sampled=sampled: self._round(G, sampled), self)
+                self.steps[key] = StepGraph(lambda G=G: self._round(G, sampled, recalled), self)
+
+    def _step_key(self, G: int, recalled: bool = False):
+        kinds = ("recalled",) * recalled + ("sampled",) * (self.sampling is not None)
+        return (*kinds, G) if kinds else G
 
     def next_len(self) -> int:
-        """Drafts of its own that the next step of a decode checks; a drafter may recall some."""
-        return 0
+        """Ids to recall for the next step: none while they are too seldom right to pay for the wider step."""
+        return self.recall_len if self.recalls and self.texts.texts and self.recalled > self.recall_pays else 0
+
+    @property
+    def recall_pays(self) -> float:
+        """Recalled ids that have to be right in a step, on average, to pay for its rows."""
+        return RECALL_PAYS[BITS[self.decoder.packed][0] if self.decoder.packed else None]
 
     def judge(self, G: int, fresh: int) -> None:
-        """A step of a decode with G of them gave `fresh` ids."""
+        """A step with G recalled ids gave `fresh` ids. Where they do not pay they are tried again every 40 steps."""
+        if G and fresh:
+            self.recalled += 0.25 * (fresh - 1 - self.recalled)
+        elif not G:
+            self.recalled += 0.25 / 40 * self.recall_pays
+
+    def remember(self, ids) -> None:
+        """Keeps a text that this model wrote, to be recalled."""
+        if ids:
+            with self.on_stream():
+                self.texts.teach(ids)
 
     def _look(self, key, G: int) -> None:
         """Runs a forward; under `explain` it also keeps where in the answer it stood, its drafts, and the two best ids
@@ -498,8 +531,8 @@ class Model:
         if self.looks is None:
             self.steps[key]()
             return
-        first, drafts_G = self.state_W[:1].clone(), self.draft_ids[G].clone() if G else self.state_W[:0]
-        self.looks.append((first, drafts_G, self.steps[key]().float().topk(2)))
+        first, best = self.state_W[:1].clone(), self.steps[key]().float().topk(2)
+        self.looks.append((first, self.draft_ids[G].clone() if G else self.state_W[:0], best))
 
     def verdicts(self, answer: list[int]) -> list[Verdict]:
         """What was kept of each forward that made ids of this answer, read from the device."""
@@ -514,11 +547,8 @@ class Model:
                 found.append(Verdict(starts[i], drafts, said, second, margins))
         return found
 
-    def _step_key(self, G: int):
-        return ("sampled", G) if self.sampling else G
-
-    def _round(self, G: int, sampled: bool):
-        drafts_G, work = self._own_drafts(G), self.decoder.work.round
+    def _round(self, G: int, sampled: bool, recalled: bool):
+        drafts_G, work = self._drafts(G, recalled), self.decoder.work.round
         _, pos_ids_S, hidden_SD = open_round(self.state_W, drafts_G, self.decoder.embed_VD, work)
         logits_SV = self._chosen(self.decoder.forward(hidden_SD, pos_ids_S), sampled)
         close_round(logits_SV, drafts_G, self.state_W, work)
@@ -581,6 +611,7 @@ class Target(Model):
 class Drafter(Model):
     """EventGPT. It proposes, and never decides. Source: the original EventChatModel."""
     side = "drafter"
+    drafts = True
     SYSTEM = ("A chat between a curious human and an artificial intelligence assistant. "
               "The assistant gives helpful, detailed, and polite answers to the human's questions.")
 
@@ -597,9 +628,6 @@ class Drafter(Model):
         first = 32000 + int(flags[1])                        # a patch token, if added, comes before the two markers
         self.marker_ids = (first, first + 1) if flags[0] else None
         self.one_zero = torch.tensor([1, 0]).to(self.device)
-        self.texts = Recall(self.device, RECALL_ROWS[self.on_gpu], decoder.work.pdl)
-        self.recall_len, self.recalls = 0, False             # ids recalled a step, at most; whether this request may
-        self.recalled = 1.0                                  # how many of them were right of late
 
     def prompt(self, question: str) -> Prompt:
         """Each side of the placeholder is encoded alone, and both get a leading-space mark, as upstream."""
@@ -625,35 +653,12 @@ class Drafter(Model):
         rows_RSD = F.linear(hidden_RSD, w1, b1)
         return torch.cat([rows_RSD.mean(1), rows_RSD.mean(0)])
 
-    def _own_drafts(self, G: int):
-        """What it wrote before in such a place, so that one forward checks several ids."""
-        if G:
-            recall(self.texts, self.state_W, self.draft_ids[G])
-        return super()._own_drafts(G)
-
-    def next_len(self) -> int:
-        """Ids to recall for the next step: none while they are too seldom right to pay for the wider step."""
-        return self.recall_len if self.recalls and self.texts.texts and self.recalled > RECALL_PAYS else 0
-
-    def judge(self, G: int, fresh: int) -> None:
-        """A step with G recalled ids gave `fresh` ids. Without any it becomes likelier that they are tried again."""
-        if G and fresh:
-            self.recalled += 0.25 * (fresh - 1 - self.recalled)
-        elif not G:
-            self.recalled += 0.01
-
-    def remember(self, ids) -> None:
-        """Keeps a text that this drafter wrote, to be recalled."""
-        if self.recall_len and ids:
-            with self.on_stream():
-                self.texts.teach(ids)
-
     def follow(self, committed_W, G: int):
         """G drafts after the ids in `committed_W`, the target's state: int64 [G], -1 past the drafter's own end."""
         n_out = committed_W[:1].clone()
         self.resume(committed_W)
         if G > 1 and self.next_len():                        # most often enough for all of them
-            self.step(self.recall_len)
+            self.step_recalled(self.recall_len)
         else:
             for _ in range(G - 1):
                 self.step(0)
@@ -674,7 +679,8 @@ class Drafter(Model):
         self.state_W[:2].copy_(committed_W[:2] * self.one_zero)       # keep n_out, clear done
         self.state_W[LIMIT].fill_(len(self.state_W))                  # the limit was the head start's
         if rows == 1:                                        # its last id has no row yet, as after any step
-            self.step(self.next_len())
+            G = self.next_len()
+            self.step_recalled(G) if G else self.step(0)
         else:
             self.prepare_resume(rows)
             self.steps["resume", rows]()
@@ -1220,7 +1226,7 @@ class Engine:
             else:
                 G = model.next_len()
                 with req.timeline.stage("recall" if G else "draft", model, note="ahead"):
-                    model.step(G)
+                    model.step_recalled(G) if G else model.step(0)
             forward, state = forward + 1, model.snapshot(words).read()       # at once: a correction must not wait
             if not truth:
                 model.judge(G, state[N_OUT] - known)
@@ -1240,10 +1246,12 @@ class Engine:
             req.host_free.set()
             drafted = req.source is not None or req.preview or "drafter" in req.prompt_rows
             undrafted = req.drafter_done.is_set() and not drafted
-            if undrafted or req.mode in ("target_only", "prefill_only"):             # nothing to decide, ever
+            if undrafted or model.recalls or req.mode in ("target_only", "prefill_only"):    # nothing to decide, ever
                 for state in self._decode(model, req, req.max_new_tokens, "decode"):
                     req.prefill_end = req.prefill_end or line.now()
                     answer.tell(state)
+                if model.recalls:
+                    req.drafted = int(model.texts.proposed)
                 return
             state = model.snapshot(answer.words).read()
             req.prefill_end = line.now()
@@ -1276,8 +1284,8 @@ class Engine:
                 stop = go_on is not None and not go_on(state)
                 if not stop:
                     G = model.next_len()
-                    with req.timeline.stage("recall" if G else name, model):
-                        model.step(G)
+                    with req.timeline.stage(CHECKS[name] if G else name, model):
+                        model.step_recalled(G) if G else model.step(0)
                     pending.append((model.snapshot(words), G))
                     left -= 1
             if not pending:
@@ -1287,6 +1295,8 @@ class Engine:
             check_finite(state, model, stage)
             if before is not None:
                 model.judge(G, state[N_OUT] - before)
+                if model.recalls and not model.drafts and state[N_OUT] > before:
+                    req.accept_lens.append(state[N_OUT] - before - 1)
             yield state
             stop, stage, behind = stop or bool(state[DONE]), name, int(model.on_gpu)
 
@@ -1443,8 +1453,14 @@ class Engine:
             with naming_stage(target, "preparation"):
                 target.prepare_encode(R, req.image)
                 target.prepare_prefill(rows)
+                recalls = getattr(req.source, "recalls", False)
+                target.recalls = recalls and req.mode == "speculative" and req.draft_len > 0
                 target.prepare(0, *{"prefill_then_verify": [req.overlap_len],
                                     "speculative": [req.overlap_len, req.draft_len]}.get(req.mode, []))
+                if target.recalls:
+                    target.recall_len = req.draft_len
+                    target.prepare(req.draft_len, recalled=True)
+                    target.texts.proposed.zero_()
         if self.drafter in active:
             drafter = self.drafter
             rows = drafter.prompt(req.question).rows(frames + drafter.vision.P + 1)
@@ -1452,9 +1468,11 @@ class Engine:
             with naming_stage(drafter, "preparation"):
                 drafter.prepare_encode(frames)
                 drafter.recalls = drafter.recall_len > 0 and req.mode != "drafter_only"      # its own answer is its own
-                for G in {0, drafter.recall_len * drafter.recalls}:
-                    drafter.prepare(G)
-                    drafter.prepare_prefill(rows, G)
+                drafter.prepare(0)
+                drafter.prepare_prefill(rows)
+                if drafter.recalls:
+                    drafter.prepare(drafter.recall_len, recalled=True)
+                    drafter.prepare_prefill(rows, drafter.recall_len)
                 if req.mode == "speculative":
                     drafter.prepare_resume()
                     if self.apart:
@@ -1551,6 +1569,8 @@ class Engine:
                     self._prepare(req, active, len(images) if event_path is None and uses_drafter else event_frames)
                 if draft_source is not None:
                     guarded(req, draft_source.begin, question)
+                    if getattr(draft_source, "recalls", False):
+                        draft_source.attach(self.target)
                 req.timeline.start()
                 yield from self._run(req, active)
             finally:
@@ -1640,7 +1660,7 @@ class Engine:
         result.timeline, result.stages = req.timeline.resolve()
         if req.source is not None:
             guarded(req, req.source.learn, list(result.output_ids))
-        if self.remembers and self.drafter in active:
+        if self.remembers and self.drafter in active and self.drafter.recall_len:
             self.drafter.remember(req.drafted_text or result.preview_ids)
         if self.gate and deciding == "target" and not (req.mode == "prefill_only"):
             self.gate.learn(req, result)
@@ -1861,10 +1881,8 @@ def memory_needs(cls, config: dict, device: torch.device, dtype: torch.dtype, ca
     F1 = max((t.shape[0] for t in wanted.wanted if t.name.endswith(".fc1.w")), default=0)
     encode = R * T * b * max(7 * vision.C + (2 if gpu else 3) * F1, vision.C + 2 * d.D)
     layer = [4 * d.D + (2 * d.H + 2 * d.N) * d.K, 5 * d.D + 2 * HK, 5 * d.D + HK + 3 * d.F]
-    fixed = pixels + 2 * A * d.D * b + 32 * d.V * b + 8 * rows + Workspace.nbytes(d.D, d.H, d.K, rows,
-                                                                                       cls is Drafter)
-    if cls is Drafter:
-        fixed += Recall.nbytes(RECALL_ROWS[gpu])
+    fixed = Recall.nbytes(RECALL_ROWS[gpu]) + pixels + 2 * A * d.D * b + 32 * d.V * b + 8 * rows
+    fixed += Workspace.nbytes(d.D, d.H, d.K, rows, cls is Drafter)
     if gpu:                                                  # cuBLAS's, on two streams; pictures that are resized
         fixed += (2 << 25) + (2 << 26)
     else:                                                    # the plain definitions keep scores, and unpack weights

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.check import INTERPRETED, self_check
-from kernels.round import STATE
+from kernels.round import DONE, STATE
 
 ORDER = 16                           # ids of a context that are compared
 PLACES = 1024                        # of a program
@@ -33,12 +33,13 @@ class Recall:
         self.end = torch.zeros(1, dtype=torch.int64, device=device)          # where the next text goes
         self.key_C = torch.zeros(rows // PLACES, dtype=torch.int64, device=device)
         self.arrived = torch.zeros(1, dtype=torch.int32, device=device)
+        self.proposed = torch.zeros(1, dtype=torch.int64, device=device)     # drafts since somebody set it to 0
         self.at, self.texts, self.pdl = 0, 0, pdl
 
     @staticmethod
     def nbytes(rows: int = 1 << 16) -> int:
         """Bytes of one, before it is made."""
-        return 4 * rows + 8 * (rows // PLACES) + 12
+        return 4 * rows + 8 * (rows // PLACES) + 20
 
     @torch.inference_mode()
     def teach(self, ids) -> None:
@@ -77,7 +78,7 @@ def recall_ref(ids_M, end: int, state_W, G: int):
 
 
 @triton.jit(do_not_specialize=["G"])
-def recall_kernel(ids_ptr, end_ptr, state_ptr, key_ptr, arrived_ptr, draft_ids_ptr, G,
+def recall_kernel(ids_ptr, end_ptr, state_ptr, key_ptr, arrived_ptr, proposed_ptr, draft_ids_ptr, G,
                   M: tl.constexpr, PLACES: tl.constexpr, CHUNKS: tl.constexpr, ORDER: tl.constexpr,
                   STATE: tl.constexpr, BLOCK_G: tl.constexpr, PDL: tl.constexpr):
     """Best key of PLACES places: ids that fit above, ids since the oldest below. The last program writes the drafts."""
@@ -110,6 +111,8 @@ def recall_kernel(ids_ptr, end_ptr, state_ptr, key_ptr, arrived_ptr, draft_ids_p
         draft = tl.load(ids_ptr + found + g, mask=there, other=NOTHING)                                # [BLOCK_G]
         closed = tl.min(tl.where(draft < 0, g, BLOCK_G))                     # the text ends here
         tl.store(draft_ids_ptr + g, tl.where(g < closed, draft, NOTHING).to(tl.int64), mask=g < G)
+        if tl.load(state_ptr + DONE) == 0:
+            tl.store(proposed_ptr, tl.load(proposed_ptr) + tl.minimum(closed, G))
 
 
 def recall(texts: Recall, state_W, draft_ids_G) -> None:
@@ -119,11 +122,13 @@ def recall(texts: Recall, state_W, draft_ids_G) -> None:
     assert state_W.dtype == draft_ids_G.dtype == torch.int64 and G >= 1, f"recall: {G} drafts, {draft_ids_G.dtype}"
     if state_W.device.type == "cpu" and not INTERPRETED:
         draft_ids_G.copy_(recall_ref(texts.ids_M, texts.at, state_W, G))
+        texts.proposed += (draft_ids_G >= 0).sum() * (1 - state_W[1])
         return
     M = len(texts.ids_M)
-    recall_kernel[(M // PLACES,)](texts.ids_M, texts.end, state_W, texts.key_C, texts.arrived, draft_ids_G, G, M=M,
-                                  PLACES=PLACES, CHUNKS=triton.next_power_of_2(M // PLACES), ORDER=ORDER, STATE=STATE,
-                                  BLOCK_G=triton.next_power_of_2(G), PDL=texts.pdl, launch_pdl=texts.pdl, num_warps=4)
+    recall_kernel[(M // PLACES,)](texts.ids_M, texts.end, state_W, texts.key_C, texts.arrived, texts.proposed,
+                                  draft_ids_G, G, M=M, PLACES=PLACES, CHUNKS=triton.next_power_of_2(M // PLACES),
+                                  ORDER=ORDER, STATE=STATE, BLOCK_G=triton.next_power_of_2(G), PDL=texts.pdl,
+                                  launch_pdl=texts.pdl, num_warps=4)
 
 
 def main():

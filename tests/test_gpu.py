@@ -145,7 +145,7 @@ def test_a_drafter_on_a_gpu_of_its_own_gives_the_targets_ids(drafter_dtype):
         for mode in ("prefill_only", "prefill_then_verify", "speculative"):
             result = e.generate(mode=mode, ignore_eos=True, **asked(i))
             assert result.output_ids == ids and result.drafter_error is None, mode
-        assert result.drafts and result.stages["drafter"]["draft"] > 0
+        assert result.drafts and sum(result.stages["drafter"].get(stage, 0.0) for stage in ("draft", "recall")) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -234,14 +234,16 @@ def test_a_drafter_recalls_its_text_in_fewer_forwards(packed):
     hidden_SD = torch.randn(40, drafter.config.D, device="cuda").bfloat16() / 8
     with torch.inference_mode(), torch.cuda.stream(drafter.stream):
         drafter.recalls = True
+        drafter.prepare(0)
+        drafter.prepare(drafter.recall_len, recalled=True)
         for G in (0, drafter.recall_len):
-            drafter.prepare(G)
             drafter.prepare_prefill(40, G)
         for _ in range(2):
             drafter.prefill(hidden_SD, 30, -1, 3)
             state, count = drafter.snapshot(STATE + 40).read(), 0
             while not state[1]:
-                drafter.step(drafter.next_len())
+                G = drafter.next_len()
+                drafter.step_recalled(G) if G else drafter.step(0)
                 state, count = drafter.snapshot(STATE + 40).read(), count + 1
             texts.append(state[STATE:STATE + state[0]])
             forwards.append(count)

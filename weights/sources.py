@@ -31,6 +31,7 @@ class DraftSource:
     """
     hears = False                           # True: the drafter runs, its head start or on a device of its own to its
                                             # end, and `hear` is told what it says
+    recalls = False                         # True: the target drafts for itself, see Recalled
 
     def worth_hearing(self) -> bool:
         """Asked before a request, only if `hears`, where the drafter would run on the target's device and the gate is
@@ -39,6 +40,9 @@ class DraftSource:
 
     def begin(self, question: str) -> None:
         """A request starts."""
+
+    def attach(self, model) -> None:
+        """The target, told before each request, only if `recalls`."""
 
     def hear(self, ids: list[int]) -> None:
         """The drafter's own ids so far; before a `propose`, and only if `hears`."""
@@ -62,6 +66,28 @@ class Fixed(DraftSource):
 
     def propose(self, committed, limit):
         return self.ids[len(committed):len(committed) + limit]
+
+
+class Recalled(DraftSource):
+    """The target's own past answers, searched on its device (kernels/recall.py): what followed the longest run of ids
+    that ends as the answer does. Search, forward and accept are one queued piece of work, so that no round waits for
+    the host. The answers are the engine's, pooled over questions; the latest 65,536 ids are kept."""
+    recalls = True
+
+    def __init__(self):
+        self.model = None                   # the target; a request attaches it
+
+    def attach(self, model) -> None:
+        self.model = model
+
+    def propose(self, committed, limit):
+        return []                           # nothing from the host
+
+    def learn(self, answer):
+        if self.model is not None:
+            self.model.remember(list(answer))
+
+    teach = learn
 
 
 class Previous(DraftSource):
@@ -510,7 +536,7 @@ class Best(DraftSource):
 
 KEPT: dict[str, type[Memory] | type[Blend]] = {"memory": Memory, "blend": Blend, "blend-text": BlendText}
 SOURCES: dict[str, collections.abc.Callable[..., DraftSource]] = {
-    "previous": Previous, "constant": Constant, **KEPT,
+    "recall": Recalled, "previous": Previous, "constant": Constant, **KEPT,
     "best": lambda: Best(Memory(), Previous(), Constant()), "drafter-text": DrafterText, "adapter": Adapted}
 
 
