@@ -1418,7 +1418,7 @@ def replay_settings(others, rates, e, only: str | None) -> dict:
         source = made or engine.Memory(16)
         if source.recalls:
             source.attach(e.target)
-            e.target.texts.forget()
+            e.target.forget()
         source.name = name                                   # the gate judges each for itself
         for row in others:
             source.teach(row["target"])
@@ -2027,6 +2027,8 @@ def run(options, command) -> int:
     rows, interrupted = [], False
     with RowFile(options.rows, head, options.resume) as kept:
         rows += kept.rows
+        if options.source is not None and options.source.recalls:
+            options.source.attach(e.target)
         for row in rows if options.source is not None else []:              # remember them as if they had just run
             if "speculative" in row["modes"]:
                 options.source.begin(row["question"])

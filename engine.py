@@ -525,6 +525,11 @@ class Model:
             with self.on_stream():
                 self.texts.teach(ids)
 
+    def forget(self) -> None:
+        """Drops all texts that it might recall."""
+        with self.on_stream():
+            self.texts.forget()
+
     def _look(self, key, G: int) -> None:
         """Runs a forward; under `explain` it also keeps where in the answer it stood, its drafts, and the two best ids
         of every row with their logits, all still on the device."""
@@ -1460,7 +1465,8 @@ class Engine:
                 if target.recalls:
                     target.recall_len = req.draft_len
                     target.prepare(req.draft_len, recalled=True)
-                    target.texts.proposed.zero_()
+                    with target.on_stream():
+                        target.texts.proposed.zero_()
         if self.drafter in active:
             drafter = self.drafter
             rows = drafter.prompt(req.question).rows(frames + drafter.vision.P + 1)

@@ -14,7 +14,7 @@ def recalling(pair):  # noqa: F811
     """The pair, its drafter allowed to recall and with nothing in mind."""
     drafter = pair.drafter
     drafter.recall_len, drafter.recalled = RECALL_MOST, 1.0
-    drafter.texts.forget()
+    drafter.forget()
     yield pair
     drafter.recall_len, drafter.recalls = 0, False
     pair.remembers = True
@@ -105,7 +105,7 @@ def test_what_is_not_right_is_not_recalled_for_long(recalling):
 def test_the_targets_own_answers_make_its_rounds(recalling):
     """A second time every answer is known: nothing but the end of a text keeps a forward from 16 ids."""
     target, source = recalling.target, Recalled()
-    target.texts.forget()
+    target.forget()
     for i in range(4):
         first, again = (recalling.generate(mode="speculative", draft_source=source, draft_len=15, **asked(i))
                         for _ in range(2))
