@@ -1185,7 +1185,8 @@ def memory_controls(rows, order: int, lengths, only=None) -> dict:
 
 CONTROLS = {"previous": lambda most: engine.Previous(), "constant": lambda most: engine.Constant(most=most),
             "memory 8": lambda most: engine.Memory(8, most=most),
-            "memory 16": lambda most: engine.Memory(16, most=most), "blend": lambda most: engine.Blend(most=most),
+            "memory 16": lambda most: engine.Memory(16, most=most), "recall": lambda most: engine.Recalled(),
+            "blend": lambda most: engine.Blend(most=most),
             "blend-text": lambda most: engine.BlendText(most=most), "drafter-text": lambda most: engine.DrafterText()}
 LENGTHS, SHOTS = (8, 15, 31), (15, 21, 31)
 

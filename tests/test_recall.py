@@ -6,6 +6,7 @@ import torch
 from kernels import recall as module
 from kernels.recall import ORDER, Recall, recall, recall_ref
 from kernels.round import STATE
+from weights.sources import Recalled
 
 
 def state_of(ids, room=64):
@@ -88,6 +89,22 @@ def test_kernel_equals_definition_on_texts_of_few_ids(G):
         with_drafts += truth[0] >= 0
         assert int(texts.arrived) == 0                                   # at rest for the next call
     assert with_drafts > 10
+
+
+@pytest.mark.parametrize("G", [3, 15])
+def test_the_source_without_a_target_proposes_the_same(G):
+    generator, proposed = torch.Generator().manual_seed(G), 0
+    for _ in range(30):
+        texts, source = Recall("cpu", 4096), Recalled()
+        for _ in range(int(torch.randint(0, 60, (1,), generator=generator))):
+            ids = torch.randint(0, 5, (int(torch.randint(1, 50, (1,), generator=generator)),), generator=generator)
+            texts.teach(ids.tolist())
+            source.learn(ids.tolist())
+        ids = torch.randint(0, 5, (int(torch.randint(1, 40, (1,), generator=generator)),), generator=generator).tolist()
+        wanted = [i for i in recall_ref(texts.ids_M, texts.at, state_of(ids), G).tolist() if i >= 0]
+        assert source.propose(ids, G) == wanted
+        proposed += len(wanted)
+    assert proposed > 30
 
 
 def test_a_context_counts_up_to_its_order():

@@ -71,21 +71,33 @@ class Fixed(DraftSource):
 class Recalled(DraftSource):
     """The target's own past answers, searched on its device (kernels/recall.py): what followed the longest run of ids
     that ends as the answer does. Search, forward and accept are one queued piece of work, so that no round waits for
-    the host. The answers are the engine's, pooled over questions; the latest 65,536 ids are kept."""
+    the host. The answers are the engine's, pooled over questions; the latest 65,536 ids are kept. Without an engine,
+    as for `--sources`, it proposes the same from the host."""
     recalls = True
 
-    def __init__(self):
-        self.model = None                   # the target; a request attaches it
+    def __init__(self, order: int = 16):
+        self.order, self.model = order, None                 # the target, which a request attaches
+        self.ids, self.after = [], {}                        # without one: all ids, and the latest place after a context
 
     def attach(self, model) -> None:
         self.model = model
 
     def propose(self, committed, limit):
-        return []                           # nothing from the host
+        if self.model is not None:
+            return []                                        # it drafts for itself
+        own = [-1, *committed]                               # as kernels/recall.py: a beginning fits a beginning
+        places = (self.after.get(tuple(own[-n:])) for n in range(min(self.order, len(own)), 0, -1))
+        at = next((place for place in places if place is not None), len(self.ids))
+        return list(itertools.takewhile(lambda i: i >= 0, self.ids[at:at + limit]))
 
     def learn(self, answer):
         if self.model is not None:
-            self.model.remember(list(answer))
+            return self.model.remember(list(answer))
+        own, start = [-1, *answer], len(self.ids)
+        self.ids += [*answer, -1]
+        for end in range(1, len(own)):
+            for n in range(1, min(self.order, end) + 1):
+                self.after[tuple(own[end - n:end])] = start + end - 1
 
     teach = learn
 
