@@ -77,7 +77,7 @@ class Recalled(DraftSource):
 
     def __init__(self, order: int = 16):
         self.order, self.model = order, None                 # the target, which a request attaches
-        self.ids, self.after = [], {}                        # without one: all ids, and the latest place after a context
+        self.ids, self.after = [], {}                        # without one: all ids, the latest place after a context
 
     def attach(self, model) -> None:
         self.model = model
