@@ -513,11 +513,11 @@ class Model:
         """Recalled ids that have to be right in a step, on average, to pay for its rows."""
         return RECALL_PAYS[BITS[self.decoder.packed][0] if self.decoder.packed else None]
 
-    def judge(self, G: int, fresh: int) -> None:
-        """A step with G recalled ids gave `fresh` ids. Where they do not pay they are tried again every 40 steps."""
-        if G and fresh:
-            self.recalled += 0.25 * (fresh - 1 - self.recalled)
-        elif not G:
+    def judge(self, G: int, right: int) -> None:
+        """So many of a step's G recalled ids were right. Where they do not pay they are tried again every 40 steps."""
+        if G:
+            self.recalled += 0.25 * (right - self.recalled)
+        else:
             self.recalled += 0.25 / 40 * self.recall_pays
 
     def remember(self, ids) -> None:
@@ -795,12 +795,13 @@ class Gate:
     @property
     def draft(self):
         """Seconds of a draft of a round; the target's step stands in while none was made."""
-        return self.seconds("draft") or self.seconds("forward") or self.step
+        return self.seconds("draft") or self.seconds(("head start", "draft")) or self.step
 
     @property
     def head_draft(self):
         """(seconds of a drafter's forward in a head start, ids that it brings)."""
-        return self.seconds("forward") or self.draft, self.usual("ids a forward") or 1.0
+        ids = self.usual("ids a forward") or 1.0
+        return (ids > 1 and self.seconds(("head start", "recall"))) or self.draft, ids
 
     def usual(self, what):
         """Its median, for what the host does."""
@@ -882,7 +883,7 @@ class Gate:
             elif row == "drafter" and note.endswith(" ids"):
                 self.timed("draft", (end - start) / int(note.split()[0]))
             elif (row, stage) in (("drafter", "draft"), ("drafter", "recall")):
-                self.timed("forward", end - start)
+                self.timed(("head start", stage), end - start)
                 forwards += 1
             elif (row, stage) == ("drafter", "prefill"):
                 self.timed("front", end - req.ready_at["events", req.size])
@@ -1234,8 +1235,8 @@ class Engine:
                 with req.timeline.stage("recall" if G else "draft", model, note="ahead"):
                     model.step_recalled(G) if G else model.step(0)
             forward, state = forward + 1, model.snapshot(words).read()       # at once: a correction must not wait
-            if not truth:
-                model.judge(G, state[N_OUT] - known)
+            if not truth and state[N_OUT] > known:
+                model.judge(G, state[ACCEPT_LEN])
 
     def _target_side(self, req: Request) -> None:
         """Video to answer. Everything it emits is the target's own greedy id."""
@@ -1299,10 +1300,10 @@ class Engine:
             snapshot, G = pending.popleft()
             before, state = state[N_OUT] if state else None, snapshot.read()
             check_finite(state, model, stage)
-            if before is not None:
-                model.judge(G, state[N_OUT] - before)
-                if model.recalls and not model.drafts and state[N_OUT] > before:
-                    req.accept_lens.append(state[N_OUT] - before - 1)
+            if before is not None and state[N_OUT] > before:
+                model.judge(G, state[ACCEPT_LEN])
+                if model.recalls and not model.drafts:
+                    req.accept_lens.append(state[ACCEPT_LEN])
             yield state
             stop, stage, behind = stop or bool(state[DONE]), name, int(model.on_gpu)
 
@@ -1439,7 +1440,7 @@ class Engine:
     # -- checks, assembly
 
     def _check_rows(self, model: Model, prompt_rows: int, req: Request) -> None:
-        spare = max(req.draft_len, req.overlap_len, getattr(model, "recall_len", 0)) + 2
+        spare = max(req.draft_len, req.overlap_len, model.recall_len * model.recalls) + 2
         need, have = prompt_rows + req.max_new_tokens + spare, model.decoder.cache_rows
         if need > have:
             raise InputError(f"{model.path}: {model.side} cache holds {have} rows, prompt {prompt_rows} + new "
@@ -1454,27 +1455,26 @@ class Engine:
             model.looks = [] if req.explain and model is active[0] else None
         if self.target in active:
             target, R = self.target, 1 if req.image else self.target.num_frames
+            recalls = getattr(req.source, "recalls", False) and req.mode == "speculative"
+            target.recalls, target.recall_len = recalls and req.draft_len > 0, req.draft_len
             rows = target.prompt(req.question).rows(R * (target.vision.P + int(not req.image or target.keep_cls)))
             self._check_rows(target, rows, req)
             with naming_stage(target, "preparation"):
                 target.prepare_encode(R, req.image)
                 target.prepare_prefill(rows)
-                recalls = getattr(req.source, "recalls", False)
-                target.recalls = recalls and req.mode == "speculative" and req.draft_len > 0
                 target.prepare(0, *{"prefill_then_verify": [req.overlap_len],
                                     "speculative": [req.overlap_len, req.draft_len]}.get(req.mode, []))
                 if target.recalls:
-                    target.recall_len = req.draft_len
                     target.prepare(req.draft_len, recalled=True)
                     with target.on_stream():
                         target.texts.proposed.zero_()
         if self.drafter in active:
             drafter = self.drafter
+            drafter.recalls = drafter.recall_len > 0 and req.mode != "drafter_only"          # its own answer is its own
             rows = drafter.prompt(req.question).rows(frames + drafter.vision.P + 1)
             self._check_rows(drafter, rows, req)
             with naming_stage(drafter, "preparation"):
                 drafter.prepare_encode(frames)
-                drafter.recalls = drafter.recall_len > 0 and req.mode != "drafter_only"      # its own answer is its own
                 drafter.prepare(0)
                 drafter.prepare_prefill(rows)
                 if drafter.recalls:

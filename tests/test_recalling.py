@@ -86,16 +86,16 @@ def test_what_is_not_right_is_not_recalled_for_long(recalling):
     drafter.remember([1, 2, 3])
     wide = 0
     while drafter.next_len():
-        drafter.judge(RECALL_MOST, 1)
+        drafter.judge(RECALL_MOST, 0)
         wide += 1
     assert 2 <= wide <= 9 and drafter.recalled <= RECALL_PAYS[None]
     plain = 0
     while not drafter.next_len():
-        drafter.judge(0, 1)
+        drafter.judge(0, 0)
         plain += 1
     assert 20 <= plain <= 45                                 # noticed when it gets better
     for _ in range(10):
-        drafter.judge(RECALL_MOST, 9)
+        drafter.judge(RECALL_MOST, 8)
     assert drafter.recalled > 5
 
 
@@ -111,7 +111,7 @@ def test_the_targets_own_answers_make_its_rounds(recalling):
                         for _ in range(2))
         ids = truth(recalling, i, 0)
         assert first.output_ids == again.output_ids == ids and again.drafter_error is None
-        assert again.rounds == -(-(len(ids) - 1) // 16) and again.accepted_tokens == len(ids) - 1 - again.rounds
+        assert again.rounds == -(-(len(ids) - 1) // 16) and len(ids) - again.accepted_tokens - again.rounds <= 1
         assert again.accepted_tokens <= again.drafted <= 15 * again.rounds and again.rounds == len(again.accept_lens)
         assert "drafter" not in again.prompt_rows
     assert target.texts.texts == 8
@@ -127,7 +127,8 @@ def test_recalled_answers_change_none(recalling, draft_len, options):
         assert result.output_ids == recalling.generate(mode="target_only", **given).output_ids
         if "explain" in options:
             assert [i for verdict in result.verdicts for i in verdict.ids] == result.output_ids
-            assert sum(len(verdict.ids) - 1 for verdict in result.verdicts) == result.accepted_tokens
+            kept = sum(len(verdict.ids) - 1 for verdict in result.verdicts)          # an id behind the end is not
+            assert kept <= result.accepted_tokens <= kept + 1
 
 
 @pytest.mark.parametrize("mode", ["prefill_then_verify", "prefill_only", "target_only"])
@@ -140,6 +141,23 @@ def test_a_target_that_recalled_does_not_go_on_with_it(recalling):
     recalling.generate(mode="speculative", draft_source=Recalled(), draft_len=15, **asked(0))
     result = recalling.generate(mode="speculative", draft_source=Fixed([3] * 40), draft_len=15, **asked(0))
     assert result.output_ids == truth(recalling, 0, 0) and result.accepted_tokens == 0
+
+
+def test_a_drafter_that_dies_recalling_costs_no_answer(recalling, monkeypatch):
+    recalling.generate(mode="prefill_only", **asked(0))
+    monkeypatch.setattr(engine, "recall", lambda *_: 1 / 0)
+    for mode in ("prefill_only", "prefill_then_verify", "speculative"):
+        result = recalling.generate(mode=mode, **asked(0))
+        assert result.output_ids == truth(recalling, 0, 0) and "division" in result.drafter_error
+
+
+def test_a_cache_that_is_too_small_for_recalling_is_named(recalling):
+    most = recalling.drafter.decoder.cache_rows - 198 - 17
+    with pytest.raises(InputError, match="drafter cache holds"):
+        recalling.generate(mode="drafter_only", **asked(0) | dict(max_new_tokens=most + 17))
+    with pytest.raises(InputError, match="drafts 33"):
+        recalling.generate(mode="speculative", draft_source=Recalled(), draft_len=31, **asked(0) | dict(
+            max_new_tokens=recalling.target.decoder.cache_rows - 328 - 32))
 
 
 def test_nothing_is_remembered_where_an_engine_is_told_so(recalling):
