@@ -10,8 +10,10 @@ drafts. Bytes: 4*ORDER*M, from caches but the first 4*M: 65,536 ids are 0.26 MB 
 On 1,100 recorded EventGPT answers of one stream each forward of 16 rows would give 8.67 ids, of 8 rows 5.96 (order 8:
 8.55 and 5.86; order 4: 8.05 and 5.57; the id seen most often after that context, as weights.sources.Memory: 8.14 and
 5.90; Blend, 318 microseconds of the host for 15 drafts: 8.77 and 6.01). The target's own answers: `python bench.py
---sources`. Dropped there, 6.27 tokens a forward with 31 drafts: the id that most of the last 8 such contexts were
-followed by, faded by 0.7 (6.33); contexts over 8 ids counted as 8 (6.25); a search after each draft (6.22)."""
+--sources`. Dropped, tokens a forward with 15 and 31 drafts beside 5.63 and 6.27 in the same trial: the id that most of
+the last 8 such contexts were followed by, faded by 0.7 (5.67, 6.33); contexts over 8 ids counted as 8 (5.61, 6.25); a
+search after each draft (5.63, 6.22); id by id the votes of the best 4 or 64 places, weighed as in Blend (5.78, 6.44 and
+5.72, 6.32)."""
 
 import torch
 import triton
