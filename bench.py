@@ -408,7 +408,9 @@ def measure(e, samples, options, rows: list, keep=None) -> None:
         if options.source is not None:
             options.source.settle()
         if e.drafter is not None:                            # the sample is done: what was said may be recalled
-            e.drafter.remember(max((of[-1].preview_ids for of in results.values() if of), key=len, default=[]))
+            said = [of[-1].preview_ids for of in results.values() if of]
+            answered = row["modes"].get("target_only", {}).get("ids", []) if e.apart else []
+            e.remember(max(said, key=len, default=[]), answered)
         rows.append(row)
         if keep:
             keep(row)
@@ -1350,8 +1352,10 @@ def replay_page(options) -> int:
                 if cell[name].output_ids != ids:
                     print(f"{name}, {seq} {row['clip']}: other ids than recorded", file=sys.stderr)
                     return 1
-            for ids in heard:
-                e.drafter.remember(ids)
+            for said_ids in heard:
+                e.drafter.remember(said_ids)
+            if rates and e.apart:
+                e.target.remember(ids)
             if not stream:
                 continue
             cell = {name: cell[name] for name in settings if name in cell}
@@ -1445,13 +1449,24 @@ def replay_settings(others, rates, e, only: str | None) -> dict:
         if apart:                                            # blend alone, below, is what the drafter is worth beside
             made[f"blend-text, right with {p}"] = functools.partial(
                 lambda p: ("speculative", taught("blend-text", made=engine.BlendText()), says(p)), p)
-    if rates and apart:
+    if rates and apart:                                      # what stands behind the drafters above, without them
+        e.target.forget()
+        for row in others:
+            e.target.remember(row["target"])
+        made["recall, both"] = lambda: ("speculative", ToldLater(), raw)
         made["blend, both"] = lambda: ("speculative", taught("blend", made=engine.Blend()), raw)
     if not apart:
         made["drafter, raw"] = lambda: ("prefill_then_verify", None, raw)
         made["preview, raw"] = lambda: ("prefill_only", None, raw)
     return {name: make() for name, make in made.items()
             if name == "target_only" or only is None or any(word in name for word in only.split(","))}
+
+
+class ToldLater(engine.Recalled):
+    """Recalls what its target is told once all settings have given an answer."""
+
+    def learn(self, answer):
+        pass
 
 
 def raw(row, rng) -> list[int]:

@@ -522,7 +522,7 @@ class Model:
 
     def remember(self, ids) -> None:
         """Keeps a text that this model wrote, to be recalled."""
-        if ids:
+        if len(ids):
             with self.on_stream():
                 self.texts.teach(ids)
 
@@ -1145,7 +1145,7 @@ class Engine:
         self.target, self.drafter = target, drafter
         self.draft_len, self.overlap_len = draft_len, overlap_len
         self.gate = Gate() if gate else None
-        self.remembers = True                                # what the drafter writes, so that it may recall it
+        self.remembers = True                                # texts, so that they may be recalled; False: `remember`
         self.apart = bool(target and drafter) and target.device != drafter.device   # two devices: drafts cost nothing
         self.target_first = bool(target and target.on_gpu)   # in the interpreter; what a CPU computes holds no lock
         self.lock = threading.Lock()
@@ -1253,12 +1253,11 @@ class Engine:
             req.host_free.set()
             drafted = req.source is not None or req.preview or "drafter" in req.prompt_rows
             undrafted = req.drafter_done.is_set() and not drafted
-            if undrafted or model.recalls or req.mode in ("target_only", "prefill_only"):    # nothing to decide, ever
+            recalls = model.recalls and req.source is not None               # without one, what a drafter leaves undone
+            if undrafted or recalls or req.mode in ("target_only", "prefill_only"):          # nothing to decide, ever
                 for state in self._decode(model, req, req.max_new_tokens, "decode"):
                     req.prefill_end = req.prefill_end or line.now()
                     answer.tell(state)
-                if model.recalls:
-                    req.drafted = int(model.texts.proposed)
                 return
             state = model.snapshot(answer.words).read()
             req.prefill_end = line.now()
@@ -1427,14 +1426,24 @@ class Engine:
         return state
 
     def _rounds_ahead(self, req: Request, state, answer: Answer):
-        """Verifies what the drafter on the other device has ready, and steps alone where that is nothing."""
+        """Verifies what the drafter on the other device has ready. Where that is nothing, after a rejection above all,
+        nobody waits: the target drafts for itself from its past answers, or steps alone."""
+        model = self.target
         while not (state[DONE] or req.cancelled.is_set() or req.drafter_error):
             span = req.ahead.span(state[STATE:STATE + state[N_OUT]], req.overlap_len)
             req.first_span = req.first_span or (span if not req.accept_lens else [])
+            G = 0 if span else model.next_len()
             if span:
                 state = self._verify(req, span, req.overlap_len, answer)
+            elif G:
+                with req.timeline.stage("verify", model, note="recalled"):
+                    model.step_recalled(G)
+                state = self._seen(answer, "verify")
+                req.accept_lens.append(state[ACCEPT_LEN])
             else:
                 state = self._plain(req, answer)
+            if not span:
+                model.judge(G, state[ACCEPT_LEN])
         return state
 
     # -- checks, assembly
@@ -1455,8 +1464,10 @@ class Engine:
             model.looks = [] if req.explain and model is active[0] else None
         if self.target in active:
             target, R = self.target, 1 if req.image else self.target.num_frames
-            recalls = getattr(req.source, "recalls", False) and req.mode == "speculative"
-            target.recalls, target.recall_len = recalls and req.draft_len > 0, req.draft_len
+            ahead = self.apart and req.source is None and self.drafter.recall_len
+            target.recall_len = req.overlap_len if ahead else req.draft_len
+            target.recalls = bool((ahead or getattr(req.source, "recalls", False)) and target.recall_len
+                                  and req.mode == "speculative")
             rows = target.prompt(req.question).rows(R * (target.vision.P + int(not req.image or target.keep_cls)))
             self._check_rows(target, rows, req)
             with naming_stage(target, "preparation"):
@@ -1465,7 +1476,7 @@ class Engine:
                 target.prepare(0, *{"prefill_then_verify": [req.overlap_len],
                                     "speculative": [req.overlap_len, req.draft_len]}.get(req.mode, []))
                 if target.recalls:
-                    target.prepare(req.draft_len, recalled=True)
+                    target.prepare(target.recall_len, recalled=True)
                     with target.on_stream():
                         target.texts.proposed.zero_()
         if self.drafter in active:
@@ -1649,6 +1660,12 @@ class Engine:
             (req.drafter_done if model is self.drafter else req.host_free).set()
             req.out.put(("end", model.side, None))
 
+    def remember(self, drafted, answered=()) -> None:
+        """Keeps what the drafter wrote, and the target's answer, to be recalled; see `remembers`."""
+        self.drafter.remember(drafted)
+        if self.target is not None:
+            self.target.remember(answered)
+
     def _finish(self, req: Request, result: Result, active, deciding, texts) -> Event:
         decider = self.target if deciding == "target" else self.drafter
         result.preview_ids = [i for i, _ in req.preview]
@@ -1668,9 +1685,11 @@ class Engine:
         if req.source is not None:
             guarded(req, req.source.learn, list(result.output_ids))
         if self.remembers and self.drafter in active and self.drafter.recall_len:
-            self.drafter.remember(req.drafted_text or result.preview_ids)
+            self.remember(req.drafted_text or result.preview_ids, result.output_ids if self.apart else ())
         if self.gate and deciding == "target" and not (req.mode == "prefill_only"):
             self.gate.learn(req, result)
+        if self.target in active and self.target.recalls:
+            req.drafted += int(self.target.texts.proposed)
         result.prompt_rows, result.drafter_error = req.prompt_rows, req.drafter_error
         result.verdicts = decider.verdicts(result.output_ids) if req.explain else []
         result.accept_lens, result.drafted, result.rounds = req.accept_lens, req.drafted, len(req.accept_lens)
@@ -1936,7 +1955,8 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
     whatever it costs. drafter_dtype: `int8` or `int4` packs the weights of the drafter's steps, `fp8` (8-bit steps) and
     `fp8+int4` those of its prefill too (answers stay the same, drafts are cheaper and a little worse); `bf16` leaves
     them as loaded. recall_len: ids of its earlier texts that the drafter checks in one forward, 0..15, to draft several
-    at once (None: 15 on a GPU, where rows cost little, and 0 on the CPU). progress: see `load_model`.
+    at once (None: 15 on a GPU, where rows cost little, and 0 on the CPU); above 0 a target beside a drafter on another
+    device recalls its own answers where no draft is ready. progress: see `load_model`.
     """
     if drafter_dtype not in ("bf16", *BITS):
         raise InputError(f"drafter_dtype: {drafter_dtype!r} is not one of bf16, {', '.join(BITS)}; pick from these")

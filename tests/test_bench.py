@@ -333,6 +333,27 @@ def test_recorded_pairs_hold_both_answers_and_feed_the_sources_page(tmp_path, ca
     assert bench.main([*QUICK, "--modes", "target_only", "--record", str(path)]) == 2
 
 
+def test_a_replay_beside_a_drafter_on_a_device_of_its_own(tmp_path, capsys, monkeypatch):
+    """Two pretend devices; every setting of forced acceptance, and the memories without a drafter beside them."""
+    path, real = tmp_path / "pairs.jsonl", engine.load_engine
+    assert bench.main([*QUICK, "--modes", "target_only,drafter_only", "--max-samples", "3", "--record", str(path)]) == 0
+    rows = [json.loads(line) | {"seq": f"s{k % 2}"} for k, line in enumerate(path.read_text().splitlines())]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def two_devices(*args, **options):
+        e = real(*args, **options | dict(recall_len=15))
+        e.apart = True
+        return e
+
+    monkeypatch.setattr(engine, "load_engine", two_devices)
+    capsys.readouterr()
+    assert bench.main(["--replay", str(path), "--sources-src", "headstart", "--device", "cpu", "--accept", "0.5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:26].strip() for line in lines[3:8]] == ["target_only", "drafter right with 0.5",
+                                                         "blend-text, right with 0.5", "recall, both", "blend, both"]
+    assert any("came out of all 15 requests" in line for line in lines)
+
+
 # ---- long runs
 
 

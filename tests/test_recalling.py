@@ -1,6 +1,8 @@
 """A drafter that recalls its earlier texts writes what it would have written, in fewer forwards, and answers stay the
 target's. On the embedded pair; the search itself is tests/test_recall.py."""
 
+import time
+
 import pytest
 import torch
 from test_request import MODES, TINY, asked, pair, truth  # noqa: F401
@@ -68,6 +70,25 @@ def test_on_a_device_of_its_own(recalling, turn):
         recalling.apart = False
     places = [n + k for _, n, ids in result.drafts for k in range(len(ids))]
     assert places and recalling.drafter.texts.texts == 4
+
+
+def test_where_a_drafter_apart_has_nothing_ready_the_target_recalls(recalling, monkeypatch):
+    """A drafter that is always late: alone the target steps id by id; with its answer in mind it is done in a few."""
+    recalling.apart = True
+    target, drafter = recalling.target, recalling.drafter
+    monkeypatch.setattr(drafter, "step", lambda G=0, step=drafter.step: (time.sleep(0.3), step(G)))
+    monkeypatch.setattr(drafter, "step_recalled", lambda G, step=drafter.step_recalled: (time.sleep(0.3), step(G)))
+    target.forget()
+    try:
+        first, again = (recalling.generate(mode="speculative", **asked(0)) for _ in range(2))
+        other = recalling.generate(mode="speculative", **asked(3))
+    finally:
+        recalling.apart = False
+    ids = truth(recalling, 0, 0)
+    assert first.output_ids == again.output_ids == ids and other.output_ids == truth(recalling, 3, 0)
+    assert first.rounds > 10 and again.rounds <= -(-len(ids) // 16) + 1 and target.texts.texts == 3
+    assert again.drafted >= again.accepted_tokens >= len(ids) - again.rounds - 1
+    assert [note for *_, note in again.timeline].count("recalled") >= 1
 
 
 def test_rounds_recall_as_well(recalling):
