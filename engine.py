@@ -97,7 +97,7 @@ __all__ = ["MODES", "SOURCES", "Adapted", "Best", "Blend", "BlendText", "Constan
 
 MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
-RECALL_MOST = 15        # ids that a drafter recalls for one step, which then has a row more than that
+RECALL_MOST = 15        # ids that a drafter recalls for one step: 16 rows, as many as packed weights serve
 RECALL_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of its earlier texts that a model keeps, on a GPU and on a CPU
 RECALL_PAYS = {None: 0.1, 8: 0.5, 4: 0.9}        # ids that must be right in a step for its rows to pay, by bits of its
                                                  # weights: 16 rows take 1.03 of a step, 1.9 at 4 bits; 8 bits a guess
@@ -374,7 +374,8 @@ class Model:
     """What drafter and target share: a decoder, one request's state on the device, its step graphs and stream.
 
     state_W int64 holds the answer as it grows (kernels/round.py): the device alone advances it, the host reads
-    copies. `step(G)` is one round of a target with G drafts; `step(0)` is plain decode.
+    copies. `step(G)` is one round of a target with G drafts; `step(0)` is plain decode; `step_recalled(G)` drafts what
+    this model wrote before in such a place, so that its own text costs it a forward for several ids.
     """
     side = ""                                                # "drafter" or "target"
     priority = 0                                             # of its stream; lower goes first
