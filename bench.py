@@ -1277,6 +1277,10 @@ def sources_page(options) -> int:
                              + f"  {ours} over {theirs}, paired")
         if figure is accepted:
             lines.append(f"  drafter's own text {drafter:.3f} of 21")
+    own_texts = replay([{**r, "target": r["drafter"]} for r in rows if r["drafter"]], "recall").values()
+    lines += ["the drafter's own texts, ids per drafter forward, own stream too, K =",
+              f"{'':14}" + "".join(f"{K:>22}" for K in LENGTHS),
+              f"  {'recall':12}" + "".join(f"{with_interval(per_forward, own_texts, K):>22}" for K in LENGTHS)]
     if len(questions) > 1:
         lines.append("by question: blend, tokens per forward at K = 15, one shot of 21; previous, constant of 21")
         for question in questions:
