@@ -7,13 +7,13 @@ text and before the first id stands -1 too, so that two beginnings count as one 
 One program compares 1,024 places with the last ORDER ids; the one that arrives last takes the best and copies its
 drafts. Bytes: 4*ORDER*M, from caches but the first 4*M: 65,536 ids are 0.26 MB and some 1,300 answers. An H200 takes
 4.8 microseconds for them, 4.3 for 4,096 and 5.9 for 262,144.
-Ids a forward on recorded texts, the drafter's and the target's: `python bench.py --sources`. A trial on EventGPT's, all
-as one stream, with 15 and 7 drafts: 8.67 and 5.96; order 8: 8.55 and 5.86; order 4: 8.05 and 5.57; the id seen most often
-after that context, as weights.sources.Memory: 8.14 and 5.90; Blend, 318 microseconds of the host for 15 drafts: 8.77 and
-6.01. Dropped on the target's, tokens a forward with 15 and 31 drafts beside 5.63 and 6.27 in the same trial: the id that most of
-the last 8 such contexts were followed by, faded by 0.7 (5.67, 6.33); contexts over 8 ids counted as 8 (5.61, 6.25); a
-search after each draft (5.63, 6.22); id by id the votes of the best 4 or 64 places, weighed as in Blend (5.78, 6.44 and
-5.72, 6.32)."""
+Ids a forward on recorded texts, the drafter's and the target's: `python bench.py --sources`. A trial on EventGPT's,
+all as one stream, with 15 and 7 drafts: 8.67 and 5.96; order 8: 8.55 and 5.86; order 4: 8.05 and 5.57; the id seen
+most often after that context, as weights.sources.Memory: 8.14 and 5.90; Blend, 318 microseconds of the host for 15
+drafts: 8.77 and 6.01. Dropped on the target's, tokens a forward with 15 and 31 drafts beside 5.63 and 6.27 in the same
+trial: the id that most of the last 8 such contexts were followed by, faded by 0.7 (5.67, 6.33); contexts over 8 ids
+counted as 8 (5.61, 6.25); a search after each draft (5.63, 6.22); id by id the votes of the best 4 or 64 places,
+weighed as in Blend (5.78, 6.44 and 5.72, 6.32)."""
 
 import torch
 import triton
