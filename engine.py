@@ -1146,7 +1146,7 @@ class Engine:
         self.target, self.drafter = target, drafter
         self.draft_len, self.overlap_len = draft_len, overlap_len
         self.gate = Gate() if gate else None
-        self.remembers = True                                # texts, so that they may be recalled; False: `remember`
+        self.remembers = True                                # each text, to be recalled; else the caller, by `remember`
         self.apart = bool(target and drafter) and target.device != drafter.device   # two devices: drafts cost nothing
         self.target_first = bool(target and target.on_gpu)   # in the interpreter; what a CPU computes holds no lock
         self.lock = threading.Lock()
@@ -1280,7 +1280,8 @@ class Engine:
                     answer.tell(newest)
 
     def _decode(self, model: Model, req: Request, limit: int, name: str, go_on=None, known: int = 1):
-        """One-row steps to the end, or until `go_on`, told the newest state the host has seen, says no. Yields states
+        """Steps of one row, or of as many as `next_len` recalls, to the end or until `go_on`, told the newest state the
+        host has seen, says no. Yields states
         as the host sees them, one step behind what is queued; the last one has everything. Without `go_on` the first
         step is queued unseen as well: the GPU waits for nobody. known: ids that are there already."""
         words, left, stop, stage, state = STATE + limit + STEP_ROWS, limit - known, False, "prefill", None
@@ -1467,7 +1468,7 @@ class Engine:
             target, R = self.target, 1 if req.image else self.target.num_frames
             ahead = self.apart and req.source is None and self.drafter.recall_len
             target.recall_len = req.overlap_len if ahead else req.draft_len
-            target.recalls = bool((ahead or getattr(req.source, "recalls", False)) and target.recall_len
+            target.recalls = bool((ahead or req.source and req.source.recalls) and target.recall_len
                                   and req.mode == "speculative")
             rows = target.prompt(req.question).rows(R * (target.vision.P + int(not req.image or target.keep_cls)))
             self._check_rows(target, rows, req)
@@ -1588,8 +1589,8 @@ class Engine:
                     self._prepare(req, active, len(images) if event_path is None and uses_drafter else event_frames)
                 if draft_source is not None:
                     guarded(req, draft_source.begin, question)
-                    if getattr(draft_source, "recalls", False):
-                        draft_source.attach(self.target)
+                    if draft_source.recalls:
+                        guarded(req, draft_source.attach, self.target)
                 req.timeline.start()
                 yield from self._run(req, active)
             finally:

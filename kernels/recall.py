@@ -1,6 +1,6 @@
-"""recall: drafts for a drafter, on the device: in the texts it wrote before, what followed the last ids of this one; of
-the longest such contexts the latest. The drafter checks them all in one forward, so that its text costs it a forward
-for several ids, and the host is not asked.
+"""recall: a model's drafts for itself, on its device: in the texts it wrote before, what followed the last ids of this
+one; of the longest such contexts the latest. It checks them all in one forward, so that its text costs it a forward for
+several ids, and the host is not asked.
 
 ids_M, int32: texts one after the other, each closed by -1, the oldest overwritten first; a text never wraps. Before a
 text and before the first id stands -1 too, so that two beginnings count as one id more that fits.

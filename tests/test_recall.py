@@ -93,6 +93,7 @@ def test_kernel_equals_definition_on_texts_of_few_ids(G):
 
 @pytest.mark.parametrize("G", [3, 15])
 def test_the_source_without_a_target_proposes_the_same(G):
+    assert Recalled.ORDER == ORDER
     generator, proposed = torch.Generator().manual_seed(G), 0
     for _ in range(30):
         texts, source = Recall("cpu", 4096), Recalled()

@@ -91,13 +91,26 @@ def test_where_a_drafter_apart_has_nothing_ready_the_target_recalls(recalling, m
     assert [note for *_, note in again.timeline].count("recalled") >= 1
 
 
-def test_rounds_recall_as_well(recalling):
-    """In `follow` one wide step stands in for G - 1 narrow ones; right drafts are accepted as before."""
-    recalling.generate(mode="prefill_only", **asked(2))
-    narrow = recalling.generate(mode="speculative", draft_len=7, **asked(2))
-    recalling.drafter.recall_len = 0
-    plain = recalling.generate(mode="speculative", draft_len=7, **asked(2))
-    assert narrow.output_ids == plain.output_ids and narrow.accepted_tokens > 0
+def test_rounds_recall_as_well(recalling, monkeypatch):
+    """In `follow` one wide step stands in for G - 1 narrow ones: fewer of the drafter's forwards for an accepted draft,
+    though fewer drafts where the target's ids are no text of the drafter."""
+    drafter, steps = recalling.drafter, []
+    for name in ("step", "step_recalled"):
+        step = getattr(drafter, name)
+        monkeypatch.setattr(drafter, name, lambda G=0, name=name, step=step: (steps.append(name), step(G)))
+    results, taken = [], []
+    for recall_len in (0, RECALL_MOST):
+        drafter.recall_len = recall_len
+        recalling.generate(mode="prefill_only", **asked(2))                      # with 0 nothing is kept
+        steps.clear()
+        results.append(recalling.generate(mode="speculative", draft_len=7, overlap_len=0, **asked(2)))
+        taken.append(list(steps))
+    plain, wide = results
+    assert plain.output_ids == wide.output_ids == truth(recalling, 2, 0)
+    assert set(taken[0]) == {"step"} and len(taken[0]) >= 6 * plain.rounds
+    assert taken[1].count("step_recalled") >= wide.rounds and taken[1].count("step") <= 1
+    forwards = [len(of) + result.rounds for of, result in zip(taken, results, strict=True)]      # a resume each round
+    assert forwards[0] / plain.accepted_tokens > 2 * forwards[1] / wide.accepted_tokens > 0
 
 
 def test_what_is_not_right_is_not_recalled_for_long(recalling):
@@ -179,6 +192,15 @@ def test_a_cache_that_is_too_small_for_recalling_is_named(recalling):
     with pytest.raises(InputError, match="drafts 33"):
         recalling.generate(mode="speculative", draft_source=Recalled(), draft_len=31, **asked(0) | dict(
             max_new_tokens=recalling.target.decoder.cache_rows - 328 - 32))
+
+
+def test_a_source_that_cannot_be_attached_costs_no_answer(recalling):
+    class Broken(Recalled):
+        def attach(self, model):
+            raise RuntimeError("loose")
+
+    result = recalling.generate(mode="speculative", draft_source=Broken(), draft_len=7, **asked(0))
+    assert result.output_ids == truth(recalling, 0, 0) and "loose" in result.drafter_error
 
 
 def test_nothing_is_remembered_where_an_engine_is_told_so(recalling):

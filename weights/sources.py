@@ -71,12 +71,13 @@ class Fixed(DraftSource):
 class Recalled(DraftSource):
     """The target's own past answers, searched on its device (kernels/recall.py): what followed the longest run of ids
     that ends as the answer does. Search, forward and accept are one queued piece of work, so that no round waits for
-    the host. The answers are the engine's, pooled over questions; the latest 65,536 ids are kept. Without an engine,
-    as for `--sources`, it proposes the same from the host."""
+    the host. The answers are the engine's, pooled over questions; the latest 65,536 ids are kept, 8,192 on a CPU.
+    Without an engine, as for `--sources`, it proposes the same from the host, and keeps all."""
     recalls = True
+    ORDER = 16                              # ids of a context that are compared, as in kernels/recall.py
 
-    def __init__(self, order: int = 16):
-        self.order, self.model = order, None                 # the target, which a request attaches
+    def __init__(self):
+        self.model = None                                    # the target, which a request attaches
         self.ids, self.after = [], {}                        # without one: all ids, the latest place after a context
 
     def attach(self, model) -> None:
@@ -86,7 +87,7 @@ class Recalled(DraftSource):
         if self.model is not None:
             return []                                        # it drafts for itself
         own = [-1, *committed]                               # as kernels/recall.py: a beginning fits a beginning
-        places = (self.after.get(tuple(own[-n:])) for n in range(min(self.order, len(own)), 0, -1))
+        places = (self.after.get(tuple(own[-n:])) for n in range(min(self.ORDER, len(own)), 0, -1))
         at = next((place for place in places if place is not None), len(self.ids))
         return list(itertools.takewhile(lambda i: i >= 0, self.ids[at:at + limit]))
 
@@ -96,7 +97,7 @@ class Recalled(DraftSource):
         own, start = [-1, *answer], len(self.ids)
         self.ids += [*answer, -1]
         for end in range(1, len(own)):
-            for n in range(1, min(self.order, end) + 1):
+            for n in range(1, min(self.ORDER, end) + 1):
                 self.after[tuple(own[end - n:end])] = start + end - 1
 
     teach = learn
