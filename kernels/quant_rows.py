@@ -19,7 +19,8 @@ beside 47, down 45 beside 23.
 
 One H200, 4 bits, 16 rows, microseconds: qkv 18.0, o 8.7, gate-up 27.8, down 21.6, head 48.4. A step at context 700
 takes 3.15 ms for 16 rows and 3.08 for 4, where it takes 1.65 for one row: 16 ids are checked at 0.2 ms each. It is not
-at the memory's limit: schedulers issue in 15 to 37 % of the cycles, and wait for words, scales and the round's barrier.
+at the memory's limit: schedulers issue in 15 to 37 % of the cycles (ncu), and wait for words, scales and the round's
+barrier.
 What made a difference there, ms of the whole step:
 - weights unpacked into the dtype and a plain product, before this kernel: 21 (H100);
 - this kernel with x by rows, 32 bytes of each at a time, and scales by output: 4.50. The copies of x took four times
