@@ -1304,6 +1304,8 @@ def replay_page(options) -> int:
     takes every N-th stream; --rows keeps what it measured, and --replay with --merge prints the table of all."""
     if options.merge:
         return replay_print(options, *merged_replays(options.merge))
+    if not 0 <= options.second <= 1:
+        raise InputError(f"--second: wanted a probability from 0 to 1, got {options.second}; change it")
     rates, pairs = read_rates(options.accept), read_pairs(options.replay, options.sources_src)
     clips, _ = read_dataset(options.dataset_dir, None, -1)
     e = engine.load_engine(options.eventgpt, options.videollava, device=options.device, dtype=options.dtype,
@@ -1331,7 +1333,8 @@ def replay_page(options) -> int:
     rng, order = random.Random(shard), random.Random(shard)
     gates = collections.defaultdict(engine.Gate)             # each setting is priced by its own acceptance
     for stream, seq in enumerate([chosen[0], *chosen]):      # three answers of the first to warm up
-        settings = replay_settings([row for row in pairs if row["seq"] != seq], rates, e, options.only)
+        others = [row for row in pairs if row["seq"] != seq]
+        settings = replay_settings(others, rates, options.second, e, options.only)
         for number, row in enumerate(streams[seq] if stream else streams[seq][:3]):
             clip, cell, heard = clips[number % len(clips)], {}, []
             ids = row["target"][:options.max_new_tokens]
@@ -1343,11 +1346,11 @@ def replay_page(options) -> int:
                         source.learn(ids)
                     continue
                 e.gate = gates[name] if options.gate == "on" else None
-                drafter_ids = said(row, rng)
+                drafter_ids, second = said(row, rng)
                 heard += [drafter_ids] * (drafter_ids not in heard)
                 with torch.inference_mode():
                     e.target.replay(ids)
-                    e.drafter.replay(drafter_ids)
+                    e.drafter.replay(drafter_ids, second)
                 cell[name] = e.generate(
                     event_path=clip.events, video_path=clip.video, query=row["question"], mode=mode,
                     draft_source=source, max_new_tokens=len(ids), ignore_eos=True,
@@ -1419,8 +1422,9 @@ def replay_print(options, head, taken) -> int:
     return 0
 
 
-def replay_settings(others, rates, e, only: str | None) -> dict:
-    """{name: (mode, source, what the drafter says of a row)}, target_only first. Sources live as long as a stream."""
+def replay_settings(others, rates, second: float, e, only: str | None) -> dict:
+    """{name: (mode, source, what the drafter says of a row)}, target_only first. Sources live as long as a stream.
+    second: the share of a forced drafter's wrong ids whose runner-up is right, in settings of their own."""
     apart = e.apart
 
     def taught(name, learns=True, made=None):
@@ -1435,8 +1439,11 @@ def replay_settings(others, rates, e, only: str | None) -> dict:
             source.learn = lambda answer: None
         return source
 
-    def says(p):
-        return lambda row, rng: [i if rng.random() < p else (i + 1) % 32000 for i in row["target"]]
+    def says(p, second=0.0):
+        def of(row, rng):
+            first = [i if rng.random() < p else (i + 1) % 32000 for i in row["target"]]
+            return first, [i if rng.random() < second else (i + 2) % 32000 for i in row["target"]]
+        return of
 
     made: dict[str, collections.abc.Callable[[], tuple]] = {"target_only": lambda: ("target_only", None, raw)}
     if not rates:
@@ -1450,6 +1457,9 @@ def replay_settings(others, rates, e, only: str | None) -> dict:
             made["blend-text, both"] = lambda: ("speculative", taught("blend-text", made=engine.BlendText()), raw)
     for p in rates:
         made[f"drafter right with {p}"] = functools.partial(lambda p: ("speculative", None, says(p)), p)
+        if second:
+            made[f"right with {p}, second {second}"] = functools.partial(
+                lambda p: ("speculative", None, says(p, second)), p)
         if apart:                                            # blend alone, below, is what the drafter is worth beside
             made[f"blend-text, right with {p}"] = functools.partial(
                 lambda p: ("speculative", taught("blend-text", made=engine.BlendText()), says(p)), p)
@@ -1473,9 +1483,9 @@ class ToldLater(engine.Recalled):
         pass
 
 
-def raw(row, rng) -> list[int]:
-    """What EventGPT said of this clip."""
-    return row["drafter"]
+def raw(row, rng) -> tuple[list[int], list[int]]:
+    """What EventGPT said of this clip; its runners-up were not recorded."""
+    return row["drafter"], []
 
 
 def replay_head(e, options, sequences: int) -> dict:
@@ -1868,6 +1878,7 @@ def flags() -> Parser:
     add("--generations", type=int, default=208, metavar="N", help="of --figures' forced drafts (default %(default)s)")
     add("--replay", type=Path, metavar="PAIRS", help="7B compute that says recorded ids: speed at true acceptance")
     add("--accept", default="", metavar="LIST", help="of --replay: drafters that are right with these probabilities")
+    add("--second", type=float, default=0.0, metavar="P", help="of --accept: and where wrong, their second choice so")
     add("--every", type=int, default=1, metavar="N", help="of --replay: time one-shot settings on every N-th answer")
     add("--only", metavar="WORDS", help="of --replay: settings whose names hold one of these comma-separated words")
     for name, kind in (("dataset_dir", Path), ("max_samples", int), ("max_new_tokens", int)):    # the research code's

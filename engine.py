@@ -32,6 +32,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import heapq
 import json
 import queue
 import statistics
@@ -101,6 +102,8 @@ RECALL_MOST = 15        # ids that a drafter recalls for one step: 16 rows, as m
 RECALL_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of its earlier texts that a model keeps, on a GPU and on a CPU
 RECALL_PAYS = {None: 0.1, 8: 0.5, 4: 0.9}        # ids that must be right in a step for its rows to pay, by bits of its
                                                  # weights: 16 rows take 1.03 of a step, 1.9 at 4 bits; 8 bits a guess
+GUESSES = 4             # ids that a drafter on its own device names for the next place, the likeliest first
+KEPT_ROWS = 32          # cache rows where such a drafter puts aside what another guess takes the place of
 CHECKS = {"draft": "recall", "decode": "verify"}    # a stage of one id a forward, and the same with recalled ids
 STATE = 8               # words before the ids in a request's state; kernels/round.py names them
 N_OUT, DONE, ACCEPT_LEN, PROMPT_LEN, EOS_ID, LIMIT, NONFINITE = range(7)
@@ -396,9 +399,10 @@ class Model:
         # What a warm-up runs on: one id after a prompt of one row, no end in sight.
         self.warm_head = torch.tensor([1, 0, 0, 1, -1, decoder.cache_rows, 0, 0]).to(self.device)
         self.tail_id = torch.zeros(1, dtype=torch.long, device=self.device)     # the prompt's last id
-        self.recorded_W: torch.Tensor | None = None          # `replay` puts ids here that stand in for its own choice
+        self.recorded_2W: torch.Tensor | None = None          # `replay` puts ids here that stand in for its own choice
         self.sampling: tuple | None = None                   # this request's (temperature, top_p, seed); None: greedy
         self.sampling_3 = torch.zeros(3, dtype=torch.long, device=self.device)       # the same, for the kernel
+        self.logits_SV: torch.Tensor | None = None           # of the last forward, until the next
         self.looks: list | None = None                       # what `_look` saw of each forward, where it is asked for
         self.texts = Recall(self.device, RECALL_ROWS[self.on_gpu], decoder.work.pdl)     # what it wrote before
         self.recall_len, self.recalls = 0, False             # ids recalled a step, at most; whether this request may
@@ -535,10 +539,11 @@ class Model:
     def _look(self, key, G: int) -> None:
         """Runs a forward; under `explain` it also keeps where in the answer it stood, its drafts, and the two best ids
         of every row with their logits, all still on the device."""
+        first = None if self.looks is None else self.state_W[:1].clone()
+        self.logits_SV = self.steps[key]()
         if self.looks is None:
-            self.steps[key]()
             return
-        first, best = self.state_W[:1].clone(), self.steps[key]().float().topk(2)
+        best = self.logits_SV.float().topk(2)
         self.looks.append((first, self.draft_ids[G].clone() if G else self.state_W[:0], best))
 
     def verdicts(self, answer: list[int]) -> list[Verdict]:
@@ -561,24 +566,27 @@ class Model:
         close_round(logits_SV, drafts_G, self.state_W, work)
         return logits_SV
 
-    def replay(self, ids) -> None:
+    def replay(self, ids, second=()) -> None:
         """From here on this model computes as ever and says `ids`, recorded elsewhere, then end-of-sequence: real speed
-        at a real acceptance without the checkpoint. Call it before the first request; later calls change the ids."""
-        if self.recorded_W is None:
+        at a real acceptance without the checkpoint. second: the ids that come next to these in its choice. Call it
+        before the first request; later calls change the ids."""
+        if self.recorded_2W is None:
             assert not self.steps, "replay: graphs without it exist already"
-            self.recorded_W = torch.zeros_like(self.state_W)
-        ids = list(ids) + [self.config.eos_id] * (len(self.recorded_W) - len(ids))
-        self.recorded_W.copy_(torch.tensor(ids[:len(self.recorded_W)]))
+            self.recorded_2W = torch.zeros_like(self.state_W).repeat(2, 1)
+        words = self.recorded_2W.shape[1]
+        said = (list(ids) + [self.config.eos_id] * words)[:words]
+        self.recorded_2W.copy_(torch.tensor([said, [*second, *said[len(second):]][:words]]))
 
     def _chosen(self, logits_SV, sampled: bool):
         """Rows of a step, after n_out ids, whose largest elements are the model's ids. In a replay the recorded ids win
         every row. Sampled, the draws do: they are made before any draft is looked at and depend on none, so accepting
         what equals them is Leviathan et al. 2023's rule for a draft that is certain: d with probability p(d), else
         an id of p without d."""
-        if self.recorded_W is not None:
+        if self.recorded_2W is not None:
             at_S = self.state_W[:1] + torch.arange(len(logits_SV), device=self.device)
-            ids_S = self.recorded_W.gather(0, at_S.clamp(max=len(self.recorded_W) - 1))
-            logits_SV.scatter_(1, ids_S[:, None], torch.finfo(logits_SV.dtype).max)
+            ids_2S = self.recorded_2W.index_select(1, at_S.clamp(max=self.recorded_2W.shape[1] - 1))
+            largest = torch.finfo(logits_SV.dtype).max
+            logits_SV.scatter_(1, ids_2S[1][:, None], largest / 2).scatter_(1, ids_2S[0][:, None], largest)
         return sample(logits_SV, self.state_W, self.sampling_3) if sampled else logits_SV
 
     def snapshot(self, words: int) -> Snapshot:
@@ -635,6 +643,8 @@ class Drafter(Model):
         first = 32000 + int(flags[1])                        # a patch token, if added, comes before the two markers
         self.marker_ids = (first, first + 1) if flags[0] else None
         self.one_zero = torch.tensor([1, 0]).to(self.device)
+        self.laid: list[Node] = []                           # on a device of its own: the texts whose last ids have
+        self.kept: dict[Node, int] = {}                      # rows behind the prompt, and whose rows are put aside
 
     def prompt(self, question: str) -> Prompt:
         """Each side of the placeholder is encoded alone, and both get a leading-space mark, as upstream."""
@@ -673,9 +683,9 @@ class Drafter(Model):
         ids_G = self.state_W.gather(0, (STATE + at_G).clamp(max=len(self.state_W) - 1))
         return torch.where(at_G < self.state_W[:1], ids_G, -1)
 
-    def resume(self, committed_W, rows: int = 2) -> None:
+    def resume(self, committed_W, rows: int = 2) -> int | None:
         """Takes over the ids in `committed_W` (a target's state, or eight words that begin with n_out, and ids) and
-        drafts one more.
+        drafts one more; with one row also those that it recalls, and says how many it tried.
 
         The last `rows` committed ids are run again. Two of them are enough after a round, whose last accepted draft
         has no row yet; so the row that a fully accepted round leaves missing is always written and the host has
@@ -688,9 +698,41 @@ class Drafter(Model):
         if rows == 1:                                        # its last id has no row yet, as after any step
             G = self.next_len()
             self.step_recalled(G) if G else self.step(0)
-        else:
-            self.prepare_resume(rows)
-            self.steps["resume", rows]()
+            return G
+        self.prepare_resume(rows)
+        self.logits_SV = self.steps["resume", rows]()
+        return None
+
+    def lay(self, node: Node, at: Node) -> int:
+        """Puts the cache rows of the text of `node` where they belong, as far as there are any, and says of how many
+        ids. Rows that lie there and may yet be needed, of texts that begin with `at`, are put aside at the cache's end:
+        a row depends on the text before it and on nothing else, so it may come back."""
+        path, first, moves, end = node.path(), self.prompt_rows, [], self.decoder.cache_rows
+        ready = agreeing(self.laid, path[:-1])
+        self.kept = {of: row for of, row in self.kept.items() if of.within(at) or at.within(of)}
+        free = [row for row in range(end - KEPT_ROWS, end) if row not in self.kept.values()]
+        for i, of in enumerate(self.laid[ready:], ready):
+            if free and of not in self.kept and of.within(at):
+                self.kept[of] = free.pop()
+                moves.append((first + i, self.kept[of]))
+        while ready < len(path) - 1 and path[ready] in self.kept:
+            moves.append((self.kept[path[ready]], first + ready))
+            ready += 1
+        for of in path[:min(ready, at.place)]:               # these are committed, and lie where they belong
+            self.kept.pop(of, None)
+        if moves:
+            moves_2N = to_device(torch.tensor(moves).t().contiguous(), self.device)
+            for cache_LNMK in (self.decoder.k_cache_LNMK, self.decoder.v_cache_LNMK):
+                cache_LNMK.index_copy_(2, moves_2N[1], cache_LNMK.index_select(2, moves_2N[0]))
+        return ready
+
+    def expectation(self, words: int):
+        """(state, guesses) after all that is queued: `words` of the state, and what may follow the last forward's text
+        in place of its id; of the rows that check recalled ids nothing."""
+        if len(self.logits_SV) > 1:
+            return self.snapshot(words).read(), []
+        state = Snapshot(torch.cat([self.state_W[:words], self.logits_SV[0].topk(GUESSES).indices]), self.stream).read()
+        return state[:words], state[words:]
 
     def prepare_resume(self, rows: int = 2) -> None:
         if ("resume", rows) not in self.steps:
@@ -900,36 +942,96 @@ class Gate:
                           agreeing(result.preview_ids, result.output_ids))
 
 
+class Node:
+    """A text that may come: its parent's and one id more. `next`: the ids that the drafter expects to follow, the
+    likeliest first; None until it was asked."""
+    __slots__ = ("parent", "id", "place", "next", "children")
+
+    def __init__(self, parent: Node | None = None, id: int = -1):
+        self.parent, self.id = parent, id
+        self.place: int = parent.place + 1 if parent else 0  # ids so far
+        self.next: list[int] | None = None
+        self.children: dict[int, Node] = {}
+
+    def then(self, id: int) -> Node:
+        return self.children.get(id) or self.children.setdefault(id, Node(self, id))
+
+    def path(self) -> list[Node]:
+        """The texts on the way here, this one included; the empty one is not."""
+        found, node = [], self
+        while node.parent:
+            found.append(node)
+            node = node.parent
+        return found[::-1]
+
+    def within(self, node: Node) -> bool:
+        """Whether this text begins with that one."""
+        mine = self
+        while mine.place > node.place:
+            mine = mine.parent
+        return mine is node
+
+
 class Ahead:
-    """What a drafter on its own device has drafted beyond the committed ids, and the target's word on it.
+    """What a drafter on its own device expects after each text it was asked about, and how far the answer really is.
 
-    Each side looks when it likes and neither waits. An epoch is a stretch of drafting on one belief; the target opens
-    a new one by saying what it really committed, and what was drafted on the old belief is dropped.
-    """
+    Each side looks when it likes and neither waits; a guess that the target did not confirm is off the way, no more.
+    shares: how often of late the next id was the drafter's first guess, its second, ..; they outlive the request. The
+    drafter is asked next about the text that they make likeliest: mostly the end of all its first guesses, but where
+    these are often wrong what follows a second guess, so that its drafts are ready when the target says it."""
 
-    def __init__(self):
-        self.lock, self.epoch, self.ids = threading.Lock(), 0, []
+    def __init__(self, shares: list[float], eos_id: int, limit: int):
+        self.shares, self.eos_id, self.limit = shares, eos_id, limit
+        self.root = self.at = Node()                         # at: the committed answer
+        self.heard, self.lock = False, threading.Lock()
 
-    def publish(self, epoch: int, ids: list[int]) -> None:
-        """The drafter: everything it takes for the answer so far."""
+    def tell(self, node: Node, ids: list[int], guesses: list[int]) -> Node:
+        """The drafter: after the text of `node` come `ids`, and the first of them may be one of `guesses` instead.
+        Returns the text with all ids."""
         with self.lock:
-            if epoch == self.epoch:
-                self.ids = ids
-
-    def correction(self, epoch: int):
-        """The drafter: (epoch, committed ids) if what it drafts on is no longer true, else None."""
-        with self.lock:
-            return (self.epoch, self.truth) if self.epoch > epoch else None
+            end = node
+            for i in ids:
+                end.next = end.next or [i]
+                end = end.then(i)
+            node.next = [*ids[:1], *(i for i in guesses if i not in ids[:1])][:GUESSES]
+        return end
 
     def span(self, committed: list[int], limit: int) -> list[int]:
-        """The target: at most `limit` drafts that follow its committed ids."""
+        """The target, which has committed these ids: at most `limit` drafts to follow them."""
         with self.lock:
-            agreed = agreeing(self.ids, committed)
-            if agreed == len(committed):
-                return self.ids[agreed:agreed + limit]
-            if agreed < len(self.ids) or len(self.ids) + 2 < len(committed):      # wrong, or left behind
-                self.epoch, self.truth, self.ids = self.epoch + 1, committed, committed
-            return []
+            for i in committed[self.at.place:]:
+                for rank in range(len(self.at.next or ())):
+                    self.shares[rank] += 0.02 * ((self.at.next[rank] == i) - self.shares[rank])
+                self.at = self.at.then(i)
+            self.heard, drafts, node = True, [], self.at
+            while len(drafts) < limit and node.next:
+                drafts.append(node.next[0])
+                node = node.then(drafts[-1])
+            return drafts
+
+    def worth(self, drafts: int) -> float:
+        """Of so many drafts, those that are expected to be right."""
+        return sum(self.shares[0] ** k for k in range(1, drafts + 1))
+
+    def likeliest(self) -> Node | None:
+        """The drafter: the text to be asked about next. Until the target has spoken, the end of its own text."""
+        waiting, count = [(-1.0, 0, self.at)], 0
+        while waiting:
+            chance, _, node = heapq.heappop(waiting)
+            if node.next is None:
+                return node
+            for share, i in zip(self.shares[:None if self.heard else 1], node.next, strict=False):
+                if i != self.eos_id and node.place + 1 < self.limit:
+                    count += 1
+                    heapq.heappush(waiting, (chance * share, count, node.then(i)))
+        return None
+
+    def text(self) -> list[int]:
+        """The answer as the drafter believes it."""
+        node = self.at
+        while node.next:
+            node = node.then(node.next[0])
+        return [of.id for of in node.path()]
 
 
 # ---- the request -----------------------------------------------------------------------------------------------
@@ -1079,6 +1181,7 @@ class Request:
     size: int                               # of the video file, in doublings: clips of a size take alike to decode
     sampling: tuple | None                  # (temperature, top_p, seed) of the deciding model; None: greedy
     explain: bool                           # keep what the deciding model looked at
+    ahead: Ahead                            # of a drafter on a device of its own
     out: queue.Queue = field(default_factory=queue.Queue)
     stop_drafting: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -1086,7 +1189,6 @@ class Request:
     host_free: threading.Event = field(default_factory=threading.Event)         # the drafter may use the interpreter
     frames_ready: threading.Event = field(default_factory=threading.Event)      # the target wants the GPU
     ready_at: dict = field(default_factory=dict)        # ("frames" or "events", size) -> seconds
-    ahead: Ahead = field(default_factory=Ahead)
     preview: list = field(default_factory=list)         # (id, seconds) as the host saw them
     accept_lens: list = field(default_factory=list)
     drafted: int = 0
@@ -1095,7 +1197,6 @@ class Request:
     prompt_rows: dict = field(default_factory=dict)
     drafter_error: str | None = None
     drafts: list = field(default_factory=list)          # see Result
-    drafted_text: list = field(default_factory=list)    # what a drafter on its own device took for the answer at last
 
     def say(self, kind: str, ids: list[int]) -> float:
         """Hands ids to the caller, with the time; the lock keeps what both sides say in order of time."""
@@ -1146,6 +1247,7 @@ class Engine:
         self.target, self.drafter = target, drafter
         self.draft_len, self.overlap_len = draft_len, overlap_len
         self.gate = Gate() if gate else None
+        self.shares = [0.5, 0.2, 0.1, 0.05]                  # see `Ahead`; a first guess, until there is experience
         self.remembers = True                                # each text, to be recalled; else the caller, by `remember`
         self.apart = bool(target and drafter) and target.device != drafter.device   # two devices: drafts cost nothing
         self.target_first = bool(target and target.on_gpu)   # in the interpreter; what a CPU computes holds no lock
@@ -1205,39 +1307,42 @@ class Engine:
         return fresh
 
     def _draft_ahead(self, req: Request, limit: int) -> None:
-        """Drafts for as long as the answer grows, always on the guess that the target agrees so far. When it says
-        otherwise, its ids are taken up and the drafts made on the wrong guess are forgotten: by length, not by waiting.
+        """Drafts for as long as the answer grows: after its own text, and once the target has spoken after whatever is
+        likeliest to be the answer so far. What the target does not confirm is off the way: by length, not by waiting.
         """
         model, ahead, words = self.drafter, req.ahead, STATE + limit + STEP_ROWS
-        most = model.decoder.step_rows
-        epoch, forward, known, state = 0, 0, 0, model.snapshot(words).read()
-        while not req.stop_drafting.is_set():
+        most, node, own, forward, G = model.decoder.step_rows, ahead.root, True, 0, None
+        model.laid, model.kept = [], {}
+        state, guesses = model.expectation(words)
+        while True:
             req.host_free.wait()
             check_finite(state, model, "draft")
-            own = req.drafted_text = state[STATE:STATE + state[N_OUT]]       # the answer as the drafter believes it
-            ended = bool(state[DONE]) or len(own) >= limit
-            ahead.publish(epoch, own)
-            req.drafts.append((forward, known, own[known:]))
-            if epoch == 0:
+            fresh = state[STATE + node.place:STATE + state[N_OUT]]
+            tip = ahead.tell(node, fresh, guesses)
+            model.laid = tip.path()[:max(node.place, tip.place - 1)]         # its last id has no row yet
+            req.drafts.append((forward, node.place, fresh))
+            if G is not None and fresh:
+                model.judge(G, state[ACCEPT_LEN])
+            if own:
                 self._preview(req, state)
-            while ended and not ahead.correction(epoch) and not req.stop_drafting.is_set():
+            while (node := ahead.likeliest()) is None and not req.stop_drafting.is_set():
                 time.sleep(2e-4)                             # nothing to draft until the target disagrees
-            truth, known, G = ahead.correction(epoch), len(own), 0
-            if truth:
-                epoch, ids = truth
-                known = len(ids)
-                right = min(agreeing(own, ids), max(len(own) - 1, 0))                # rows of these need not run again
-                with req.timeline.stage("draft", model, note="resume"):
-                    for end in [*range(right + most, len(ids), most), len(ids)]:
-                        head, rows = torch.tensor([end, 0, 0, 0, 0, 0, 0, 0] + ids[:end]), end - right
-                        model.resume(to_device(head, model.device), rows if rows <= 2 else most)
-            else:
+            if node is None or req.stop_drafting.is_set():
+                return
+            own = own and node is tip
+            if node is tip:
                 G = model.next_len()
                 with req.timeline.stage("recall" if G else "draft", model, note="ahead"):
                     model.step_recalled(G) if G else model.step(0)
-            forward, state = forward + 1, model.snapshot(words).read()       # at once: a correction must not wait
-            if not truth and state[N_OUT] > known:
-                model.judge(G, state[ACCEPT_LEN])
+            else:
+                ids = [of.id for of in node.path()]
+                with req.timeline.stage("draft", model, note="resume"):
+                    ready = model.lay(node, ahead.at)
+                    for end in [*range(ready + most, len(ids), most), len(ids)]:
+                        head, rows = torch.tensor([end, 0, 0, 0, 0, 0, 0, 0] + ids[:end]), end - ready
+                        G = model.resume(to_device(head, model.device), rows if rows <= 2 else most)
+            forward += 1
+            state, guesses = model.expectation(words)        # at once: a correction must not wait
 
     def _target_side(self, req: Request) -> None:
         """Video to answer. Everything it emits is the target's own greedy id."""
@@ -1428,30 +1533,32 @@ class Engine:
         return state
 
     def _rounds_ahead(self, req: Request, state, answer: Answer):
-        """Verifies what the drafter on the other device has ready. Where that is nothing, after a rejection above all,
-        nobody waits: the target drafts for itself from its past answers, or steps alone."""
-        model = self.target
+        """Verifies what the drafter on the other device has ready, or what the target recalls of its past answers,
+        whichever is expected to bring more. Where there is neither, after a rejection above all, nobody waits: the
+        target steps alone."""
+        model, ahead = self.target, req.ahead
         while not (state[DONE] or req.cancelled.is_set() or req.drafter_error):
-            span = req.ahead.span(state[STATE:STATE + state[N_OUT]], req.overlap_len)
-            req.first_span = req.first_span or (span if not req.accept_lens else [])
-            G = 0 if span else model.next_len()
-            if span:
-                state = self._verify(req, span, req.overlap_len, answer)
-            elif G:
+            span, G = ahead.span(state[STATE:STATE + state[N_OUT]], req.overlap_len), model.next_len()
+            if G and model.recalled > ahead.worth(len(span)):
                 with req.timeline.stage("verify", model, note="recalled"):
                     model.step_recalled(G)
                 state = self._seen(answer, "verify")
                 req.accept_lens.append(state[ACCEPT_LEN])
+            elif span:
+                req.first_span = req.first_span or (span if not req.accept_lens else [])
+                state = self._verify(req, span, req.overlap_len, answer)
+                continue
             else:
-                state = self._plain(req, answer)
-            if not span:
-                model.judge(G, state[ACCEPT_LEN])
+                G, state = 0, self._plain(req, answer)
+            model.judge(G, state[ACCEPT_LEN])
         return state
 
     # -- checks, assembly
 
     def _check_rows(self, model: Model, prompt_rows: int, req: Request) -> None:
         spare = max(req.draft_len, req.overlap_len, model.recall_len * model.recalls) + 2
+        if model.drafts and self.apart and req.mode == "speculative" and req.source is None:
+            spare += KEPT_ROWS
         need, have = prompt_rows + req.max_new_tokens + spare, model.decoder.cache_rows
         if need > have:
             raise InputError(f"{model.path}: {model.side} cache holds {have} rows, prompt {prompt_rows} + new "
@@ -1579,7 +1686,8 @@ class Engine:
                 req = Request(mode, question, frames, events, paths, image_path is not None, event_frames, canvas,
                               max_new_tokens, draft_len, overlap_len, draft_source, ignore_eos, Timeline(active), gate,
                               size, (temperature, top_p, seed) if temperature else None, explain,
-                              drafter_error=broken)
+                              Ahead(self.shares, -1 if ignore_eos or self.drafter is None else
+                                    self.drafter.config.eos_id, max_new_tokens), drafter_error=broken)
                 if not (uses_target and self.target_first):
                     req.host_free.set()
                 for model in active:
@@ -1687,7 +1795,7 @@ class Engine:
         if req.source is not None:
             guarded(req, req.source.learn, list(result.output_ids))
         if self.remembers and self.drafter in active and self.drafter.recall_len:
-            self.remember(req.drafted_text or result.preview_ids, result.output_ids if self.apart else ())
+            self.remember(req.ahead.text() or result.preview_ids, result.output_ids if self.apart else ())
         if self.gate and deciding == "target" and not (req.mode == "prefill_only"):
             self.gate.learn(req, result)
         if self.target in active and self.target.recalls:

@@ -328,7 +328,8 @@ def test_recorded_pairs_hold_both_answers_and_feed_the_sources_page(tmp_path, ca
     assert bench.main([*replay, "--merge", *shards]) == 0
     assert "came out of all 16 requests" in capsys.readouterr().out
     assert bench.main([*replay, "--merge", str(path)]) == 2 and "not a shard" in capsys.readouterr().err
-    for bad in (["--sources-src", "nobody"], ["--accept", "often"], ["--accept", "0.5,1.2"], ["--every", "0"]):
+    for bad in (["--sources-src", "nobody"], ["--accept", "often"], ["--accept", "0.5,1.2"], ["--second", "1.5"],
+                ["--every", "0"]):
         assert bench.main([*replay, *bad]) == 2 and bad[-1] in capsys.readouterr().err
     assert bench.main([*QUICK, "--modes", "target_only", "--record", str(path)]) == 2
 
@@ -347,11 +348,13 @@ def test_a_replay_beside_a_drafter_on_a_device_of_its_own(tmp_path, capsys, monk
 
     monkeypatch.setattr(engine, "load_engine", two_devices)
     capsys.readouterr()
-    assert bench.main(["--replay", str(path), "--sources-src", "headstart", "--device", "cpu", "--accept", "0.5"]) == 0
+    assert bench.main(["--replay", str(path), "--sources-src", "headstart", "--device", "cpu", "--accept", "0.5",
+                       "--second", "0.7"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:26].strip() for line in lines[3:8]] == ["target_only", "drafter right with 0.5",
-                                                         "blend-text, right with 0.5", "recall, both", "blend, both"]
-    assert any("came out of all 15 requests" in line for line in lines)
+    assert [line[:26].strip() for line in lines[3:9]] == [
+        "target_only", "drafter right with 0.5", "right with 0.5, second 0.7", "blend-text, right with 0.5",
+        "recall, both", "blend, both"]
+    assert any("came out of all 18 requests" in line for line in lines)
 
 
 # ---- long runs

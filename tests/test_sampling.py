@@ -104,8 +104,8 @@ def test_nan_is_reported_and_a_replay_keeps_its_ids():
     m.decoder.head_VD[7] = float("nan")
     assert after(m, 0, [5, 5], 2.0, 0.5)[NONFINITE] == 1
     m = small_model()
-    m.recorded_W = torch.zeros_like(m.state_W)
-    m.recorded_W[:4] = torch.tensor([4, 8, 1, 6])
+    m.recorded_2W = torch.zeros_like(m.state_W).repeat(2, 1)
+    m.recorded_2W[:, :4] = torch.tensor([4, 8, 1, 6])
     assert all(after(m, seed, [8, 1], 100.0)[STATE:] == [4, 8, 1, 6] for seed in range(50))
 
 
