@@ -726,13 +726,10 @@ class Drafter(Model):
                 cache_LNMK.index_copy_(2, moves_2N[1], cache_LNMK.index_select(2, moves_2N[0]))
         return ready
 
-    def expectation(self, words: int):
-        """(state, guesses) after all that is queued: `words` of the state, and what may follow the last forward's text
-        in place of its id; of the rows that check recalled ids nothing."""
-        if len(self.logits_SV) > 1:
-            return self.snapshot(words).read(), []
-        state = Snapshot(torch.cat([self.state_W[:words], self.logits_SV[0].topk(GUESSES).indices]), self.stream).read()
-        return state[:words], state[words:]
+    def guesses(self) -> Snapshot | None:
+        """What may follow the text of the last forward, the likeliest first: GUESSES ids on their way to the host. Of
+        rows that check recalled ids nothing."""
+        return Snapshot(self.logits_SV[0].topk(GUESSES).indices, self.stream) if len(self.logits_SV) == 1 else None
 
     def prepare_resume(self, rows: int = 2) -> None:
         if ("resume", rows) not in self.steps:
@@ -985,16 +982,21 @@ class Ahead:
         self.root = self.at = Node()                         # at: the committed answer
         self.heard, self.lock = False, threading.Lock()
 
-    def tell(self, node: Node, ids: list[int], guesses: list[int]) -> Node:
-        """The drafter: after the text of `node` come `ids`, and the first of them may be one of `guesses` instead.
-        Returns the text with all ids."""
+    def tell(self, node: Node, ids: list[int]) -> Node:
+        """The drafter: after the text of `node` come `ids`. Returns the text with all of them."""
         with self.lock:
             end = node
             for i in ids:
                 end.next = end.next or [i]
                 end = end.then(i)
-            node.next = [*ids[:1], *(i for i in guesses if i not in ids[:1])][:GUESSES]
+            node.next = node.next or []                      # asked, and nothing came
         return end
+
+    def guess(self, node: Node, ids: list[int]) -> None:
+        """The drafter: what else may come there, the likeliest first."""
+        with self.lock:
+            first = node.next[:1]
+            node.next = [*first, *(i for i in ids if i not in first)][:GUESSES]
 
     def span(self, committed: list[int], limit: int) -> list[int]:
         """The target, which has committed these ids: at most `limit` drafts to follow them."""
@@ -1313,12 +1315,13 @@ class Engine:
         model, ahead, words = self.drafter, req.ahead, STATE + limit + STEP_ROWS
         most, node, own, forward, G = model.decoder.step_rows, ahead.root, True, 0, None
         model.laid, model.kept = [], {}
-        state, guesses = model.expectation(words)
         while True:
+            on_its_way, guesses, asked = model.snapshot(words), model.guesses(), node
+            state = on_its_way.read()                        # at once: a correction must not wait
             req.host_free.wait()
             check_finite(state, model, "draft")
             fresh = state[STATE + node.place:STATE + state[N_OUT]]
-            tip = ahead.tell(node, fresh, guesses)
+            tip = ahead.tell(node, fresh)
             model.laid = tip.path()[:max(node.place, tip.place - 1)]         # its last id has no row yet
             req.drafts.append((forward, node.place, fresh))
             if G is not None and fresh:
@@ -1342,7 +1345,8 @@ class Engine:
                         head, rows = torch.tensor([end, 0, 0, 0, 0, 0, 0, 0] + ids[:end]), end - ready
                         G = model.resume(to_device(head, model.device), rows if rows <= 2 else most)
             forward += 1
-            state, guesses = model.expectation(words)        # at once: a correction must not wait
+            if guesses:                                      # there by now; the next forward runs meanwhile
+                ahead.guess(asked, guesses.read())
 
     def _target_side(self, req: Request) -> None:
         """Video to answer. Everything it emits is the target's own greedy id."""
