@@ -98,7 +98,12 @@ def test_printed_ratios_can_be_recomputed_from_the_raw_values(run):
             waits = [ours - theirs for row in report["samples"] for ours, theirs in zip(
                 *(row["modes"][m]["raw"]["ttft_ms"] for m in (mode, "target_only")), strict=True)]
             assert of["later_ms"]["low"] <= statistics.median(waits) <= of["later_ms"]["high"]
-            assert any(line.startswith("later ") and f"{mode} {statistics.median(waits):+.2f} [" in line
+            assert any(line.startswith("later    first") and f"{mode} {statistics.median(waits):+.2f} [" in line
+                       for line in lines)
+            loads = [ours - theirs for row in report["samples"] for ours, theirs in zip(
+                *(row["modes"][m]["stages_ms"]["target"]["load"] for m in (mode, "target_only")), strict=True)]
+            wait = statistics.median(wait - load for wait, load in zip(waits, loads, strict=True))
+            assert any(line.startswith("later    from the last frame") and f"{mode} {wait:+.2f} [" in line
                        for line in lines)
         printed = next(line for line in lines if line.startswith(f"{mode} "))
         assert f"{p50:.2f} [" in printed
