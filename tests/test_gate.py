@@ -186,6 +186,8 @@ def test_ahead_stops_at_the_end_of_an_answer():
     assert [of.id for of in ahead.likeliest().path()] == [9, 7, 8]
     tell(ahead, ahead.likeliest(), [5], [2])
     assert ahead.likeliest() is None                         # four ids are as many as were asked for
+    ahead.span([2], 5)
+    assert ahead.likeliest() is None                         # the target has ended
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from engine import RECALL_MOST, RECALL_PAYS, Fixed, InputError, Recalled
 def recalling(pair):  # noqa: F811
     """The pair, its drafter allowed to recall and with nothing in mind."""
     drafter = pair.drafter
-    drafter.recall_len, drafter.recalled = RECALL_MOST, 1.0
+    drafter.recall_len = RECALL_MOST
     for model in pair.models:                                # a longer text of another test would go on past an end
+        model.recalled = 1.0
         model.forget()
     yield pair
     drafter.recall_len, drafter.recalls = 0, False
@@ -27,7 +28,9 @@ def forwards(result):
     return sum(row == "drafter" and stage in ("draft", "recall") for row, stage, *_ in result.timeline)
 
 
-def test_a_preview_is_the_same_text_in_fewer_forwards(recalling):
+def test_a_preview_is_the_same_text_in_fewer_forwards(recalling, monkeypatch):
+    target = recalling.target                                # a drafter stops with the target, done or not: be later
+    monkeypatch.setattr(target, "step", lambda G=0, step=target.step: (time.sleep(0.02), step(G)))
     first = recalling.generate(mode="prefill_only", **asked(0))
     again = recalling.generate(mode="prefill_only", **asked(0))
     assert first.preview_ids == again.preview_ids and len(first.preview_ids) > 10
@@ -74,22 +77,26 @@ def test_on_a_device_of_its_own(recalling, turn):
 
 
 def test_where_a_drafter_apart_has_nothing_ready_the_target_recalls(recalling, monkeypatch):
-    """A drafter that is always late: alone the target steps id by id; with its answer in mind it is done in a few."""
+    """A drafter that is late and never right: alone the target steps id by id; with its answer in mind it is done in a
+    few."""
     recalling.apart = True
+    monkeypatch.setattr(recalling, "shares", [0.1] * 4)
     target, drafter = recalling.target, recalling.drafter
     monkeypatch.setattr(drafter, "step", lambda G=0, step=drafter.step: (time.sleep(0.3), step(G)))
     monkeypatch.setattr(drafter, "step_recalled", lambda G, step=drafter.step_recalled: (time.sleep(0.3), step(G)))
     target.forget()
     try:
         first, again = (recalling.generate(mode="speculative", **asked(0)) for _ in range(2))
-        other = recalling.generate(mode="speculative", **asked(3))
+        right, other = target.recalled, recalling.generate(mode="speculative", **asked(3))
     finally:
         recalling.apart = False
     ids = truth(recalling, 0, 0)
     assert first.output_ids == again.output_ids == ids and other.output_ids == truth(recalling, 3, 0)
     assert first.rounds > 10 and again.rounds <= -(-len(ids) // 16) + 1 and target.texts.texts == 3
     assert again.drafted >= again.accepted_tokens >= len(ids) - again.rounds - 1
-    assert [note for *_, note in again.timeline].count("recalled") >= 1
+    stages = [(stage, note) for row, stage, *_, note in again.timeline if row == "target"]
+    assert stages.count(("verify", "")) >= again.rounds - 2 and ("decode", "") not in stages
+    assert right > 3, "what is recalled is judged"
 
 
 def test_rounds_recall_as_well(recalling, monkeypatch):
