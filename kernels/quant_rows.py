@@ -18,7 +18,8 @@ Every program reads all of x from L2, 32 bytes a column: qkv 50 MB beside 26 of 
 beside 47, down 45 beside 23.
 
 One H200, 4 bits, 16 rows, microseconds: qkv 18.0, o 8.7, gate-up 27.8, down 21.6, head 48.4. A step at context 700
-takes 3.15 ms for 16 rows and 3.08 for 4, where it takes 1.65 for one row: 16 ids are checked at 0.2 ms each. It is not
+takes 3.15 ms for 16 rows and 3.08 for 4, where it takes 1.65 for one row: 16 ids are checked at 0.2 ms each. On an H100
+3.25 ms and 1.84; at 8 bits there 4.03 and 2.80 (qkv 26.1, o 11.4, gate-up 45.6, down 27.5). It is not
 at the memory's limit: schedulers issue in 15 to 37 % of the cycles (ncu), and wait for words, scales and the round's
 barrier.
 What made a difference there, ms of the whole step:
