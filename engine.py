@@ -1816,15 +1816,19 @@ class Engine:
         if req.source is not None:
             guarded(req, req.source.learn, list(result.output_ids))
         if self.remembers and self.drafter in active and self.drafter.recall_len:
-            self.remember(req.ahead.text() or result.preview_ids, result.output_ids if self.apart else ())
+            if req.ahead.text() != result.preview_ids:       # what it followed, and what it wrote of its own accord
+                self.drafter.remember(req.ahead.text())
+            self.remember(result.preview_ids, result.output_ids if self.apart else ())
         if self.gate and deciding == "target" and not (req.mode == "prefill_only"):
             self.gate.learn(req, result)
         if self.target in active and self.target.recalls:
             req.drafted += int(self.target.texts.proposed)
         result.prompt_rows, result.drafter_error = req.prompt_rows, req.drafter_error
         result.verdicts = decider.verdicts(result.output_ids) if req.explain else []
-        result.accept_lens, result.drafted, result.rounds = req.accept_lens, req.drafted, len(req.accept_lens)
-        result.accepted_tokens = sum(req.accept_lens)
+        lens = result.accept_lens = list(req.accept_lens)
+        if lens:                                             # drafts right beyond the answer's end are none of it
+            lens[-1] = min(lens[-1], len(result.output_ids) - 1 - sum(a + 1 for a in lens[:-1]))
+        result.drafted, result.rounds, result.accepted_tokens = req.drafted, len(lens), sum(lens)
         if result.drafted:
             result.acceptance_rate = result.accepted_tokens / result.drafted
         if result.rounds:

@@ -73,7 +73,20 @@ def test_on_a_device_of_its_own(recalling, turn):
     finally:
         recalling.apart = False
     places = [n + k for _, n, ids in result.drafts for k in range(len(ids))]
-    assert places and recalling.drafter.texts.texts == 4
+    assert places and 4 <= recalling.drafter.texts.texts <= 8
+
+
+def test_on_a_device_of_its_own_a_drafter_recalls_its_head_start(recalling, monkeypatch):
+    """Not the answer, which is the target's: this drafter begins with other words."""
+    recalling.apart, target = True, recalling.target
+    monkeypatch.setattr(target, "prefill", lambda *given, prefill=target.prefill: (time.sleep(0.2), prefill(*given)))
+    try:
+        first, again = (recalling.generate(mode="speculative", **asked(3)) for _ in range(2))
+    finally:
+        recalling.apart = False
+    own, alike = first.preview_ids, engine.agreeing(first.preview_ids, first.output_ids)
+    assert len(first.drafts[0][2]) == 1 and alike + 1 < len(again.drafts[0][2]) == RECALL_MOST + 1
+    assert again.preview_ids[:len(own)] == own[:len(again.preview_ids)] and again.output_ids == truth(recalling, 3, 0)
 
 
 def test_where_a_drafter_apart_has_nothing_ready_the_target_recalls(recalling, monkeypatch):

@@ -238,6 +238,18 @@ def test_on_a_device_of_its_own_a_drafter_that_is_heard_goes_on_to_its_end(pair,
     assert said[0] <= 3 < said[1]
 
 
+def test_drafts_that_are_right_beyond_the_end_of_an_answer_are_not_counted(pair):
+    """The target would go on behind its end-of-sequence: drafts that know how are accepted up to there."""
+    ids, on = truth(pair, 0, 0), truth(pair, 0, 0, True)
+    assert on[:len(ids)] == ids and len(on) > len(ids) + 3
+    for n, source, G in ((len(ids), Fixed(on), 15), (len(ids), Fixed(on), 31), (7, Fixed(on), 15)):
+        given = asked(0) | dict(max_new_tokens=n)
+        result = pair.generate(mode="speculative", draft_source=source, draft_len=G, **given)
+        assert result.output_ids == ids[:n] and result.rejected_at == -1
+        assert result.accepted_tokens <= len(ids[:n]) - 1 < result.accepted_tokens + result.rounds + 1
+        assert result.drafted >= result.accepted_tokens > 0
+
+
 @pytest.mark.parametrize("where", ["begin", "propose", "verdict", "learn", "hear", "worth_hearing"])
 def test_a_source_that_breaks_costs_nothing_but_its_drafts(pair, where, monkeypatch):
     def out_of_ideas(*_):
