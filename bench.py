@@ -1343,7 +1343,8 @@ def replay_page(options) -> int:
     chosen = chosen[shard::shards]
     progress = Progress(sum(len(streams[seq]) for seq in chosen))
     rng, order = random.Random(shard), random.Random(shard)
-    gates = collections.defaultdict(engine.Gate)             # each setting is priced by its own acceptance
+    gates = collections.defaultdict(engine.Gate)             # each setting is priced by its own acceptance,
+    learnt = collections.defaultdict(lambda: (list(engine.SHARES), [1.0] * 2))   # and its guesses and recalled ids too
     for stream, seq in enumerate([chosen[0], *chosen]):      # three answers of the first to warm up
         others = [row for row in pairs if row["seq"] != seq]
         settings = replay_settings(others, rates, options.second, e, options.only)
@@ -1358,6 +1359,9 @@ def replay_page(options) -> int:
                         source.learn(ids)
                     continue
                 e.gate = gates[name] if options.gate == "on" else None
+                e.shares, recalled = learnt[name]
+                for m, model in enumerate(e.models):
+                    model.recalled = recalled[m]
                 drafter_ids, second = said(row, rng)
                 heard += [drafter_ids] * (drafter_ids not in heard)
                 with torch.inference_mode():
@@ -1368,6 +1372,7 @@ def replay_page(options) -> int:
                     draft_source=source, max_new_tokens=len(ids), ignore_eos=True,
                     overlap_len=31 if name.startswith("one shot") else options.overlap_len,
                     draft_len=31 if name.startswith("recall") else 15)
+                recalled[:] = [model.recalled for model in e.models]
                 if cell[name].output_ids != ids:
                     print(f"{name}, {seq} {row['clip']}: other ids than recorded", file=sys.stderr)
                     return 1
@@ -1435,8 +1440,8 @@ def replay_print(options, head, taken) -> int:
 
 
 def replay_settings(others, rates, second: float, e, only: str | None) -> dict:
-    """{name: (mode, source, what the drafter says of a row)}, target_only first. Sources live as long as a stream.
-    second: the share of a forced drafter's wrong ids whose runner-up is right, in settings of their own."""
+    """{name: (mode, source, row -> (ids, runners-up) that the drafter says)}, target_only first. Sources live as long
+    as a stream. second: the share of a forced drafter's wrong ids whose runner-up is right, in their own settings."""
     apart = e.apart
 
     def taught(name, learns=True, made=None):
@@ -1505,7 +1510,8 @@ def replay_head(e, options, sequences: int) -> dict:
     kind = LABELS.get(options.kind, "checkpoints")
     return {"what": f"{kind} {dtype_of(e.target.decoder)}, drafter {dtype_of(e.drafter.decoder)}"
                     f"{' on a device of its own' if e.apart else ''}, {where}, torch {torch.__version__}, triton "
-                    f"{triton.__version__}, commit {commit()}, {time.strftime('%Y-%m-%d')}",
+                    f"{triton.__version__}, commit {commit()}{', dirty' if dirty() else ''}, "
+                    f"{time.strftime('%Y-%m-%d')}",
             "pairs": options.replay.name, "src": options.sources_src, "new": options.max_new_tokens,
             "gate": options.gate, "sequences": sequences}
 
@@ -1858,7 +1864,7 @@ def flags() -> Parser:
              f"blend-text keep a :FILE")
     add("--recall-len", type=int, metavar="N",
         help=f"ids of its earlier texts that the drafter checks a forward (default: {engine.RECALL_MOST} on a GPU, "
-             f"else 0)")
+             f"else 0); 0: nor does the target beside a drafter on another device")
     add("--gate", default="on", choices=("on", "off"), help="draft only where it should pay (default %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="draw ids (default %(default)s: greedy)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest ids of this mass (default all)")
@@ -1890,7 +1896,7 @@ def flags() -> Parser:
     add("--generations", type=int, default=208, metavar="N", help="of --figures' forced drafts (default %(default)s)")
     add("--replay", type=Path, metavar="PAIRS", help="7B compute that says recorded ids: speed at true acceptance")
     add("--accept", default="", metavar="LIST", help="of --replay: drafters that are right with these probabilities")
-    add("--second", type=float, default=0.0, metavar="P", help="of --accept: and where wrong, their second choice so")
+    add("--second", type=float, default=0.0, metavar="P", help="of --accept: where wrong, their runner-up is right so")
     add("--every", type=int, default=1, metavar="N", help="of --replay: time one-shot settings on every N-th answer")
     add("--only", metavar="WORDS", help="of --replay: settings whose names hold one of these comma-separated words")
     for name, kind in (("dataset_dir", Path), ("max_samples", int), ("max_new_tokens", int)):    # the research code's

@@ -102,7 +102,8 @@ RECALL_MOST = 15        # ids that a drafter recalls for one step: 16 rows, as m
 RECALL_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of its earlier texts that a model keeps, on a GPU and on a CPU
 RECALL_PAYS = {None: 0.1, 8: 0.45, 4: 0.9}       # ids that must be right in a step for its rows to pay, by bits of its
                                                  # weights: 16 rows take 1.03 of a step, 1.44 at 8 bits, 1.8 to 1.9 at 4
-GUESSES = 4             # ids that a drafter on its own device names for the next place, the likeliest first
+SHARES = (0.5, 0.2, 0.1, 0.05)    # how often a drafter's first, second, .. guess is right, until there is experience
+GUESSES = len(SHARES)   # ids that a drafter on its own device names for the next place, the likeliest first
 KEPT_ROWS = 32          # cache rows where such a drafter puts aside what another guess takes the place of
 CHECKS = {"draft": "recall", "decode": "verify"}    # a stage of one id a forward, and the same with recalled ids
 STATE = 8               # words before the ids in a request's state; kernels/round.py names them
@@ -568,8 +569,8 @@ class Model:
 
     def replay(self, ids, second=()) -> None:
         """From here on this model computes as ever and says `ids`, recorded elsewhere, then end-of-sequence: real speed
-        at a real acceptance without the checkpoint. second: the ids that come next to these in its choice. Call it
-        before the first request; later calls change the ids."""
+        at a real acceptance without the checkpoint. second: the ids that come next to these in its choice; where it
+        ends there is no other choice. Call it before the first request; later calls change the ids."""
         if self.recorded_2W is None:
             assert not self.steps, "replay: graphs without it exist already"
             self.recorded_2W = torch.zeros_like(self.state_W).repeat(2, 1)
@@ -684,12 +685,12 @@ class Drafter(Model):
         return torch.where(at_G < self.state_W[:1], ids_G, -1)
 
     def resume(self, committed_W, rows: int = 2) -> int | None:
-        """Takes over the ids in `committed_W` (a target's state, or eight words that begin with n_out, and ids) and
-        drafts one more; with one row also those that it recalls, and says how many it tried.
+        """Takes over the ids in `committed_W`, int64 [W] (a target's state, or eight words that begin with n_out, and
+        ids), and drafts one more. Returns how many it recalled with one row (0: none), None with more.
 
         The last `rows` committed ids are run again. Two of them are enough after a round, whose last accepted draft
         has no row yet; so the row that a fully accepted round leaves missing is always written and the host has
-        nothing to decide. More rows catch up with a target that went on alone.
+        nothing to decide. More rows write a text that has none: the target went on alone, or said another guess.
         """
         words = min(len(committed_W), len(self.state_W))
         self.state_W[STATE:words].copy_(committed_W[STATE:words])
@@ -704,9 +705,11 @@ class Drafter(Model):
         return None
 
     def lay(self, node: Node, at: Node) -> int:
-        """Puts the cache rows of the text of `node` where they belong, as far as there are any, and says of how many
-        ids. Rows that lie there and may yet be needed, of texts that begin with `at`, are put aside at the cache's end:
-        a row depends on the text before it and on nothing else, so it may come back."""
+        """Moves the cache rows of the text of `node` to their places. Returns how many of its first ids have rows
+        there, at most all but the last; the caller runs the others, and sets `laid`. at: the committed answer.
+
+        Rows in their way, of other texts that begin with `at`, go to the cache's last KEPT_ROWS rows while there is
+        room: a row serves every text that goes on from its own, so it may come back."""
         path, first, moves, end = node.path(), self.prompt_rows, [], self.decoder.cache_rows
         ready = agreeing(self.laid, path[:-1])
         self.kept = {of: row for of, row in self.kept.items() if of.within(at) or at.within(of)}
@@ -727,8 +730,8 @@ class Drafter(Model):
         return ready
 
     def guesses(self) -> Snapshot | None:
-        """What may follow the text of the last forward, the likeliest first: GUESSES ids on their way to the host. Of
-        rows that check recalled ids nothing."""
+        """What may follow the text of the last forward, the likeliest first: int64 [GUESSES], on their way to the host.
+        None where the last forward checked recalled ids."""
         return Snapshot(self.logits_SV[0].topk(GUESSES).indices, self.stream) if len(self.logits_SV) == 1 else None
 
     def prepare_resume(self, rows: int = 2) -> None:
@@ -785,7 +788,8 @@ class StepGraph:
 
 
 class Snapshot:
-    """A copy of a state on its way to the host. `read()` waits for it alone, never for work queued later."""
+    """A copy of int64 numbers, a state or guesses, on its way to the host. `read()` waits for it alone, never for work
+    queued later."""
 
     def __init__(self, state_W, stream):
         if stream is None:
@@ -940,8 +944,8 @@ class Gate:
 
 
 class Node:
-    """A text that may come: its parent's and one id more. `next`: the ids that the drafter expects to follow, the
-    likeliest first; None until it was asked."""
+    """A text that may come: its parent's and one id more. next: the ids that the drafter expects to follow, the
+    likeliest first; None until it was asked, empty where it named none."""
     __slots__ = ("parent", "id", "place", "next", "children")
 
     def __init__(self, parent: Node | None = None, id: int = -1):
@@ -951,6 +955,7 @@ class Node:
         self.children: dict[int, Node] = {}
 
     def then(self, id: int) -> Node:
+        """The text with this id behind it, made when it is first asked for."""
         return self.children.get(id) or self.children.setdefault(id, Node(self, id))
 
     def path(self) -> list[Node]:
@@ -973,14 +978,15 @@ class Ahead:
     """What a drafter on its own device expects after each text it was asked about, and how far the answer really is.
 
     Each side looks when it likes and neither waits; a guess that the target did not confirm is off the way, no more.
+    Nothing follows eos_id (-1: no such id), nor `limit` ids.
     shares: how often of late the next id was the drafter's first guess, its second, ..; they outlive the request. The
     drafter is asked next about the text that they make likeliest: mostly the end of all its first guesses, but where
     these are often wrong what follows a second guess, so that its drafts are ready when the target says it.
 
-    Measured beside drafters that are right with 0.4, 0.6 and 0.8 and make 2.4 drafts during a verify, nobody recalling:
-    with second guesses that are right half the time 1.016, 1.114 and 1.320 of target_only's speed, with ones that never
-    are 1.020, 1.104 and 1.319 (two H200, c4bc049). Not built: all guesses in one forward of 16 rows, which at 4 bits
-    takes 1.8 to 1.9 of a step."""
+    Measured beside drafters that are right with 0.4, 0.6 and 0.8, nobody recalling: with second guesses that are right
+    half the time 1.016, 1.114 and 1.320 of target_only's speed, with ones that never are 1.020, 1.104 and 1.319 (two
+    H200, c4bc049; there all six learnt the same shares, and the host waited for the guesses: 1.78 ms a draft for 1.66).
+    Not built: all guesses in one forward of 16 rows, which at 4 bits takes 1.8 to 1.9 of a step."""
 
     def __init__(self, shares: list[float], eos_id: int, limit: int):
         self.shares, self.eos_id, self.limit = shares, eos_id, limit
@@ -1004,7 +1010,8 @@ class Ahead:
             node.next = [*first, *(i for i in ids if i not in first)][:GUESSES]
 
     def span(self, committed: list[int], limit: int) -> list[int]:
-        """The target, which has committed these ids: at most `limit` drafts to follow them."""
+        """The target, which has committed these ids: at most `limit` drafts to follow them. Moves `at` there and counts
+        in `shares` which guesses came true."""
         with self.lock:
             for i in committed[self.at.place:]:
                 for rank in range(len(self.at.next or ())):
@@ -1017,11 +1024,12 @@ class Ahead:
             return drafts
 
     def worth(self, drafts: int) -> float:
-        """Of so many drafts, those that are expected to be right."""
+        """The expected number of right ones among so many drafts, each right with shares[0] if all before it are."""
         return sum(self.shares[0] ** k for k in range(1, drafts + 1))
 
     def likeliest(self) -> Node | None:
-        """The drafter: the text to be asked about next. Until the target has spoken, the end of its own text."""
+        """The drafter: the text to be asked about next, None if there is nothing left to ask. Until the target has
+        spoken, the end of its own text."""
         waiting, count = [(-1.0, 0, self.at)], 0
         while waiting:
             chance, _, node = heapq.heappop(waiting)
@@ -1082,7 +1090,7 @@ class Result(collections.abc.Mapping):
     span_len: int = 0                       # head-start drafts that were verified in one forward
     rejected_at: int = -1                   # index of the first rejected draft of that span, -1 if none
     rounds: int = 0
-    accept_lens: list = field(default_factory=list)
+    accept_lens: list = field(default_factory=list)   # of each round; of the last one what is in the answer
     acceptance_rate: float = 0.0            # accepted / drafted
     tokens_per_round: float = 0.0           # mean of accept_len + 1
     free_tokens_count: int = 0              # drafts the host had before the target's prefill ended
@@ -1255,7 +1263,7 @@ class Engine:
         self.target, self.drafter = target, drafter
         self.draft_len, self.overlap_len = draft_len, overlap_len
         self.gate = Gate() if gate else None
-        self.shares = [0.5, 0.2, 0.1, 0.05]                  # see `Ahead`; a first guess, until there is experience
+        self.shares = list(SHARES)                           # see `Ahead`
         self.remembers = True                                # each text, to be recalled; else the caller, by `remember`
         self.apart = bool(target and drafter) and target.device != drafter.device   # two devices: drafts cost nothing
         self.target_first = bool(target and target.on_gpu)   # in the interpreter; what a CPU computes holds no lock
@@ -1316,14 +1324,14 @@ class Engine:
 
     def _draft_ahead(self, req: Request, limit: int) -> None:
         """Drafts for as long as the answer grows: after its own text, and once the target has spoken after whatever is
-        likeliest to be the answer so far. What the target does not confirm is off the way: by length, not by waiting.
+        likeliest to be the answer so far. What the target does not confirm is not looked at again; nobody waits.
         """
         model, ahead, words = self.drafter, req.ahead, STATE + limit + STEP_ROWS
         most, node, own, forward, G = model.decoder.step_rows, ahead.root, True, 0, None
         model.laid, model.kept = [], {}
         while True:
             on_its_way, guesses, asked = model.snapshot(words), model.guesses(), node
-            state = on_its_way.read()                        # at once: a correction must not wait
+            state = on_its_way.read()                        # guesses may come later
             req.host_free.wait()
             check_finite(state, model, "draft")
             fresh = state[STATE + node.place:STATE + state[N_OUT]]
@@ -1335,7 +1343,7 @@ class Engine:
             if own:
                 self._preview(req, state)
             while (node := ahead.likeliest()) is None and not req.stop_drafting.is_set():
-                time.sleep(2e-4)                             # nothing to draft until the target disagrees
+                time.sleep(2e-4)                             # all is asked, until the target says more
             if node is None or req.stop_drafting.is_set():
                 return
             own = own and node is tip
@@ -1369,7 +1377,7 @@ class Engine:
             req.host_free.set()
             drafted = req.source is not None or req.preview or "drafter" in req.prompt_rows
             undrafted = req.drafter_done.is_set() and not drafted
-            recalls = model.recalls and req.source is not None               # without one, what a drafter leaves undone
+            recalls = model.recalls and req.source is not None               # without one see `_rounds_ahead`
             if undrafted or recalls or req.mode in ("target_only", "prefill_only"):          # nothing to decide, ever
                 for state in self._decode(model, req, req.max_new_tokens, "decode"):
                     req.prefill_end = req.prefill_end or line.now()
@@ -1578,13 +1586,12 @@ class Engine:
 
     def _check_rows(self, model: Model, prompt_rows: int, req: Request) -> None:
         spare = max(req.draft_len, req.overlap_len, model.recall_len * model.recalls) + 2
-        if model.drafts and self.apart and req.mode == "speculative" and req.source is None:
-            spare += KEPT_ROWS
-        need, have = prompt_rows + req.max_new_tokens + spare, model.decoder.cache_rows
+        aside = KEPT_ROWS * (model.drafts and self.apart and req.mode == "speculative" and req.source is None)
+        need, have = prompt_rows + req.max_new_tokens + spare + aside, model.decoder.cache_rows
         if need > have:
             raise InputError(f"{model.path}: {model.side} cache holds {have} rows, prompt {prompt_rows} + new "
-                             f"{req.max_new_tokens} + drafts {spare} needs {need}: raise --cache-rows, ask for fewer "
-                             f"--max-new-tokens or shorten the question")
+                             f"{req.max_new_tokens} + drafts {spare}{f' + put aside {aside}' if aside else ''} needs "
+                             f"{need}: raise --cache-rows, ask for fewer --max-new-tokens or shorten the question")
 
     def _prepare(self, req: Request, active, frames: int) -> None:
         """Checks that the request fits the caches, and captures every graph it needs before anything runs: a capture
@@ -2091,7 +2098,8 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
     `fp8+int4` those of its prefill too (answers stay the same, drafts are cheaper and a little worse); `bf16` leaves
     them as loaded. recall_len: ids of its earlier texts that the drafter checks in one forward, 0..15, to draft several
     at once (None: 15 on a GPU, where rows cost little, and 0 on the CPU); above 0 a target beside a drafter on another
-    device recalls its own answers where no draft is ready. progress: see `load_model`.
+    device recalls its own answers, up to overlap_len ids, where that is expected to bring more than the drafts that are
+    ready. progress: see `load_model`. Raises InputError for what cannot be loaded or does not fit.
     """
     if drafter_dtype not in ("bf16", *BITS):
         raise InputError(f"drafter_dtype: {drafter_dtype!r} is not one of bf16, {', '.join(BITS)}; pick from these")

@@ -217,7 +217,7 @@ def test_every_interleaving_gives_the_targets_ids(apart, monkeypatch, slow, seed
 
 
 @pytest.mark.parametrize("wrong", [0.0, 0.2, 0.6, 1.0])
-def test_wrong_drafts_ahead_are_dropped_by_length(apart, monkeypatch, wrong):
+def test_wrong_drafts_ahead_cost_no_id(apart, monkeypatch, wrong):
     """The drafter says the target's answer with a share of ids replaced, as in a replay."""
     rng, (drafter, target) = random.Random(1), (apart.drafter, apart.target)
     ids = truth(apart, 1, 0, True)
@@ -264,7 +264,7 @@ def test_what_follows_a_second_guess_is_ready_when_the_target_says_it(apart, mon
 
 
 def test_rows_that_are_put_aside_come_back_with_the_same_bits(pair):  # noqa: F811
-    """Ten turns between the branches of a tree, then all rows of one text against a cache that knew no other."""
+    """Turns between the branches of a tree, then all rows of one text against a cache that knew no other."""
     drafter, rng = pair.drafter, random.Random(3)
     hidden_SD = torch.randn(20, drafter.config.D, generator=torch.Generator().manual_seed(0))
 

@@ -89,9 +89,9 @@ def test_on_a_device_of_its_own_a_drafter_recalls_its_head_start(recalling, monk
     assert again.preview_ids[:len(own)] == own[:len(again.preview_ids)] and again.output_ids == truth(recalling, 3, 0)
 
 
-def test_where_a_drafter_apart_has_nothing_ready_the_target_recalls(recalling, monkeypatch):
-    """A drafter that is late and never right: alone the target steps id by id; with its answer in mind it is done in a
-    few."""
+def test_where_a_drafter_apart_is_expected_to_bring_less_the_target_recalls(recalling, monkeypatch):
+    """A drafter that is late, and held to be right one time in ten: alone the target steps id by id; with its answer in
+    mind it is done in a few."""
     recalling.apart = True
     monkeypatch.setattr(recalling, "shares", [0.1] * 4)
     target, drafter = recalling.target, recalling.drafter

@@ -239,7 +239,7 @@ def test_on_a_device_of_its_own_a_drafter_that_is_heard_goes_on_to_its_end(pair,
 
 
 def test_drafts_that_are_right_beyond_the_end_of_an_answer_are_not_counted(pair):
-    """The target would go on behind its end-of-sequence: drafts that know how are accepted up to there."""
+    """Drafts that go on as the target would behind its end-of-sequence are counted up to there."""
     ids, on = truth(pair, 0, 0), truth(pair, 0, 0, True)
     assert on[:len(ids)] == ids and len(on) > len(ids) + 3
     for n, source, G in ((len(ids), Fixed(on), 15), (len(ids), Fixed(on), 31), (7, Fixed(on), 15)):
