@@ -714,10 +714,11 @@ class Drafter(Model):
         ready = agreeing(self.laid, path[:-1])
         self.kept = {of: row for of, row in self.kept.items() if of.within(at) or at.within(of)}
         free = [row for row in range(end - KEPT_ROWS, end) if row not in self.kept.values()]
-        for i, of in enumerate(self.laid[ready:], ready):
-            if free and of not in self.kept and of.within(at):
-                self.kept[of] = free.pop()
-                moves.append((first + i, self.kept[of]))
+        if not at.place or self.laid[at.place - 1:at.place] == [at]:     # what lies there begins with `at`
+            for i, of in enumerate(self.laid[ready:], ready):
+                if free and i >= at.place and of not in self.kept:
+                    self.kept[of] = free.pop()
+                    moves.append((first + i, self.kept[of]))
         while ready < len(path) - 1 and path[ready] in self.kept:
             moves.append((self.kept[path[ready]], first + ready))
             ready += 1
@@ -1327,7 +1328,8 @@ class Engine:
         likeliest to be the answer so far. What the target does not confirm is not looked at again; nobody waits.
         """
         model, ahead, words = self.drafter, req.ahead, STATE + limit + STEP_ROWS
-        most, node, own, forward, G = model.decoder.step_rows, ahead.root, True, 0, None
+        most, node, forward, G = model.decoder.step_rows, ahead.root, 0, None
+        own = ahead.root                                     # the end of its own text, which is the preview
         model.laid, model.kept = [], {}
         while True:
             on_its_way, guesses, asked = model.snapshot(words), model.guesses(), node
@@ -1340,13 +1342,16 @@ class Engine:
             req.drafts.append((forward, node.place, fresh))
             if G is not None and fresh:
                 model.judge(G, state[ACCEPT_LEN])
-            if own:
+            if node is own:
                 self._preview(req, state)
-            while (node := ahead.likeliest()) is None and not req.stop_drafting.is_set():
-                time.sleep(2e-4)                             # all is asked, until the target says more
+                own = tip
+            node = None
+            while node is None and not req.stop_drafting.is_set():
+                known, node = (ahead.heard, ahead.at), ahead.likeliest()
+                while node is None and (ahead.heard, ahead.at) == known and not req.stop_drafting.is_set():
+                    time.sleep(2e-4)                         # all is asked, until the target says more
             if node is None or req.stop_drafting.is_set():
                 return
-            own = own and node is tip
             if node is tip:
                 G = model.next_len()
                 with req.timeline.stage("recall" if G else "draft", model, note="ahead"):

@@ -263,6 +263,25 @@ def test_what_follows_a_second_guess_is_ready_when_the_target_says_it(apart, mon
     assert ready["right"] > 0.8 and ready["other"] < 0.2, ready
 
 
+def test_a_preview_goes_on_after_the_drafter_looked_at_other_texts(apart, monkeypatch):
+    """It is the drafter's own text, as far as its first guesses are asked about: here all of them are right."""
+    ids, drafter, target = truth(apart, 1, 0, True), apart.drafter, apart.target
+    steps = drafter.steps, target.steps
+    drafter.steps, target.steps = {}, {}
+    monkeypatch.setattr(apart, "shares", [0.4, 0.3, 0.2, 0.1])
+    try:
+        with torch.inference_mode():
+            drafter.replay(ids)
+        delayed(target, monkeypatch, 0, 0.04)
+        result = apart.generate(mode="speculative", ignore_eos=True, overlap_len=2, **asked(1))
+    finally:
+        drafter.recorded_2W = None
+        drafter.steps, target.steps = steps
+    notes = [note for row, *_, note in result.timeline if row == "drafter"]
+    assert result.output_ids == ids and result.preview_ids == ids[:len(result.preview_ids)]
+    assert len(result.preview_ids) > notes.index("resume") + 5, "ids after the first other text"
+
+
 def test_rows_that_are_put_aside_come_back_with_the_same_bits(pair):  # noqa: F811
     """Turns between the branches of a tree, then all rows of one text against a cache that knew no other."""
     drafter, rng = pair.drafter, random.Random(3)
