@@ -1334,6 +1334,7 @@ class Engine:
         while True:
             on_its_way, guesses, asked = model.snapshot(words), model.guesses(), node
             state = on_its_way.read()                        # guesses may come later
+            state[N_OUT] = min(state[N_OUT], limit)          # recalled ids may go beyond it
             req.host_free.wait()
             check_finite(state, model, "draft")
             fresh = state[STATE + node.place:STATE + state[N_OUT]]
@@ -1568,6 +1569,7 @@ class Engine:
         while not (state[DONE] or req.cancelled.is_set() or req.drafter_error):
             if beyond_drafts(state):
                 answer.tell()
+                newest = state
                 for newest in self._decode(model, req, req.max_new_tokens, "decode", beyond_drafts, state[N_OUT]):
                     answer.tell(newest)
                 state = newest
@@ -1592,6 +1594,7 @@ class Engine:
     def _check_rows(self, model: Model, prompt_rows: int, req: Request) -> None:
         spare = max(req.draft_len, req.overlap_len, model.recall_len * model.recalls) + 2
         aside = KEPT_ROWS * (model.drafts and self.apart and req.mode == "speculative" and req.source is None)
+        spare = max(spare, model.decoder.step_rows) if aside else spare      # rows that a resume may run again
         need, have = prompt_rows + req.max_new_tokens + spare + aside, model.decoder.cache_rows
         if need > have:
             raise InputError(f"{model.path}: {model.side} cache holds {have} rows, prompt {prompt_rows} + new "
@@ -1828,9 +1831,11 @@ class Engine:
         if req.source is not None:
             guarded(req, req.source.learn, list(result.output_ids))
         if self.remembers and self.drafter in active and self.drafter.recall_len:
-            if req.ahead.text() != result.preview_ids:       # what it followed, and what it wrote of its own accord
-                self.drafter.remember(req.ahead.text())
-            self.remember(result.preview_ids, result.output_ids if self.apart else ())
+            followed, own = req.ahead.text(), result.preview_ids
+            if followed[:len(own)] != own:                   # what it followed, and what it wrote of its own accord
+                self.drafter.remember(followed)
+                followed = own
+            self.remember(followed or own, result.output_ids if self.apart else ())
         if self.gate and deciding == "target" and not (req.mode == "prefill_only"):
             self.gate.learn(req, result)
         if self.target in active and self.target.recalls:
@@ -1840,14 +1845,15 @@ class Engine:
         lens = result.accept_lens = list(req.accept_lens)
         if lens:                                             # drafts right beyond the answer's end are none of it
             lens[-1] = min(lens[-1], len(result.output_ids) - 1 - sum(a + 1 for a in lens[:-1]))
+            req.drafted -= req.accept_lens[-1] - lens[-1]
         result.drafted, result.rounds, result.accepted_tokens = req.drafted, len(lens), sum(lens)
         if result.drafted:
             result.acceptance_rate = result.accepted_tokens / result.drafted
         if result.rounds:
             result.tokens_per_round = result.accepted_tokens / result.rounds + 1
         result.span_len, result.drafts = len(req.first_span), req.drafts
-        if req.first_span and req.accept_lens and req.accept_lens[0] < len(req.first_span):
-            result.rejected_at = req.accept_lens[0]
+        if req.first_span and lens and req.accept_lens[0] == lens[0] < len(req.first_span):
+            result.rejected_at = lens[0]
         if deciding == "target":
             result.draft_ids = result.preview_ids
             result.free_tokens_count = sum(at <= req.prefill_end for _, at in req.preview)

@@ -248,6 +248,9 @@ def test_drafts_that_are_right_beyond_the_end_of_an_answer_are_not_counted(pair)
         assert result.output_ids == ids[:n] and result.rejected_at == -1
         assert result.accepted_tokens <= len(ids[:n]) - 1 < result.accepted_tokens + result.rounds + 1
         assert result.drafted >= result.accepted_tokens > 0
+    given = asked(0) | dict(max_new_tokens=7)
+    result = pair.generate(mode="speculative", draft_source=Fixed(on), draft_len=15, **given)
+    assert result.accept_lens == [6] and result.drafted - result.accepted_tokens <= 15 - 6
 
 
 @pytest.mark.parametrize("where", ["begin", "propose", "verdict", "learn", "hear", "worth_hearing"])
