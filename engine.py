@@ -1349,6 +1349,9 @@ class Engine:
             node = None
             while node is None and not req.stop_drafting.is_set():
                 known, node = (ahead.heard, ahead.at), ahead.likeliest()
+                if node is None and guesses:
+                    ahead.guess(asked, guesses.read())
+                    guesses, node = None, ahead.likeliest()
                 while node is None and (ahead.heard, ahead.at) == known and not req.stop_drafting.is_set():
                     time.sleep(2e-4)                         # all is asked, until the target says more
             if node is None or req.stop_drafting.is_set():
@@ -1558,35 +1561,28 @@ class Engine:
 
     def _rounds_ahead(self, req: Request, state, answer: Answer):
         """Verifies what the drafter on the other device has ready, or what the target recalls of its past answers,
-        whichever is expected to bring more. Where there is neither, after a rejection above all, nobody waits: the
-        target steps alone. While no span could be worth what is recalled, the host is not in the round."""
-        model, ahead = self.target, req.ahead
+        whichever is expected to bring more: recalled steps are queued one behind the other, without the host in the
+        round. Where there is neither, after a rejection above all, nobody waits: the target steps alone."""
+        model, ahead, span = self.target, req.ahead, []
 
-        def beyond_drafts(state):
-            ahead.span(state[STATE:STATE + state[N_OUT]], 0)             # the drafter hears how far the answer is
-            return model.next_len() and model.recalled > ahead.worth(req.overlap_len)
+        def recalls_more(state):
+            nonlocal span
+            span = ahead.span(state[STATE:STATE + state[N_OUT]], req.overlap_len)
+            return model.next_len() and model.recalled > ahead.worth(len(span))
 
         while not (state[DONE] or req.cancelled.is_set() or req.drafter_error):
-            if beyond_drafts(state):
+            if recalls_more(state):
                 answer.tell()
                 newest = state
-                for newest in self._decode(model, req, req.max_new_tokens, "decode", beyond_drafts, state[N_OUT]):
+                for newest in self._decode(model, req, req.max_new_tokens, "decode", recalls_more, state[N_OUT]):
                     answer.tell(newest)
                 state = newest
-                continue
-            span, G = ahead.span(state[STATE:STATE + state[N_OUT]], req.overlap_len), model.next_len()
-            if G and model.recalled > ahead.worth(len(span)):
-                with req.timeline.stage("verify", model, note="recalled"):
-                    model.step_recalled(G)
-                state = self._seen(answer, "verify")
-                req.accept_lens.append(state[ACCEPT_LEN])
             elif span:
                 req.first_span = req.first_span or (span if not req.accept_lens else [])
                 state = self._verify(req, span, req.overlap_len, answer)
-                continue
             else:
-                G, state = 0, self._plain(req, answer)
-            model.judge(G, state[ACCEPT_LEN])
+                state = self._plain(req, answer)
+                model.judge(0, 0)
         return state
 
     # -- checks, assembly

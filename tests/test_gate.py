@@ -241,7 +241,7 @@ def test_wrong_drafts_ahead_cost_no_id(apart, monkeypatch, wrong):
 def test_what_follows_a_second_guess_is_ready_when_the_target_says_it(apart, monkeypatch):
     """A drafter whose first choice is always wrong and whose second is the target's answer: once that is known it
     drafts behind its second guesses, and nearly every round has a draft to verify."""
-    ids, found = truth(apart, 1, 0, True), {}
+    ids, found, ready = truth(apart, 1, 0, True), {}, {}
     drafter, target = apart.drafter, apart.target
     steps, shares = (drafter.steps, target.steps), apart.shares
     drafter.steps, target.steps, apart.shares = {}, {}, [0.1, 0.8]
@@ -251,15 +251,19 @@ def test_what_follows_a_second_guess_is_ready_when_the_target_says_it(apart, mon
             drafter.replay([(i + 1) % 100 for i in ids])
         delayed(target, monkeypatch, 0, 0.03)
         for name, second in (("other", [(i + 2) % 100 for i in ids]), ("right", ids)):
+            looked, verify = [], apart._verify
+            monkeypatch.setattr(apart, "_verify", lambda *given, looked=looked, verify=verify: (
+                looked.append(1), verify(*given))[1])
             with torch.inference_mode():
                 drafter.replay([(i + 1) % 100 for i in ids], second)
             found[name] = apart.generate(mode="speculative", ignore_eos=True, **asked(1))
+            monkeypatch.setattr(apart, "_verify", verify)
+            ready[name] = len(looked) / found[name].rounds   # rounds that had a draft to look at
     finally:
         drafter.recorded_2W, apart.shares = None, shares
         drafter.steps, target.steps = steps
     for result in found.values():
         assert result.output_ids == ids and result.accepted_tokens == 0 and result.drafter_error is None
-    ready = {name: result.drafted / result.rounds for name, result in found.items()}
     assert ready["right"] > 0.8 and ready["other"] < 0.2, ready
 
 
@@ -280,6 +284,17 @@ def test_a_preview_goes_on_after_the_drafter_looked_at_other_texts(apart, monkey
     notes = [note for row, *_, note in result.timeline if row == "drafter"]
     assert result.output_ids == ids and result.preview_ids == ids[:len(result.preview_ids)]
     assert notes.index("resume") + 5 < len(result.preview_ids) <= len(ids), "ids after the first other text"
+
+
+def test_a_preview_is_the_drafters_own_text_whatever_else_it_was_asked_about(apart, monkeypatch):
+    """A drafter in earnest, unlike a replay's, says other ids behind other texts: none of them may show."""
+    monkeypatch.setattr(apart, "shares", [0.3, 0.3, 0.3, 0.1])
+    delayed(apart.target, monkeypatch, 0, 0.05)
+    for i in range(3):
+        own = apart.generate(mode="drafter_only", ignore_eos=True, **asked(i)).output_ids
+        result = apart.generate(mode="speculative", ignore_eos=True, overlap_len=2, **asked(i))
+        assert result.preview_ids == own[:len(result.preview_ids)] and len(result.preview_ids) > 1
+        assert sum(note == "resume" for *_, note in result.timeline) > 5
 
 
 def test_rows_that_are_put_aside_come_back_with_the_same_bits(pair):  # noqa: F811

@@ -112,6 +112,25 @@ def test_where_a_drafter_apart_is_expected_to_bring_less_the_target_recalls(reca
     assert right > 3, "what is recalled is judged"
 
 
+@pytest.mark.parametrize("shares, recalled, verified", [(0.95, 1.0, True), (0.1, 6.0, False)])
+def test_a_target_looks_at_what_is_expected_to_bring_more(recalling, monkeypatch, shares, recalled, verified):
+    """Drafts are ready and its answer is known: the first round is whichever was right more often."""
+    recalling.apart, target, drafter = True, recalling.target, recalling.drafter
+    monkeypatch.setattr(recalling, "shares", [shares, 0.01, 0.01, 0.01])
+    monkeypatch.setattr(target, "prefill", lambda *given, prefill=target.prefill: (time.sleep(0.3), prefill(*given)))
+    ids = truth(recalling, 0, 0)
+    target.remember(ids)
+    drafter.remember(ids)
+    target.recalled, drafter.recalled = recalled, 0.0
+    try:
+        result = recalling.generate(mode="speculative", **asked(0))
+    finally:
+        recalling.apart = False
+    assert result.output_ids == ids and result.drafter_error is None and len(result.preview_ids) > 5
+    assert bool(result.span_len) == verified
+    assert (target.recalled != recalled) >= (not verified), "what is recalled is judged"
+
+
 def test_rounds_recall_as_well(recalling, monkeypatch):
     """In `follow` one wide step stands in for G - 1 narrow ones: fewer of the drafter's forwards for an accepted draft,
     though fewer drafts where the target's ids are no text of the drafter."""

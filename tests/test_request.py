@@ -260,6 +260,8 @@ def test_a_source_that_breaks_costs_nothing_but_its_drafts(pair, where, monkeypa
     source = Fixed([3] * 64)
     source.hears = True
     setattr(source, where, out_of_ideas)
+    step = pair.target.step                                  # late, so that there is something to hear
+    monkeypatch.setattr(pair.target, "step", lambda *given: (time.sleep(0.02), step(*given))[1])
     if where == "worth_hearing":                             # asked where a gate may save the drafter its work
         monkeypatch.setattr(pair, "gate", engine.Gate())
     result = pair.generate(mode="speculative", draft_source=source, **asked(0))
