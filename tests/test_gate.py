@@ -286,6 +286,26 @@ def test_a_preview_goes_on_after_the_drafter_looked_at_other_texts(apart, monkey
     assert notes.index("resume") + 5 < len(result.preview_ids) <= len(ids), "ids after the first other text"
 
 
+def test_a_drafter_that_would_end_goes_on_behind_its_other_guess(apart, monkeypatch):
+    """It takes the text for ended after one id, and the target's second id for next likely: what follows that is ready
+    when the target has rejected the end."""
+    ids, drafter, target = truth(apart, 1, 0), apart.drafter, apart.target
+    steps = drafter.steps, target.steps
+    drafter.steps, target.steps = {}, {}
+    monkeypatch.setattr(apart, "shares", [0.5, 0.4, 0.01, 0.01])
+    monkeypatch.setattr(target, "step", lambda G=0, step=target.step: (time.sleep(0.15), step(G))[1])
+    try:
+        with torch.inference_mode():
+            drafter.replay([ids[0], drafter.config.eos_id, *ids[2:]], ids)
+        result = apart.generate(mode="speculative", **asked(1) | dict(max_new_tokens=4))
+    finally:
+        drafter.recorded_2W = None
+        drafter.steps, target.steps = steps
+    rounds = [stage for row, stage, *_ in result.timeline if row == "target"][2:]        # after encode and prefill
+    assert result.output_ids == ids[:4] and rounds[:2] in (["verify", "verify"], ["decode", "verify"]), rounds
+    assert result.accepted_tokens > 0
+
+
 def test_a_preview_is_the_drafters_own_text_whatever_else_it_was_asked_about(apart, monkeypatch):
     """A drafter in earnest, unlike a replay's, says other ids behind other texts: none of them may show."""
     monkeypatch.setattr(apart, "shares", [0.3, 0.3, 0.3, 0.1])
