@@ -1371,7 +1371,7 @@ def replay_page(options) -> int:
                     event_path=clip.events, video_path=clip.video, query=row["question"], mode=mode,
                     draft_source=source, max_new_tokens=len(ids), ignore_eos=True,
                     overlap_len=31 if name.startswith("one shot") else options.overlap_len,
-                    draft_len=31 if name.startswith("recall") else 15)
+                    draft_len=31 if name.startswith("recall") else 5 if e.apart and source is None else 15)
                 recalled[:] = [model.recalled for model in e.models]
                 if cell[name].output_ids != ids:
                     print(f"{name}, {seq} {row['clip']}: other ids than recorded", file=sys.stderr)

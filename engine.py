@@ -53,7 +53,7 @@ from kernels.fp8 import norm8, product8, rows8, weight8
 from kernels.frames import clip_pixels, draw_events, to_device
 from kernels.quant import BITS, NotPackable, packed_bytes, quantise
 from kernels.quant_rows import MAX_PACKED_ROWS
-from kernels.recall import Recall, recall
+from kernels.recall import ALONE, FIRST, NOTHING, ORDER, Recall, recall
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
 from kernels.rope_store import rope_store
 from kernels.round import close_round, open_round
@@ -107,7 +107,7 @@ GUESSES = len(SHARES)   # ids that a drafter on its own device names for the nex
 KEPT_ROWS = 32          # cache rows where such a drafter puts aside what another guess takes the place of
 CHECKS = {"draft": "recall", "decode": "verify"}    # a stage of one id a forward, and the same with recalled ids
 STATE = 8               # words before the ids in a request's state; kernels/round.py names them
-N_OUT, DONE, ACCEPT_LEN, PROMPT_LEN, EOS_ID, LIMIT, NONFINITE = range(7)
+N_OUT, DONE, ACCEPT_LEN, PROMPT_LEN, EOS_ID, LIMIT, NONFINITE, RECALLED = range(STATE)
 
 # ---- configs ---------------------------------------------------------------------------------------------------
 
@@ -374,6 +374,15 @@ class Tower:
 # ---- drafter and target ----------------------------------------------------------------------------------------
 
 
+@dataclass
+class Expected:
+    """What another model expects this one to say, apart from the texts, which lie on the device."""
+    alone: bool = False                     # what this model recalls does not count
+    lens: tuple[int, ...] = (0,)            # numbers of drafts that a step may look at
+    share: float = 0.0                      # how often a draft is right if all before it are; 0: nothing is expected
+    drafts: int = 0                         # in the likeliest text
+
+
 class Model:
     """What drafter and target share: a decoder, one request's state on the device, its step graphs and stream.
 
@@ -408,6 +417,7 @@ class Model:
         self.texts = Recall(self.device, RECALL_ROWS[self.on_gpu], decoder.work.pdl)     # what it wrote before
         self.recall_len, self.recalls = 0, False             # ids recalled a step, at most; whether this request may
         self.recalled = 1.0                                  # how many of them were right of late
+        self.expected = Expected()                           # of what another model holds likely
         self.draft_ids, self.pixels, self.steps, self.prompt_rows = {}, {}, {}, 0
         self.hidden_MD = torch.zeros(decoder.cache_rows, self.config.D, dtype=decoder.dtype, device=self.device)
         # One scratch and one stream for the capture of all its graphs: cuBLAS keeps 32 MiB for every stream it meets.
@@ -512,19 +522,36 @@ class Model:
 
     def next_len(self) -> int:
         """Ids to recall for the next step: none while they are too seldom right to pay for the wider step."""
-        return self.recall_len if self.recalls and self.texts.texts and self.recalled > self.recall_pays else 0
+        if not self.recalls:
+            return 0
+        if self.texts.texts and self.recalled > self.recall_pays and not self.expected.alone:
+            return self.recall_len
+        if self.expected.share > self.recall_pays:
+            return min(G for G in self.expected.lens if G >= min(self.expected.drafts, max(self.expected.lens)))
+        return 0
 
     @property
     def recall_pays(self) -> float:
         """Recalled ids that have to be right in a step, on average, to pay for its rows."""
         return RECALL_PAYS[BITS[self.decoder.packed][0] if self.decoder.packed else None]
 
-    def judge(self, G: int, right: int) -> None:
-        """So many of a step's G recalled ids were right. Where they do not pay they are tried again every 40 steps."""
-        if G:
-            self.recalled += 0.25 * (right - self.recalled)
-        else:
+    def judge(self, G: int, state) -> None:
+        """Learns from a step of G recalled ids and its state. Where they do not pay they are tried again every 40
+        steps. What another model expected is not this one's to judge."""
+        if not G:
             self.recalled += 0.25 / 40 * self.recall_pays
+        elif state[RECALLED] >= 0:
+            self.recalled += 0.25 * (state[ACCEPT_LEN] - self.recalled)
+
+    def expect(self, texts, share: float, drafts: int) -> None:
+        """Another model holds these texts likely, the likeliest last (see kernels/recall.py), with so many drafts in
+        that one, each right with `share` if all before it are. From any thread. They come before what this model
+        recalls where more of them are expected to be right."""
+        worth = sum(share ** k for k in range(1, drafts + 1))
+        rank = ALONE if self.expected.alone else FIRST if worth > self.recalled else NOTHING
+        self.texts.expect(texts, rank.value)
+        self.expected.drafts = drafts
+        self.expected.share = share if drafts or self.on_gpu else 0.0    # a GPU's next step is queued before its drafts
 
     def remember(self, ids) -> None:
         """Keeps a text that this model wrote, to be recalled."""
@@ -644,6 +671,9 @@ class Drafter(Model):
         first = 32000 + int(flags[1])                        # a patch token, if added, comes before the two markers
         self.marker_ids = (first, first + 1) if flags[0] else None
         self.one_zero = torch.tensor([1, 0]).to(self.device)
+        self.committed_W = torch.zeros_like(self.state_W)    # what `resume` takes over, and on its way from the host
+        self.host_W = torch.zeros(self.state_W.shape, dtype=torch.long, pin_memory=self.on_gpu)
+        self.host_read = torch.cuda.Event() if self.on_gpu else None
         self.laid: list[Node] = []                           # on a device of its own: the texts whose last ids have
         self.kept: dict[Node, int] = {}                      # rows behind the prompt, and whose rows are put aside
 
@@ -692,17 +722,16 @@ class Drafter(Model):
         has no row yet; so the row that a fully accepted round leaves missing is always written and the host has
         nothing to decide. More rows write a text that has none: the target went on alone, or said another guess.
         """
-        words = min(len(committed_W), len(self.state_W))
-        self.state_W[STATE:words].copy_(committed_W[STATE:words])
-        self.state_W[:2].copy_(committed_W[:2] * self.one_zero)       # keep n_out, clear done
-        self.state_W[LIMIT].fill_(len(self.state_W))                  # the limit was the head start's
-        if rows == 1:                                        # its last id has no row yet, as after any step
-            G = self.next_len()
-            self.step_recalled(G) if G else self.step(0)
-            return G
-        self.prepare_resume(rows)
-        self.logits_SV = self.steps["resume", rows]()
-        return None
+        words, G = min(len(committed_W), len(self.state_W)), self.next_len() if rows == 1 else 0
+        self.prepare_resume(rows, G)
+        if self.host_read and committed_W.device.type == "cpu":          # page-locked memory afresh takes 0.09 ms
+            self.host_read.synchronize()
+            committed_W = self.host_W[:words].copy_(committed_W[:words])
+        self.committed_W[:words].copy_(committed_W[:words], non_blocking=True)
+        if self.host_read:
+            self.host_read.record(self.stream)
+        self.logits_SV = self.steps["resume", rows, G]()
+        return G if rows == 1 else None
 
     def lay(self, node: Node, at: Node) -> int:
         """Moves the cache rows of the text of `node` to their places. Returns how many of its first ids have rows
@@ -735,11 +764,17 @@ class Drafter(Model):
         None where the last forward checked recalled ids."""
         return Snapshot(self.logits_SV[0].topk(GUESSES).indices, self.stream) if len(self.logits_SV) == 1 else None
 
-    def prepare_resume(self, rows: int = 2) -> None:
-        if ("resume", rows) not in self.steps:
-            self.steps["resume", rows] = StepGraph(lambda: self._resume(rows), self)
+    def prepare_resume(self, rows: int = 2, G: int = 0) -> None:
+        """G: ids recalled with the last row, where it is the only one."""
+        if ("resume", rows, G) not in self.steps:
+            self.steps["resume", rows, G] = StepGraph(lambda: self._resume(rows, G), self)
 
-    def _resume(self, rows: int):
+    def _resume(self, rows: int, G: int):
+        self.state_W[STATE:].copy_(self.committed_W[STATE:])           # what lies behind the ids is stale, and unseen
+        self.state_W[:2].copy_(self.committed_W[:2] * self.one_zero)   # keep n_out, clear done
+        self.state_W[LIMIT].fill_(len(self.state_W))                   # the limit was the head start's
+        if rows == 1:                                        # its last id has no row yet, as after any step
+            return self._round(G, sampled=False, recalled=G > 0)
         n_out = self.state_W[:1]
         first = (n_out - rows).clamp(min=-1)                           # before the first answer id comes the prompt
         at_S = first + torch.arange(rows, device=self.device)          # from n_out on they are stale, and unseen
@@ -959,6 +994,14 @@ class Node:
         """The text with this id behind it, made when it is first asked for."""
         return self.children.get(id) or self.children.setdefault(id, Node(self, id))
 
+    def tail(self, place: int) -> list[int]:
+        """Its ids from that place on."""
+        found, node = [], self
+        while node.parent and node.place > place:
+            found.append(node.id)
+            node = node.parent
+        return found[::-1]
+
     def path(self) -> list[Node]:
         """The texts on the way here, this one included; the empty one is not."""
         found, node = [], self
@@ -975,24 +1018,32 @@ class Node:
         return mine is node
 
 
+def smoothed(old: float | None, new: float) -> float:
+    return new if old is None else old + 0.2 * (new - old)
+
+
 class Ahead:
     """What a drafter on its own device expects after each text it was asked about, and how far the answer really is.
 
-    Each side looks when it likes and neither waits; a guess that the target did not confirm is off the way, no more.
-    Nothing follows eos_id (-1: no such id), nor `limit` ids.
+    Each side looks when it likes and the target never waits; a guess that it did not confirm is off the way, no more.
+    Nothing follows eos_id (-1: no such id), nor `limit` ids. Times in seconds, of any one clock.
     shares: how often of late the next id was the drafter's first guess, its second, ..; they outlive the request. The
     drafter is asked next about the text that they make likeliest: mostly the end of all its first guesses, but where
     these are often wrong what follows a second guess, so that its drafts are ready when the target says it.
 
-    Measured beside drafters that are right with 0.4, 0.6 and 0.8, nobody recalling: with second guesses that are right
-    half the time 1.016, 1.114 and 1.320 of target_only's speed, with ones that never are 1.020, 1.104 and 1.319 (two
-    H200, c4bc049; there all six learnt the same shares, and the host waited for the guesses: 1.78 ms a draft for 1.66).
+    What this can bring: a run of right drafts ends with a wrong one, which costs a target's forward; each draft in it
+    costs one of the drafter's, since what follows a wrong draft is not known before. If drafts are right with p and one
+    takes c of a target's forward, no order of the two makes more than 1 / (1 - p + p c) ids a forward, not even one
+    that knows the length of each run beforehand (head start, recalled ids and second guesses apart).
     Not built: all guesses in one forward of 16 rows, which at 4 bits takes 1.8 to 1.9 of a step."""
 
     def __init__(self, shares: list[float], eos_id: int, limit: int):
         self.shares, self.eos_id, self.limit = shares, eos_id, limit
         self.root = self.at = Node()                         # at: the committed answer
-        self.heard, self.lock = False, threading.Lock()
+        self.heard: float | None = None                      # when the target last spoke
+        self.step: float | None = None                       # seconds from then until it speaks again, of late
+        self.forward: float | None = None                    # seconds of the drafter's forward, of late
+        self.news, self.lock = threading.Event(), threading.Lock()           # news: the target has spoken
 
     def tell(self, node: Node, ids: list[int]) -> Node:
         """The drafter: after the text of `node` come `ids`. Returns the text with all of them."""
@@ -1010,35 +1061,45 @@ class Ahead:
             first = node.next[:1]
             node.next = [*first, *(i for i in ids if i not in first)][:GUESSES]
 
-    def span(self, committed: list[int], limit: int) -> list[int]:
-        """The target, which has committed these ids: at most `limit` drafts to follow them. Moves `at` there and counts
-        in `shares` which guesses came true."""
+    def commit(self, committed: list[int], now: float) -> None:
+        """The target, which has committed these ids at `now`, seconds: moves `at` there and counts in `shares` which
+        guesses came true."""
         with self.lock:
             for i in committed[self.at.place:]:
                 for rank in range(len(self.at.next or ())):
                     self.shares[rank] += 0.02 * ((self.at.next[rank] == i) - self.shares[rank])
                 self.at = self.at.then(i)
-            self.heard, drafts, node = True, [], self.at
-            while len(drafts) < limit and node.next:
-                drafts.append(node.next[0])
-                node = node.then(drafts[-1])
-            return drafts
+            if self.heard is not None:
+                self.step = smoothed(self.step, now - self.heard)
+            self.heard = now
+            self.news.set()
 
-    def worth(self, drafts: int) -> float:
-        """The expected number of right ones among so many drafts, each right with shares[0] if all before it are."""
-        return sum(self.shares[0] ** k for k in range(1, drafts + 1))
+    def texts(self) -> tuple[list[list[int]], float, int]:
+        """What may follow the answer so far, as `Model.expect` takes it."""
+        with self.lock:
+            ends, waiting = [], [self.at]
+            while waiting:
+                node = waiting.pop(0)
+                while node.next:
+                    waiting += [other for i, other in node.children.items() if other.next and i != node.next[0]]
+                    node = node.then(node.next[0])
+                ends.append(node)
+            texts = [node.tail(self.at.place - ORDER) for node in reversed(ends)]
+            return texts, self.shares[0], ends[0].place - self.at.place
 
-    def likeliest(self) -> Node | None:
-        """The drafter: the text to be asked about next, None if there is nothing left to ask. Until the target has
-        spoken, the end of its own text."""
+    def likeliest(self, now: float = 0.0) -> Node | None:
+        """The drafter, at `now`: the text to be asked about next, None if there is nothing left to ask. Until the
+        target has spoken, the end of its own text. Then None as well for a text that would be known `late`, after the
+        target has spoken again: if that rejects it, what comes instead has to wait."""
         waiting, count = [(-1.0, 0, self.at)], 0
         while waiting:
             chance, _, node = heapq.heappop(waiting)
             if node.parent and node.id == self.eos_id or node.place >= self.limit:
                 continue                                     # nothing follows
             if node.next is None:
-                return node
-            for share, i in zip(self.shares[:None if self.heard else 1], node.next, strict=False):
+                late = now + self.forward - self.heard - self.step if self.forward and self.step else 0.0
+                return node if -chance * (self.forward or 0.0) >= late or late <= 0 else None
+            for share, i in zip(self.shares[:1 if self.heard is None else None], node.next, strict=False):
                 count += 1
                 heapq.heappush(waiting, (chance * share, count, node.then(i)))
         return None
@@ -1088,7 +1149,7 @@ class Result(collections.abc.Mapping):
     draft_ids: list = field(default_factory=list)     # the overlap drafts, as far as the host saw them
     drafted: int = 0                        # drafts the target looked at
     accepted_tokens: int = 0                # drafts it agreed with; bonus ids not counted
-    span_len: int = 0                       # head-start drafts that were verified in one forward
+    span_len: int = 0                       # drafts that the first verify behind a head start looked at
     rejected_at: int = -1                   # index of the first rejected draft of that span, -1 if none
     rounds: int = 0
     accept_lens: list = field(default_factory=list)   # of each round; of the last one what is in the answer
@@ -1209,7 +1270,7 @@ class Request:
     preview: list = field(default_factory=list)         # (id, seconds) as the host saw them
     accept_lens: list = field(default_factory=list)
     drafted: int = 0
-    first_span: list = field(default_factory=list)
+    span_len: int = 0
     prefill_end: float | None = None
     prompt_rows: dict = field(default_factory=dict)
     drafter_error: str | None = None
@@ -1277,6 +1338,10 @@ class Engine:
     def models(self) -> list[Model]:
         return [m for m in (self.target, self.drafter) if m is not None]
 
+    def _ahead(self, req: Request) -> bool:
+        """Whether the drafter works on a device of its own for as long as the answer grows."""
+        return self.apart and req.mode == "speculative" and req.source is None
+
     # -- the two sides, each on a thread of its own
 
     def _drafter_side(self, req: Request) -> None:
@@ -1291,7 +1356,6 @@ class Engine:
         model, line = self.drafter, req.timeline
         gate = req.gate if req.source is None else None      # a source that hears the drafter has asked for it
         alone = req.mode in ("drafter_only", "prefill_only")
-        ahead = self.apart and req.mode == "speculative" and req.source is None
         if gate and not gate.head_start(req, gate.usual(("events", req.size)) or 0.0):
             return
         req.host_free.wait()
@@ -1305,7 +1369,7 @@ class Engine:
         req.host_free.wait()
         with model.on_stream():
             encode_and_prefill(model, loaded, limit, req)
-            if ahead:
+            if self._ahead(req):
                 return self._draft_ahead(req, limit)
 
             def go_on(state):
@@ -1325,15 +1389,17 @@ class Engine:
 
     def _draft_ahead(self, req: Request, limit: int) -> None:
         """Drafts for as long as the answer grows: after its own text, and once the target has spoken after whatever is
-        likeliest to be the answer so far. What the target does not confirm is not looked at again; nobody waits.
-        """
-        model, ahead, words = self.drafter, req.ahead, STATE + limit + STEP_ROWS
-        most, node, forward, G = model.decoder.step_rows, ahead.root, 0, None
+        likeliest to be the answer so far. What it holds likely lies in the target's memory, where a verify finds the
+        drafts behind the ids of that moment; nobody waits, and what the target does not confirm is never looked at."""
+        model, ahead, line, words = self.drafter, req.ahead, req.timeline, STATE + limit + STEP_ROWS
+        node, forward, G, asked_at = ahead.root, 0, None, None
         own = ahead.root                                     # the end of its own text, which is the preview
         model.laid, model.kept = [], {}
         while True:
             on_its_way, guesses, asked = model.snapshot(words), model.guesses(), node
             state = on_its_way.read()                        # guesses may come later
+            if asked_at is not None:
+                ahead.forward = smoothed(ahead.forward, line.now() - asked_at)
             state[N_OUT] = min(state[N_OUT], limit)          # recalled ids may go beyond it
             req.host_free.wait()
             check_finite(state, model, "draft")
@@ -1342,34 +1408,46 @@ class Engine:
             model.laid = tip.path()[:max(node.place, tip.place - 1)]         # its last id has no row yet
             req.drafts.append((forward, node.place, fresh))
             if G is not None and fresh:
-                model.judge(G, state[ACCEPT_LEN])
+                model.judge(G, state)
             if node is own:
                 self._preview(req, state)
                 own = tip
-            node = None
-            while node is None and not req.stop_drafting.is_set():
-                known, node = (ahead.heard, ahead.at), ahead.likeliest()
-                if node is None and guesses:
-                    ahead.guess(asked, guesses.read())
-                    guesses, node = None, ahead.likeliest()
-                while node is None and (ahead.heard, ahead.at) == known and not req.stop_drafting.is_set():
-                    time.sleep(2e-4)                         # all is asked, until the target says more
-            if node is None or req.stop_drafting.is_set():
+            if req.stop_drafting.is_set():
                 return
-            if node is tip:
-                G = model.next_len()
-                with req.timeline.stage("recall" if G else "draft", model, note="ahead"):
-                    model.step_recalled(G) if G else model.step(0)
-            else:
-                ids = [of.id for of in node.path()]
-                with req.timeline.stage("draft", model, note="resume"):
-                    ready = model.lay(node, ahead.at)
-                    for end in [*range(ready + most, len(ids), most), len(ids)]:
-                        head, rows = torch.tensor([end, 0, 0, 0, 0, 0, 0, 0] + ids[:end]), end - ready
-                        G = model.resume(to_device(head, model.device), rows if rows <= 2 else most)
-            forward += 1
-            if guesses:                                      # there by now; the next forward runs meanwhile
+            node, asked_at = ahead.likeliest(line.now()), line.now()
+            if node:                                         # first of all the GPU goes on
+                G = self._ask(req, node, tip)
+            self.target.expect(*ahead.texts())
+            if guesses:                                      # there by now
                 ahead.guess(asked, guesses.read())
+            while not node:                                  # all is asked, or would be too late
+                heard = ahead.news.wait(1e-3)
+                if req.stop_drafting.is_set():
+                    return
+                ahead.news.clear()
+                node, asked_at = ahead.likeliest(line.now()), line.now()
+                if node:
+                    G = self._ask(req, node, tip)
+                elif heard:                                  # of a long text the target's memory holds a part
+                    self.target.expect(*ahead.texts())
+            forward += 1
+
+    def _ask(self, req: Request, node: Node, tip: Node) -> int | None:
+        """Queues the drafter's forward behind the text of `node`; its rows are those of `tip`, but for the last id.
+        Returns the number of ids recalled for it, None where nothing is learnt about that."""
+        model = self.drafter
+        if node is tip:
+            G = model.next_len()
+            with req.timeline.stage("recall" if G else "draft", model, note="ahead"):
+                model.step_recalled(G) if G else model.step(0)
+            return G
+        ids, most = [of.id for of in node.path()], model.decoder.step_rows
+        with req.timeline.stage("draft", model, note="resume"):
+            ready = model.lay(node, req.ahead.at)
+            for end in [*range(ready + most, len(ids), most), len(ids)]:
+                head, rows = torch.tensor([end, 0, 0, 0, 0, 0, 0, 0] + ids[:end]), end - ready
+                G = model.resume(head, rows if rows <= 2 else most)
+        return G
 
     def _target_side(self, req: Request) -> None:
         """Video to answer. Everything it emits is the target's own greedy id."""
@@ -1386,9 +1464,13 @@ class Engine:
             req.host_free.set()
             drafted = req.source is not None or req.preview or "drafter" in req.prompt_rows
             undrafted = req.drafter_done.is_set() and not drafted
-            recalls = model.recalls and req.source is not None               # without one see `_rounds_ahead`
-            if undrafted or recalls or req.mode in ("target_only", "prefill_only"):          # nothing to decide, ever
+            ahead, alone = self._ahead(req), req.mode in ("target_only", "prefill_only")
+            if alone or undrafted or ahead or model.recalls:                 # the host has nothing to decide, ever
                 for state in self._decode(model, req, req.max_new_tokens, "decode"):
+                    if ahead:
+                        req.ahead.commit(state[STATE:STATE + state[N_OUT]], line.now())
+                        if model.on_gpu and req.prefill_end and not state[DONE]:
+                            time.sleep(4e-4)                 # first the drafter hears of it: a step is queued already
                     req.prefill_end = req.prefill_end or line.now()
                     answer.tell(state)
                 return
@@ -1396,16 +1478,13 @@ class Engine:
             req.prefill_end = line.now()
             check_finite(state, model, "prefill")
             answer.tell(state)
-            if req.mode == "speculative" and self.apart and req.source is None:
-                state = self._rounds_ahead(req, state, answer)
-            elif req.mode in ("prefill_then_verify", "speculative"):
-                if not (self.apart and req.mode == "speculative"):       # there a source hears it to its end
-                    req.stop_drafting.set()
-                state = self._verify_overlap(req, state, answer)
-                if req.mode == "speculative" and req.source is None:
-                    state = self._rounds_with_drafter(req, state, answer)
-                elif req.mode == "speculative":
-                    state = self._rounds_with_source(req, state, answer)
+            if not (self.apart and req.mode == "speculative"):           # there a source hears it to its end
+                req.stop_drafting.set()
+            state = self._verify_overlap(req, state, answer)
+            if req.mode == "speculative" and req.source is None:
+                state = self._rounds_with_drafter(req, state, answer)
+            elif req.mode == "speculative":
+                state = self._rounds_with_source(req, state, answer)
             answer.tell()
             if not state[DONE]:
                 for newest in self._decode(model, req, req.max_new_tokens, "decode", known=state[N_OUT]):
@@ -1413,9 +1492,9 @@ class Engine:
 
     def _decode(self, model: Model, req: Request, limit: int, name: str, go_on=None, known: int = 1):
         """Steps of one row, or of as many as `next_len` recalls, to the end or until `go_on`, told the newest state the
-        host has seen, says no. Yields states
-        as the host sees them, one step behind what is queued; the last one has everything. Without `go_on` the first
-        step is queued unseen as well: the GPU waits for nobody. known: ids that are there already."""
+        host has seen, says no. Yields states as the host sees them, one step behind what is queued; the last one has
+        everything. Without `go_on` the first step is queued unseen as well: the GPU waits for nobody. known: ids that
+        are there already."""
         words, left, stop, stage, state = STATE + limit + STEP_ROWS, limit - known, False, "prefill", None
         pending = collections.deque([(model.snapshot(words), 0)])        # states on their way to the host, ids recalled
         behind = int(model.on_gpu and go_on is None)         # on the CPU nothing is queued: look at once
@@ -1434,8 +1513,12 @@ class Engine:
             before, state = state[N_OUT] if state else None, snapshot.read()
             check_finite(state, model, stage)
             if before is not None and state[N_OUT] > before:
-                model.judge(G, state[ACCEPT_LEN])
+                model.judge(G, state)
                 if model.recalls and not model.drafts:
+                    drafts = abs(state[RECALLED]) if G else 0
+                    req.drafted += drafts
+                    if self._ahead(req) and not req.accept_lens:
+                        req.span_len = drafts
                     req.accept_lens.append(state[ACCEPT_LEN])
             yield state
             stop, stage, behind = stop or bool(state[DONE]), name, int(model.on_gpu)
@@ -1451,7 +1534,7 @@ class Engine:
             span = drafts[1:1 + req.overlap_len] if drafts[:1] == state[STATE:STATE + 1] else []
         if not span:
             return state
-        req.first_span = span
+        req.span_len = len(span)
         state = self._verify(req, span, req.overlap_len, answer)
         if req.source is not None:
             guarded(req, req.source.verdict, len(span), min(len(span), state[ACCEPT_LEN]))
@@ -1559,37 +1642,11 @@ class Engine:
             answer.tell(state)
         return state
 
-    def _rounds_ahead(self, req: Request, state, answer: Answer):
-        """Verifies what the drafter on the other device has ready, or what the target recalls of its past answers,
-        whichever is expected to bring more: recalled steps are queued one behind the other, without the host in the
-        round. Where there is neither, after a rejection above all, nobody waits: the target steps alone."""
-        model, ahead, span = self.target, req.ahead, []
-
-        def recalls_more(state):
-            nonlocal span
-            span = ahead.span(state[STATE:STATE + state[N_OUT]], req.overlap_len)
-            return model.next_len() and model.recalled > ahead.worth(len(span))
-
-        while not (state[DONE] or req.cancelled.is_set() or req.drafter_error):
-            if recalls_more(state):
-                answer.tell()
-                newest = state
-                for newest in self._decode(model, req, req.max_new_tokens, "decode", recalls_more, state[N_OUT]):
-                    answer.tell(newest)
-                state = newest
-            elif span:
-                req.first_span = req.first_span or (span if not req.accept_lens else [])
-                state = self._verify(req, span, req.overlap_len, answer)
-            else:
-                state = self._plain(req, answer)
-                model.judge(0, 0)
-        return state
-
     # -- checks, assembly
 
     def _check_rows(self, model: Model, prompt_rows: int, req: Request) -> None:
         spare = max(req.draft_len, req.overlap_len, model.recall_len * model.recalls) + 2
-        aside = KEPT_ROWS * (model.drafts and self.apart and req.mode == "speculative" and req.source is None)
+        aside = KEPT_ROWS * (model.drafts and self._ahead(req))
         spare = max(spare, model.decoder.step_rows) if aside else spare      # rows that a resume may run again
         need, have = prompt_rows + req.max_new_tokens + spare + aside, model.decoder.cache_rows
         if need > have:
@@ -1604,22 +1661,25 @@ class Engine:
             model.sampling = req.sampling if model is active[0] else None
             model.looks = [] if req.explain and model is active[0] else None
         if self.target in active:
-            target, R = self.target, 1 if req.image else self.target.num_frames
-            ahead = self.apart and req.source is None and self.drafter.recall_len
+            target, R, ahead = self.target, 1 if req.image else self.target.num_frames, self._ahead(req)
             target.recall_len = req.overlap_len if ahead else req.draft_len
             target.recalls = bool((ahead or req.source and req.source.recalls) and target.recall_len
                                   and req.mode == "speculative")
+            verified = {"prefill_then_verify": [req.overlap_len], "speculative": [req.overlap_len, req.draft_len]}
             rows = target.prompt(req.question).rows(R * (target.vision.P + int(not req.image or target.keep_cls)))
             self._check_rows(target, rows, req)
             with naming_stage(target, "preparation"):
                 target.prepare_encode(R, req.image)
                 target.prepare_prefill(rows)
-                target.prepare(0, *{"prefill_then_verify": [req.overlap_len],
-                                    "speculative": [req.overlap_len, req.draft_len]}.get(req.mode, []))
+                target.prepare(0, *([] if ahead else verified.get(req.mode, [])))
                 if target.recalls:
-                    target.prepare(target.recall_len, recalled=True)
-                    with target.on_stream():
-                        target.texts.proposed.zero_()
+                    target.expected = Expected()
+                    if ahead:
+                        lens = min(req.draft_len, req.overlap_len), req.overlap_len
+                        target.expected = Expected(not self.drafter.recall_len, lens)
+                    target.prepare(target.recall_len, *(G for G in target.expected.lens if G), recalled=True)
+                    target.expect([], self.shares[0] if ahead else 0.0, 0)
+                    target.expected.drafts = req.overlap_len             # of a head start as many as may be
         if self.drafter in active:
             drafter = self.drafter
             drafter.recalls = drafter.recall_len > 0 and req.mode != "drafter_only"          # its own answer is its own
@@ -1636,6 +1696,9 @@ class Engine:
                     drafter.prepare_resume()
                     if self.apart:
                         drafter.prepare_resume(drafter.decoder.step_rows)
+                        drafter.prepare_resume(1)
+                        if drafter.recalls:
+                            drafter.prepare_resume(1, drafter.recall_len)
 
     def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, image_path=None,
                mode="speculative", max_new_tokens=50, draft_len: int | None = None,
@@ -1800,6 +1863,8 @@ class Engine:
                 req.drafter_error = describe(error)
         finally:
             (req.drafter_done if model is self.drafter else req.host_free).set()
+            if model is self.drafter and self.target:
+                self.target.expected.share = 0.0             # nothing more will come
             req.out.put(("end", model.side, None))
 
     def remember(self, drafted, answered=()) -> None:
@@ -1834,8 +1899,6 @@ class Engine:
             self.remember(followed or own, result.output_ids if self.apart else ())
         if self.gate and deciding == "target" and not (req.mode == "prefill_only"):
             self.gate.learn(req, result)
-        if self.target in active and self.target.recalls:
-            req.drafted += int(self.target.texts.proposed)
         result.prompt_rows, result.drafter_error = req.prompt_rows, req.drafter_error
         result.verdicts = decider.verdicts(result.output_ids) if req.explain else []
         lens = result.accept_lens = list(req.accept_lens)
@@ -1847,8 +1910,8 @@ class Engine:
             result.acceptance_rate = result.accepted_tokens / result.drafted
         if result.rounds:
             result.tokens_per_round = result.accepted_tokens / result.rounds + 1
-        result.span_len, result.drafts = len(req.first_span), req.drafts
-        if req.first_span and lens and req.accept_lens[0] == lens[0] < len(req.first_span):
+        result.span_len, result.drafts = req.span_len, req.drafts
+        if req.span_len and lens and req.accept_lens[0] == lens[0] < req.span_len:
             result.rejected_at = lens[0]
         if deciding == "target":
             result.draft_ids = result.preview_ids

@@ -2,7 +2,7 @@
 close_round turns the logits into ids and advances the state. The host only ever looks at copies.
 
 state_W, int64: n_out, done, accept_len of the last round, prompt_len, eos_id, limit (most ids to produce), nonfinite,
-rounds; then the ids. n_out counts ids, the eos included. eos_id -1 never matches.
+drafts that kernels/recall.py found for it; then the ids. n_out counts ids, the eos included. eos_id -1 never matches.
 Bytes: open 4*S*D in bf16, close 2*S*V: 32 rows of 32,064 logits are 2.1 MB. Both are launch-bound: one launch each."""
 
 import torch
@@ -13,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.check import INTERPRETED, self_check
 
 STATE = 8                            # words before the ids
-N_OUT, DONE, ACCEPT_LEN, PROMPT_LEN, EOS_ID, LIMIT, NONFINITE, ROUNDS = (tl.constexpr(i) for i in range(8))
+N_OUT, DONE, ACCEPT_LEN, PROMPT_LEN, EOS_ID, LIMIT, NONFINITE, RECALLED = (tl.constexpr(i) for i in range(8))
 MAX_ROWS = 32
 CHUNK = 2048                         # logits a program looks at
 MAX_CHUNKS = 64
@@ -52,7 +52,6 @@ def close_round_ref(logits_SV, draft_ids_G, state_W):
     state_W[0], state_W[2] = n_out, accept_len
     state_W[1] = int(n_out >= min(limit, len(state_W) - STATE) or eos in fresh)
     state_W[6] |= int(logits_SV.isnan().any())
-    state_W[7] += 1
 
 
 @triton.jit
@@ -116,7 +115,6 @@ def close_round_kernel(logits_ptr, draft_ids_ptr, state_ptr, key_ptr, arrived_pt
             tl.store(state_ptr + DONE, ((first_eos < MAX_ROWS) | (n_out + count >= limit)).to(tl.int64))
             tl.store(state_ptr + ACCEPT_LEN, accept_len.to(tl.int64))
             tl.store(state_ptr + NONFINITE, tl.load(state_ptr + NONFINITE) | nonfinite)
-            tl.store(state_ptr + ROUNDS, tl.load(state_ptr + ROUNDS) + 1)
 
 
 def open_round(state_W, draft_ids_G, embed_VD, work=None):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kernels import recall as module
-from kernels.recall import ORDER, Recall, recall, recall_ref
-from kernels.round import STATE
+from kernels.recall import ALONE, FIRST, NOTHING, ORDER, PLACES, Recall, recall, recall_ref
+from kernels.round import RECALLED, STATE
 from weights.sources import Recalled
 
 
@@ -70,7 +70,94 @@ def test_the_oldest_text_is_overwritten_and_the_rest_stays(which):
     texts.teach([6, 7, 9])
     assert drafts_of(texts, [0, 7], 1) == [9]
     texts.teach(range(2000, 5000))                                       # longer than all there is room for
-    assert drafts_of(texts, [2500], 2) == [2501, 2502] and len(texts.ids_M) == 1024
+    assert drafts_of(texts, [2500], 2) == [2501, 2502] and texts.rows == 1024
+
+
+RANKS = [rank.value for rank in (NOTHING, FIRST, ALONE)]
+
+
+def found(texts, ids, G=4):
+    """(drafts, their number as the state has it: below zero if they were expected)."""
+    state_W, drafts_G = state_of(ids, len(ids) + 64), torch.full((G,), -7, dtype=torch.int64)
+    recall(texts, state_W, drafts_G)
+    return [i for i in drafts_G.tolist() if i >= 0], int(state_W[RECALLED.value])
+
+
+def test_expected_texts_draft_behind_all_of_their_ids_alone(which):
+    texts = Recall("cpu", 1024)
+    texts.expect([[5, 6, 7, 8]])
+    assert found(texts, [5, 6]) == ([7, 8], -2) and found(texts, [5]) == ([6, 7, 8], -3)
+    for alone in ([5, 9], [4, 6], [5, 6, 6]):                            # the target went on without them
+        assert found(texts, alone) == ([], 0)
+    assert found(texts, [5, 6, 7, 8]) == ([], 0)
+    ids = list(range(100, 140))
+    texts.expect([[*ids[-ORDER:], 1, 2]])
+    assert found(texts, ids) == ([1, 2], -2) and found(texts, [*ids, 1]) == ([2], -1)
+    assert found(texts, [*ids[:-ORDER], 0, *ids[1 - ORDER:]]) == ([], 0)         # one of the last 16 is another
+
+
+def test_of_expected_texts_the_last_that_fits_is_taken_and_new_ones_replace_old(which):
+    texts = Recall("cpu", 1024)
+    texts.expect([[1, 9, 3], [1, 2, 4]])
+    assert found(texts, [1]) == ([2, 4], -2) and found(texts, [1, 9]) == ([3], -1)
+    texts.expect([[1, 9, 5]])
+    assert found(texts, [1]) == ([9, 5], -2) and found(texts, [1, 2]) == ([], 0)
+    texts.expect([])
+    assert found(texts, [1]) == ([], 0)
+
+
+def test_expected_texts_are_ranked_beside_remembered_ones(which):
+    texts = Recall("cpu", 1024)
+    texts.teach([1, 2, 3])
+    for rank, drafts in zip(RANKS, (([3], 1), ([4, 5], -2), ([4, 5], -2)), strict=True):
+        texts.expect([[1, 2, 4, 5]], rank)
+        assert found(texts, [1, 2]) == drafts
+    assert found(texts, [7, 2]) == ([], 0)                               # what is remembered does not count
+    texts.expect([[1, 2, 4, 5]])
+    assert found(texts, [7, 2]) == ([3], 1)
+    texts.expect([[1, 2, 4, 5]], FIRST.value)
+    assert found(texts, [7, 2]) == ([3], 1)
+
+
+def test_what_is_expected_fits_its_room(which):
+    texts = Recall("cpu", 1024)
+    texts.teach(range(1000, 1900))
+    many = [[i, *[i] * 20, 7000 + i] for i in range(100)]
+    texts.expect(many)
+    kept = [i for i in range(100) if found(texts, [i] * 21) == ([7000 + i], -1)]
+    assert kept == list(range(100 - (PLACES - 3) // 23, 100))
+    texts.expect([range(5000, 8000)])
+    assert found(texts, list(range(5000, 6000))) == (list(range(6000, 6004)), -4)
+    assert found(texts, list(range(5000, 6019))) == ([6019, 6020], -2), "as much of it as there is room for"
+    assert found(texts, [1600]) == ([1601, 1602, 1603, 1604], 4), "and what is remembered stays"
+
+
+def test_a_state_that_is_done_stays_as_it_is(which):
+    texts, state_W = Recall("cpu", 1024), state_of([1])
+    texts.expect([[1, 2]])
+    state_W[1] = 1
+    recall(texts, state_W, torch.full((4,), -7))
+    assert int(state_W[RECALLED.value]) == 0
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_kernel_equals_definition_with_expected_texts(rank):
+    generator, counts = torch.Generator().manual_seed(rank + 9), [0, 0]
+    for _ in range(25):
+        texts = Recall("cpu", 2048)
+        for _ in range(int(torch.randint(0, 60, (1,), generator=generator))):
+            length = int(torch.randint(1, 60, (1,), generator=generator))
+            texts.teach(torch.randint(0, 4, (length,), generator=generator).tolist())
+        ids = torch.randint(0, 4, (int(torch.randint(0, 40, (1,), generator=generator)),), generator=generator).tolist()
+        others = (torch.randint(0, 4, (n,), generator=generator).tolist() for n in range(5))
+        texts.expect([[*ids[-ORDER:], *after] for after in others], rank)
+        state_W, drafts_G = state_of(ids), torch.full((7,), -7, dtype=torch.int64)
+        recall(texts, state_W, drafts_G)
+        truth_G, expected = recall_ref(texts, state_W, 7)
+        assert drafts_G.tolist() == truth_G.tolist()
+        assert int(state_W[RECALLED.value]) == int((truth_G >= 0).sum()) * (-1 if expected else 1)
+        counts[expected] += int(truth_G[0] >= 0)
+    assert counts[1] == 25 if rank != NOTHING.value else counts[0] > 10
 
 
 @pytest.mark.parametrize("G", [1, 7, 15])
@@ -84,8 +171,8 @@ def test_kernel_equals_definition_on_texts_of_few_ids(G):
         ids = torch.randint(0, 4, (int(torch.randint(0, 40, (1,), generator=generator)),), generator=generator).tolist()
         state_W, drafts_G = state_of(ids), torch.full((G,), -7, dtype=torch.int64)
         recall(texts, state_W, drafts_G)
-        truth = recall_ref(texts.ids_M, texts.at, state_W, G).tolist()
-        assert drafts_G.tolist() == truth
+        truth = recall_ref(texts, state_W, G)[0].tolist()
+        assert drafts_G.tolist() == truth and state_W[RECALLED.value] == sum(i >= 0 for i in truth)
         with_drafts += truth[0] >= 0
         assert int(texts.arrived) == 0                                   # at rest for the next call
     assert with_drafts > 10
@@ -102,7 +189,7 @@ def test_the_source_without_a_target_proposes_the_same(G):
             texts.teach(ids.tolist())
             source.learn(ids.tolist())
         ids = torch.randint(0, 5, (int(torch.randint(1, 40, (1,), generator=generator)),), generator=generator).tolist()
-        wanted = [i for i in recall_ref(texts.ids_M, texts.at, state_of(ids), G).tolist() if i >= 0]
+        wanted = [i for i in recall_ref(texts, state_of(ids), G)[0].tolist() if i >= 0]
         assert source.propose(ids, G) == wanted
         proposed += len(wanted)
     assert proposed > 30

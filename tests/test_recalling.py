@@ -121,13 +121,16 @@ def test_a_target_looks_at_what_is_expected_to_bring_more(recalling, monkeypatch
     ids = truth(recalling, 0, 0)
     target.remember(ids)
     drafter.remember(ids)
-    target.recalled, drafter.recalled = recalled, 0.0
+    target.recalled, drafter.recalled, found = recalled, 0.0, []
+    judge = target.judge
+    monkeypatch.setattr(target, "judge", lambda G, state: (found.append(state[engine.RECALLED]), judge(G, state)))
     try:
         result = recalling.generate(mode="speculative", **asked(0))
     finally:
         recalling.apart = False
     assert result.output_ids == ids and result.drafter_error is None and len(result.preview_ids) > 5
-    assert bool(result.span_len) == verified
+    assert found[0] < -5 if verified else found[0] > 5       # the drafter's, or its own
+    assert result.span_len == abs(found[0])
     assert (target.recalled != recalled) >= (not verified), "what is recalled is judged"
 
 
@@ -156,21 +159,28 @@ def test_rounds_recall_as_well(recalling, monkeypatch):
 def test_what_is_not_right_is_not_recalled_for_long(recalling):
     drafter = recalling.drafter
     drafter.recalls = True
+
+    def judge(G, right, recalled=1):
+        drafter.judge(G, [0, 0, right, 0, 0, 0, 0, recalled])
+
     assert drafter.next_len() == 0                           # nothing in mind
     drafter.remember([1, 2, 3])
     wide = 0
     while drafter.next_len():
-        drafter.judge(RECALL_MOST, 0)
+        judge(RECALL_MOST, 0, wide % 2)
         wide += 1
     assert 2 <= wide <= 9 and drafter.recalled <= RECALL_PAYS[None]
     plain = 0
     while not drafter.next_len():
-        drafter.judge(0, 0)
+        judge(0, 0)
         plain += 1
     assert 20 <= plain <= 45                                 # noticed when it gets better
     for _ in range(10):
-        drafter.judge(RECALL_MOST, 8)
+        judge(RECALL_MOST, 8)
     assert drafter.recalled > 5
+    for _ in range(10):
+        judge(RECALL_MOST, 0, -3)
+    assert drafter.recalled > 5                              # what somebody else expected
 
 
 # -- the target's own answers, as a draft source

@@ -47,7 +47,7 @@ def test_emits_the_accepted_drafts_and_the_bonus(accepted, device):
     s = state(device, n_out=1)
     close_round(logits_for(target, 50, device), drafts_G, s)
     assert ids_of(s)[1:] == target[:accepted + 1]
-    assert s[:STATE].tolist() == [accepted + 2, 0, accepted, 10, -1, 40, 0, 1]
+    assert s[:STATE].tolist() == [accepted + 2, 0, accepted, 10, -1, 40, 0, 0]
 
 
 def test_the_lowest_id_wins_a_tie_and_signed_zeros_tie(device):
