@@ -98,7 +98,8 @@ __all__ = ["MODES", "SOURCES", "Adapted", "Best", "Blend", "BlendText", "Constan
 
 MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
-RECALL_MOST = 15        # ids that a drafter recalls for one step: 16 rows, as many as packed weights serve
+RECALL_MOST = 15        # ids that a drafter recalls for one step: 16 rows, as many as packed weights serve; a target
+                        # may recall STEP_ROWS - 1, while more than one a step is right: 32 rows take 1.07 of a step
 RECALL_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of its earlier texts that a model keeps, on a GPU and on a CPU
 RECALL_PAYS = {None: 0.1, 8: 0.45, 4: 0.9}       # ids that must be right in a step for its rows to pay, by bits of its
                                                  # weights: 16 rows take 1.03 of a step, 1.44 at 8 bits, 1.8 to 1.9 at 4
@@ -525,7 +526,7 @@ class Model:
         if not self.recalls:
             return 0
         if self.texts.texts and self.recalled > self.recall_pays and not self.expected.alone:
-            return self.recall_len
+            return self.recall_len if self.recalled > 1.0 else min(self.recall_len, RECALL_MOST)
         if self.expected.share > self.recall_pays:
             return min(G for G in self.expected.lens if G >= min(self.expected.drafts, max(self.expected.lens)))
         return 0
@@ -1662,7 +1663,8 @@ class Engine:
             model.looks = [] if req.explain and model is active[0] else None
         if self.target in active:
             target, R, ahead = self.target, 1 if req.image else self.target.num_frames, self._ahead(req)
-            target.recall_len = req.overlap_len if ahead else req.draft_len
+            beside = STEP_ROWS - 1 if ahead and self.drafter.recall_len else req.overlap_len
+            target.recall_len = beside if ahead else req.draft_len
             target.recalls = bool((ahead or req.source and req.source.recalls) and target.recall_len
                                   and req.mode == "speculative")
             verified = {"prefill_then_verify": [req.overlap_len], "speculative": [req.overlap_len, req.draft_len]}
@@ -1675,9 +1677,10 @@ class Engine:
                 if target.recalls:
                     target.expected = Expected()
                     if ahead:
-                        lens = min(req.draft_len, req.overlap_len), req.overlap_len
-                        target.expected = Expected(not self.drafter.recall_len, lens)
-                    target.prepare(target.recall_len, *(G for G in target.expected.lens if G), recalled=True)
+                        target.expected = Expected(not self.drafter.recall_len,
+                                                   (min(req.draft_len, req.overlap_len), req.overlap_len))
+                    lens = target.recall_len, min(target.recall_len, RECALL_MOST), *target.expected.lens
+                    target.prepare(*(G for G in lens if G), recalled=True)
                     target.expect([], self.shares[0] if ahead else 0.0, 0)
                     target.expected.drafts = req.overlap_len             # of a head start as many as may be
         if self.drafter in active:
@@ -2168,8 +2171,8 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
     `fp8+int4` those of its prefill too (answers stay the same, drafts are cheaper and a little worse); `bf16` leaves
     them as loaded. recall_len: ids of its earlier texts that the drafter checks in one forward, 0..15, to draft several
     at once (None: 15 on a GPU, where rows cost little, and 0 on the CPU); above 0 a target beside a drafter on another
-    device recalls its own answers, up to overlap_len ids, where that is expected to bring more than the drafts that are
-    ready. progress: see `load_model`. Raises InputError for what cannot be loaded or does not fit.
+    device recalls its own answers, up to 31 ids, where that is expected to bring more than the drafts that are ready.
+    progress: see `load_model`. Raises InputError for what cannot be loaded or does not fit.
     """
     if drafter_dtype not in ("bf16", *BITS):
         raise InputError(f"drafter_dtype: {drafter_dtype!r} is not one of bf16, {', '.join(BITS)}; pick from these")

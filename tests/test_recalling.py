@@ -8,7 +8,7 @@ import torch
 from test_request import MODES, TINY, asked, pair, truth  # noqa: F401
 
 import engine
-from engine import RECALL_MOST, RECALL_PAYS, Fixed, InputError, Recalled
+from engine import RECALL_MOST, RECALL_PAYS, Expected, Fixed, InputError, Recalled
 
 
 @pytest.fixture
@@ -181,6 +181,42 @@ def test_what_is_not_right_is_not_recalled_for_long(recalling):
     for _ in range(10):
         judge(RECALL_MOST, 0, -3)
     assert drafter.recalled > 5                              # what somebody else expected
+
+
+@pytest.fixture
+def free(recalling):
+    """The target, allowed to recall up to 31 ids, with nothing in mind."""
+    target = recalling.target
+    before = target.recalls, target.recall_len
+    target.recalls, target.recall_len, target.expected = True, 31, Expected()
+    yield target
+    (target.recalls, target.recall_len), target.expected = before, Expected()
+
+
+def test_more_is_recalled_where_more_is_right(free):
+    assert free.next_len() == 0
+    free.remember([1, 2, 3])
+    for recalled, G in ((0.1, 0), (0.11, 15), (1.0, 15), (1.1, 31)):
+        free.recalled = recalled
+        assert free.next_len() == G
+    free.recall_len = 7
+    assert free.next_len() == 7
+
+
+def test_a_step_is_as_wide_as_what_is_expected(free):
+    """Nobody's memory counts here: the head start at once, then rounds of the few drafts that are ready."""
+    free.expected = Expected(alone=True, lens=(5, 15))
+    free.remember([1, 2, 3])
+    free.recalled = 9.0
+    for drafts, G in ((1, 5), (5, 5), (6, 15), (40, 15)):
+        free.expect([[1] * (drafts + 1)], 0.5, drafts)
+        assert free.next_len() == G
+    free.expect([[1, 2]], 0.05, 1)
+    assert free.next_len() == 0                              # too seldom right to pay for the rows
+    free.expect([], 0.5, 0)
+    assert free.next_len() == (5 if free.on_gpu else 0)      # a GPU's step is queued before its drafts are there
+    free.expected.alone = False
+    assert free.next_len() == 31
 
 
 # -- the target's own answers, as a draft source
