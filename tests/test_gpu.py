@@ -143,8 +143,9 @@ def test_a_drafter_on_a_gpu_of_its_own_gives_the_targets_ids(drafter_dtype, draf
     if torch.cuda.device_count() <= int(drafter_device[-1]):
         pytest.skip("needs two GPUs")
     e = load(drafter_device=drafter_device, drafter_dtype=drafter_dtype, recall_len=0)     # else answers are recalled
-    e.apart, step, notes = True, e.target.step, []
+    e.apart, step, step_recalled, notes = True, e.target.step, e.target.step_recalled, []
     e.target.step = lambda G=0: (time.sleep(0.01), step(G))  # a target this small is done before a drafter begins
+    e.target.step_recalled = lambda G: (time.sleep(0.01), step_recalled(G))
     for i in range(4):
         ids = e.generate(mode="target_only", ignore_eos=True, **asked(i)).output_ids
         for mode in ("prefill_only", "prefill_then_verify", "speculative"):
