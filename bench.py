@@ -1319,6 +1319,8 @@ def replay_page(options) -> int:
     if not 0 <= options.second <= 1:
         raise InputError(f"--second: wanted a probability from 0 to 1, got {options.second}; change it")
     rates, pairs = read_rates(options.accept), read_pairs(options.replay, options.sources_src)
+    if options.second and not rates:
+        raise InputError("--second: says how often the drafters of --accept have the right runner-up; add --accept 0.6")
     clips, _ = read_dataset(options.dataset_dir, None, -1)
     e = engine.load_engine(options.eventgpt, options.videollava, device=options.device, dtype=options.dtype,
                            drafter_device=options.drafter_device, cache_rows=options.cache_rows, draft_len=15,

@@ -336,6 +336,7 @@ def test_recorded_pairs_hold_both_answers_and_feed_the_sources_page(tmp_path, ca
     for bad in (["--sources-src", "nobody"], ["--accept", "often"], ["--accept", "0.5,1.2"], ["--second", "1.5"],
                 ["--every", "0"]):
         assert bench.main([*replay, *bad]) == 2 and bad[-1] in capsys.readouterr().err
+    assert bench.main([*replay, "--second", "0.5"]) == 2 and "add --accept" in capsys.readouterr().err
     assert bench.main([*QUICK, "--modes", "target_only", "--record", str(path)]) == 2
 
 

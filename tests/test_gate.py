@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from test_request import RECORDS, asked, pair, truth  # noqa: F401  the fixture
+from test_request import RECORDS, TINY, asked, pair, truth  # noqa: F401  the fixture
 
 import engine
 from engine import ORDER, STATE, Ahead, Fixed, Gate, Node
@@ -388,6 +388,26 @@ def test_rows_that_are_put_aside_come_back_with_the_same_bits(pair):  # noqa: F8
             assert ask(node.then(turn), node) <= 1 and ask(node.then(99), node) == 1
             node = node.then(turn)
             assert ask(node.then(98), node) == 1, "its row came back"
+
+
+def test_the_least_cache_holds_the_rows_that_are_put_aside(pair, monkeypatch):  # noqa: F811
+    """One row less is refused by name; with just enough, branches are taken and left to the end of the answer."""
+    rows = pair.drafter.prompt(asked(1)["query"]).rows(5 + pair.drafter.vision.P + 1)
+    least = rows + 50 + engine.STEP_ROWS + engine.KEPT_ROWS
+    for cache_rows in (least - 1, least):
+        drafter = engine.load_model(engine.Drafter, TINY / "drafter", "cpu", cache_rows=cache_rows)
+        e = engine.Engine(pair.target, drafter)
+        e.apart, e.shares = True, [0.4, 0.3, 0.2, 0.1]
+        given = asked(1) | dict(mode="speculative", ignore_eos=True, max_new_tokens=50)
+        if cache_rows < least:
+            with pytest.raises(engine.InputError, match=f"put aside 32 needs {least}"):
+                e.generate(**given)
+            continue
+        delayed(pair.target, monkeypatch, 0, 0.03)
+        result = e.generate(**given)
+        assert len(result.output_ids) == 50 and result.drafter_error is None
+        assert result.output_ids == pair.generate(**given | dict(mode="target_only")).output_ids
+        assert max(place for _, place, _ in result.drafts) > 45 and drafter.kept, "it drafted to the end"
 
 
 @pytest.mark.parametrize("seed", range(2))
