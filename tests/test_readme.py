@@ -52,6 +52,14 @@ def test_every_number_of_a_summary_stands_in_the_report_below_it():
         assert numbers and all(re.search(rf"(?<![\d.]){re.escape(n)}", report) for n in numbers), (summary, numbers)
 
 
+def test_every_number_of_the_short_list_stands_in_a_report():
+    text = (ROOT / "README.md").read_text()
+    listed = re.search(r"In short, each\nfigure.*?\n\n(.*?)\n\n", text, re.S).group(1).replace("2,100", "2100")
+    reports = "\n".join(re.findall(r"```\n(.*?)```", text, re.S))
+    numbers = re.findall(r"\d+\.\d+|\d+%|\d{3,}", listed)
+    assert len(numbers) >= 10 and all(re.search(rf"(?<![\d.]){re.escape(n)}", reports) for n in numbers), numbers
+
+
 def test_the_library_example_runs_as_printed(user_env):
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
