@@ -2122,8 +2122,8 @@ def memory_needs(cls, config: dict, device: torch.device, dtype: torch.dtype, ca
     F1 = max((t.shape[0] for t in wanted.wanted if t.name.endswith(".fc1.w")), default=0)
     encode = R * T * b * max(7 * vision.C + (2 if gpu else 3) * F1, vision.C + 2 * d.D)
     layer = [4 * d.D + (2 * d.H + 2 * d.N) * d.K, 5 * d.D + 2 * HK, 5 * d.D + HK + 3 * d.F]
-    fixed = Recall.nbytes(RECALL_ROWS[gpu]) + pixels + 2 * A * d.D * b + 32 * d.V * b + 8 * rows
-    fixed += Workspace.nbytes(d.D, d.H, d.K, rows, cls is Drafter)
+    fixed = Recall.nbytes(RECALL_ROWS[gpu]) + pixels + 2 * A * d.D * b + 32 * d.V * b
+    fixed += 8 * rows * (1 + (cls is Drafter)) + Workspace.nbytes(d.D, d.H, d.K, rows, cls is Drafter)
     if gpu:                                                  # cuBLAS's, on two streams; pictures that are resized
         fixed += (2 << 25) + (2 << 26)
     else:                                                    # the plain definitions keep scores, and unpack weights
