@@ -381,7 +381,7 @@ class Expected:
     alone: bool = False                     # what this model recalls does not count
     lens: tuple[int, ...] = (0,)            # numbers of drafts that a step may look at
     share: float = 0.0                      # how often a draft is right if all before it are; 0: nothing is expected
-    drafts: int = 0                         # in the likeliest text
+    drafts: int = 0                         # in the likeliest text, or of a head start the most that there may be
 
 
 class Model:
@@ -537,15 +537,16 @@ class Model:
         return RECALL_PAYS[BITS[self.decoder.packed][0] if self.decoder.packed else None]
 
     def judge(self, G: int, state) -> None:
-        """Learns from a step of G recalled ids and its state. Where they do not pay they are tried again every 40
-        steps. What another model expected is not this one's to judge."""
+        """Learns from a step of G recalled ids and its state. Where they do not pay they are tried again after 40 steps
+        without. What another model expected is not this one's to judge, nor a step in which only that counted."""
         if not G:
-            self.recalled += 0.25 / 40 * self.recall_pays
-        elif state[RECALLED] >= 0:
+            almost = min(self.recalled + 0.25 / 40 * self.recall_pays, 1.01 * self.recall_pays)
+            self.recalled = max(self.recalled, almost)
+        elif state[RECALLED] >= 0 and not self.expected.alone:
             self.recalled += 0.25 * (state[ACCEPT_LEN] - self.recalled)
 
     def expect(self, texts, share: float, drafts: int) -> None:
-        """Another model holds these texts likely, the likeliest last (see kernels/recall.py), with so many drafts in
+        """Another model holds these texts likely, the likeliest first (see kernels/recall.py), with so many drafts in
         that one, each right with `share` if all before it are. From any thread. They come before what this model
         recalls where more of them are expected to be right."""
         worth = sum(share ** k for k in range(1, drafts + 1))
@@ -1085,25 +1086,31 @@ class Ahead:
                     waiting += [other for i, other in node.children.items() if other.next and i != node.next[0]]
                     node = node.then(node.next[0])
                 ends.append(node)
-            texts = [node.tail(self.at.place - ORDER) for node in reversed(ends)]
+            texts = [node.tail(self.at.place - ORDER) for node in ends]
             return texts, self.shares[0], ends[0].place - self.at.place
 
     def likeliest(self, now: float = 0.0) -> Node | None:
         """The drafter, at `now`: the text to be asked about next, None if there is nothing left to ask. Until the
         target has spoken, the end of its own text. Then None as well for a text that would be known `late`, after the
-        target has spoken again: if that rejects it, what comes instead has to wait."""
+        target has spoken again: if that rejects it, what comes instead has to wait. Nobody waits for an overdue one."""
         waiting, count = [(-1.0, 0, self.at)], 0
         while waiting:
             chance, _, node = heapq.heappop(waiting)
             if node.parent and node.id == self.eos_id or node.place >= self.limit:
                 continue                                     # nothing follows
             if node.next is None:
-                late = now + self.forward - self.heard - self.step if self.forward and self.step else 0.0
-                return node if -chance * (self.forward or 0.0) >= late or late <= 0 else None
+                if not self.forward or not self.step or self.overdue(now):
+                    return node
+                late = now + self.forward - self.heard - self.step
+                return node if late <= max(0.0, -chance * self.forward) else None
             for share, i in zip(self.shares[:1 if self.heard is None else None], node.next, strict=False):
                 count += 1
                 heapq.heappush(waiting, (chance * share, count, node.then(i)))
         return None
+
+    def overdue(self, now: float) -> bool:
+        """Whether the target has been silent for two of its steps."""
+        return self.heard is not None and self.step is not None and now > self.heard + 2 * self.step
 
     def text(self) -> list[int]:
         """The answer as the drafter believes it."""
@@ -1150,7 +1157,7 @@ class Result(collections.abc.Mapping):
     draft_ids: list = field(default_factory=list)     # the overlap drafts, as far as the host saw them
     drafted: int = 0                        # drafts the target looked at
     accepted_tokens: int = 0                # drafts it agreed with; bonus ids not counted
-    span_len: int = 0                       # drafts that the first verify behind a head start looked at
+    span_len: int = 0                       # drafts that the first forward behind a head start looked at
     rejected_at: int = -1                   # index of the first rejected draft of that span, -1 if none
     rounds: int = 0
     accept_lens: list = field(default_factory=list)   # of each round; of the last one what is in the answer
@@ -1415,6 +1422,7 @@ class Engine:
                 own = tip
             if req.stop_drafting.is_set():
                 return
+            told = ahead.heard
             node, asked_at = ahead.likeliest(line.now()), line.now()
             if node:                                         # first of all the GPU goes on
                 G = self._ask(req, node, tip)
@@ -1422,14 +1430,17 @@ class Engine:
             if guesses:                                      # there by now
                 ahead.guess(asked, guesses.read())
             while not node:                                  # all is asked, or would be too late
-                heard = ahead.news.wait(1e-3)
+                ahead.news.wait(1e-3)
+                ahead.news.clear()
                 if req.stop_drafting.is_set():
                     return
-                ahead.news.clear()
+                if ahead.heard == told and not ahead.overdue(line.now()):
+                    continue
                 node, asked_at = ahead.likeliest(line.now()), line.now()
                 if node:
                     G = self._ask(req, node, tip)
-                elif heard:                                  # of a long text the target's memory holds a part
+                elif ahead.heard != told:                    # of a long text the target's memory holds a part
+                    told = ahead.heard
                     self.target.expect(*ahead.texts())
             forward += 1
 
@@ -1663,7 +1674,7 @@ class Engine:
             model.looks = [] if req.explain and model is active[0] else None
         if self.target in active:
             target, R, ahead = self.target, 1 if req.image else self.target.num_frames, self._ahead(req)
-            beside = STEP_ROWS - 1 if ahead and self.drafter.recall_len else req.overlap_len
+            beside = STEP_ROWS - 1 if self.drafter and self.drafter.recall_len and req.overlap_len else req.overlap_len
             target.recall_len = beside if ahead else req.draft_len
             target.recalls = bool((ahead or req.source and req.source.recalls) and target.recall_len
                                   and req.mode == "speculative")
@@ -1712,12 +1723,13 @@ class Engine:
 
         event_path: one `.npy`/`.npz`; event_image_path: one PNG or several; video_path: any mp4, mov, mkv, webm, avi;
         image_path: one picture in place of a video; query: the question. mode: see MODES. draft_len, overlap_len:
-        drafts a round (0..31) and drafts kept from the head start. draft_source: a DraftSource in place of the
-        drafter, which then runs only if the source `hears` it. temperature (0..100): 0 is greedy; above, ids are drawn
-        from softmax(logits / temperature) cut at top_p (0..1), and the seed (0..2**63 - 1) fixes the answer, whatever
-        the mode and the drafts; in `drafter_only` the drafter draws. explain: the result's `verdicts` say what the
-        deciding model was shown and by which margin it decided; some microseconds a forward. Raises InputError for
-        anything the user can mend, before any model runs where possible.
+        drafts a round (0..31) and drafts kept from the head start; beside a drafter on a device of its own a verify
+        looks at up to overlap_len drafts, and has draft_len rows for them where no more are ready. draft_source: a
+        DraftSource in place of the drafter, which then runs only if the source `hears` it. temperature (0..100): 0 is
+        greedy; above, ids are drawn from softmax(logits / temperature) cut at top_p (0..1), and the seed (0..2**63 - 1)
+        fixes the answer, whatever the mode and the drafts; in `drafter_only` the drafter draws. explain: the result's
+        `verdicts` say what the deciding model was shown and by which margin it decided; some microseconds a forward.
+        Raises InputError for anything the user can mend, before any model runs where possible.
         """
         draft_len = self.draft_len if draft_len is None else draft_len
         overlap_len = self.overlap_len if overlap_len is None else overlap_len
@@ -1913,7 +1925,7 @@ class Engine:
             result.acceptance_rate = result.accepted_tokens / result.drafted
         if result.rounds:
             result.tokens_per_round = result.accepted_tokens / result.rounds + 1
-        result.span_len, result.drafts = req.span_len, req.drafts
+        result.span_len, result.drafts = min(req.span_len, result.drafted), req.drafts
         if req.span_len and lens and req.accept_lens[0] == lens[0] < req.span_len:
             result.rejected_at = lens[0]
         if deciding == "target":

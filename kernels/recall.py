@@ -4,7 +4,8 @@ several ids, and the host is not asked.
 
 Behind what it wrote lies what another model expects: `expect` replaces that at any time, from any thread and while
 forwards run, which never wait for it. An expected text drafts only where all of the last ORDER ids are its own, or all
-there are: what a drafter said behind an id that the target rejected is none. A search that runs into a copy under way
+there are, and of such places the first in the likeliest text: what a drafter said behind an id that the target rejected
+is none. A search that runs into a copy under way
 finds fewer or worse drafts, never another answer.
 
 ids_M, int32: texts one after the other, each closed by -1, the oldest overwritten first; a text never wraps. Before a
@@ -69,13 +70,13 @@ class Recall:
 
     @torch.inference_mode()
     def expect(self, texts, rank: int = NOTHING.value) -> None:
-        """Texts that may come, the likeliest last, in place of those that were expected: lists of ids, whole or the
-        last ORDER that are there and what follows. What does not fit is left out, the least likely first."""
+        """Texts that may come, the likeliest first, in place of those that were expected: lists of ids, whole or the
+        last ORDER that are there and what follows. What does not fit is left out, from the end."""
         box = []
-        for text in reversed(texts):
+        for text in texts:
             text = text[:max(0, PLACES - 3 - len(box))]
             if len(text) > 1:
-                box = [*text, -1, *box]
+                box += [*text, -1]
         fresh = torch.empty(PLACES, dtype=torch.int32, pin_memory=self.mail is not None).fill_(-1)
         fresh[:2 + len(box)].copy_(torch.tensor([rank, -1, *box], dtype=torch.int32))
         with torch.cuda.stream(self.mail):                   # one copy: a search sees all of it, or hardly ever half
@@ -100,7 +101,7 @@ def recall_ref(texts: Recall, state_W, G: int):
         fit_M += fits_M
     place_M = torch.arange(M)
     key_M = torch.where(fit_M > 0, (fit_M << 32) + (place_M - texts.at) % rows, 0) * (rank != ALONE.value)
-    full_M = torch.where(fit_M == len(own), place_M, 0)
+    full_M = torch.where(fit_M == len(own), 2 * rows + PLACES - place_M, 0)      # the first that fits
     if rank in (FIRST.value, ALONE.value):
         full_M += (full_M > 0) * ((ORDER + 1) << 32)
     key_M[rows:] = full_M[rows:]
@@ -114,8 +115,8 @@ def recall_ref(texts: Recall, state_W, G: int):
 def recall_kernel(ids_ptr, end_ptr, state_ptr, key_ptr, arrived_ptr, draft_ids_ptr, G,
                   ROWS: tl.constexpr, PLACES: tl.constexpr, CHUNKS: tl.constexpr, ORDER: tl.constexpr,
                   STATE: tl.constexpr, BLOCK_G: tl.constexpr, PDL: tl.constexpr):
-    """Best key of PLACES places: ids that fit above, ids since the oldest below; of expected texts the place, which is
-    beyond all of these. The last program writes the drafts."""
+    """Best key of PLACES places: ids that fit above, ids since the oldest below, less than ROWS. Of expected texts that
+    fit in full the lower part is more, and most at the first place. The last program writes the drafts."""
     place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
     if PDL:
         gdc_wait()
@@ -134,7 +135,7 @@ def recall_kernel(ids_ptr, end_ptr, state_ptr, key_ptr, arrived_ptr, draft_ids_p
     since = (place - end + ROWS) % ROWS
     key = tl.where((fit > 0) & (rank != ALONE), (fit.to(tl.int64) << 32) | since.to(tl.int64), 0)
     above = tl.where((rank == FIRST) | (rank == ALONE), ORDER + 1, 0).to(tl.int64) << 32
-    full = tl.where(fit == tl.minimum(ORDER, n_out + 1), above | place.to(tl.int64), 0)
+    full = tl.where(fit == tl.minimum(ORDER, n_out + 1), above | (2 * ROWS + PLACES - place).to(tl.int64), 0)
     key = tl.where(place < ROWS, key, full)
     tl.store(key_ptr + tl.program_id(0), tl.max(key))
     tl.debug_barrier()                                                       # this program's store, then arrive
@@ -144,7 +145,7 @@ def recall_kernel(ids_ptr, end_ptr, state_ptr, key_ptr, arrived_ptr, draft_ids_p
         chunk = tl.arange(0, CHUNKS)
         best = tl.max(tl.load(key_ptr + chunk, mask=chunk < tl.num_programs(0), other=0, cache_modifier=".cg"))
         low = (best & 0xFFFFFFFF).to(tl.int32)
-        found = tl.where(low < ROWS, (low + end) % ROWS, low)
+        found = tl.where(low < ROWS, (low + end) % ROWS, 2 * ROWS + PLACES - low)
         g = tl.arange(0, BLOCK_G)
         there = (best > 0) & (found + g < ROWS + PLACES)
         draft = tl.load(ids_ptr + found + g, mask=there, other=NOTHING)                                # [BLOCK_G]

@@ -142,7 +142,7 @@ def test_with_the_gate_every_mode_still_gives_the_targets_answer(pair):  # noqa:
 def said(ahead, committed, now=0.0):
     """The target commits these ids; what may follow the last of them, the likeliest first."""
     ahead.commit(committed, now)
-    return [text[min(len(committed), ORDER):] for text in ahead.texts()[0][::-1]]
+    return [text[min(len(committed), ORDER):] for text in ahead.texts()[0]]
 
 
 def test_ahead_drops_what_was_drafted_on_a_wrong_guess():
@@ -165,7 +165,7 @@ def test_ahead_tells_the_last_ids_and_what_may_follow_them():
     ahead.commit(ids, 0.0)
     tell(ahead, tell(ahead, tip, [7], [8]), [9], [])
     tell(ahead, tip.then(8), [6], [])
-    assert ahead.texts() == ([[*ids[-ORDER:], 8, 6], [*ids[-ORDER:], 7, 9]], ahead.shares[0], 2)
+    assert ahead.texts() == ([[*ids[-ORDER:], 7, 9], [*ids[-ORDER:], 8, 6]], ahead.shares[0], 2)
 
 
 def test_ahead_waits_for_the_target_rather_than_be_late_for_what_it_may_say():
@@ -178,7 +178,8 @@ def test_ahead_waits_for_the_target_rather_than_be_late_for_what_it_may_say():
     assert ahead.step == 4.0 and ahead.likeliest(5.5) is node
     node = ahead.tell(node, [3])
     assert ahead.likeliest(6.5) is node and ahead.likeliest(7.0) is node         # with 0.5: half a second is worth it
-    assert ahead.likeliest(7.5) is None
+    assert ahead.likeliest(7.5) is None and ahead.likeliest(9.0) is None
+    assert ahead.likeliest(12.1) is node, "a target that is overdue is not waited for"
     ahead.commit([1, 2, 3], 7.6)
     assert ahead.likeliest(7.6) is node
     ahead.shares[0] = 0.9

@@ -96,9 +96,9 @@ def test_expected_texts_draft_behind_all_of_their_ids_alone(which):
     assert found(texts, [*ids[:-ORDER], 0, *ids[1 - ORDER:]]) == ([], 0)         # one of the last 16 is another
 
 
-def test_of_expected_texts_the_last_that_fits_is_taken_and_new_ones_replace_old(which):
+def test_of_expected_texts_the_first_that_fits_is_taken_and_new_ones_replace_old(which):
     texts = Recall("cpu", 1024)
-    texts.expect([[1, 9, 3], [1, 2, 4]])
+    texts.expect([[1, 2, 4], [1, 9, 3]])
     assert found(texts, [1]) == ([2, 4], -2) and found(texts, [1, 9]) == ([3], -1)
     texts.expect([[1, 9, 5]])
     assert found(texts, [1]) == ([9, 5], -2) and found(texts, [1, 2]) == ([], 0)
@@ -122,10 +122,10 @@ def test_expected_texts_are_ranked_beside_remembered_ones(which):
 def test_what_is_expected_fits_its_room(which):
     texts = Recall("cpu", 1024)
     texts.teach(range(1000, 1900))
-    many = [[i, *[i] * 20, 7000 + i] for i in range(100)]
+    many = [[*range(i, i + 2000, 100), 7000 + i] for i in range(100)]
     texts.expect(many)
-    kept = [i for i in range(100) if found(texts, [i] * 21) == ([7000 + i], -1)]
-    assert kept == list(range(100 - (PLACES - 3) // 23, 100))
+    kept = [i for i in range(100) if found(texts, many[i][:-1]) == ([7000 + i], -1)]
+    assert kept == list(range((PLACES - 3) // 22))
     texts.expect([range(5000, 8000)])
     assert found(texts, list(range(5000, 6000))) == (list(range(6000, 6004)), -4)
     assert found(texts, list(range(5000, 6019))) == ([6019, 6020], -2), "as much of it as there is room for"
@@ -138,6 +138,15 @@ def test_a_state_that_is_done_stays_as_it_is(which):
     state_W[1] = 1
     recall(texts, state_W, torch.full((4,), -7))
     assert int(state_W[RECALLED.value]) == 0
+
+
+@pytest.mark.parametrize("period", [1, 4])
+def test_of_a_text_that_repeats_all_that_is_ready_is_drafted(which, period):
+    texts, ids = Recall("cpu", 1024), [5 + i % period for i in range(60)]
+    texts.expect([ids])
+    for n in (20, 30, 33):
+        drafts, count = found(texts, ids[:n], 15)
+        assert drafts == ids[n:n + 15] and count == -15
 
 
 @pytest.mark.parametrize("rank", RANKS)

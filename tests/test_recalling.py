@@ -134,6 +134,80 @@ def test_a_target_looks_at_what_is_expected_to_bring_more(recalling, monkeypatch
     assert (target.recalled != recalled) >= (not verified), "what is recalled is judged"
 
 
+@pytest.fixture
+def drafted(recalling, monkeypatch):
+    """The pair on two pretend devices, where only what its drafter expects counts."""
+    recalling.drafter.recall_len, recalling.apart = 0, True
+    yield recalling
+    recalling.apart = False
+
+
+def test_what_one_request_expects_is_nothing_to_the_next(drafted):
+    target, ids = drafted.target, truth(drafted, 0, 0)
+    target.remember(ids)
+    drafted.generate(mode="speculative", **asked(1))
+    assert (target.texts.ids_M[target.texts.rows:] >= 0).any()
+    result = drafted.generate(mode="speculative", draft_source=Recalled(), draft_len=15, **asked(0))
+    assert result.output_ids == ids and result.rounds == -(-(len(ids) - 1) // 16)
+
+
+def test_where_memory_does_not_count_it_is_not_looked_at_and_not_judged(drafted, monkeypatch):
+    target, found = drafted.target, []
+    for i in range(3):
+        target.remember(truth(drafted, i, 0))
+    judge = target.judge
+    monkeypatch.setattr(target, "judge", lambda G, state: (G and found.append(state[engine.RECALLED]), judge(G, state)))
+    for i in range(3):
+        assert drafted.generate(mode="speculative", **asked(i)).output_ids == truth(drafted, i, 0)
+    assert len(found) > 5 and max(found) <= 0 and target.recalled == 1.0
+
+
+def test_steps_without_recalled_ids_do_not_make_them_look_better(recalling):
+    target = recalling.target
+    for recalled, expected in ((1.0, 1.0), (3.0, 3.0), (0.0999, 0.101), (0.0, 0.101)):
+        target.recalled = recalled
+        for _ in range(200):
+            target.judge(0, None)
+        assert target.recalled == pytest.approx(expected)
+
+
+def test_a_drafter_that_died_widens_no_step(drafted, monkeypatch):
+    target, calls, step = drafted.target, [], drafted.drafter.step
+
+    def dying(G=0):
+        calls.append(G)
+        if len(calls) > 8:
+            raise RuntimeError("gone")
+        step(G)
+
+    monkeypatch.setattr(drafted.drafter, "step", dying)
+    monkeypatch.setattr(target, "prefill", lambda *given, prefill=target.prefill: (time.sleep(0.3), prefill(*given)))
+    result = drafted.generate(mode="speculative", ignore_eos=True, **asked(1))
+    assert "gone" in result.drafter_error and result.output_ids == truth(drafted, 1, 0, True)
+    assert "verify" not in result.stages["target"] and target.expected.share == 0.0
+
+
+def test_a_text_longer_than_its_room_is_followed_to_its_end(drafted, monkeypatch):
+    """A drafter that has said all it has to, of which the target's memory holds four ids at a time."""
+    target, drafter = drafted.target, drafted.drafter
+    ids, steps, expect = truth(drafted, 1, 0, True), drafter.steps, target.texts.expect
+    drafter.steps = {}
+    monkeypatch.setattr(engine, "GUESSES", 1)
+    monkeypatch.setattr(drafted, "shares", [0.9, 0.01, 0.01, 0.01])
+    monkeypatch.setattr(target.texts, "expect", lambda texts, rank: expect(
+        [text[:engine.ORDER + 4] for text in texts], rank))
+    step, prefill = target.step_recalled, target.prefill
+    monkeypatch.setattr(target, "step_recalled", lambda G: (time.sleep(0.05), step(G)))
+    monkeypatch.setattr(target, "prefill", lambda *given: (time.sleep(1.0), prefill(*given)))
+    try:
+        with torch.inference_mode():
+            drafter.replay(ids)
+        result = drafted.generate(mode="speculative", ignore_eos=True, **asked(1))
+    finally:
+        drafter.recorded_2W, drafter.steps = None, steps
+    assert result.output_ids == result.preview_ids == ids and min(result.accept_lens) > 0, result.accept_lens
+
+
 def test_rounds_recall_as_well(recalling, monkeypatch):
     """In `follow` one wide step stands in for G - 1 narrow ones: fewer of the drafter's forwards for an accepted draft,
     though fewer drafts where the target's ids are no text of the drafter."""
