@@ -1427,8 +1427,9 @@ class Engine:
             if node:                                         # first of all the GPU goes on
                 G = self._ask(req, node, tip)
             self.target.expect(*ahead.texts())
-            if guesses:                                      # there by now
+            if guesses:                                      # there by now, and another look is due
                 ahead.guess(asked, guesses.read())
+                told = None
             while not node:                                  # all is asked, or would be too late
                 ahead.news.wait(1e-3)
                 ahead.news.clear()

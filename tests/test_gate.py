@@ -342,6 +342,28 @@ def test_a_drafter_that_would_end_goes_on_behind_its_other_guess(apart, monkeypa
     assert result.accepted_tokens > 0
 
 
+def test_guesses_are_asked_about_as_soon_as_they_are_known(apart, monkeypatch):
+    """The target has spoken and is slow; the drafter takes the text for ended, and has another guess."""
+    ids, drafter, target = truth(apart, 1, 0), apart.drafter, apart.target
+    steps = drafter.steps, target.steps
+    drafter.steps, target.steps = {}, {}
+    monkeypatch.setattr(apart, "shares", [0.5, 0.4, 0.01, 0.01])
+    step, step_recalled, prefill = target.step, target.step_recalled, drafter.prefill
+    monkeypatch.setattr(target, "step", lambda G=0: (step(G), time.sleep(0.4)))
+    monkeypatch.setattr(target, "step_recalled", lambda G: (step_recalled(G), time.sleep(0.4)))
+    monkeypatch.setattr(drafter, "prefill", lambda *given: (time.sleep(0.2), prefill(*given)))
+    try:
+        with torch.inference_mode():
+            drafter.replay([ids[0], drafter.config.eos_id, *ids[2:]], ids)
+        result = apart.generate(mode="speculative", **asked(1) | dict(max_new_tokens=3))
+    finally:
+        drafter.recorded_2W = None
+        drafter.steps, target.steps = steps
+    spoken = min(end for row, stage, _, end, _ in result.timeline if row == "target" and stage in ("decode", "verify"))
+    drafted = [start for row, stage, start, *_ in result.timeline if row == "drafter" and stage == "draft"]
+    assert result.output_ids == ids[:3] and sum(start < spoken for start in drafted) >= 2, result.timeline
+
+
 def test_a_preview_is_the_drafters_own_text_whatever_else_it_was_asked_about(apart, monkeypatch):
     """A drafter in earnest, unlike a replay's, says other ids behind other texts: none of them may show."""
     monkeypatch.setattr(apart, "shares", [0.3, 0.3, 0.3, 0.1])
