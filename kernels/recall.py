@@ -5,8 +5,7 @@ several ids, and the host is not asked.
 Behind what it wrote lies what another model expects: `expect` replaces that at any time, from any thread and while
 forwards run, which never wait for it. An expected text drafts only where all of the last ORDER ids are its own, or all
 there are, and of such places the first in the likeliest text: what a drafter said behind an id that the target rejected
-is none. A search that runs into a copy under way
-finds fewer or worse drafts, never another answer.
+is none. A search that runs into a copy under way finds fewer or worse drafts, never another answer.
 
 ids_M, int32: texts one after the other, each closed by -1, the oldest overwritten first; a text never wraps. Before a
 text and before the first id stands -1 too, so that two beginnings count as one id more that fits. The last PLACES are

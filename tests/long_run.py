@@ -3,7 +3,8 @@
     python tests/long_run.py rows --count 2000 --kills 10    kill -9 at random, resume, merge: equal to one run
     python tests/long_run.py requests --count 10000          latency drift, memory growth, distinct outputs
     python tests/long_run.py repeat --count 1000             one input, also in ten processes: one distinct output
-    python tests/long_run.py generations --count 10000       every draft source in fp32: ids equal target_only's
+    python tests/long_run.py generations --count 10000       every draft source, and a drafter on a pretended device of
+                                                             its own, in fp32: ids equal target_only's
 
 All on the embedded pair, on the CPU; small forms of the four run with the tests."""
 
@@ -214,9 +215,22 @@ def resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
 
 
+def lateness(model, chance: random.Random) -> list[float]:
+    """Makes the model's steps begin and end late. Returns [the most seconds of either], to be changed."""
+    late = [0.0]
+    for name in ("step", "step_recalled"):
+        def step(G=0, step=getattr(model, name)):            # noqa: B008  bound now, on purpose
+            time.sleep(chance.random() * late[0])
+            step(G)
+            time.sleep(chance.random() * late[0])
+        setattr(model, name, step)
+    return late
+
+
 def generations(count: int, seed: int) -> dict:
     """Every draft source in turn, with lengths at random: are the ids target_only's? `forced` drafts are right up to a
-    random place and wrong behind it; the adapter is an untrained one."""
+    random place and wrong behind it; the adapter is an untrained one. `ahead` is the drafter on a pretended device of
+    its own: either side late by some ms, its guesses held for right at random, recalling or not."""
     import torch
 
     import engine
@@ -227,15 +241,21 @@ def generations(count: int, seed: int) -> dict:
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         adapter.save(Path(folder), adapter.NETWORKS["follower"](config), config)
-        sources = {"forced": None, "drafter": None, **{
+        sources = {"forced": None, "drafter": None, "ahead": None, **{
             name: engine.source_named(name if name != "adapter" else f"adapter:{folder}") for name in engine.SOURCES}}
     records = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_text())
     reads = engine.read_video, engine.read_events            # these are about ids: every clip is read once
     once, engine.read_events = map(functools.cache, reads)
     engine.read_video = lambda path, count, rule, *_: once(path, count, rule)
+    late = {model: lateness(model, random.Random(seed)) for model in e.models}
     try:
         for turn in range(count):
             name = list(sources)[turn % len(sources)]
+            e.apart = name == "ahead"
+            for model in e.models:
+                late[model][0] = chance.choice([0.0, 0.003, 0.01]) if e.apart else 0.0
+            e.drafter.recall_len = chance.choice([0, 15]) if e.apart else 0
+            e.shares = [chance.random() for _ in e.shares]
             i, question, stop = chance.randrange(len(records)), chance.randrange(3), chance.random() < 0.5
             given = dict(video_path=TINY / "clips/mp4" / records[i]["mp4_data"], query=QUESTIONS[question],
                          event_path=TINY / "clips/event_npy" / records[i]["event_data"],
@@ -248,7 +268,7 @@ def generations(count: int, seed: int) -> dict:
                     token if chance.random() < 0.85 else chance.choice([2, -1, 10 ** 9, chance.randrange(576)])
                     for token in ids])
             result = e.generate(mode="speculative", draft_source=sources[name], draft_len=chance.randrange(0, 32),
-                                **given)
+                                overlap_len=chance.randrange(0, 32), **given)
             equal += result.output_ids == ids
             accepted[name] = accepted.get(name, 0) + result.accepted_tokens
     finally:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from test_request import RECORDS, TINY, asked, pair, truth  # noqa: F401  the fixture
+from test_request import RECORDS, TINY, asked, pair, saying, truth  # noqa: F401  the fixture
 
 import engine
 from engine import ORDER, STATE, Ahead, Fixed, Gate, Node
@@ -232,11 +232,11 @@ def apart(pair):  # noqa: F811
     pair.apart = False
 
 
-def delayed(model, monkeypatch, seed, most):
-    """Every forward of the model ends up to `most` seconds late."""
+def delayed(model, monkeypatch, seed, most, least=0.0):
+    """Every forward of the model ends `least` to `most` seconds late."""
     rng, step, step_recalled = random.Random(seed), model.step, model.step_recalled
-    monkeypatch.setattr(model, "step", lambda G=0: (step(G), time.sleep(rng.random() * most)))
-    monkeypatch.setattr(model, "step_recalled", lambda G: (step_recalled(G), time.sleep(rng.random() * most)))
+    monkeypatch.setattr(model, "step", lambda G=0: (step(G), time.sleep(rng.uniform(least, most))))
+    monkeypatch.setattr(model, "step_recalled", lambda G: (step_recalled(G), time.sleep(rng.uniform(least, most))))
 
 
 @pytest.mark.parametrize("slow", ["neither", "drafter", "target", "both"])
@@ -254,18 +254,10 @@ def test_every_interleaving_gives_the_targets_ids(apart, monkeypatch, slow, seed
 @pytest.mark.parametrize("wrong", [0.0, 0.2, 0.6, 1.0])
 def test_wrong_drafts_ahead_cost_no_id(apart, monkeypatch, wrong):
     """The drafter says the target's answer with a share of ids replaced, as in a replay."""
-    rng, (drafter, target) = random.Random(1), (apart.drafter, apart.target)
-    ids = truth(apart, 1, 0, True)
-    steps = drafter.steps, target.steps
-    drafter.steps, target.steps = {}, {}
-    try:
-        with torch.inference_mode():
-            drafter.replay([(i + 1) % 100 if rng.random() < wrong else i for i in ids])
-        delayed(target, monkeypatch, 0, 0.02)                # so that the drafter gets ahead
+    rng, ids = random.Random(1), truth(apart, 1, 0, True)
+    delayed(apart.target, monkeypatch, 0, 0.02)              # so that the drafter gets ahead
+    with saying(apart, [(i + 1) % 100 if rng.random() < wrong else i for i in ids]):
         result = apart.generate(mode="speculative", ignore_eos=True, **asked(1))
-    finally:
-        drafter.recorded_2W = None
-        drafter.steps, target.steps = steps
     assert result.output_ids == ids
     if wrong == 0.0:
         assert result.accepted_tokens > len(ids) // 2
@@ -277,22 +269,13 @@ def test_what_follows_a_second_guess_is_ready_when_the_target_says_it(apart, mon
     """A drafter whose first guess is wrong at every other place: where its second one is right there, what follows is
     drafted before the target says it, and no forward goes without a draft."""
     ids, found = truth(apart, 1, 0, True), {}
-    drafter, target = apart.drafter, apart.target
-    steps = drafter.steps, target.steps
-    drafter.steps, target.steps = {}, {}
+    first = [(i + 1) % 100 if place % 2 else i for place, i in enumerate(ids)]
     monkeypatch.setattr(engine, "GUESSES", 2)                # a trained drafter's third is no replay's
-    try:
-        with torch.inference_mode():
-            drafter.replay(ids)
-        delayed(target, monkeypatch, 0, 0.06)
-        for name, second in (("other", [(i + 2) % 100 for i in ids]), ("right", ids)):
-            with torch.inference_mode():
-                drafter.replay([(i + 1) % 100 if place % 2 else i for place, i in enumerate(ids)], second)
-            monkeypatch.setattr(apart, "shares", [0.5, 0.4])
+    delayed(apart.target, monkeypatch, 0, 0.06)
+    for name, second in (("other", [(i + 2) % 100 for i in ids]), ("right", ids)):
+        monkeypatch.setattr(apart, "shares", [0.5, 0.4])
+        with saying(apart, first, second):
             found[name] = apart.generate(mode="speculative", ignore_eos=True, explain=True, **asked(1))
-    finally:
-        drafter.recorded_2W = None
-        drafter.steps, target.steps = steps
     for result in found.values():
         assert result.output_ids == ids and result.drafter_error is None
     drafted = {name: [len(of.drafts) > 0 for of in result.verdicts[3:]] for name, result in found.items()}
@@ -303,18 +286,11 @@ def test_what_follows_a_second_guess_is_ready_when_the_target_says_it(apart, mon
 
 def test_a_preview_goes_on_after_the_drafter_looked_at_other_texts(apart, monkeypatch):
     """It is the drafter's own text, as far as its first guesses are asked about: here all of them are right."""
-    ids, drafter, target = truth(apart, 1, 0, True), apart.drafter, apart.target
-    steps = drafter.steps, target.steps
-    drafter.steps, target.steps = {}, {}
+    ids = truth(apart, 1, 0, True)
     monkeypatch.setattr(apart, "shares", [0.4, 0.3, 0.2, 0.1])
-    try:
-        with torch.inference_mode():
-            drafter.replay(ids)
-        delayed(target, monkeypatch, 0, 0.04)
+    delayed(apart.target, monkeypatch, 0, 0.04)
+    with saying(apart, ids):
         result = apart.generate(mode="speculative", ignore_eos=True, overlap_len=2, **asked(1))
-    finally:
-        drafter.recorded_2W = None
-        drafter.steps, target.steps = steps
     notes = [note for row, *_, note in result.timeline if row == "drafter"]
     assert result.output_ids == ids and result.preview_ids == ids[:len(result.preview_ids)]
     assert notes.index("resume") + 5 < len(result.preview_ids) <= len(ids), "ids after the first other text"
@@ -323,20 +299,11 @@ def test_a_preview_goes_on_after_the_drafter_looked_at_other_texts(apart, monkey
 def test_a_drafter_that_would_end_goes_on_behind_its_other_guess(apart, monkeypatch):
     """It takes the text for ended after one id, and the target's second id for next likely: what follows that is ready
     when the target has rejected the end."""
-    ids, drafter, target = truth(apart, 1, 0), apart.drafter, apart.target
-    steps = drafter.steps, target.steps
-    drafter.steps, target.steps = {}, {}
+    ids = truth(apart, 1, 0)
     monkeypatch.setattr(apart, "shares", [0.5, 0.4, 0.01, 0.01])
-    step, step_recalled = target.step, target.step_recalled
-    monkeypatch.setattr(target, "step", lambda G=0: (step(G), time.sleep(0.15)))
-    monkeypatch.setattr(target, "step_recalled", lambda G: (step_recalled(G), time.sleep(0.15)))
-    try:
-        with torch.inference_mode():
-            drafter.replay([ids[0], drafter.config.eos_id, *ids[2:]], ids)
+    delayed(apart.target, monkeypatch, 0, 0.15, 0.15)
+    with saying(apart, [ids[0], apart.drafter.config.eos_id, *ids[2:]], ids):
         result = apart.generate(mode="speculative", **asked(1) | dict(max_new_tokens=4))
-    finally:
-        drafter.recorded_2W = None
-        drafter.steps, target.steps = steps
     rounds = [stage for row, stage, *_ in result.timeline if row == "target"][2:]        # after encode and prefill
     assert result.output_ids == ids[:4] and rounds[:2] in (["verify", "verify"], ["decode", "verify"]), rounds
     assert result.accepted_tokens > 0
@@ -344,21 +311,12 @@ def test_a_drafter_that_would_end_goes_on_behind_its_other_guess(apart, monkeypa
 
 def test_guesses_are_asked_about_as_soon_as_they_are_known(apart, monkeypatch):
     """The target has spoken and is slow; the drafter takes the text for ended, and has another guess."""
-    ids, drafter, target = truth(apart, 1, 0), apart.drafter, apart.target
-    steps = drafter.steps, target.steps
-    drafter.steps, target.steps = {}, {}
+    ids, drafter, prefill = truth(apart, 1, 0), apart.drafter, apart.drafter.prefill
     monkeypatch.setattr(apart, "shares", [0.5, 0.4, 0.01, 0.01])
-    step, step_recalled, prefill = target.step, target.step_recalled, drafter.prefill
-    monkeypatch.setattr(target, "step", lambda G=0: (step(G), time.sleep(0.4)))
-    monkeypatch.setattr(target, "step_recalled", lambda G: (step_recalled(G), time.sleep(0.4)))
+    delayed(apart.target, monkeypatch, 0, 0.4, 0.4)
     monkeypatch.setattr(drafter, "prefill", lambda *given: (time.sleep(0.2), prefill(*given)))
-    try:
-        with torch.inference_mode():
-            drafter.replay([ids[0], drafter.config.eos_id, *ids[2:]], ids)
+    with saying(apart, [ids[0], drafter.config.eos_id, *ids[2:]], ids):
         result = apart.generate(mode="speculative", **asked(1) | dict(max_new_tokens=3))
-    finally:
-        drafter.recorded_2W = None
-        drafter.steps, target.steps = steps
     spoken = min(end for row, stage, _, end, _ in result.timeline if row == "target" and stage in ("decode", "verify"))
     drafted = [start for row, stage, start, *_ in result.timeline if row == "drafter" and stage == "draft"]
     assert result.output_ids == ids[:3] and sum(start < spoken for start in drafted) >= 2, result.timeline

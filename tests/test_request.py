@@ -1,5 +1,6 @@
 """Lossless: whatever is drafted, in every mode, the answer is the target's own, id for id. On the embedded pair."""
 
+import contextlib
 import functools
 import json
 import threading
@@ -42,6 +43,22 @@ def asked(i, question=0, **options):
 @functools.cache
 def truth(e, i, question, ignore_eos=False):
     return e.generate(mode="target_only", ignore_eos=ignore_eos, **asked(i, question)).output_ids
+
+
+@contextlib.contextmanager
+def saying(e, ids, second=()):
+    """In the block the drafter says `ids`, with `second` for runners-up, as in a replay."""
+    steps = [model.steps for model in e.models]
+    for model in e.models:
+        model.steps = {}
+    try:
+        with torch.inference_mode():
+            e.drafter.replay(ids, second)
+        yield
+    finally:
+        e.drafter.recorded_2W = None
+        for model, before in zip(e.models, steps, strict=True):
+            model.steps = before
 
 
 def sources(ids):
