@@ -130,7 +130,7 @@ ELSEWHERE = {                            # and why these are not run here
     "python tests/test_readme.py --fix": "writes into the README; what it writes is compared above",
     "python generate.py --compile --compile_prefill --prompt 2100 --max_new_tokens 50": "gpt-fast's, in its repository",
     "python tests/long_run.py rows": "tests/test_faults.py runs it with 30 rows",
-    "python tests/long_run.py generations": "tests/test_faults.py runs it with 30",
+    "python tests/long_run.py generations --count 900": "tests/test_faults.py runs it with 78",
     "python bench.py --dataset-dir data/clips --rows rows.jsonl --resume": "the test of the long run above",
     "python bench.py --merge rows.*-of-00002.jsonl --json out.json": "the same",
     "python bench.py --compare old.json out.json": "the same",
