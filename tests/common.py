@@ -70,12 +70,14 @@ class ClockedTime:
 
 def script(monkeypatch, model, ids, clock=None, before=None, **seconds):
     """The model's towers and forwards no longer compute: it gives `ids`, then end-of-sequence, whatever it is shown.
+    ids None: they compute as ever, and only `before` and the clock are put in.
 
     seconds: what "encode", "prefill", "step" (one row) and "verify" (more rows; default: a step's) take on the clock.
     before: called as before(kind, number), number 0, 1, .. per kind; it may wait, raise, or return a float, with which
     the logits are filled. Returns [(kind, rows), ...] of the forwards so far, which grows.
     """
     c, counts, forwards, prompt = model.config, defaultdict(int), [], [0]
+    real = model.encode, model.decoder.forward
     seconds = {"encode": 0.0, "prefill": 0.0, "step": 0.0, "verify": seconds.get("step", 0.0), **seconds}
 
     def spend(kind):
@@ -87,6 +89,8 @@ def script(monkeypatch, model, ids, clock=None, before=None, **seconds):
 
     def encode(pixels_R3XX, image=False):
         spend("encode")
+        if ids is None:
+            return real[0](pixels_R3XX, image)
         R, P = len(pixels_R3XX), model.vision.P
         rows = R + P + 1 if model.side == "drafter" else R * (P + (not image))
         return torch.zeros(rows, c.D)
@@ -98,10 +102,13 @@ def script(monkeypatch, model, ids, clock=None, before=None, **seconds):
             prompt[0] = at_S[0]                              # the prompt's last row gives the answer's first id
         forwards.append((kind, len(pos_ids_S)))
         filled = spend(kind)
-        logits_SV = torch.zeros(len(at_S), c.V)
-        for row, at in enumerate(at_S):
-            place = at - prompt[0]
-            logits_SV[row, ids[place] if 0 <= place < len(ids) else c.eos_id] = 1.0
+        if ids is None:
+            logits_SV = real[1](hidden_SD, pos_ids_S, only)
+        else:
+            logits_SV = torch.zeros(len(at_S), c.V)
+            for row, at in enumerate(at_S):
+                place = at - prompt[0]
+                logits_SV[row, ids[place] if 0 <= place < len(ids) else c.eos_id] = 1.0
         return logits_SV.fill_(filled) if isinstance(filled, float) else logits_SV
 
     monkeypatch.setattr(model, "encode", encode)
