@@ -51,10 +51,10 @@ import torch.nn.functional as F
 from kernels.attention import attention, step_attention
 from kernels.fp8 import norm8, product8, rows8, weight8
 from kernels.frames import clip_pixels, draw_events, to_device
-from kernels.quant import BITS, NotPackable, packed_bytes, quantise
-from kernels.quant_rows import MAX_PACKED_ROWS
+from kernels.products import product as step_product
+from kernels.quant import BITS, MAX_PACKED_ROWS, NotPackable, packed_bytes, quantise
 from kernels.recall import ALONE, FIRST, NOTHING, ORDER, Recall, recall
-from kernels.rmsnorm import add_rmsnorm, rmsnorm
+from kernels.rmsnorm import add_rmsnorm, rmsnorm, row_sums
 from kernels.rope_store import rope_store
 from kernels.round import close_round, open_round
 from kernels.sample import sample, sampling_words
@@ -246,8 +246,8 @@ class Decoder:
         return self.k_cache_LNMK.shape[2]
 
     def pack(self, name: str) -> None:
-        """From now on steps of up to 16 rows read 8 or 4 bit copies of the weights, to be faster and a little wrong:
-        for drafters alone. `int8` and `int4` keep the full weights beside them for more rows. `fp8` has e4m3 weights
+        """From now on steps of up to 16 rows read 4-bit copies of the weights, to be faster and a little wrong:
+        for drafters alone. `int4` keeps the full weights beside them for more rows. `fp8+int4` has e4m3 weights
         in their place: prefill takes two thirds of the time, and the rows that every draft looks back at are a little
         wrong as well."""
         of_layers, of_head = BITS[name]
@@ -255,7 +255,7 @@ class Decoder:
         self.step_layers = [layer | {product: quantise(layer[product], of_layers, norm_D=layer.get(norm))
                                      for product, norm in norms.items()} for layer in self.layers]
         self.step_head_VD, self.packed = quantise(self.head_VD, of_head, norm_D=self.w["text.norm"]), name
-        self.step_rows, self.fp8, self.work.by_columns = MAX_PACKED_ROWS, name.startswith("fp8"), True
+        self.step_rows, self.fp8 = MAX_PACKED_ROWS, name.startswith("fp8")
         for i, layer in enumerate(self.layers if self.fp8 else []):
             self.layers[i] = {product: weight8(layer[product], layer.get(norm)) for product, norm in norms.items()}
             for product in norms:
@@ -269,9 +269,11 @@ class Decoder:
         """
         c, rows = self.config, len(pos_ids_S)
         if rows <= self.step_rows:
+            if not self.packed:                              # packed products take their own
+                row_sums(hidden_SD, self.work)
             for layer in range(c.L):
                 hidden_SD = self._step_layer(layer, hidden_SD, pos_ids_S)
-            logits_SV = skinny(hidden_SD, self.step_head_VD, self.work, norm=(self.w["text.norm"], c.eps))
+            logits_SV = step_product(hidden_SD, self.step_head_VD, self.work, norm=(self.w["text.norm"], c.eps))
             return logits_SV if only is None else logits_SV.index_select(0, only)
         fresh_SD = scale_S = None                            # the last block's output, not yet added to the stream
         for layer in range(c.L):
@@ -290,12 +292,12 @@ class Decoder:
         """Few rows at consecutive positions, six launches: the weights are read once, and a row's bits do not
         depend on how many rows there are. That is what makes a verify row equal a decode row."""
         c, w, work = self.config, self.step_layers[layer], self.work
-        qkv_SE = skinny(hidden_SD, w["qkv"], work, norm=(w["attn_norm"], c.eps))
+        qkv_SE = step_product(hidden_SD, w["qkv"], work, norm=(w["attn_norm"], c.eps))
         mixed_SHK = step_attention(qkv_SE, self.k_cache_LNMK[layer], self.v_cache_LNMK[layer], pos_ids_S,
                                    self.cos_MK, self.sin_MK, work)
-        hidden_SD = skinny(mixed_SHK.flatten(1), w["o"], work, residual=hidden_SD)
-        up_SF = skinny(hidden_SD, w["gate_up"], work, norm=(w["mlp_norm"], c.eps), gated=True)
-        return skinny(up_SF, w["down"], work, residual=hidden_SD)
+        hidden_SD = step_product(mixed_SHK.flatten(1), w["o"], work, residual=hidden_SD)
+        up_SF = step_product(hidden_SD, w["gate_up"], work, norm=(w["mlp_norm"], c.eps), gated=True)
+        return step_product(up_SF, w["down"], work, residual=hidden_SD)
 
     def _prefill_layer(self, layer: int, hidden_SD, fresh_SD, pos_ids_S, only):
         """Many rows, cuBLAS products. Returns the stream and what this layer's feed-forward adds to it."""
@@ -2180,8 +2182,8 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
     eventgpt, videollava: folders, hub ids already in the cache, or `random-7b`. device: `cuda`, `cuda:N` or `cpu`;
     drafter_device: another one for the drafter. cache_rows: positions per model, by default what it was trained for.
     tokenizer: a tokenizer.json in place of the checkpoints' own. gate: draft only where it is expected to pay; False:
-    whatever it costs. drafter_dtype: `int8` or `int4` packs the weights of the drafter's steps, `fp8` (8-bit steps) and
-    `fp8+int4` those of its prefill too (answers stay the same, drafts are cheaper and a little worse); `bf16` leaves
+    whatever it costs. drafter_dtype: `int4` packs the weights of the drafter's steps, `fp8+int4` those of its
+    prefill too (answers stay the same, drafts are cheaper and a little worse); `bf16` leaves
     them as loaded. recall_len: ids of its earlier texts that the drafter checks in one forward, 0..15, to draft several
     at once (None: 15 on a GPU, where rows cost little, and 0 on the CPU); above 0 a target beside a drafter on another
     device recalls its own answers, up to 31 ids, where that is expected to bring more than the drafts that are ready.
@@ -2192,7 +2194,7 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
     where = pick_device(drafter_device or device)
     if drafter_dtype.startswith("fp8") and where.type == "cuda" and torch.cuda.get_device_capability(where) < (8, 9):
         raise InputError(f"drafter_dtype: {drafter_dtype} needs a GPU of compute capability 8.9, {where} is older; "
-                         f"take int8 or int4")
+                         f"take int4")
     for name, value, low in (("cache_rows", cache_rows, 1), ("draft_len", draft_len, 0),
                              ("overlap_len", overlap_len, 0)):
         if value is not None and (type(value) is not int or value < low):
