@@ -63,12 +63,17 @@ class NotPackable(ValueError):
     """A weight whose inner dimension makes no whole groups."""
 
 
-def packed_bytes(O: int, D: int, bits: int, group: int = 128) -> int:
+def group_of(D: int) -> int:
+    """Inner columns under one scale: 128, or the largest power of two below it that divides them."""
+    return min(128, D & -D)
+
+
+def packed_bytes(O: int, D: int, bits: int, group: int | None = None) -> int:
     """Bytes of a Packed weight [O, D]."""
-    return O * D * bits // 8 + 4 * O * D // min(group, D)
+    return O * D * bits // 8 + 4 * O * D // (group or group_of(D))
 
 
-def quantise(w_OD, bits, group=128, norm_D=None) -> Packed:
+def quantise(w_OD, bits, group=None, norm_D=None) -> Packed:
     """Rounds to the nearest of 2^bits steps. The largest weight of a group, with its sign, is the lowest step, which
     has no counterpart above; at 4 bits narrower scales are tried too: a few clipped weights can pay for finer steps.
     norm_D: the weight of an RMSNorm in front, folded in: programs would read it as often as x. Rows are independent,
@@ -78,7 +83,7 @@ def quantise(w_OD, bits, group=128, norm_D=None) -> Packed:
         return Packed(torch.cat([p.words_OW for p in parts]), torch.cat([p.scale_OG for p in parts]),
                       torch.cat([p.scale_GO for p in parts], 1), bits, parts[0].group, parts[0].normed)
     (O, D), half, per = w_OD.shape, 1 << bits - 1, 32 // bits
-    group = min(group, D)
+    group = group or group_of(D)
     span = group // per                                      # words of a group
     if D % group or span < 4 or span & (span - 1):
         raise NotPackable(f"{D} inner columns in groups of {group}; wants whole groups, a power of two from "
