@@ -8,7 +8,6 @@ import hostile
 import pytest
 
 import bench
-import engine
 from engine import InputError
 
 
