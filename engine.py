@@ -62,6 +62,8 @@ from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 from kernels.tower import add_layernorm, layernorm, quick_gelu
 from weights import InputError, describe
+from weights.events import Events, read_events
+from weights.files import insist_file
 from weights.load import (
     DRAFTER_7B,
     TARGET_7B,
@@ -72,7 +74,6 @@ from weights.load import (
     plan,
     random_weights,
 )
-from weights.media import VIDEO_RULES, Events, insist_file, read_events, read_images, read_video
 from weights.sources import (
     SOURCES,
     Adapted,
@@ -90,6 +91,7 @@ from weights.sources import (
     source_named,
 )
 from weights.text import Text, TextStream
+from weights.video import VIDEO_RULES, read_images, read_video
 
 __all__ = ["MODES", "SOURCES", "Adapted", "Best", "Blend", "BlendText", "Constant", "DraftSource", "DrafterText",
            "Engine", "Event", "Fixed", "InputError", "Memory", "PrefillOnlyInference", "Previous", "Recalled",
