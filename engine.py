@@ -76,6 +76,8 @@ from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 from kernels.tower import add_layernorm, layernorm, quick_gelu
 from weights import InputError, describe
+from weights.events import Events, read_events
+from weights.files import insist_file
 from weights.load import (
     DRAFTER_7B,
     TARGET_7B,
@@ -86,7 +88,6 @@ from weights.load import (
     plan,
     random_weights,
 )
-from weights.media import VIDEO_RULES, Events, insist_file, read_events, read_images, read_video
 from weights.sources import (
     SOURCES,
     Adapted,
@@ -101,6 +102,7 @@ from weights.sources import (
     source_named,
 )
 from weights.text import Text, TextStream
+from weights.video import VIDEO_RULES, read_images, read_video
 
 __all__ = ["MODES", "SOURCES", "Adapted", "DraftSource", "Engine", "Event", "Fixed", "Gate", "InputError", "Lookup",
            "PrefillOnlyInference", "Result", "Round", "Verdict", "agreeing", "explain", "load_engine", "model_name",

@@ -48,7 +48,9 @@ import bench
 import engine
 import weights.load
 from engine import InputError
-from weights import convert, media
+from weights import convert
+from weights.events import read_events
+from weights.video import read_images, read_video
 
 TINY = bench.TINY
 RECORDS = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_text())
@@ -99,7 +101,7 @@ def events(blob, *words, name="bad.npy", exit=1):
         flags = dataset(folder, event_data=name)
         path = folder / "data" / "event_npy" / name
         blob(path) if callable(blob) else path.write_bytes(blob)
-        return Case(lambda e: media.read_events(path), [*flags, "--modes", "drafter_only"], list(words), exit)
+        return Case(lambda e: read_events(path), [*flags, "--modes", "drafter_only"], list(words), exit)
     return make
 
 
@@ -109,7 +111,7 @@ def video(blob, *words, name="bad.mp4", exit=1, patch=None):
         flags = dataset(folder, mp4_data=name)
         path = folder / "data" / "mp4" / name
         blob(path) if callable(blob) else path.write_bytes(blob)
-        return Case(lambda e: media.read_video(path), [*flags, "--modes", "target_only"], list(words), exit,
+        return Case(lambda e: read_video(path), [*flags, "--modes", "target_only"], list(words), exit,
                     patch and (lambda monkeypatch: patch(monkeypatch, path)))
     return make
 
@@ -125,7 +127,7 @@ def image(blob, *words, exit=1):
         flags = dataset(folder, event_data="gone", event_image=["bad.png"])
         path = folder / "data" / "event_image" / "bad.png"
         path.write_bytes(blob)
-        return Case(lambda e: media.read_images([path]), [*flags, "--modes", "drafter_only"], list(words), exit)
+        return Case(lambda e: read_images([path]), [*flags, "--modes", "drafter_only"], list(words), exit)
     return make
 
 
@@ -429,7 +431,7 @@ def bad_among_good(folder):
     shutil.copytree(TINY / "clips", folder / "data")
     path = folder / "data" / "mp4" / RECORDS[4]["mp4_data"]
     path.write_bytes(path.read_bytes()[:900])
-    return Case(lambda e: media.read_video(path), ["--dataset-dir", str(folder / "data"), *QUICK, "--modes",
+    return Case(lambda e: read_video(path), ["--dataset-dir", str(folder / "data"), *QUICK, "--modes",
                                                    "target_only"], [str(path)], 1)
 
 

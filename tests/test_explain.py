@@ -8,7 +8,7 @@ import torch
 
 import bench
 import engine
-from weights.media import read_video
+from weights.video import read_video
 
 TINY = Path(engine.__file__).resolve().parent / "weights" / "tiny"
 RECORD = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_text())[0]

@@ -15,7 +15,7 @@ from PIL import Image
 import engine
 from engine import MODES, Fixed, InputError
 from kernels.frames import draw_events
-from weights.media import read_events
+from weights.events import read_events
 
 TINY = Path(engine.__file__).resolve().parent / "weights" / "tiny"
 CLIPS = TINY / "clips"

@@ -38,8 +38,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from weights import InputError
-from weights.load import brief, listed, read_header, read_json, refusal
+from weights.files import InputError, brief, json_lines, read_json, refusal
+from weights.load import listed, read_header
 
 END, VOCAB = 2, 32_000               # end of sequence, and the ids both models share
 WEIGHTS = "adapter.safetensors"
@@ -53,13 +53,8 @@ def read_pairs(path, src: str) -> list[dict]:
     """Recorded pairs of one source run in order of sequence and clip, end-of-sequence ids left out:
     [{seq, clip, question, target, drafter}]. The target's ids may also be called llava15_ids."""
     rows = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise refusal(path, f"not recorded pairs ({brief(error)})", "wants what bench.py --record wrote") from None
-    for at, line in enumerate(lines, 1):
+    for at, row in json_lines(path, "recorded pairs, as bench.py --record writes them"):
         try:
-            row = json.loads(line) if line.strip() else {}
             if row.get("src") != src:
                 continue
             pair = {"seq": str(row["seq"]), "clip": row["clip"], "question": str(row["question"]),
@@ -67,7 +62,7 @@ def read_pairs(path, src: str) -> list[dict]:
                     "drafter": row["eventgpt_ids"]}
             if type(pair["clip"]) is not type(rows[0]["clip"] if rows else pair["clip"]) or pair["clip"] is None:
                 raise TypeError("clips are neither all numbers nor all names")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise refusal(path, f"line {at} is no recorded pair ({type(error).__name__}: {brief(error)})",
                           "wants src, seq, clip, question, videollava_ids, eventgpt_ids") from None
         for side in ("target", "drafter"):
@@ -251,7 +246,7 @@ def load(folder, device="cpu"):
     shapes = {key: tuple(stored.shape) for key, stored in read_header(path).items()}
     beside = path.parent / "config.json"
     if beside.exists():
-        raw = read_json(beside)
+        raw = read_json(beside, "an adapter's config")
         unknown = set(raw) - {f.name for f in fields(AdapterConfig)}
         if unknown or raw.get("kind") not in NETWORKS:
             raise refusal(beside, f"no adapter's config (kind {brief(raw.get('kind'))}, unknown {listed(unknown)})",
