@@ -52,10 +52,10 @@ def test_position_frequency_is_taken_place_by_place():
 def test_figures_are_mean_accepted_and_ids_over_forwards():
     found = controls.beside([[[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 8, 4]]], shot=2, drafts=2)
     assert found["previous"]["accepted"] == pytest.approx((0 + 2 + 1) / 3)
-    # rounds of 2: no drafts, 4 forwards; [2, 3] and the own 4, 2; [2, 3] of which 2, then [4], 3
-    assert found["previous"]["ids_a_forward"] == pytest.approx(12 / (4 + 2 + 3))
-    assert controls.beside([], 2, 2) == {} and controls.beside([[[5]]], 2, 2)["n-grams"] == {
-        "accepted": 0, "ids_a_forward": 1}
+    # behind the first id, rounds of 2: no drafts, 3 forwards; [2, 3] and the own 4, 1; [2, 3] of which 2, then [4], 2
+    assert found["previous"]["ids_a_forward"] == pytest.approx(9 / (3 + 1 + 2))
+    assert controls.beside([], 2, 2) == {}
+    assert controls.beside([[[5]]], 2, 2)["n-grams"] == {"accepted": 0, "ids_a_forward": None}
     assert controls.beside([ANSWERS], 2, 0)["previous"]["ids_a_forward"] == 1
 
 

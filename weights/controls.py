@@ -8,14 +8,13 @@ the run, and are no draft sources. An answer is a list of the target's ids, whos
     n-grams         what followed the longest known run of the last ids most often
 """
 
+import collections
 import random
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from weights import sources
 
-NAMES = ("previous", "most frequent", "n-grams")
 ORDER = 16              # ids of an n-gram's context
 OWN = 20                # an answer of the same stream counts as much as this many from elsewhere
 RESAMPLES = 1000        # of the bootstrap
@@ -44,9 +43,9 @@ def follow(table: dict, committed: list[int], limit: int, order: int | None = No
 
 def position_frequency(answers: Iterable[list[int]]) -> list[int]:
     """The most frequent id at each place."""
-    places: list[Counter] = []
+    places: list[collections.Counter] = []
     for answer in answers:
-        places += [Counter() for _ in range(len(answer) - len(places))]
+        places += [collections.Counter() for _ in range(len(answer) - len(places))]
         for place, i in zip(places, answer, strict=False):
             place[i] += 1
     return [place.most_common(1)[0][0] for place in places]
@@ -80,26 +79,26 @@ def one_shot(propose: Callable, answer: list[int], limit: int) -> int:
 
 
 def forwards(propose: Callable, answer: list[int], limit: int) -> int:
-    """Target forwards that make the answer in rounds of at most `limit` drafts; its prefill is the first."""
-    at, taken = 1, 1
+    """Target forwards after the prefill that make the answer in rounds of at most `limit` drafts."""
+    at, taken = 1, 0
     while at < len(answer):
         at += sources.agreeing(propose(answer[:at], limit)[:limit], answer[at:]) + 1
         taken += 1
     return taken
 
 
-def beside(streams: Iterable[list[list[int]]], shot: int, drafts: int) -> dict[str, dict[str, float]]:
-    """{name: {"accepted": of one shot of `shot` drafts, mean; "ids_a_forward": in rounds of `drafts`}} over all answers
-    of some streams, each the answers to one question; {} without an answer."""
-    accepted, taken, ids = {name: [] for name in NAMES}, Counter(), 0
+def beside(streams: Iterable[list[list[int]]], shot: int, drafts: int) -> dict[str, dict[str, float | None]]:
+    """{name: {"accepted": of one shot of `shot` drafts, mean; "ids_a_forward": after the prefill, in rounds of `drafts`,
+    None if all answers have one id}} over the answers of some streams, each to one question; {} without an answer."""
+    accepted, taken, ids = collections.defaultdict(list), collections.Counter(), 0
     for answers in streams:
         for answer, controls in stream(answers):
-            ids += len(answer)
+            ids += len(answer) - 1
             for name, propose in controls.items():
                 accepted[name].append(one_shot(propose, answer, shot))
                 taken[name] += forwards(propose, answer, drafts)
-    return {name: {"accepted": statistics.mean(accepted[name]), "ids_a_forward": ids / taken[name]}
-            for name in NAMES if taken[name]}
+    return {name: {"accepted": statistics.mean(shots), "ids_a_forward": ids / taken[name] if ids else None}
+            for name, shots in accepted.items()}
 
 
 def interval(values: list, figure: Callable = statistics.median) -> tuple[float, float] | None:
