@@ -88,8 +88,8 @@ def forwards(propose: Callable, answer: list[int], limit: int) -> int:
 
 
 def beside(streams: Iterable[list[list[int]]], shot: int, drafts: int) -> dict[str, dict[str, float | None]]:
-    """{name: {"accepted": of one shot of `shot` drafts, mean; "ids_a_forward": after the prefill, in rounds of `drafts`,
-    None if all answers have one id}} over the answers of some streams, each to one question; {} without an answer."""
+    """{name: {"accepted": mean of one shot of `shot` drafts, "ids_a_forward": in rounds of `drafts`, the first id left
+    out, None if there are no others}} over the answers of some streams, each to one question; {} without an answer."""
     accepted, taken, ids = collections.defaultdict(list), collections.Counter(), 0
     for answers in streams:
         for answer, controls in stream(answers):
