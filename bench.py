@@ -13,7 +13,6 @@ of its answer (lookup_again). Ratios above 1 are faster. Exit codes: 0 all well,
 import argparse
 import collections
 import ctypes
-import dataclasses
 import hashlib
 import io
 import json
@@ -54,8 +53,9 @@ SCHEMA = 2
 AGAIN = "lookup_again"               # a run like a mode: the clip asked again in `speculative`, with lookup
 LABELS = {"tiny": "embedded trained toy pair", "random-7b": "RANDOM 7B WEIGHTS"}      # of weights, in every header
 STAGES = {"drafter": ("load", "preprocess", "encode", "prefill", "draft"),
-          "target": ("load", "preprocess", "encode", "prefill", "decode", "verify")}
+          "target": ("load", "preprocess", "encode", "prefill", "decode", "draft", "verify")}
 PER_FORWARD = {"draft", "decode", "verify"}                  # stages with an entry for each forward
+SHARED = {("target", "verify"), ("target", "draft")}         # those that a side's own mode does not have
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def work_of(model) -> dict:
     Multiply and add count as two: every row through every layer, causal attention, the head for one row. matrix_rate:
     of prefill's products, in units of the measured one: tensor cores take e4m3 twice as fast."""
     c, d = model.config, model.decoder
-    products = [math.prod(layer[name].shape) for layer in d.step_layers for name in ("qkv", "o", "gate_up", "down")]
+    products = [math.prod(layer[name].shape) for layer in d.steps.layers for name in ("qkv", "o", "gate_up", "down")]
     return {"weight_bytes": weight_bytes(model), "kv_bytes_per_row": kv_bytes(model),
             "flop_per_row": 2 * sum(products), "matrix_rate": 2 if d.fp8 and model.on_gpu else 1,
             "flop_per_row_pair": 2 * c.H * c.K * c.L, "flop_head": 2 * d.head_VD.numel()}
@@ -127,8 +127,8 @@ def at_rows(work: dict, rows: int) -> dict:
 
 def weight_bytes(model) -> int:
     """Of the matrices that one decode step reads: every layer's and the head, not the embedding table."""
-    d = model.decoder
-    return sum(t.nbytes for t in [*(t for layer in d.step_layers for t in layer.values()), d.step_head_VD])
+    steps = model.decoder.steps
+    return sum(t.nbytes for t in [*(t for layer in steps.layers for t in layer.values()), steps.head_VD])
 
 
 def kv_bytes(model) -> int:
@@ -139,13 +139,13 @@ def kv_bytes(model) -> int:
 
 def dtype_of(decoder) -> str:
     full = str(decoder.dtype).removeprefix("torch.")
-    return f"{full} with {decoder.packed} steps" if decoder.packed else full
+    return f"{full} with {decoder.steps.packed} steps" if decoder.steps.packed else full
 
 
 def all_bytes(decoder) -> int:
     """Weights a model holds, towers included, and packed copies."""
-    packed = [t for layer in (*decoder.step_layers, *decoder.layers) for t in layer.values()]
-    held = {id(t): t for t in [*decoder.w.values(), *packed, decoder.step_head_VD]}      # most are the model's own
+    packed = [t for layer in (*decoder.steps.layers, *decoder.layers) for t in layer.values()]
+    held = {id(t): t for t in [*decoder.w.values(), *packed, decoder.steps.head_VD]}     # most are the model's own
     return sum(getattr(t, "held_bytes", t.nbytes) for t in held.values())
 
 
@@ -203,9 +203,9 @@ def measure(e, samples, options, rows: list, keep) -> None:
             for _ in range(options.repeats):
                 for mode in order.sample(first, len(first)):
                     results[mode].append(run_sample(e, sample, mode, options))
-            decided = [of[-1] for mode, of in results.items() if mode != "drafter_only"]
-            if decided:
-                e.remember(max(decided, key=lambda result: (result.mode == "speculative", len(result.preview_ids))))
+            answer = next((of[-1].output_ids for mode, of in results.items() if mode != "drafter_only"), None)
+            for source in learners(e, options) if answer else []:
+                source.learn(answer)
             for _ in range(options.repeats if AGAIN in options.modes else 0):
                 results[AGAIN].append(run_sample(e, sample, AGAIN, options))
             options.shown = results["speculative" if "speculative" in results else first[-1]][-1]
@@ -217,7 +217,8 @@ def measure(e, samples, options, rows: list, keep) -> None:
             row["pixels"] = {m.side: pixel_hash(m.seen) for m in e.models if m.seen is not None}
             if any(of["differs_at"] is not None for of in row["modes"].values()):
                 try:
-                    add_margins(row["modes"], e.explain(e.target, run_sample(e, sample, "target_only", options)))
+                    again = run_sample(e, sample, "target_only", options)
+                    add_margins(row["modes"], engine.explain(e.target, again))
                 except Exception as error:                   # the difference counts without its margin
                     failure(error, options)
         row["took_s"] = time.perf_counter() - began
@@ -225,6 +226,11 @@ def measure(e, samples, options, rows: list, keep) -> None:
         keep(row)
     if options.profile:
         torch.cuda.profiler.stop()
+
+
+def learners(e, options) -> list:
+    """The sources that learn from answers."""
+    return [of for of in (*options.source, *[e.lookup] * (AGAIN in options.modes)) if hasattr(of, "learn")]
 
 
 def pixel_hash(pixels_R3XX) -> str:
@@ -260,9 +266,9 @@ def summary(e, results, baseline) -> dict:
     each = collections.defaultdict(lambda: collections.defaultdict(list))
     for result in results:
         per_request = {(side, stage): s * 1e3 for side, of in result.stages.items() for stage, s in of.items()}
-        for row, stage, start, end, note in result.timeline:
+        for row, stage, start, end, _, drafts in timeline.bars(result):
             if stage in PER_FORWARD:                                       # one entry a forward
-                each[row][stage].append((end - start) * 1e3 / timeline.drafts_in(note))
+                each[row][stage].append((end - start) * 1e3 / (max(1, len(drafts)) if stage == "draft" else 1))
                 per_request.pop((row, stage), None)
         for (side, stage), value in per_request.items():
             each[side][stage].append(value)
@@ -404,7 +410,7 @@ def why_not(mode: str, of: dict, config: dict) -> str:
         return {"drafter_only": "another answer", "prefill_only": "a preview only"}.get(mode, "")
     if of["drafter_error"]:
         return "drafter gave up"
-    if mode == AGAIN or mode == "speculative" and config["draft_source"] != "drafter":
+    if mode == AGAIN or mode == "speculative" and "drafter" not in config["draft_source"]:
         return "nothing proposed"
     if of["preview"]:
         return "first id was wrong"
@@ -422,12 +428,12 @@ def stage_rows(report) -> list:
     for side in [s for s in ("target", "drafter") if s in limits]:
         alone, work = "target_only" if side == "target" else "drafter_only", limits[side]
         for stage in STAGES[side]:
-            values = times(side, stage, report["config"]["modes"] if stage == "verify" else [alone])
+            values = times(side, stage, report["config"]["modes"] if (side, stage) in SHARED else [alone])
             if not values:
                 continue
             low, mid, high = quantiles(values)
             amount = unit = share = None
-            if stage in PER_FORWARD:
+            if stage in PER_FORWARD and (side, stage) != ("target", "draft"):
                 amount, unit, share = work["step_bytes"] / 1e9, "GB", work["step_bytes"] / mid * 1e3 / limits["read_bw"]
             elif stage == "prefill":
                 amount, unit = work["prefill_flop"] / 1e12, "TFLOP"
@@ -736,7 +742,7 @@ def explain_page(options) -> int:
         run_sample(e, sample, mode, options)
     alone, result = (run_sample(e, sample, name, options) for name in ("target_only", mode))
     model = e.drafter if mode == "drafter_only" else e.target
-    verdicts = e.explain(model, result)
+    verdicts = engine.explain(model, result)
     differs_at = None if model is e.drafter else parting(result.output_ids, alone.output_ids)
     lines = [f"explain  {LABELS.get(options.kind, 'checkpoints')} | {sample.id} | {sample.question}",
              *explained(result, verdicts, model.text.token)]
@@ -749,7 +755,7 @@ def explain_page(options) -> int:
     hand_over([line.translate(PAINT if colourful() else dict.fromkeys(range(1, 5))) for line in lines],
               {"schema": SCHEMA, "commit": commit(), "weights": options.kind, "id": sample.id, "mode": mode,
                "question": sample.question, "ids": result.output_ids, "target_only_ids": alone.output_ids,
-               "verdicts": [dataclasses.asdict(of) for of in verdicts]}, options)
+               "verdicts": [of._asdict() for of in verdicts]}, options)
     return int(differs_at is not None)
 
 
@@ -830,7 +836,7 @@ def parse(argv):
     add("--draft-len", type=whole(0, most), default=5, metavar="G", help="drafts a round (default %(default)s)")
     add("--overlap-len", type=whole(0, most), default=15, metavar="G", help="drafts of the head start (%(default)s)")
     add("--draft-source", default="drafter", metavar="NAME",
-        help="who drafts in `speculative`: drafter (default), self, lookup[:FILE], adapter:DIR")
+        help="who drafts in `speculative`, asked in this order: drafter (default), self, lookup[:FILE], adapter:DIR")
     add("--gate", choices=("on", "off"), help="draft only where it should pay (default: on; off for the embedded pair)")
     add("--temperature", type=float, default=0.0, metavar="T", help="draw ids (default %(default)s: greedy)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest ids of this mass (default all)")
@@ -903,15 +909,14 @@ def check(options) -> None:
         raise InputError(f"--timeline: {options.timeline} is no PNG; name a file that ends in .png")
     if options.resume and not options.rows:
         raise InputError("--resume: has nothing to go on with; pass --rows as well")
-    source, _, kept = options.draft_source.partition(":")
-    options.kept = kept if source == "lookup" else ""        # the file of lookup:FILE
-    if options.kept and options.shard[1] > 1:
-        raise InputError(f"{kept}: shards cannot share it; leave :FILE out of --draft-source, or --shard")
-    if options.kept and options.videollava is None:
-        raise InputError(f"{kept}: belongs to a target; pass --videollava")
+    named = options.draft_source.split(",")
+    options.kept = next((name.partition(":")[2] for name in named if name.startswith("lookup:")), "")
+    if options.kept and (options.shard[1] > 1 or options.videollava is None):
+        raise InputError(f"{options.kept}: belongs to one run of one target; leave :FILE out of --draft-source, or "
+                         f"--shard, and pass --videollava")
     insist_writable(options.kept, "draft-source")
-    options.source = None if options.draft_source == "drafter" else engine.source_named(
-        options.draft_source, engine.model_name(options.videollava, options.tokenizer) if options.kept else "")
+    model = engine.model_name(options.videollava, options.tokenizer) if options.kept else ""
+    options.source, options.dtype = [engine.source_named(name, model) for name in named], engine.as_dtype(options.dtype)
     options.dataset_dir = options.dataset_dir or TINY / "clips"
     options.ignore_eos = options.kind == "random-7b" if options.ignore_eos is None else options.ignore_eos
 
@@ -978,10 +983,10 @@ def run(options, command: str) -> int:
     with RowFile(options.rows, head) as kept:
         rows, done = list(kept.rows), {row["id"] for row in kept.rows}
         left = [sample for sample in listed[shard::shards] if sample.id not in done]
-        for row in rows if options.source is not None else []:              # learn them as if they had just run
-            if "speculative" in row["modes"]:
-                options.source.begin(row["question"])
-                options.source.learn(row["modes"]["speculative"]["ids"])
+        for row, source in ((row, source) for row in rows for source in learners(e, options)):
+            answer = next((of["ids"] for mode, of in row["modes"].items() if mode != "drafter_only"), None)
+            source.begin(row["question"])                    # as if it had just run
+            source.learn(answer or [])
         try:
             measure(e, left, options, rows, kept.append)
         except KeyboardInterrupt:
@@ -990,7 +995,7 @@ def run(options, command: str) -> int:
     code = publish(assemble(head, rows, interrupted), options,
                    f"resume    nothing was left to do: {options.rows} holds all {len(rows)} samples" * (not left))
     if options.kept:                                         # last: a full disk must not cost the report
-        options.source.save(options.kept)
+        next(of for of in options.source if isinstance(of, engine.Lookup)).save(options.kept)
     return code
 
 
@@ -1020,12 +1025,12 @@ def set_up(options, command: str, listed, skipped) -> tuple[dict, engine.Engine]
 def load_pair(options) -> tuple[dict, engine.Engine]:
     """The memory that both models need, by headers alone, and the engine."""
     place = dict(device=options.device, drafter_device=options.drafter_device, dtype=options.dtype,
-                 cache_rows=options.cache_rows, drafter_dtype=options.drafter_dtype)
+                 cache_rows=options.cache_rows, drafter_dtype=options.drafter_dtype,
+                 self_draft="self" in options.source)
     memory = engine.memory_budget(options.eventgpt, options.videollava, **place)
     return memory, engine.load_engine(
         options.eventgpt, options.videollava, draft_len=options.draft_len, overlap_len=options.overlap_len,
-        tokenizer=options.tokenizer, gate=options.gate == "on", self_draft=options.draft_source == "self" or None,
-        progress=loading(), **place)
+        tokenizer=options.tokenizer, gate=options.gate == "on", progress=loading(), **place)
 
 
 def publish(report, options, remark: str = "") -> int:

@@ -13,7 +13,7 @@ import triton
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench
-from kernels.round import FIELDS, State, new_state
+from kernels.round import STATE, State, new_state
 from weights import InputError, replace_file
 
 ROOT = Path(bench.__file__).resolve().parent
@@ -67,19 +67,13 @@ def fill_with_noise(model) -> None:
 
 def at_context(model, context: int) -> None:
     """Puts the state where one id follows a prompt of `context` rows and no end is in sight."""
-    words = new_state(1, n_out=1, prompt_len=context, eos_id=-1, limit=10 ** 6)
-    words[-1] = 7
+    words = new_state(1, ids=[7], n_out=1, prompt_len=context, limit=10 ** 6)
     model.state_W[:len(words)].copy_(words)
-
-
-def put_drafts(model, drafts: list[int]) -> None:
-    """Drafts of the next step; -1 never matches."""
-    model.state_W[len(FIELDS):len(FIELDS) + len(drafts)].copy_(torch.tensor(drafts))
 
 
 def state_of(model, ids: int) -> State:
     """The model's state with room for so many ids, when all that is queued is done."""
-    return State(model.snapshot(len(new_state(ids))).read())
+    return model.snapshot(STATE + ids).read()
 
 
 # ---- times, in milliseconds ------------------------------------------------------------------------------------
@@ -113,10 +107,9 @@ def host_time(model, fn) -> float:
 
 
 def step_times(model, G: int, context: int, runs: int = 30) -> list[float]:
-    """Single steps with G drafts that never match, so that each advances one row."""
+    """Single rounds with G drafts that never match, so that each advances one row."""
     at_context(model, context)
-    put_drafts(model, [-1] * G)
-    return device_times(model, lambda: model.step(G), runs)
+    return device_times(model, lambda: model.round(G), runs, between=lambda: model.put([-1] * G))
 
 
 def front_times(model, prompt, pixels, decode: int = 49) -> list[float]:
@@ -126,17 +119,17 @@ def front_times(model, prompt, pixels, decode: int = 49) -> list[float]:
     at 700 W and 1,600 MHz (drafter 20.1), 46.3 after 49 steps at 1,965 MHz (18.8), 46.5 after 0.2 s of rest (18.9).
     """
     return device_times(model, lambda: front(model, prompt, pixels, decode + 1),
-                        between=lambda: [model.step(0) for _ in range(decode)])
+                        between=lambda: [model.round() for _ in range(decode)])
 
 
 def front(model, prompt, pixels, new: int) -> None:
     """Pixels [R, 3, X, X] to the first of at most `new` ids, which end nowhere sooner."""
-    model.prefill(model.splice(prompt, model.visual_rows(pixels)), new, -1, 5)
+    model.prefill(model.splice(prompt, model.visual_rows(pixels)), new, (), 5)
 
 
 def whole(model, prompt, pixels, new: int) -> list[int]:
     """All `new` ids, one a step."""
     front(model, prompt, pixels, new)
     for _ in range(new - 1):
-        model.step(0)
+        model.round()
     return state_of(model, new).ids

@@ -10,15 +10,16 @@ target_only of the same answer. A stream is one recorded sequence; sequences in 
 answers, the last one cut. The recorded clips are not here: those of a data set take their place. Settings:
 
     drafter, raw                    EventGPT's recorded text, verified once
-    drafter right with P            each id of the answer, wrong with 1 - P; with lookup of earlier answers beside it
     lookup, cold                    knows the sequence's earlier answers
     lookup, other sequences         knows the other sequences
     lookup, both
+    drafter right with P            says each id of the answer, wrong with 1 - P (--accept)
+    lookup, right with P            the same behind `lookup, both`
+    self right with P               the target's 4-bit copy does (--self)
 
 Ratios above 1 are faster. Exit 1 if an answer differs from what was recorded."""
 
 import collections
-import collections.abc
 import json
 import random
 import statistics
@@ -38,6 +39,7 @@ import engine
 from kernels.check import quantiles
 from weights import UNREADABLE, InputError, describe, replace_file, timeline
 from weights.adapter import read_pairs
+from weights.sources import Lookup
 
 WARM_UP = 3                                                  # answers of the first stream
 
@@ -46,37 +48,47 @@ WARM_UP = 3                                                  # answers of the fi
 class Setting:
     """Who drafts in one row of the table."""
     mode: str
-    source: str | list | None = None                         # as generate's draft_source
-    says: collections.abc.Callable = lambda row, chance, V: row["drafter"]       # -> ids that the drafter says
-    others: bool = False                                     # lookup knows the other sequences,
-    own: bool = False                                        # and the answers of this one so far
+    source: object                                           # as generate's draft_source
+    right: float | None = None                               # P; None: the drafter says what was recorded
+    learns: Lookup | None = None                             # told the answers of this stream
+
+    def drafts(self, row: dict, chance, V: int) -> list[int]:
+        """What the drafter, or the copy, says of an answer."""
+        if self.right is None:
+            return row["drafter"]
+        return [i if chance.random() < self.right else (i + 1) % V for i in row["target"]]
 
 
-def right_with(P: float) -> collections.abc.Callable:
-    """A drafter that says the answer, each id wrong with 1 - P."""
-    return lambda row, chance, V: [i if chance.random() < P else (i + 1) % V for i in row["target"]]
-
-
-def read_rates(text: str) -> list[float]:
+def read_rates(text: str, flag: str) -> list[float]:
     try:
         rates = [float(P) for P in text.split(",") if P]
     except ValueError:
         rates = [-1.0]
     if not all(0 <= P <= 1 for P in rates):
-        raise InputError(f"--accept: wanted probabilities from 0 to 1 with commas between, got {text!r}; change it")
+        raise InputError(f"--{flag}: wanted probabilities from 0 to 1 with commas between, got {text!r}; change it")
     return rates
 
 
-def settings(rates: list[float], only: str | None) -> dict[str, Setting]:
-    """target_only first; of the others those whose names hold one of the comma-separated words in `only`."""
-    made = {"target_only": Setting("target_only"),
-            "drafter, raw": Setting("prefill_then_verify"),
-            "lookup, cold": Setting("speculative", "lookup", own=True),
-            "lookup, other sequences": Setting("speculative", "lookup", others=True),
-            "lookup, both": Setting("speculative", "lookup", others=True, own=True)}
+def settings(others: list[list[int]], rates=(), selves=(), only: str | None = None) -> dict[str, Setting]:
+    """Fresh ones for a stream; `others` are the answers of the other sequences. target_only first; of the rest those
+    whose names hold one of the comma-separated words in `only`."""
+    def known() -> Lookup:
+        lookup = Lookup()
+        for answer in others:
+            lookup.learn(answer)
+        return lookup
+
+    cold, both = Lookup(), known()
+    made = {"target_only": Setting("target_only", None), "drafter, raw": Setting("prefill_then_verify", "drafter"),
+            "lookup, cold": Setting("speculative", cold, learns=cold),
+            "lookup, other sequences": Setting("speculative", known()),
+            "lookup, both": Setting("speculative", both, learns=both)}
     for P in rates:
-        made[f"drafter right with {P}"] = Setting("speculative", None, right_with(P))
-        made[f"lookup, right with {P}"] = Setting("speculative", ["lookup", "drafter"], right_with(P), True, True)
+        both = known()
+        made[f"drafter right with {P}"] = Setting("speculative", "drafter", P)
+        made[f"lookup, right with {P}"] = Setting("speculative", [both, "drafter"], P, both)
+    for P in selves:
+        made[f"self right with {P}"] = Setting("speculative", "self", P)
     return {name: of for name, of in made.items()
             if name == "target_only" or only is None or any(word in name for word in only.split(","))}
 
@@ -96,13 +108,6 @@ def choose(pairs: list[dict], most: int, shard: tuple[int, int]) -> dict[str, li
     return {seq: chosen[seq] for seq in list(chosen)[shard[0]::shard[1]]}
 
 
-def know(target, answers: list[list[int]]) -> None:
-    """From here on lookup knows these answers and no others."""
-    target.forget()
-    for ids in answers:
-        target.remember(ids)
-
-
 def measured(result, base) -> dict:
     """What the table needs of a request, ms, beside target_only's of the same answer."""
     return {"e2e": result.wall_clock_time * 1e3, "ttft": result.ttft * 1e3, "ids": len(result.output_ids),
@@ -119,11 +124,12 @@ def main(argv=None) -> int:
         return 0
     if options.pairs is None:
         raise InputError("PAIRS: missing; pass recorded answers, or --merge")
-    rates, device = read_rates(options.accept), engine.pick_device(options.device)
+    rates, selves = (read_rates(getattr(options, name), name) for name in ("accept", "self"))
     place = options.weights if options.weights != "tiny" else None
-    e = engine.load_engine(place or bench.TINY / "drafter", place or bench.TINY / "target", device=device,
+    e = engine.load_engine(place or bench.TINY / "drafter", place or bench.TINY / "target", device=options.device,
                            drafter_device=options.drafter_device, cache_rows=options.cache_rows, draft_len=15,
-                           tokenizer=options.tokenizer, gate=options.gate == "on", drafter_dtype=options.drafter_dtype)
+                           tokenizer=options.tokenizer, gate=options.gate == "on",
+                           drafter_dtype=options.drafter_dtype, self_draft=bool(selves))
     V = min(model.config.V for model in e.models)
     pairs = read_pairs(options.pairs, options.src, V)
     for model in e.models:
@@ -139,28 +145,29 @@ def main(argv=None) -> int:
                     f"{measure.devices(e.models)}, {measure.versions()}",
             "pairs": options.pairs.name, "src": pairs[0]["src"], "new": options.max_new_tokens, "gate": options.gate}
     chance, order = random.Random(options.shard[0]), random.Random(options.shard[0])
-    gates, taken, own, result = collections.defaultdict(engine.Gate), collections.defaultdict(list), [], None
-    rows = settings(rates, options.only)
+    gates, taken, rows, result = collections.defaultdict(engine.Gate), collections.defaultdict(list), {}, None
+    rights = collections.defaultdict(lambda: 0.5)            # how right a drafter's line was; see the engine's Line
     for number, (seq, row, timed) in enumerate(bench.progress(work, "answers")):
         if not number or work[number - 1][::2] != (seq, timed):           # a stream begins
-            own, others = [], [of["target"] for of in pairs if of["seq"] != seq]
+            rows = settings([of["target"] for of in pairs if of["seq"] != seq], rates, selves, options.only)
         clip, ids, cell = clips[number % len(clips)], row["target"][:options.max_new_tokens], {}
         for name in order.sample(list(rows), len(rows)):     # what one leaves behind favours none
             of = rows[name]
             e.gate = gates[name] if options.gate == "on" else None        # each is priced by its own acceptance
+            e.right, drafts = rights[name], of.drafts(row, chance, V)
             with torch.inference_mode():
-                e.target.replay(ids)
-                e.drafter.replay(of.says(row, chance, V))
-                if of.own or of.others:
-                    know(e.target, (others if of.others else []) + (own if of.own else []))
+                e.target.replay(ids, drafts if of.source == "self" else ())
+                e.drafter.replay(drafts)
             cell[name] = result = e.generate(
                 event_path=clip.events, video_path=clip.video, query=row["question"], mode=of.mode,
                 draft_source=of.source, max_new_tokens=len(ids), ignore_eos=True, remember=False,
-                overlap_len=options.overlap_len, draft_len=31 if of.source else 5 if e.apart else 15)
+                overlap_len=options.overlap_len)
+            rights[name] = e.right
             if result.output_ids != ids:
                 print(f"{name}, {seq} {row['clip']}: other ids than recorded", file=sys.stderr)
                 return 1
-        own.append(ids)
+            if of.learns:
+                of.learns.learn(ids)
         if timed:
             for name, of in cell.items():
                 taken[name].append(measured(of, cell["target_only"]))
@@ -231,6 +238,7 @@ def parse(argv):
     add("--max-new-tokens", type=int, default=50, metavar="N", help="ids of an answer that count (default %(default)s)")
     add("--overlap-len", type=int, default=15, metavar="G", help="drafts of the head start (default %(default)s)")
     add("--accept", default="", metavar="LIST", help="drafters that are right with these probabilities")
+    add("--self", default="", metavar="LIST", help="4-bit copies of the target that are right with these")
     add("--gate", default="on", choices=("on", "off"), help="draft only where it should pay (default %(default)s)")
     add("--only", metavar="WORDS", help="settings whose names hold one of these comma-separated words")
     add("--shard", metavar="I/N", help="every N-th sequence from the I-th")

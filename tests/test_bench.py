@@ -186,8 +186,7 @@ class Words:
 
 
 def test_pieces_are_the_answer_with_what_was_accepted_and_rejected():
-    log = [SimpleNamespace(source=source, drafts=drafts, accepted=accepted) for source, drafts, accepted in (
-        ("head start", [2, 3, 9, 9], 2), ("", [], 0), ("drafter", [6, 7], 2))]
+    log = [engine.Round("head start", [2, 3, 9, 9], 2), engine.Round("", [], 0), engine.Round("drafter", [6, 7], 2)]
     result = SimpleNamespace(output_ids=[1, 2, 3, 4, 5, 6, 7], output_text="w1 w2 w3 w4 w5 w6 w7", round_log=log)
     found = bench.pieces(result, Words())
     assert found == [["own", "w1"], ["accepted", " w2 w3"], ["rejected", " w9 w9"], ["own", " w4"], ["own", " w5"],
@@ -209,15 +208,16 @@ def result_of(ids, start=0.0, **more):
 
 def test_a_summary_holds_every_repeat_and_an_entry_for_each_forward():
     e = SimpleNamespace(target=SimpleNamespace(text=Words()))
-    line = [("target", "prefill", 0.0, 0.2, ""), ("drafter", "draft", 0.2, 0.3, "5 ids"),
+    line = [("target", "prefill", 0.0, 0.2, ""), ("target", "draft", 0.2, 0.3, ""),
             ("target", "verify", 0.3, 0.31, ""), ("target", "decode", 0.31, 0.32, "")]
     results = [result_of([1, 2, 3], accept_lens=[1], drafted=5, free_tokens_count=free, window_drafts=free + 1,
-                         timeline=line, stages={"target": {"prefill": 0.2, "verify": 0.01, "decode": 0.01},
-                                                "drafter": {"draft": 0.1}}) for free in (1, 2, 9)]
+                         round_log=[engine.Round("self", [2, 9, 9, 9, 9], 1)], timeline=line,
+                         stages={"target": {"prefill": 0.2, "verify": 0.01, "decode": 0.01, "draft": 0.1}})
+               for free in (1, 2, 9)]
     of = bench.summary(e, results, [result_of([1, 2, 3])])
     assert of["e2e_ms"] == 1000 and of["raw"]["ttft_ms"] == [250.0] * 3 and of["tpot_ms"] == 50
     assert of["overlap_drafts"] == 2 and of["window_drafts"] == 3
-    assert of["stages_ms"]["drafter"]["draft"] == pytest.approx([20.0] * 3)            # five forwards in 100 ms
+    assert of["stages_ms"]["target"]["draft"] == pytest.approx([20.0] * 3)             # five drafts in 100 ms
     assert of["stages_ms"]["target"]["prefill"] == pytest.approx([200.0] * 3)
     assert of["stages_ms"]["target"]["verify"] == pytest.approx([10.0] * 3) and of["identical"]
     assert (of["drafted"], of["accepted"], of["rounds"], of["forwards"]) == (5, 1, 1, 1)

@@ -110,17 +110,21 @@ def test_the_table_of_a_replay_holds_what_was_measured():
 
 
 def test_a_setting_says_who_drafts_and_what_lookup_knows():
-    made = replay.settings([0.25], None)
+    made = replay.settings([[1, 5, 6]], [0.25], [0.5])
     assert list(made)[:2] == ["target_only", "drafter, raw"] and made["drafter, raw"].mode == "prefill_then_verify"
-    known = {name: (of.others, of.own) for name, of in made.items() if name.startswith("lookup, ")}
-    assert known == {"lookup, cold": (False, True), "lookup, other sequences": (True, False),
-                     "lookup, both": (True, True), "lookup, right with 0.25": (True, True)}
-    assert list(replay.settings([0.25], "cold,right")) == ["target_only", "lookup, cold", "drafter right with 0.25",
-                                                           "lookup, right with 0.25"]
+    known = {name: (of.source.propose([1], 2), of.learns is of.source) for name, of in made.items()
+             if isinstance(of.source, replay.Lookup)}
+    assert known == {"lookup, cold": ([], True), "lookup, other sequences": ([5, 6], False),
+                     "lookup, both": ([5, 6], True)}
+    both = made["lookup, right with 0.25"]
+    assert both.source[0] is both.learns and both.source[1] == "drafter" and both.source[0].propose([1], 2) == [5, 6]
+    assert made["drafter right with 0.25"].source == "drafter" and made["self right with 0.5"].source == "self"
+    assert list(replay.settings([], [0.25], only="cold,right")) == [
+        "target_only", "lookup, cold", "drafter right with 0.25", "lookup, right with 0.25"]
     row = {"target": list(range(4000)), "drafter": [3]}
-    says = made["drafter right with 0.25"].says(row, replay.random.Random(0), 5000)
+    says = made["drafter right with 0.25"].drafts(row, replay.random.Random(0), 5000)
     right = sum(a == b for a, b in zip(says, row["target"], strict=True)) / 4000
-    assert right == pytest.approx(0.25, abs=0.03) and made["drafter, raw"].says(row, None, 9) == [3]
+    assert right == pytest.approx(0.25, abs=0.03) and made["drafter, raw"].drafts(row, None, 9) == [3]
 
 
 def test_streams_are_short_ones_first_cut_to_the_answers_wanted_and_shared_out():
@@ -136,14 +140,15 @@ def test_a_replay_runs_shards_and_merges(tmp_path, capsys):
     answers = {"a": [[5, 6, 7, 8, 9, 10, 11, 12]] * 2, "b": [[20, 21, 22, 23]], "c": [[30]]}
     path, shards = pairs(tmp_path / "p.jsonl", answers, drafter=()), [str(tmp_path / f"s{i}.json") for i in range(2)]
     given = [str(path), "--device", "cpu", "--gate", "off"]
-    assert measure.run(replay.main, [*given, "--accept", "1.0", "--trace", str(tmp_path / "t.json")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    per = {line[:26].strip(): line for line in lines if line[:26].strip() in replay.settings([1.0], None)}
-    assert list(per) == list(replay.settings([1.0], None)) and "came out of all 28 requests" in "\n".join(lines)
+    assert measure.run(replay.main, [*given, "--accept", "1.0", "--self", "1.0", "--trace", str(tmp_path / "t")]) == 0
+    lines, names = capsys.readouterr().out.splitlines(), list(replay.settings([], [1.0], [1.0]))
+    per = {line[:26].strip(): line for line in lines if line[:26].strip() in names}
+    assert list(per) == names and "came out of all 32 requests" in "\n".join(lines)
 
     def figure(name):                                        # ids a forward is the fourth from the end
         return float(per[name].split()[-4])
-    assert figure("target_only") == 1 and figure("drafter right with 1.0") > 2 and figure("lookup, cold") > 1
+    assert figure("target_only") == 1 and figure("lookup, cold") > 1
+    assert figure("drafter right with 1.0") > 2 and figure("self right with 1.0") > 2
     for i, shard in enumerate(shards):
         assert measure.run(replay.main, [*given, "--only", "cold", "--rows", shard, "--shard", f"{i}/2"]) == 0
     capsys.readouterr()
@@ -170,8 +175,8 @@ def target():
 def test_forced_drafts_of_every_length_give_the_answer_of_plain_steps(target, monkeypatch):
     with torch.inference_mode():
         assert figures.forced_drafts(target, 16, new=24, rows=20) == (16, 16)
-        put, said = measure.put_drafts, []
-        monkeypatch.setattr(measure, "put_drafts", lambda model, drafts: said.append(drafts) or put(model, drafts))
+        put, said = target.put, []
+        monkeypatch.setattr(target, "put", lambda drafts: said.append(drafts) or put(drafts))
         figures.forced_drafts(target, 1, new=24, rows=20)
     assert len(said) > 24 and {drafts.index(-1) if -1 in drafts else 15 for drafts in said} >= {0, 3, 7}
 
@@ -193,8 +198,7 @@ def test_a_state_is_put_at_a_context_and_read_back(target):
     with torch.inference_mode():
         measure.at_context(target, 100)
         state = measure.state_of(target, 1)
-    assert (state.n_out, state.done, state.prompt_len, state.eos_id, state.limit, state.ids) == (1, 0, 100, -1, 10 ** 6,
-                                                                                                 [7])
+    assert (state.n_out, state.done, state.prompt_len, state.limit, state.ids) == (1, 0, 100, 10 ** 6, [7])
 
 
 def test_whole_answers_have_as_many_ids_as_asked(target):

@@ -1,7 +1,8 @@
 """timeline: the stages of one request as a picture, or as a trace for ui.perfetto.dev.
 
-A request is a mapping with timeline [(row, stage, start_s, end_s, note)], round_log [(source, drafts, accepted)], mode,
-output_ids, ttft, wall_clock_time, drafted and accepted_tokens; rows are `host`, `drafter` and `target`."""
+A request is a mapping with timeline [(row, stage, start_s, end_s, note)] by start, round_log [(source, drafts,
+accepted)] of the target's forwards, draft_log [(place in the answer, id)] of the drafter's, mode, output_ids, ttft,
+wall_clock_time, drafted and accepted_tokens; rows are `host`, `drafter` and `target`."""
 
 import io
 import json
@@ -13,26 +14,32 @@ COLOURS = {"load": "#9aa5b1", "preprocess": "#c3cad2", "encode": "#6aa9d8", "pre
 ROWS = ("host", "drafter", "target")
 
 
-def drafts_in(note: str) -> int:
-    """Drafts of a bar: those of a round on one device are one bar, "5 ids"."""
-    return int(note.split()[0]) if note.endswith(" ids") else 1
-
-
 def bars(result) -> list[tuple]:
-    """The timeline's rows, each with a bool for each of its drafts, was it accepted: those that a verify looked at, and
-    those that a drafter's bar made, as far as the target looked at them."""
-    log, found, fate = list(result["round_log"]), [], {}
-    for of in log:
-        fate.setdefault(of.source, []).extend(i < of.accepted for i in range(len(of.drafts)))
-    for row, stage, start, end, note in result["timeline"]:
-        accepted = []
-        if row == "target" and (stage == "verify" or stage == "decode" and result["mode"] == "speculative"):
-            of = log.pop(0) if log else None
-            accepted = [i < of.accepted for i in range(len(of.drafts))] if of else []
-        elif stage == "draft":
-            ids = fate.get("drafter" if drafts_in(note) > 1 else "head start", [])
-            accepted = [bool(ids) and ids.pop(0) for _ in range(drafts_in(note))]
-        found.append((row, stage, start, end, note, accepted))
+    """The timeline's rows, each with a bool for each of its drafts, was it accepted: those that a forward of the target
+    looked at, and those that a bar made."""
+    rows, log, right, at = result["timeline"], list(result["round_log"]), {}, 1
+    for source, drafts, accepted in log:                     # {place in the answer: the drafter's id there, accepted}
+        right.update(enumerate(drafts[:accepted] if source in ("drafter", "head start") else [], at))
+        at += accepted + 1
+    stages = ("verify", "decode") if result["mode"] == "speculative" else ("verify",)
+    forwards = list(zip([row for row in rows if row[0] == "target" and row[1] in stages], log,
+                        strict=False))                       # those queued behind the answer's end have no round
+    rounds, early, made, found = dict(forwards), iter(result["draft_log"][1:]), {}, []
+    for row in rows:
+        flags = []
+        if row in rounds:
+            _, drafts, accepted = rounds[row]
+            flags = [i < accepted for i in range(len(drafts))]
+        elif row[1] == "draft":
+            place, id_ = next(early, (-1, -1)) if row[0] == "drafter" else (-1, -1)
+            after = next((of for of in forwards if of[0][2] >= row[2]), None) if place < 0 else None
+            if after and after[1][0] == row[0].replace("target", "self"):            # a round's, on the target's device
+                _, drafts, accepted = after[1]
+                count = made[after[0]] = made.get(after[0], 0) + 1
+                flags = [count <= accepted] if row[0] == "drafter" else [i < accepted for i in range(len(drafts))]
+            else:
+                flags = [right.get(place) == id_]
+        found.append((*row, flags))
     return found
 
 
