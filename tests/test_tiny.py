@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import engine
 from kernels.frames import clip_pixels, draw_events
+from tests import tiny_pair as evaluate
 from weights.events import Events, read_events
 from weights.load import open_checkpoint
-from tests import tiny_pair as evaluate
 from weights.tiny import make_clips, scenes, train
 from weights.video import read_video
 
