@@ -5,9 +5,9 @@
         case.call(engine)                   # the library: InputError, unless case.exit is 0
         bench.main(case.flags)              # the command line: case.exit
 
-`python tests/hostile.py FOLDER` writes them all, a folder each, and prints the flags that try them. ELSEWHERE says why
-a row of the list has no more than a flag to try."""
+`python tests/hostile.py FOLDER` writes them all, a folder each, and prints the flags that try them."""
 
+import argparse
 import contextlib
 import fcntl
 import json
@@ -55,9 +55,6 @@ from weights.video import read_images, read_video
 TINY = bench.TINY
 RECORDS = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_text())
 QUICK = ["--repeats", "1", "--warmup", "0", "--max-new-tokens", "2", "--device", "cpu"]
-ELSEWHERE = {
-    68: "nothing is sampled: there is no temperature and no top_p to be wrong, and a flag that names one is unknown",
-}
 
 
 @dataclass
@@ -621,12 +618,12 @@ def linked_out(folder):
     return Case(first_problem(folder), [*flags, "--modes", "target_only"], ["leads out"], 1)
 
 
-def main(argv):
-    if len(argv) != 1:
-        print(__doc__)
-        return 2
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to write them; made if it is not there")
+    options = parser.parse_args(argv)
     for name, make in CASES.items():
-        folder = Path(argv[0]) / name.replace(" ", "_").replace("/", "_")
+        folder = options.folder / name.replace(" ", "_").replace("/", "_")
         folder.mkdir(parents=True)
         with contextlib.suppress(OSError):                   # a name that is too long to be written is one of them
             print(f"{name}: python bench.py {' '.join(make(folder).flags)[:200]!r}")
@@ -634,4 +631,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
