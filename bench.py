@@ -43,7 +43,7 @@ from kernels.check import gemm_tflops, quantiles, read_tbps
 from kernels.quant import BITS
 from weights import UNREADABLE, InputError, controls, describe, replace_file, timeline
 from weights.dataset import Sample, read_dataset
-from weights.load import nvidia_smi
+from weights.memory import nvidia_smi
 from weights.rows import RowFile, merge
 from weights.sources import agreeing
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import engine
-import weights.load
+import weights.memory
 from engine import Drafter, InputError, Target
 from kernels import quant
 
@@ -68,13 +68,13 @@ def launchers(monkeypatch):
                                                                                  torch.empty_like(x)))
     monkeypatch.setattr(engine, "quick_gelu", torch.empty_like)
     monkeypatch.setattr(engine, "swiglu", lambda x: made(len(x), x.shape[1] // 2, like=x))
-    plain = engine.step_product
+    plain = engine.product
 
     def skinny(x, w, *args, gated=False, **options):
         if isinstance(w, quant.Packed):
             return made(len(x), w.shape[0] // (2 if gated else 1), like=x)
         return plain(x, w, *args, gated=gated, **options)
-    monkeypatch.setattr(engine, "step_product", skinny)
+    monkeypatch.setattr(engine, "product", skinny)
 
 
 def one_request(model, frames):
@@ -83,30 +83,30 @@ def one_request(model, frames):
         pixels = torch.zeros(frames, 3, model.vision.image, model.vision.image)
         visual_AD = model.visual_rows(pixels)
         prompt = engine.Prompt([5] * 32, [5] * 32)
-        model.prefill(model.splice(prompt, visual_AD), 8, -1, 5)
+        model.prefill(model.splice(prompt, visual_AD), 8, (), 5)
         for G in (0, 5, 15):
-            model.prepare(G)
-            model.step(G)
+            model.put([3] * G)
+            model.round(G)
 
 
-@pytest.mark.parametrize("name,packed", [*((name, None) for name in CONFIGS), ("drafter", "int4")])
+@pytest.mark.parametrize("name,packed", [*((name, None) for name in CONFIGS), ("drafter", "int4"), ("target", "int4")])
 @pytest.mark.parametrize("kernels", ["as on a CPU", "as on a GPU"])
 def test_the_budget_is_within_5_percent_of_what_is_allocated(name, packed, kernels, monkeypatch):
     cls, config = CONFIGS[name]
     monkeypatch.setattr(engine, "TARGET_7B" if cls is Target else "DRAFTER_7B", config)
     device, dtype = torch.device("cpu"), torch.float32
-    needs = engine.memory_needs(cls, config, device, dtype, None, packed)
+    needs = engine.needs_of(cls, config, device, dtype, None, packed)
     if kernels == "as on a GPU":
         launchers(monkeypatch)
-        needs = engine.memory_needs(cls, config, torch.device("cuda"), dtype, None, packed)
+        needs = engine.needs_of(cls, config, torch.device("cuda"), dtype, None, packed)
         needs["scratch"] -= (2 << 25) + (2 << 26)            # a library's and the resized pictures, which are not here
     with Allocations() as counted:
         model = engine.load_model(cls, "random-7b", device, dtype, packed=packed)
         one_request(model, 8 if cls is Target else 5)
-    d = model.decoder
+    d, steps = model.decoder, model.copy or model.decoder.steps
     assert needs["weights"] == sum(t.nbytes for t in d.w.values())
     if packed:
-        copies = [t for layer in d.step_layers for t in layer.values() if hasattr(t, "bits")] + [d.step_head_VD]
+        copies = [t for layer in steps.layers for t in layer.values() if hasattr(t, "bits")] + [steps.head_VD]
         assert needs["packed"] == sum(t.held_bytes for t in copies)
     assert counted.peak == pytest.approx(sum(needs.values()), rel=0.05), needs
 
@@ -133,23 +133,23 @@ def test_the_refusal_says_who_holds_the_memory_of_a_gpu(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").write_text(SMI)
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(weights.load, "free_bytes", lambda device: (6 << 30, 80 << 30))
+    monkeypatch.setattr(weights.memory, "free_bytes", lambda device: (6 * 10 ** 9, 80 * 10 ** 9))
     with pytest.raises(InputError) as error:
-        weights.load.insist_on_room("DIR", torch.device("cuda:0"), {"weights": 13 << 30, "cache": 2 << 30})
+        weights.memory.insist_on_room("DIR", torch.device("cuda:0"), {"weights": 13 * 10 ** 9, "cache": 2 * 10 ** 9})
     assert str(error.value) == (
-        "DIR: needs 15.000 GiB (weights 13.000, cache 2.000), cuda:0 has 6.000 of 80.000 GiB free, most is held by "
-        "python (pid 4711, 60.0 GiB), /opt/render (pid 4712, 2.0 GiB); lower --cache-rows, free memory, or choose "
+        "DIR: needs 15.000 GB (weights 13.000, cache 2.000), cuda:0 has 6.000 of 80.000 GB free, most is held by "
+        "python (pid 4711, 64.4 GB), /opt/render (pid 4712, 2.1 GB); lower --cache-rows, free memory, or choose "
         "another --device")
 
 
 def test_the_refusal_says_who_holds_the_memory_of_the_host():
-    named = weights.load.holders(torch.device("cpu"))
-    assert 1 <= len(named) <= 3 and all(re.fullmatch(r".+ \(pid \d+, \d+\.\d GiB\)", name) for name in named)
+    named = weights.memory.holders(torch.device("cpu"))
+    assert 1 <= len(named) <= 3 and all(re.fullmatch(r".+ \(pid \d+, \d+\.\d GB\)", name) for name in named)
 
 
 def test_without_nvidia_smi_the_refusal_names_nobody(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert weights.load.holders(torch.device("cuda:0")) == []
+    assert weights.memory.holders(torch.device("cuda:0")) == []
 
 
 # ---- memory that runs out in a request
@@ -167,7 +167,7 @@ def short(*_, **__):
 
 @pytest.mark.parametrize("side,method,stage", [
     ("target", "encode", "encode"), ("target", "_prefill", "prefill"), ("target", "_round", "decode"),
-    ("target", "prepare_prefill", "preparation"), ("drafter", "prepare_prefill", "preparation"),
+    ("target", "prefill_graph", "preparation"), ("drafter", "prefill_graph", "preparation"),
     ("drafter", "encode", "encode"), ("drafter", "_round", "draft")])
 def test_memory_that_runs_out_names_the_stage_and_the_flag_and_the_next_request_works(side, method, stage, monkeypatch):
     e = engine.load_engine(bench.TINY / "drafter", bench.TINY / "target", device="cpu", gate=False)
