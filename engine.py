@@ -9,18 +9,20 @@ target's own, token for token: greedy, or with a temperature the one that it alo
                                           |                                            |
                                    drafter cache                                 target cache
                                           |                                            |
-        +-> draft: G one-row forwards ----+-- draft_ids --> verify: one forward of [pending_id, draft_ids]
+        +-> propose: the drafter, earlier answers or the target's own 4-bit copy       |
+        |                           +---> verify: one forward of [pending_id, drafts] -+
         |                                                                              |
         +-- cache_len += accept_len + 1, pending_id = bonus_id <---- accept <----------+
 
-Read it in the order of the picture: configs, prompts, decoder, vision, drafter and target, step graphs, when to draft,
-the request, loading. Kernels are in kernels/; what reads files, and who may draft in the drafter's place, in weights/.
+Every mode is this loop with another source of drafts: `Engine._rounds`. Read the file in the order of the picture:
+configs, prompts, decoder, vision, drafter and target, step graphs, who drafts, the request, the engine, loading.
+Kernels are in kernels/; weights/ reads files and holds what of a source needs no model (weights/sources.py).
 `python engine.py` shows the claim on the embedded tiny pair.
 
 Shapes are written into names, one letter a dimension; batch is one and carries none:
     R frames   P patches   C vision width   D model width   S rows in this step   M cache rows   L layers
-    H query heads   N key/value heads   K head width   F feed-forward width   V vocabulary   G draft length
-    W words of a request's state
+    H query heads   N key/value heads   K head width   F feed-forward width   V vocabulary   G drafts
+    W words of a request's state (kernels/round.py)
 """
 
 from __future__ import annotations
@@ -32,15 +34,14 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import heapq
 import json
 import queue
-import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import kernels  # noqa: F401  first: it keeps torch quiet where numpy is absent
 
@@ -51,12 +52,25 @@ import torch.nn.functional as F
 from kernels.attention import attention, step_attention
 from kernels.fp8 import norm8, product8, rows8, weight8
 from kernels.frames import clip_pixels, draw_events, to_device
-from kernels.quant import BITS, NotPackable, packed_bytes, quantise
-from kernels.quant_rows import MAX_PACKED_ROWS
-from kernels.recall import ALONE, FIRST, NOTHING, ORDER, Recall, recall
-from kernels.rmsnorm import add_rmsnorm, rmsnorm
+from kernels.lookup import AFTER, FIRST, ONLY, Ring, lookup
+from kernels.products import product
+from kernels.quant import BITS, MAX_PACKED_ROWS, NotPackable, Packed, packed_bytes, quantise
+from kernels.rmsnorm import add_rmsnorm, rmsnorm, row_sums
 from kernels.rope_store import rope_store
-from kernels.round import close_round, open_round
+from kernels.round import (
+    DONE,
+    FOUND,
+    LIMIT,
+    PROMPT_LEN,
+    SLOTS,
+    STATE,
+    SURE,
+    State,
+    close_draft,
+    close_round,
+    new_state,
+    open_round,
+)
 from kernels.sample import sample, sampling_words
 from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
@@ -77,40 +91,27 @@ from weights.load import (
 from weights.sources import (
     SOURCES,
     Adapted,
-    Best,
-    Blend,
-    BlendText,
-    Constant,
-    DrafterText,
     DraftSource,
     Fixed,
-    Memory,
-    Previous,
-    Recalled,
+    Gate,
+    Line,
+    Lookup,
     agreeing,
+    noting,
+    smoothed,
     source_named,
 )
 from weights.text import Text, TextStream
 from weights.video import VIDEO_RULES, read_images, read_video
 
-__all__ = ["MODES", "SOURCES", "Adapted", "Best", "Blend", "BlendText", "Constant", "DraftSource", "DrafterText",
-           "Engine", "Event", "Fixed", "InputError", "Memory", "PrefillOnlyInference", "Previous", "Recalled",
-           "Result",
-           "load_engine", "model_name", "source_named"]
+__all__ = ["MODES", "SOURCES", "Adapted", "DraftSource", "Engine", "Event", "Fixed", "Gate", "InputError", "Lookup",
+           "PrefillOnlyInference", "Result", "Round", "Verdict", "agreeing", "explain", "load_engine", "model_name",
+           "source_named"]
 
 MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
-RECALL_MOST = 15        # ids that a drafter recalls for one step: 16 rows, as many as packed weights serve; a target
-                        # may recall STEP_ROWS - 1, while more than one a step is right: 32 rows take 1.07 of a step
-RECALL_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of its earlier texts that a model keeps, on a GPU and on a CPU
-RECALL_PAYS = {None: 0.1, 8: 0.45, 4: 0.9}       # ids that must be right in a step for its rows to pay, by bits of its
-                                                 # weights: 16 rows take 1.03 of a step, 1.44 at 8 bits, 1.8 to 1.9 at 4
-SHARES = (0.5, 0.2, 0.1, 0.05)    # how often a drafter's first, second, .. guess is right, until there is experience
-GUESSES = len(SHARES)   # ids that a drafter on its own device names for the next place, the likeliest first
-KEPT_ROWS = 32          # cache rows where such a drafter puts aside what another guess takes the place of
-CHECKS = {"draft": "recall", "decode": "verify"}    # a stage of one id a forward, and the same with recalled ids
-STATE = 8               # words before the ids in a request's state; kernels/round.py names them
-N_OUT, DONE, ACCEPT_LEN, PROMPT_LEN, EOS_ID, LIMIT, NONFINITE, RECALLED = range(STATE)
+WIDTHS = (3, 7, 15, 31)                          # numbers of drafts that a captured verify has rows for
+LOOKUP_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of earlier answers that are searched, on a GPU and on a CPU
 
 # ---- configs ---------------------------------------------------------------------------------------------------
 
@@ -215,12 +216,26 @@ def check_sampling(temperature, top_p, seed, names=("temperature", "top_p", "see
 # ---- decoder ---------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """What forwards of few rows read: plain weights, or packed ones, whose ids may be wrong now and then: for drafts.
+    """
+    layers: list                            # of {"attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down"}
+    head_VD: torch.Tensor | Packed
+    rows: int                               # of a forward, at most
+    work: Workspace
+    packed: str | None = None               # one of BITS
+
+
+NORMS = {"qkv": "attn_norm", "o": None, "gate_up": "mlp_norm", "down": None}     # a layer's products, and what precedes
+
+
 class Decoder:
     """LLaMA over a static cache. One forward, masked by position, serves prefill, draft, verify and decode.
 
     weights: the `text.*` tensors of weights/names.py. Keys are cached after rotary. Row s of a step attends to the
     cache rows 0..pos_ids[s] and to nothing else, so what lies beyond is stale and harmless.
-    drafts: a step's bits may follow its number of rows, since only drafts hang on them.
+    drafts: only drafts hang on its ids, so a step's bits may follow its number of rows.
     Source: transformers' LlamaForCausalLM, rounding order included.
     """
 
@@ -231,10 +246,7 @@ class Decoder:
         self.device, self.dtype = self.embed_VD.device, self.embed_VD.dtype
         self.layers = [{name: weights[f"text.layers.{i}.{name}"] for name in
                         ("attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down")} for i in range(config.L)]
-        self.step_layers, self.step_head_VD = self.layers, self.head_VD
-        self.packed: str | None = None
-        self.step_rows, self.fp8 = STEP_ROWS, False
-        self.work = Workspace(self.device, config.D, config.H, config.K, cache_rows, drafts=drafts)
+        self.fp8 = False
         shape = (config.L, config.N, cache_rows, config.K)
         self.k_cache_LNMK = torch.zeros(shape, dtype=self.dtype, device=self.device)   # zeros: unseen must be finite
         self.v_cache_LNMK = torch.zeros_like(self.k_cache_LNMK)
@@ -243,37 +255,46 @@ class Decoder:
         self.cos_MK = angle_MK.cos().to(self.device, self.dtype)
         self.sin_MK = angle_MK.sin().to(self.device, self.dtype)
 
+        self.steps = Steps(self.layers, self.head_VD, STEP_ROWS, self._workspace(drafts))
+
     @property
     def cache_rows(self) -> int:
         return self.k_cache_LNMK.shape[2]
 
-    def pack(self, name: str) -> None:
-        """From now on steps of up to 16 rows read 8 or 4 bit copies of the weights, to be faster and a little wrong:
-        for drafters alone. `int8` and `int4` keep the full weights beside them for more rows. `fp8` has e4m3 weights
-        in their place: prefill takes two thirds of the time, and the rows that every draft looks back at are a little
-        wrong as well."""
-        of_layers, of_head = BITS[name]
-        norms = {"qkv": "attn_norm", "o": None, "gate_up": "mlp_norm", "down": None}
-        self.step_layers = [layer | {product: quantise(layer[product], of_layers, norm_D=layer.get(norm))
-                                     for product, norm in norms.items()} for layer in self.layers]
-        self.step_head_VD, self.packed = quantise(self.head_VD, of_head, norm_D=self.w["text.norm"]), name
-        self.step_rows, self.fp8, self.work.by_columns = MAX_PACKED_ROWS, name.startswith("fp8"), True
-        for i, layer in enumerate(self.layers if self.fp8 else []):
-            self.layers[i] = {product: weight8(layer[product], layer.get(norm)) for product, norm in norms.items()}
-            for product in norms:
-                del self.w[f"text.layers.{i}.{product}"]
+    def _workspace(self, drafts: bool) -> Workspace:
+        return Workspace(self.device, self.config.D, self.config.H, self.config.K, self.cache_rows, drafts=drafts)
 
-    def forward(self, hidden_SD, pos_ids_S, only=None):
+    def packed(self, name: str) -> Steps:
+        """A copy of the weights in 4 bits, one of BITS, for steps that draft. NotPackable if their shapes forbid it."""
+        of_layers, of_head = BITS[name]
+        layers = [layer | {of: quantise(layer[of], of_layers, norm_D=layer.get(norm)) for of, norm in NORMS.items()}
+                  for layer in self.layers]
+        head = quantise(self.head_VD, of_head, norm_D=self.w["text.norm"])
+        return Steps(layers, head, MAX_PACKED_ROWS, self._workspace(True), name)
+
+    def pack(self, name: str) -> None:
+        """For a drafter: its steps read 4-bit weights from now on. `int4` keeps the full weights beside them for
+        prefill. `fp8+int4` has e4m3 weights in their place: prefill takes two thirds of the time, and the rows that
+        every draft looks back at are a little wrong as well."""
+        self.steps, self.fp8 = self.packed(name), name.startswith("fp8")
+        for i, layer in enumerate(self.layers if self.fp8 else []):
+            self.layers[i] = {of: weight8(layer[of], layer.get(norm)) for of, norm in NORMS.items()}
+            for of in NORMS:
+                del self.w[f"text.layers.{i}.{of}"]
+
+    def forward(self, hidden_SD, pos_ids_S, only=None, steps: Steps | None = None):
         """Writes cache rows pos_ids_S; returns logits [S, V], or those of the rows that `only` (int64, few) names.
 
         `only` is for prefill: the last layer's queries and feed-forward are computed for these rows alone, since
-        nobody reads the others; its keys and values are stored for all.
+        nobody reads the others; its keys and values are stored for all. steps: other weights than `self.steps`.
         """
-        c, rows = self.config, len(pos_ids_S)
-        if rows <= self.step_rows:
+        c, rows, steps = self.config, len(pos_ids_S), steps or self.steps
+        if rows <= steps.rows:
+            if not steps.packed:                             # packed products take their own
+                row_sums(hidden_SD, steps.work)
             for layer in range(c.L):
-                hidden_SD = self._step_layer(layer, hidden_SD, pos_ids_S)
-            logits_SV = skinny(hidden_SD, self.step_head_VD, self.work, norm=(self.w["text.norm"], c.eps))
+                hidden_SD = self._step_layer(layer, hidden_SD, pos_ids_S, steps)
+            logits_SV = product(hidden_SD, steps.head_VD, steps.work, norm=(self.w["text.norm"], c.eps))
             return logits_SV if only is None else logits_SV.index_select(0, only)
         fresh_SD = scale_S = None                            # the last block's output, not yet added to the stream
         for layer in range(c.L):
@@ -286,18 +307,18 @@ class Decoder:
         if scale_S is not None:
             fresh_SD = (fresh_SD.float() * scale_S[:, None]).to(self.dtype)
         normed_SD, _ = add_rmsnorm(fresh_SD, hidden_SD, self.w["text.norm"], c.eps)
-        return product(normed_SD, self.head_VD)
+        return dense(normed_SD, self.head_VD)
 
-    def _step_layer(self, layer: int, hidden_SD, pos_ids_S):
-        """Few rows at consecutive positions, six launches: the weights are read once, and a row's bits do not
-        depend on how many rows there are. That is what makes a verify row equal a decode row."""
-        c, w, work = self.config, self.step_layers[layer], self.work
-        qkv_SE = skinny(hidden_SD, w["qkv"], work, norm=(w["attn_norm"], c.eps))
+    def _step_layer(self, layer: int, hidden_SD, pos_ids_S, steps: Steps):
+        """Few rows at consecutive positions, six launches: the weights are read once, and with plain weights a row's
+        bits do not depend on how many rows there are. That is what makes a verify row equal a decode row."""
+        c, w, work = self.config, steps.layers[layer], steps.work
+        qkv_SE = product(hidden_SD, w["qkv"], work, norm=(w["attn_norm"], c.eps))
         mixed_SHK = step_attention(qkv_SE, self.k_cache_LNMK[layer], self.v_cache_LNMK[layer], pos_ids_S,
                                    self.cos_MK, self.sin_MK, work)
-        hidden_SD = skinny(mixed_SHK.flatten(1), w["o"], work, residual=hidden_SD)
-        up_SF = skinny(hidden_SD, w["gate_up"], work, norm=(w["mlp_norm"], c.eps), gated=True)
-        return skinny(up_SF, w["down"], work, residual=hidden_SD)
+        hidden_SD = product(mixed_SHK.flatten(1), w["o"], work, residual=hidden_SD)
+        up_SF = product(hidden_SD, w["gate_up"], work, norm=(w["mlp_norm"], c.eps), gated=True)
+        return product(up_SF, w["down"], work, residual=hidden_SD)
 
     def _prefill_layer(self, layer: int, hidden_SD, fresh_SD, pos_ids_S, only):
         """Many rows, cuBLAS products. Returns the stream and what this layer's feed-forward adds to it."""
@@ -307,12 +328,12 @@ class Decoder:
         else:
             normed_SD, hidden_SD = add_rmsnorm(fresh_SD, hidden_SD, w["attn_norm"], c.eps)
         k_NMK, v_NMK = self.k_cache_LNMK[layer], self.v_cache_LNMK[layer]
-        q_SHK = rope_store(product(normed_SD, w["qkv"]), pos_ids_S, self.cos_MK, self.sin_MK, k_NMK, v_NMK)
+        q_SHK = rope_store(dense(normed_SD, w["qkv"]), pos_ids_S, self.cos_MK, self.sin_MK, k_NMK, v_NMK)
         if only is not None:
             q_SHK, hidden_SD, pos_ids_S = (t.index_select(0, only) for t in (q_SHK, hidden_SD, pos_ids_S))
-        mixed_SD = product(attention(q_SHK, k_NMK, v_NMK, pos_ids_S).flatten(1), w["o"])
+        mixed_SD = dense(attention(q_SHK, k_NMK, v_NMK, pos_ids_S).flatten(1), w["o"])
         normed_SD, hidden_SD = add_rmsnorm(mixed_SD, hidden_SD, w["mlp_norm"], c.eps)
-        return hidden_SD, product(swiglu(product(normed_SD, w["gate_up"])), w["down"])
+        return hidden_SD, dense(swiglu(dense(normed_SD, w["gate_up"])), w["down"])
 
     def _prefill_layer8(self, layer: int, hidden_SD, fresh_SD, scale_S, pos_ids_S, only):
         """The same with e4m3 products, whose norms are folded in. What the layer adds has a scale for each row."""
@@ -328,7 +349,7 @@ class Decoder:
         return hidden_SD, product8(x8_SF, w["down"], dtype), scale_S
 
 
-def product(x_SD, w_OD):
+def dense(x_SD, w_OD):
     """x @ w.T. Many rows: cuBLAS, which is fastest there. One row, prefill's last: the step's kernel."""
     return skinny(x_SD, w_OD) if x_SD.shape[0] <= STEP_ROWS else F.linear(x_SD, w_OD)
 
@@ -377,51 +398,37 @@ class Tower:
 # ---- drafter and target ----------------------------------------------------------------------------------------
 
 
-@dataclass
-class Expected:
-    """What another model expects this one to say, apart from the texts, which lie on the device."""
-    alone: bool = False                     # what this model recalls does not count
-    lens: tuple[int, ...] = (0,)            # numbers of drafts that a step may look at
-    share: float = 0.0                      # how often a draft is right if all before it are; 0: nothing is expected
-    drafts: int = 0                         # in the likeliest text, or of a head start the most that there may be
-
-
 class Model:
-    """What drafter and target share: a decoder, one request's state on the device, its step graphs and stream.
+    """What drafter and target share: a decoder, one request's state on the device, its step graphs and its stream.
 
-    state_W int64 holds the answer as it grows (kernels/round.py): the device alone advances it, the host reads
-    copies. `step(G)` is one round of a target with G drafts; `step(0)` is plain decode; `step_recalled(G)` drafts what
-    this model wrote before in such a place, so that its own text costs it a forward for several ids.
+    state_W int64 holds the answer as it grows (kernels/round.py): the device alone moves it on, the host reads copies.
+    `round(G)` is one forward of the pending id and up to G drafts, with its accept; `round(0)` is plain decode.
     """
     side = ""                                                # "drafter" or "target"
     priority = 0                                             # of its stream; lower goes first
-    drafts = False                                           # only drafts hang on its ids: its prefill may check some
     vision: VisionConfig
     origin: dict                                             # {"hash", "revision"} of its checkpoint, see `load_model`
-    seen: torch.Tensor | None = None                         # the pixels that were encoded last
+    copy: Steps | None = None                                # its weights in 4 bits, where it drafts for itself
     prompt: collections.abc.Callable                         # question -> Prompt; the two below say how
     encode: collections.abc.Callable                         # pixels -> visual rows
 
-    def __init__(self, decoder: Decoder, text: Text, path: str, graphs: bool = True):
-        self.decoder, self.text, self.path = decoder, text, path
+    def __init__(self, decoder: Decoder, text: Text, path: str, stops: tuple[int, ...], graphs: bool = True):
+        self.decoder, self.text, self.path, self.stops = decoder, text, path, stops
         self.device, self.config = decoder.device, decoder.config
         self.on_gpu = self.device.type == "cuda"
         self.graphs = graphs and self.on_gpu
         self.stream = torch.cuda.Stream(self.device, priority=self.priority) if self.on_gpu else None
-        self.state_W = torch.zeros(STATE + decoder.cache_rows, dtype=torch.long, device=self.device)
-        # What a warm-up runs on: one id after a prompt of one row, no end in sight.
-        self.warm_head = torch.tensor([1, 0, 0, 1, -1, decoder.cache_rows, 0, 0]).to(self.device)
+        self.state_W = new_state(decoder.cache_rows).to(self.device)
+        self.host_W = torch.zeros(len(self.state_W), dtype=torch.long, pin_memory=self.on_gpu)   # on its way there
+        self.sure_1 = torch.zeros(1, dtype=torch.long, pin_memory=self.on_gpu)
+        self.host_read, self.sure_read = (torch.cuda.Event() if self.on_gpu else None for _ in range(2))
         self.tail_id = torch.zeros(1, dtype=torch.long, device=self.device)     # the prompt's last id
-        self.recorded_2W: torch.Tensor | None = None          # `replay` puts ids here that stand in for its own choice
-        self.sampling: tuple | None = None                   # this request's (temperature, top_p, seed); None: greedy
-        self.sampling_3 = torch.zeros(3, dtype=torch.long, device=self.device)       # the same, for the kernel
-        self.logits_SV: torch.Tensor | None = None           # of the last forward, until the next
-        self.looks: list | None = None                       # what `_look` saw of each forward, where it is asked for
-        self.texts = Recall(self.device, RECALL_ROWS[self.on_gpu], decoder.work.pdl)     # what it wrote before
-        self.recall_len, self.recalls = 0, False             # ids recalled a step, at most; whether this request may
-        self.recalled = 1.0                                  # how many of them were right of late
-        self.expected = Expected()                           # of what another model holds likely
-        self.draft_ids, self.pixels, self.steps, self.prompt_rows = {}, {}, {}, 0
+        self.ring: Ring | None = None                        # earlier answers, and what a drafter elsewhere expects
+        self.searches, self.sampling = False, None           # of this request, see `begin`
+        self.sampling_3 = torch.zeros(3, dtype=torch.long, device=self.device)
+        self.recorded_W: torch.Tensor | None = None          # see `replay`
+        self.pixels, self.step_graphs, self.prompt_rows = {}, {}, 0
+        self.seen: torch.Tensor | None = None                # the pixels that were encoded last
         self.hidden_MD = torch.zeros(decoder.cache_rows, self.config.D, dtype=decoder.dtype, device=self.device)
         # One scratch and one stream for the capture of all its graphs: cuBLAS keeps 32 MiB for every stream it meets.
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
@@ -431,194 +438,162 @@ class Model:
         """Context in which this model's work is queued on its own stream; nothing on the CPU."""
         return torch.cuda.stream(self.stream) if self.on_gpu else contextlib.nullcontext()
 
+    def begin(self, sampling: tuple | None, searches: bool) -> None:
+        """A request starts. sampling: (temperature, top_p, seed), None: greedy. searches: each forward ends with a
+        lookup of the next one's drafts."""
+        self.sampling, self.searches, self.seen = sampling, searches, None
+
     def splice(self, prompt: Prompt, visual_AD):
         """The prompt's rows [S, D] with the visual rows in place of the placeholder."""
         before, after = (to_device(torch.tensor(ids), self.device) for ids in (prompt.before, prompt.after))
         embed = self.decoder.embed_VD
         return torch.cat([embed[before], visual_AD.to(embed.dtype), embed[after]])
 
+    # -- forwards. `graph` makes a step graph of the method that is named, for these arguments, unless there is one.
+
+    def graph(self, name: str, *args) -> StepGraph:
+        key = (name, *args)
+        if key not in self.step_graphs:
+            self.step_graphs[key] = StepGraph(functools.partial(getattr(self, "_" + name), *args), self)
+        return self.step_graphs[key]
+
     def visual_rows(self, pixels_R3XX, image: bool = False):
         """`encode` as a graph: visual rows of float pixels, on the host or the device. Valid until the next call."""
-        key = self.prepare_encode(len(pixels_R3XX), image)
-        self.seen = self.pixels[key]
+        encoded = self.encode_graph(len(pixels_R3XX), image)
+        self.seen = self.pixels[len(pixels_R3XX)]
         self.seen.copy_(to_device(pixels_R3XX, self.device), non_blocking=True)
-        return self.steps[key]()
+        return encoded()
 
-    def prepare_encode(self, frames: int, image: bool = False):
-        key = ("encode", frames, image)
-        if key not in self.steps:
-            while len(self.pixels) >= 8:                     # other numbers of pictures: a graph and a buffer each
+    def encode_graph(self, frames: int, image: bool = False) -> StepGraph:
+        if frames not in self.pixels:
+            while len(self.pixels) >= 8:                     # other numbers of pictures: graphs and a buffer each
                 oldest = next(iter(self.pixels))
-                self.steps.pop(oldest, None)
                 del self.pixels[oldest]
+                self.step_graphs = {key: of for key, of in self.step_graphs.items() if key[:2] != ("encode", oldest)}
             side = self.vision.image
-            self.pixels[key] = torch.zeros(frames, 3, side, side, device=self.device)
-            self.steps[key] = StepGraph(lambda: self.encode(self.pixels[key], image), self)
-        return key
+            self.pixels[frames] = torch.zeros(frames, 3, side, side, device=self.device)
+        return self.graph("encode", frames, image)
 
-    def prefill(self, hidden_SD, limit: int, eos_id: int, tail_id: int) -> None:
+    def _encode(self, frames: int, image: bool):
+        return self.encode(self.pixels[frames], image)
+
+    def rows_for(self, drafts: int) -> int:
+        """Drafts that the verify of so many has rows for: captured ones come in a few widths."""
+        return next(width for width in WIDTHS if width >= drafts) if self.graphs else drafts
+
+    def prefill(self, hidden_SD, limit: int, stops: tuple[int, ...], tail_id: int) -> None:
         """Fills cache rows 0..S-1 and puts the first answer id into the state."""
         self.prompt_rows = len(hidden_SD)
-        key = self.prepare_prefill(self.prompt_rows, self.next_len() if self.drafts else 0)
+        replayed = self.prefill_graph(self.prompt_rows)
         self.hidden_MD[:self.prompt_rows].copy_(hidden_SD)
-        head = torch.tensor([0, 0, 0, self.prompt_rows, eos_id, limit, 0, 0])
+        head = new_state(0, stops, prompt_len=self.prompt_rows, limit=limit)
         self.state_W[:STATE].copy_(to_device(head, self.device), non_blocking=True)
         self.tail_id.fill_(tail_id)
         if self.sampling:
             self.sampling_3.copy_(to_device(sampling_words(*self.sampling), self.device), non_blocking=True)
-        self._look(key, 0)
+        replayed()
 
-    def prepare_prefill(self, rows: int, G: int = 0):
+    def prefill_graph(self, rows: int) -> StepGraph:
         """On a GPU the rows are padded to a multiple of 16, so that questions of similar length share one graph. The
         padding sits behind the prompt: it fills cache rows that nobody sees before decode overwrites them."""
-        size = min(-(-(rows + G) // 16) * 16, self.decoder.cache_rows) if self.on_gpu else rows + G
-        sampled = self.sampling is not None
-        key = ("prefill", size, sampled, G)
-        if key not in self.steps:
-            pos_ids_S = torch.arange(size, device=self.device)
-            self.steps[key] = StepGraph(lambda: self._prefill(pos_ids_S, sampled, G), self)
-        return key
+        size = min(-(-rows // 16) * 16, self.decoder.cache_rows) if self.on_gpu else rows
+        return self.graph("prefill", size, self.searches, self.sampling is not None)
 
-    def _prefill(self, pos_ids_S, sampled: bool, G: int):
-        """G: drafts of the answer's first ids, which stand behind the prompt and are checked along with it."""
-        rows_S = self.state_W[PROMPT_LEN:PROMPT_LEN + 1] - 1 + torch.arange(G + 1, device=self.device)
-        drafts_G = self._drafts(G, recalled=True)
-        if G:
-            known_G = drafts_G.clamp(0, self.config.V - 1)
-            self.hidden_MD.index_copy_(0, rows_S[1:], self.decoder.embed_VD[known_G])
-        logits_SV = self.decoder.forward(self.hidden_MD[:len(pos_ids_S)], pos_ids_S, only=rows_S)
-        logits_SV = self._chosen(logits_SV, sampled)
-        close_round(logits_SV, drafts_G, self.state_W, self.decoder.work.round)
+    def _prefill(self, size: int, searches: bool, sampled: bool):
+        pos_ids_S = torch.arange(size, device=self.device)
+        last_1 = self.state_W[PROMPT_LEN.value:PROMPT_LEN.value + 1] - 1
+        logits_1V = self.decoder.forward(self.hidden_MD[:size], pos_ids_S, only=last_1)
+        self._close(logits_1V, searches, sampled)
+
+    def round(self, G: int = 0) -> None:
+        """One forward of [pending_id, up to G of the drafts in the state] and its accept; nothing is returned. A state
+        that is done stays as it is."""
+        self.round_graph(G)()
+
+    def round_graph(self, G: int) -> StepGraph:
+        return self.graph("round", G, self.searches, self.sampling is not None)
+
+    def _round(self, G: int, searches: bool, sampled: bool):
+        _, pos_ids_S, hidden_SD = open_round(self.state_W, G, self.decoder.embed_VD, self.decoder.steps.work.round)
+        logits_SV = self.decoder.forward(hidden_SD, pos_ids_S)
+        self._close(logits_SV, searches, sampled)
         return logits_SV
 
-    def _drafts(self, G: int, recalled: bool):
-        """Drafts of a forward, int64 [G]: those that were put into `draft_ids`, or what this model wrote before in
-        such a place."""
-        if recalled and G:
-            recall(self.texts, self.state_W, self.draft_ids[G])
-        return self.draft_ids[G] if G else self.state_W[:0]
+    def _close(self, logits_SV, searches: bool, sampled: bool) -> None:
+        close_round(self._chosen(logits_SV, sampled), self.state_W, self.decoder.steps.work.round)
+        if searches:
+            lookup(self.ring, self.state_W)
 
-    def step(self, G: int = 0) -> None:
-        """One forward of [pending_id, G drafts] and its accept; G = 0 is one decode step. Nothing is returned:
-        the state moves on. A state that is done stays as it is."""
-        self.prepare(G)
-        self._look(self._step_key(G), G)
+    def draft(self, first: bool) -> None:
+        """One forward of the 4-bit copy on this model's own cache: the state gets its first draft, or one more. The row
+        that it writes is written again, exactly, by the forward that verifies it."""
+        self.graph("draft", first, self.sampling is not None)()
 
-    def step_recalled(self, G: int) -> None:
-        """The same with ids that this model recalls, on its device: one forward for several ids, and no host asked."""
-        self.prepare(G, recalled=True)
-        self._look(self._step_key(G, recalled=True), G)
+    def _draft(self, first: bool, sampled: bool) -> None:
+        work = self.copy.work.round
+        _, pos_ids_S, hidden_SD = open_round(self.state_W, 0, self.decoder.embed_VD, work, behind=not first)
+        logits_SV = self.decoder.forward(hidden_SD, pos_ids_S, steps=self.copy)
+        if sampled:
+            at = self.state_W[:1] if first else self.state_W[:1] + self.state_W[FOUND.value]
+            logits_SV = sample(logits_SV, at, self.sampling_3)
+        close_draft(logits_SV, self.state_W, work, behind=not first)
+        if self.recorded_W is not None:
+            self._record_draft()
 
-    def prepare(self, *lengths: int, recalled: bool = False) -> None:
-        """Builds the steps for these draft lengths. On CUDA this captures, so it has to come before prefill."""
-        sampled = self.sampling is not None
-        for G in lengths:
-            if G not in self.draft_ids:
-                self.draft_ids[G] = torch.full((G,), -1, dtype=torch.long, device=self.device)
-            key = self._step_key(G, recalled)
-            if key not in self.steps:
-                self.steps[key] = StepGraph(lambda G=G: self._round(G, sampled, recalled), self)
+    def draft_sure(self) -> float:
+        """The probability of the draft that was queued last; waits for it. Below 0: its logits hold NaN."""
+        if not self.on_gpu:
+            return int(self.state_W[SURE.value]) / 1e6
+        self.sure_1.copy_(self.state_W[SURE.value:SURE.value + 1], non_blocking=True)
+        self.sure_read.record(self.stream)
+        self.sure_read.synchronize()
+        return int(self.sure_1) / 1e6
 
-    def _step_key(self, G: int, recalled: bool = False):
-        kinds = ("recalled",) * recalled + ("sampled",) * (self.sampling is not None)
-        return (*kinds, G) if kinds else G
+    def put(self, drafts) -> None:
+        """Drafts for the next round, at most 31: a list of ids, or int64 [G] on this device."""
+        if isinstance(drafts, list):
+            self._send([len(drafts), *(i if -2 ** 62 < i < 2 ** 62 else -1 for i in drafts)],
+                       self.state_W[FOUND.value:])
+        else:
+            self.state_W[SLOTS.value:SLOTS.value + len(drafts)].copy_(drafts)
+            self.state_W[FOUND.value].fill_(len(drafts))
 
-    def next_len(self) -> int:
-        """Ids to recall for the next step: none while they are too seldom right to pay for the wider step."""
-        if not self.recalls:
-            return 0
-        if self.texts.texts and self.recalled > self.recall_pays and not self.expected.alone:
-            return self.recall_len if self.recalled > 1.0 else min(self.recall_len, RECALL_MOST)
-        if self.expected.share > self.recall_pays:
-            return min(G for G in self.expected.lens if G >= min(self.expected.drafts, max(self.expected.lens)))
-        return 0
+    def _send(self, words: list[int], to_W) -> None:
+        """Copies words to the device through page-locked memory, which is made once: afresh it takes 0.09 ms."""
+        if self.host_read:
+            self.host_read.synchronize()
+        self.host_W[:len(words)] = torch.tensor(words)
+        to_W[:len(words)].copy_(self.host_W[:len(words)], non_blocking=True)
+        if self.host_read:
+            self.host_read.record(self.stream)
 
-    @property
-    def recall_pays(self) -> float:
-        """Recalled ids that have to be right in a step, on average, to pay for its rows."""
-        return RECALL_PAYS[BITS[self.decoder.packed][0] if self.decoder.packed else None]
+    def replay(self, ids, drafts=(), sures=()) -> None:
+        """From here on this model computes as ever, but its answer is `ids`, recorded elsewhere, then a stop id: real
+        speed at a real acceptance without the checkpoint. drafts, sures: what its 4-bit copy drafts at each place of
+        the answer, and the probabilities it gives. Call it before the first request; later calls change the ids."""
+        words = self.decoder.cache_rows
+        if self.recorded_W is None:
+            assert not self.step_graphs, "replay: graphs without it exist already"
+            self.recorded_W = torch.zeros(3, words, dtype=torch.long, device=self.device)
+        rows = [[*ids] + [self.config.eos_id] * words, [*drafts] + [self.config.eos_id] * words,
+                [int(1e6 * sure) for sure in sures] + [999_999] * words]
+        self.recorded_W.copy_(torch.tensor([row[:words] for row in rows]))
 
-    def judge(self, G: int, state) -> None:
-        """Learns from a step of G recalled ids and its state. Where they do not pay they are tried again after 40 steps
-        without. What another model expected is not this one's to judge, nor a step in which only that counted."""
-        if not G:
-            almost = min(self.recalled + 0.25 / 40 * self.recall_pays, 1.01 * self.recall_pays)
-            self.recalled = max(self.recalled, almost)
-        elif state[RECALLED] >= 0 and not self.expected.alone:
-            self.recalled += 0.25 * (state[ACCEPT_LEN] - self.recalled)
-
-    def expect(self, texts, share: float, drafts: int) -> None:
-        """Another model holds these texts likely, the likeliest first (see kernels/recall.py), with so many drafts in
-        that one, each right with `share` if all before it are. From any thread. They come before what this model
-        recalls where more of them are expected to be right."""
-        worth = sum(share ** k for k in range(1, drafts + 1))
-        rank = ALONE if self.expected.alone else FIRST if worth > self.recalled else NOTHING
-        self.texts.expect(texts, rank.value)
-        self.expected.drafts = drafts
-        self.expected.share = share if drafts or self.on_gpu else 0.0    # a GPU's next step is queued before its drafts
-
-    def remember(self, ids) -> None:
-        """Keeps a text that this model wrote, to be recalled."""
-        if len(ids):
-            with self.on_stream():
-                self.texts.teach(ids)
-
-    def forget(self) -> None:
-        """Drops all texts that it might recall."""
-        with self.on_stream():
-            self.texts.forget()
-
-    def _look(self, key, G: int) -> None:
-        """Runs a forward; under `explain` it also keeps where in the answer it stood, its drafts, and the two best ids
-        of every row with their logits, all still on the device."""
-        first = None if self.looks is None else self.state_W[:1].clone()
-        self.logits_SV = self.steps[key]()
-        if self.looks is None:
-            return
-        best = self.logits_SV.float().topk(2)
-        self.looks.append((first, self.draft_ids[G].clone() if G else self.state_W[:0], best))
-
-    def verdicts(self, answer: list[int]) -> list[Verdict]:
-        """What was kept of each forward that made ids of this answer, read from the device."""
-        starts, found = [int(first) for first, _, _ in self.looks], []
-        for i, (_, drafts_G, (logits_S2, ids_S2)) in enumerate(self.looks):
-            said, drafts = answer[starts[i]:[*starts, len(answer)][i + 1]], drafts_G.tolist()
-            while drafts[-1:] == [-1]:                       # a short span is padded
-                drafts.pop()
-            second = [b if a == own else a for own, (a, b) in zip(said, ids_S2.tolist(), strict=False)]
-            margins = (logits_S2[:, 0] - logits_S2[:, 1]).tolist()[:len(said)]
-            if said:                                         # steps queued behind the end said nothing
-                found.append(Verdict(starts[i], drafts, said, second, margins))
-        return found
-
-    def _round(self, G: int, sampled: bool, recalled: bool):
-        drafts_G, work = self._drafts(G, recalled), self.decoder.work.round
-        _, pos_ids_S, hidden_SD = open_round(self.state_W, drafts_G, self.decoder.embed_VD, work)
-        logits_SV = self._chosen(self.decoder.forward(hidden_SD, pos_ids_S), sampled)
-        close_round(logits_SV, drafts_G, self.state_W, work)
-        return logits_SV
-
-    def replay(self, ids, second=()) -> None:
-        """From here on this model computes as ever and says `ids`, recorded elsewhere, then end-of-sequence: real speed
-        at a real acceptance without the checkpoint. second: the ids that come next to these in its choice; where it
-        ends there is no other choice. Call it before the first request; later calls change the ids."""
-        if self.recorded_2W is None:
-            assert not self.steps, "replay: graphs without it exist already"
-            self.recorded_2W = torch.zeros_like(self.state_W).repeat(2, 1)
-        words = self.recorded_2W.shape[1]
-        said = (list(ids) + [self.config.eos_id] * words)[:words]
-        self.recorded_2W.copy_(torch.tensor([said, [*second, *said[len(second):]][:words]]))
+    def _record_draft(self) -> None:
+        at_1 = self.state_W[FOUND.value:FOUND.value + 1] - 1
+        place_1 = (self.state_W[:1] + at_1).clamp(max=self.recorded_W.shape[1] - 1)
+        self.state_W.index_copy_(0, SLOTS.value + at_1, self.recorded_W[1].gather(0, place_1))
+        self.state_W[SURE.value:SURE.value + 1].copy_(self.recorded_W[2].gather(0, place_1))
 
     def _chosen(self, logits_SV, sampled: bool):
         """Rows of a step, after n_out ids, whose largest elements are the model's ids. In a replay the recorded ids win
         every row. Sampled, the draws do: they are made before any draft is looked at and depend on none, so accepting
         what equals them is Leviathan et al. 2023's rule for a draft that is certain: d with probability p(d), else
         an id of p without d."""
-        if self.recorded_2W is not None:
+        if self.recorded_W is not None:
             at_S = self.state_W[:1] + torch.arange(len(logits_SV), device=self.device)
-            ids_2S = self.recorded_2W.index_select(1, at_S.clamp(max=self.recorded_2W.shape[1] - 1))
-            largest = torch.finfo(logits_SV.dtype).max
-            logits_SV.scatter_(1, ids_2S[1][:, None], largest / 2).scatter_(1, ids_2S[0][:, None], largest)
+            ids_S = self.recorded_W[0].index_select(0, at_S.clamp(max=self.recorded_W.shape[1] - 1))
+            logits_SV.scatter_(1, ids_S[:, None], torch.finfo(logits_SV.dtype).max)
         return sample(logits_SV, self.state_W, self.sampling_3) if sampled else logits_SV
 
     def snapshot(self, words: int) -> Snapshot:
@@ -630,9 +605,11 @@ class Target(Model):
     side = "target"
     priority = -1
 
-    def __init__(self, config: dict, weights: dict, text: Text, path: str, cache_rows=None, graphs=True):
+    def __init__(self, config: dict, weights: dict, text: Text, path: str, stops, cache_rows=None, graphs=True):
         decoder_config = DecoderConfig.read(config.get("text_config") or {})
-        super().__init__(Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows), text, path, graphs)
+        decoder = Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows)
+        super().__init__(decoder, text, path, stops, graphs)
+        self.ring = Ring(self.device, LOOKUP_ROWS[self.on_gpu], decoder.steps.work.pdl)
         self.vision = VisionConfig.read(config.get("vision_config") or {})
         self.video_tower, self.image_tower = Tower(self.vision, weights, "video"), Tower(self.vision, weights, "image")
         self.projector = [weights[f"projector.{i}.{p}"] for i in (0, 1) for p in "wb"]
@@ -658,14 +635,13 @@ class Target(Model):
 class Drafter(Model):
     """EventGPT. It proposes, and never decides. Source: the original EventChatModel."""
     side = "drafter"
-    drafts = True
     SYSTEM = ("A chat between a curious human and an artificial intelligence assistant. "
               "The assistant gives helpful, detailed, and polite answers to the human's questions.")
 
-    def __init__(self, config: dict, weights: dict, text: Text, path: str, cache_rows=None, graphs=True):
+    def __init__(self, config: dict, weights: dict, text: Text, path: str, stops, cache_rows=None, graphs=True):
         decoder_config = DecoderConfig.read(config)
         decoder = Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows, drafts=True)
-        super().__init__(decoder, text, path, graphs)
+        super().__init__(decoder, text, path, stops, graphs)
         self.vision = VisionConfig.read(config.get("vision_config") or {"image_size": 336})
         self.tower = Tower(self.vision, weights, "events")
         self.projector = [weights[f"projector.{i}.{p}"] for i in (0, 1) for p in "wb"]
@@ -674,12 +650,7 @@ class Drafter(Model):
                  ("mm_use_im_start_end", "mm_use_im_patch_token")]
         first = 32000 + int(flags[1])                        # a patch token, if added, comes before the two markers
         self.marker_ids = (first, first + 1) if flags[0] else None
-        self.one_zero = torch.tensor([1, 0]).to(self.device)
-        self.committed_W = torch.zeros_like(self.state_W)    # what `resume` takes over, and on its way from the host
-        self.host_W = torch.zeros(self.state_W.shape, dtype=torch.long, pin_memory=self.on_gpu)
-        self.host_read = torch.cuda.Event() if self.on_gpu else None
-        self.laid: list[Node] = []                           # on a device of its own: the texts whose last ids have
-        self.kept: dict[Node, int] = {}                      # rows behind the prompt, and whose rows are put aside
+        self.committed_W = torch.zeros(1 + decoder.cache_rows, dtype=torch.long, device=self.device)     # see `resume`
 
     def prompt(self, question: str) -> Prompt:
         """Each side of the placeholder is encoded alone, and both get a leading-space mark, as upstream."""
@@ -705,90 +676,43 @@ class Drafter(Model):
         rows_RSD = F.linear(hidden_RSD, w1, b1)
         return torch.cat([rows_RSD.mean(1), rows_RSD.mean(0)])
 
-    def follow(self, committed_W, G: int):
-        """G drafts after the ids in `committed_W`, the target's state: int64 [G], -1 past the drafter's own end."""
-        n_out = committed_W[:1].clone()
-        self.resume(committed_W)
-        if G > 1 and self.next_len():                        # most often enough for all of them
-            self.step_recalled(self.recall_len)
-        else:
-            for _ in range(G - 1):
-                self.step(0)
-        at_G = n_out + torch.arange(G, device=self.device)
-        ids_G = self.state_W.gather(0, (STATE + at_G).clamp(max=len(self.state_W) - 1))
-        return torch.where(at_G < self.state_W[:1], ids_G, -1)
+    def resume(self, ids: list[int], rows: int = 2) -> None:
+        """Takes over a text, the ids of an answer, and drafts one id more.
 
-    def resume(self, committed_W, rows: int = 2) -> int | None:
-        """Takes over the ids in `committed_W`, int64 [W] (a target's state, or eight words that begin with n_out, and
-        ids), and drafts one more. Returns how many it recalled with one row (0: none), None with more.
-
-        The last `rows` committed ids are run again. Two of them are enough after a round, whose last accepted draft
-        has no row yet; so the row that a fully accepted round leaves missing is always written and the host has
-        nothing to decide. More rows write a text that has none: the target went on alone, or said another guess.
+        Its last `rows` ids are run again. Two of them are enough after a round, whose last accepted draft has no row
+        yet; so the row that a fully accepted round leaves missing is always written and nobody has to decide. More
+        rows write a text that has none, or whose cache rows belong to another text. Rows are padded to 2, or to as
+        many as a step may have; a text that lacks more is run in parts.
         """
-        words, G = min(len(committed_W), len(self.state_W)), self.next_len() if rows == 1 else 0
-        self.prepare_resume(rows, G)
-        if self.host_read and committed_W.device.type == "cpu":          # page-locked memory afresh takes 0.09 ms
-            self.host_read.synchronize()
-            committed_W = self.host_W[:words].copy_(committed_W[:words])
-        self.committed_W[:words].copy_(committed_W[:words], non_blocking=True)
-        if self.host_read:
-            self.host_read.record(self.stream)
-        self.logits_SV = self.steps["resume", rows, G]()
-        return G if rows == 1 else None
+        most = self.decoder.steps.rows
+        ends = [*range(len(ids) - rows + most, len(ids), most), len(ids)]
+        for begin, end in zip([len(ids) - rows, *ends], ends, strict=False):
+            size = end - begin if end - begin <= 2 else most
+            replayed = self.graph("resume", size)
+            self._send([end, *ids[:end]], self.committed_W)
+            replayed()
 
-    def lay(self, node: Node, at: Node) -> int:
-        """Moves the cache rows of the text of `node` to their places. Returns how many of its first ids have rows
-        there, at most all but the last; the caller runs the others, and sets `laid`. at: the committed answer.
-
-        Rows in their way, of other texts that begin with `at`, go to the cache's last KEPT_ROWS rows while there is
-        room: a row serves every text that goes on from its own, so it may come back."""
-        path, first, moves, end = node.path(), self.prompt_rows, [], self.decoder.cache_rows
-        ready = agreeing(self.laid, path[:-1])
-        self.kept = {of: row for of, row in self.kept.items() if of.within(at) or at.within(of)}
-        free = [row for row in range(end - KEPT_ROWS, end) if row not in self.kept.values()]
-        if not at.place or self.laid[at.place - 1:at.place] == [at]:     # what lies there begins with `at`
-            for i, of in enumerate(self.laid[ready:], ready):
-                if free and i >= at.place and of not in self.kept:
-                    self.kept[of] = free.pop()
-                    moves.append((first + i, self.kept[of]))
-        while ready < len(path) - 1 and path[ready] in self.kept:
-            moves.append((self.kept[path[ready]], first + ready))
-            ready += 1
-        for of in path[:min(ready, at.place)]:               # these are committed, and lie where they belong
-            self.kept.pop(of, None)
-        if moves:
-            moves_2N = to_device(torch.tensor(moves).t().contiguous(), self.device)
-            for cache_LNMK in (self.decoder.k_cache_LNMK, self.decoder.v_cache_LNMK):
-                cache_LNMK.index_copy_(2, moves_2N[1], cache_LNMK.index_select(2, moves_2N[0]))
-        return ready
-
-    def guesses(self) -> Snapshot | None:
-        """What may follow the text of the last forward, the likeliest first: int64 [GUESSES], on their way to the host.
-        None where the last forward checked recalled ids."""
-        return Snapshot(self.logits_SV[0].topk(GUESSES).indices, self.stream) if len(self.logits_SV) == 1 else None
-
-    def prepare_resume(self, rows: int = 2, G: int = 0) -> None:
-        """G: ids recalled with the last row, where it is the only one."""
-        if ("resume", rows, G) not in self.steps:
-            self.steps["resume", rows, G] = StepGraph(lambda: self._resume(rows, G), self)
-
-    def _resume(self, rows: int, G: int):
-        self.state_W[STATE:].copy_(self.committed_W[STATE:])           # what lies behind the ids is stale, and unseen
-        self.state_W[:2].copy_(self.committed_W[:2] * self.one_zero)   # keep n_out, clear done
-        self.state_W[LIMIT].fill_(len(self.state_W))                   # the limit was the head start's
-        if rows == 1:                                        # its last id has no row yet, as after any step
-            return self._round(G, sampled=False, recalled=G > 0)
+    def _resume(self, rows: int) -> None:
+        self.state_W[STATE:].copy_(self.committed_W[1:])               # what lies behind the ids is stale, and unseen
+        self.state_W[:1].copy_(self.committed_W[:1])
+        self.state_W[DONE.value].fill_(0)
+        self.state_W[LIMIT.value].fill_(len(self.state_W))             # the limit was the head start's
+        if rows == 1:                                                  # its last id has no row yet, as after any round
+            self._round(0, searches=False, sampled=False)
+            return
         n_out = self.state_W[:1]
         first = (n_out - rows).clamp(min=-1)                           # before the first answer id comes the prompt
         at_S = first + torch.arange(rows, device=self.device)          # from n_out on they are stale, and unseen
         ids_S = self.state_W.gather(0, STATE + at_S.clamp(min=0, max=len(self.state_W) - STATE - 1))
         ids_S = torch.where(at_S < 0, self.tail_id, ids_S)
         known_S = ids_S.clamp(max=self.config.V - 1)                   # the target may know more ids than the drafter
-        logits_SV = self.decoder.forward(self.decoder.embed_VD[known_S], self.state_W[PROMPT_LEN] + at_S)
-        last_1V = self._chosen(logits_SV.index_select(0, n_out - 1 - first), sampled=False)
-        close_round(last_1V, ids_S[:0], self.state_W, self.decoder.work.round)
-        return last_1V
+        logits_SV = self.decoder.forward(self.decoder.embed_VD[known_S], self.state_W[PROMPT_LEN.value] + at_S)
+        self._close(logits_SV.index_select(0, n_out - 1 - first), searches=False, sampled=False)
+
+    def written(self, place: int, G: int):
+        """Its ids from that place of the answer on: int64 [G], -1 past its own end."""
+        at_G = place + torch.arange(G, device=self.device)
+        return torch.where(at_G < self.state_W[:1], self.state_W[STATE + place:STATE + place + G], -1)
 
 
 # ---- step graphs -----------------------------------------------------------------------------------------------
@@ -806,7 +730,8 @@ class StepGraph:
         if not model.graphs:
             return
         kept = model.state_W.clone()
-        model.state_W[:STATE].copy_(model.warm_head)         # the last request's lengths may not fit this shape
+        # The last request's lengths may not fit this shape: one id after a prompt of one row, no end in sight.
+        model.state_W[:STATE].copy_(new_state(0, n_out=1, prompt_len=1, limit=model.decoder.cache_rows))
         with torch.cuda.device(model.device), torch.inference_mode():
             model.stream.wait_stream(torch.cuda.current_stream(model.device))
             with model.on_stream():
@@ -828,8 +753,8 @@ class StepGraph:
 
 
 class Snapshot:
-    """A copy of int64 numbers, a state or guesses, on its way to the host. `read()` waits for it alone, never for work
-    queued later."""
+    """A copy of a state's first words on its way to the host. `read()` waits for it alone, never for work queued later.
+    """
 
     def __init__(self, state_W, stream):
         if stream is None:
@@ -841,285 +766,335 @@ class Snapshot:
                 self.ready = torch.cuda.Event()
                 self.ready.record(stream)
 
-    def read(self) -> list[int]:
+    def read(self) -> State:
         if self.ready is not None:
             self.ready.synchronize()
-        return self.host.tolist()
+        return State(self.host.tolist())
 
 
-# ---- when to draft ---------------------------------------------------------------------------------------------
+# ---- who drafts ------------------------------------------------------------------------------------------------
 
 
-class Gate:
-    """Drafts only where that is expected to pay: while P(accepted >= k) x step > price of draft k.
+class Proposal(NamedTuple):
+    """Drafts for one forward; they are in the request's state, or will be when it runs."""
+    source: str = ""                        # who drafted; none: a plain step
+    rows: int = 0                           # drafts that the forward has rows for
+    tenant: Tenant | None = None
 
-    It learns times and acceptance from every request and never touches an id. Acceptance is the share of tries that
-    agreed, per kind of draft, question and depth, recent ones counting more; an unknown question takes the pool's
-    share. Whatever has no history is tried, and of the requests refused every `probe`-th is let through all the same,
-    so that drafts that got better are noticed.
-    """
 
-    def __init__(self, decay: float = 0.95, probe: int = 64):
-        self.decay, self.probe, self.refused = decay, probe, 0
-        self.times = {}                     # what -> its last few durations, seconds
-        self.tries = {}                     # (kind, question) -> [tried, agreed] for depth 1, 2, ...
+class Tenant:
+    """Who drafts, bound to one request. `Engine._rounds` asks it before each forward and tells it what came of it."""
+    needs_host = False                      # False: the next forward is queued before the last one was looked at
 
-    def timed(self, what, seconds: float) -> None:
-        self.times.setdefault(what, collections.deque(maxlen=9)).append(seconds)
+    def propose(self, state: State | None) -> Proposal | None:
+        """Drafts behind `state`, None for a plain step. state: as the last forward left it; None where the host has not
+        seen that yet, which only happens if not needs_host."""
 
-    def seconds(self, what):
-        """The undisturbed duration of `what`, None if it was never seen."""
-        return min(self.times[what]) if what in self.times else None
+    def cost(self, state: State) -> float | None:
+        """Expected seconds an id; None where there is no record."""
+
+    def saw(self, proposal: Proposal | None, before: State | None, state: State) -> None:
+        """The host sees the state behind a forward with this proposal (None: the prefill); before it was `before`."""
+
+
+PLAIN = Tenant()                            # drafts nothing: the target alone
+
+
+class OwnText(Tenant):
+    """A drafter's own loop, for a preview or a head start: goes on until it is stopped or the gate says that one more
+    draft would cost the target more than it brings."""
+
+    def __init__(self, req: Request, gate: Gate | None):
+        self.req, self.gate, self.n_out = req, gate, 0
 
     @property
-    def step(self):
-        """Seconds of a plain step, or of a verify where none was ever seen: that costs about the same."""
-        return self.seconds("step") or self.seconds("verify")
+    def needs_host(self):
+        return not self.n_out
 
-    @property
-    def draft(self):
-        """Seconds of a draft of a round; the target's step stands in while none was made."""
-        return self.seconds("draft") or self.seconds(("head start", "draft")) or self.step
-
-    @property
-    def head_draft(self):
-        """(seconds of a drafter's forward in a head start, ids that it brings)."""
-        ids = self.usual("ids a forward") or 1.0
-        return (ids > 1 and self.seconds(("head start", "recall"))) or self.draft, ids
-
-    def usual(self, what):
-        """Its median, for what the host does."""
-        return statistics.median(self.times[what]) if what in self.times else None
-
-    def accepted(self, kind: str, question: str, drafted: int, agreed: int) -> None:
-        for key in ((kind, question), (kind, None)):
-            depths = self.tries[key] = self.tries.pop(key, [])            # asked last, forgotten last
-            for k in range(min(drafted, agreed + 1)):        # nothing is learnt behind the first rejection
-                if k == len(depths):
-                    depths.append([0.0, 0.0])
-                depths[k] = [self.decay * depths[k][0] + 1, self.decay * depths[k][1] + (k < agreed)]
-        while len(self.tries) > 1000:
-            del self.tries[next(iter(self.tries))]
-
-    def alive(self, kind: str, question: str, depth: int) -> list[float]:
-        """P(accepted >= k) for k = 1..depth. A depth never reached takes the share of the one before."""
-        depths = self.tries.get((kind, question)) or self.tries.get((kind, None)) or []
-        share, product_of_shares, found = 1.0, 1.0, []
-        for k in range(depth):
-            if k < len(depths):
-                share = (depths[k][1] + 0.2 * share) / (depths[k][0] + 0.2)
-            product_of_shares *= share
-            found.append(product_of_shares)
-        return found
-
-    def best_len(self, question: str, most: int):
-        """(drafts a round, seconds an id) that end an answer soonest on one device; 0 drafts is plain decode."""
-        step, draft, verify = self.step, self.draft, self.seconds("verify")
-        if step is None or draft is None or verify is None:
-            return most, 0.0
-        best, ids = (0, step), 1.0
-        for G, share in enumerate(self.alive("round", question, most), 1):
-            ids += share
-            best = min(best, (G, (G * draft + verify) / ids), key=lambda pair: pair[1])
-        return best
-
-    def head_start(self, req: Request, now: float) -> bool:
-        """Whether the drafter should encode and prefill, `now` being the earliest it can begin."""
-        front, step, (forward, ids), ready = self.seconds("front"), self.step, self.head_draft, req.ready(now)
-        if front is None or step is None or forward is None or ready is None:
-            return True
-        at, gain, draft = now + front, 0.0, forward / ids
-        for share in self.alive("span", req.question, req.overlap_len + 1)[1:]:       # the first id comes for free
-            at += draft
-            worth = share * step - min(draft, max(0.0, at - ready))
-            if worth <= 0:
-                break
-            gain += worth
-        if req.mode == "speculative":
-            gain += max(0.0, step - self.best_len(req.question, req.draft_len)[1]) * req.max_new_tokens
-        beside, alone = (self.usual(("frames", req.size, drafting)) for drafting in (True, False))
-        price = max(0.0, beside - alone) if beside and alone else 0.0        # reading events slows the video's decoder
-        if gain > price + max(0.0, now + front - ready):
-            return True
-        self.refused += 1
-        return self.refused % self.probe == 0
-
-    def another(self, req: Request, drafted: int, now: float) -> bool:
-        """Whether a head start of `drafted` ids should grow, with a step already queued: for free while the target is
-        not ready, else for a price."""
-        step, (forward, ids), ready = self.step, self.head_draft, req.ready(now)
-        if step is None or forward is None or ready is None:
-            return not req.frames_ready.is_set()
-        price = min(forward, max(0.0, now + 2 * forward - ready))
-        return sum(self.alive("span", req.question, drafted + max(1, round(ids)))[drafted:]) * step > price
-
-    def pays(self, kind: str, question: str, drafts: int) -> bool:
-        """Whether a round of drafts from the host ends an answer sooner than plain steps."""
-        step, took = self.step, self.seconds(("round", kind))
-        return step is None or took is None or (1 + sum(self.alive(kind, question, drafts))) * step > took
-
-    def learn(self, req: Request, result: Result) -> None:
-        """Times of a request's stages, and how far its head start agreed with the answer, verified or not."""
-        forwards = 0
-        for row, stage, start, end, note in result.timeline:
-            if (row, stage) in (("target", "decode"), ("target", "verify")):
-                self.timed({"decode": "step"}.get(stage, stage), end - start)
-            elif row == "drafter" and note.endswith(" ids"):
-                self.timed("draft", (end - start) / int(note.split()[0]))
-            elif (row, stage) in (("drafter", "draft"), ("drafter", "recall")):
-                self.timed(("head start", stage), end - start)
-                forwards += 1
-            elif (row, stage) == ("drafter", "prefill"):
-                self.timed("front", end - req.ready_at["events", req.size])
-        for what, at in req.ready_at.items():
-            self.timed(what, at)
-        if ("frames", req.size) in req.ready_at:
-            drafting = "load" in result.stages.get("drafter", {})
-            self.timed(("frames", req.size, drafting), req.ready_at["frames", req.size])
-        if forwards:
-            self.timed("ids a forward", max(1.0, (len(result.preview_ids) - 1) / forwards))
-        if result.preview_ids:
-            self.accepted("span", req.question, len(result.preview_ids),
-                          agreeing(result.preview_ids, result.output_ids))
-
-
-class Node:
-    """A text that may come: its parent's and one id more. next: the ids that the drafter expects to follow, the
-    likeliest first; None until it was asked, empty where it named none."""
-    __slots__ = ("parent", "id", "place", "next", "children")
-
-    def __init__(self, parent: Node | None = None, id: int = -1):
-        self.parent, self.id = parent, id
-        self.place: int = parent.place + 1 if parent else 0  # ids so far
-        self.next: list[int] | None = None
-        self.children: dict[int, Node] = {}
-
-    def then(self, id: int) -> Node:
-        """The text with this id behind it, made when it is first asked for."""
-        return self.children.get(id) or self.children.setdefault(id, Node(self, id))
-
-    def tail(self, place: int) -> list[int]:
-        """Its ids from that place on."""
-        found, node = [], self
-        while node.parent and node.place > place:
-            found.append(node.id)
-            node = node.parent
-        return found[::-1]
-
-    def path(self) -> list[Node]:
-        """The texts on the way here, this one included; the empty one is not."""
-        found, node = [], self
-        while node.parent:
-            found.append(node)
-            node = node.parent
-        return found[::-1]
-
-    def within(self, node: Node) -> bool:
-        """Whether this text begins with that one."""
-        mine = self
-        while mine.place > node.place:
-            mine = mine.parent
-        return mine is node
-
-
-def smoothed(old: float | None, new: float) -> float:
-    return new if old is None else old + 0.2 * (new - old)
-
-
-class Ahead:
-    """What a drafter on its own device expects after each text it was asked about, and how far the answer really is.
-
-    Each side looks when it likes and the target never waits; a guess that it did not confirm is off the way, no more.
-    Nothing follows eos_id (-1: no such id), nor `limit` ids. Times in seconds, of any one clock.
-    shares: how often of late the next id was the drafter's first guess, its second, ..; they outlive the request. The
-    drafter is asked next about the text that they make likeliest: mostly the end of all its first guesses, but where
-    these are often wrong what follows a second guess, so that its drafts are ready when the target says it.
-
-    What this can bring: a run of right drafts ends with a wrong one, which costs a target's forward; each draft in it
-    costs one of the drafter's, since what follows a wrong draft is not known before. If drafts are right with p and one
-    takes c of a target's forward, no order of the two makes more than 1 / (1 - p + p c) ids a forward, not even one
-    that knows the length of each run beforehand (head start, recalled ids and second guesses apart).
-    Not built: all guesses in one forward of 16 rows, which at 4 bits takes 1.8 to 1.9 of a step."""
-
-    def __init__(self, shares: list[float], eos_id: int, limit: int):
-        self.shares, self.eos_id, self.limit = shares, eos_id, limit
-        self.root = self.at = Node()                         # at: the committed answer
-        self.heard: float | None = None                      # when the target last spoke
-        self.step: float | None = None                       # seconds from then until it speaks again, of late
-        self.forward: float | None = None                    # seconds of the drafter's forward, of late
-        self.news, self.lock = threading.Event(), threading.Lock()           # news: the target has spoken
-
-    def tell(self, node: Node, ids: list[int]) -> Node:
-        """The drafter: after the text of `node` come `ids`. Returns the text with all of them."""
-        with self.lock:
-            end = node
-            for i in ids:
-                end.next = end.next or [i]
-                end = end.then(i)
-            node.next = node.next or []                      # asked, and nothing came
-        return end
-
-    def guess(self, node: Node, ids: list[int]) -> None:
-        """The drafter: what else may come there, the likeliest first."""
-        with self.lock:
-            first = node.next[:1]
-            node.next = [*first, *(i for i in ids if i not in first)][:GUESSES]
-
-    def commit(self, committed: list[int], now: float) -> None:
-        """The target, which has committed these ids at `now`, seconds: moves `at` there and counts in `shares` which
-        guesses came true."""
-        with self.lock:
-            for i in committed[self.at.place:]:
-                for rank in range(len(self.at.next or ())):
-                    self.shares[rank] += 0.02 * ((self.at.next[rank] == i) - self.shares[rank])
-                self.at = self.at.then(i)
-            if self.heard is not None:
-                self.step = smoothed(self.step, now - self.heard)
-            self.heard = now
-            self.news.set()
-
-    def texts(self) -> tuple[list[list[int]], float, int]:
-        """What may follow the answer so far, as `Model.expect` takes it."""
-        with self.lock:
-            ends, waiting = [], [self.at]
-            while waiting:
-                node = waiting.pop(0)
-                while node.next:
-                    waiting += [other for i, other in node.children.items() if other.next and i != node.next[0]]
-                    node = node.then(node.next[0])
-                ends.append(node)
-            texts = [node.tail(self.at.place - ORDER) for node in ends]
-            return texts, self.shares[0], ends[0].place - self.at.place
-
-    def likeliest(self, now: float = 0.0) -> Node | None:
-        """The drafter, at `now`: the text to be asked about next, None if there is nothing left to ask. Until the
-        target has spoken, the end of its own text. Then None as well for a text that would be known `late`, after the
-        target has spoken again: if that rejects it, what comes instead has to wait. Nobody waits for an overdue one."""
-        waiting, count = [(-1.0, 0, self.at)], 0
-        while waiting:
-            chance, _, node = heapq.heappop(waiting)
-            if node.parent and node.id == self.eos_id or node.place >= self.limit:
-                continue                                     # nothing follows
-            if node.next is None:
-                if not self.forward or not self.step or self.overdue(now):
-                    return node
-                late = now + self.forward - self.heard - self.step
-                return node if late <= max(0.0, -chance * self.forward) else None
-            for share, i in zip(self.shares[:1 if self.heard is None else None], node.next, strict=False):
-                count += 1
-                heapq.heappush(waiting, (chance * share, count, node.then(i)))
+    def propose(self, state):
+        req = self.req
+        req.host_free.wait()
+        if req.stop_drafting.is_set() or self.gate and req.frames_ready.is_set() and not self.gate.another(
+                req.question, self.n_out):
+            return ENOUGH
         return None
 
-    def overdue(self, now: float) -> bool:
-        """Whether the target has been silent for two of its steps."""
-        return self.heard is not None and self.step is not None and now > self.heard + 2 * self.step
+    def saw(self, proposal, before, state):
+        self.n_out = state.n_out
 
-    def text(self) -> list[int]:
-        """The answer as the drafter believes it."""
-        node = self.at
-        while node.next:
-            node = node.then(node.next[0])
-        return [of.id for of in node.path()]
+
+ENOUGH = Proposal("enough")                 # of a drafter's own loop: it ends here
+
+
+class Found(Tenant):
+    """Drafts that the target finds on its own device, at the end of each forward: in earlier answers (`lookup`), and in
+    the line of a drafter on another device (`drafter`)."""
+
+    def __init__(self, req: Request, target: Target, earlier: Lookup | None, line: Line | None):
+        self.req, self.target, self.earlier, self.line = req, target, earlier, line
+
+    def propose(self, state):
+        if state is None:
+            rows = max(self._lookup_len(), self._line_len())
+        else:                                                # the host knows what was found
+            rows, pace = self._best(state)
+            if pace and pace >= self.req.gate.step and not self.req.gate.trial("lookup"):
+                return None
+        if not rows:
+            return None
+        return Proposal("drafter" if self.line and not self.earlier else "lookup", self.target.rows_for(rows), self)
+
+    def _lookup_len(self) -> int:
+        if not self.earlier or not self.earlier.learnt:
+            return 0
+        return self.req.gate.best_len("lookup", self.req.question, WIDTHS) if self.req.gate else WIDTHS[-1]
+
+    def _line_len(self) -> int:
+        """Rows for what the line holds now, and a few more: it may grow before the forward runs."""
+        if not self.line or (self.req.drafter_done.is_set() and not self.line.tail()[1]) or self.line.right < 0.1:
+            return 0
+        return min(self.req.overlap_len, max(WIDTHS[1], self.line.tail()[1]) if self.line.spoke else STEP_ROWS)
+
+    def cost(self, state):
+        return self._best(state)[1]
+
+    def _best(self, state: State) -> tuple[int, float | None]:
+        """(drafts of those found that are best looked at, seconds an id then; None where nobody knows)."""
+        gate, found = self.req.gate, len(state.slots)
+        if not gate or not found or state.ahead or gate.step is None:
+            return found, None
+        alive = gate.alive(f"lookup behind {fit_class(state.fit)}", self.req.question, found)
+        return min(((G, gate.verify(G) / (1 + sum(alive[:G]))) for G in {min(of, found) for of in WIDTHS}),
+                   key=lambda best: best[1])
+
+    def saw(self, proposal, before, state):
+        if self.line:
+            self.line.commit(state.ids, self.req.timeline.now())
+        if proposal and proposal.tenant is self and self.req.gate and not (state.drafted and before.ahead):
+            self.req.gate.accepted("lookup", self.req.question, proposal.rows, state.accept_len)
+            if state.drafted:
+                self.req.gate.accepted(f"lookup behind {fit_class(before.fit)}", self.req.question, state.drafted,
+                                       state.accept_len)
+
+
+def fit_class(fit: int) -> str:
+    """How long a context fitted: drafts behind long ones are right more often."""
+    return "1" if fit < 2 else "2 to 3" if fit < 4 else "4 to 7" if fit < 8 else "8 or more"
+
+
+class HostTenant(Tenant):
+    """A tenant that has to see each state. While the gate refuses it, the host is left out of the rounds."""
+
+    def __init__(self, req: Request, target: Target):
+        self.req, self.target = req, target
+        self.ended, self.resting, self.granted = False, False, 0
+
+    @property
+    def needs_host(self):
+        return not (self.ended or self.resting)
+
+    def propose(self, state):
+        if not self.ended and not self.granted:
+            self.granted = self.allowed()
+        if self.ended or not self.granted or state is None:
+            self.resting = not self.granted
+            return None
+        granted, self.granted, drafts = self.granted, 0, None
+        with noting(self.req.errors):
+            drafts = self.drafted(state, granted)
+        return drafts
+
+    def allowed(self) -> int:
+        """Drafts that the gate allows now."""
+        raise NotImplementedError
+
+    def drafted(self, state: State, limit: int) -> Proposal | None:
+        raise NotImplementedError
+
+
+class HeadStart(HostTenant):
+    """What the drafter wrote before the target's prefill ended, for as long as the answer is the same."""
+
+    @property
+    def needs_host(self):
+        return super().needs_host and not (self.req.drafter_done.is_set() and not self.req.preview)
+
+    def allowed(self):
+        return self.req.overlap_len
+
+    def drafted(self, state, limit):
+        preview = [i for i, _ in list(self.req.preview)]
+        span = preview[state.n_out:state.n_out + limit] if preview[:state.n_out] == state.ids else []
+        self.ended = not span
+        if not span:
+            return None
+        self.target.put(span)
+        return Proposal("head start", self.target.rows_for(len(span)), self)
+
+    def cost(self, state):
+        gate, left = self.req.gate, len(self.req.preview) - state.n_out
+        if not gate or self.ended or gate.step is None or left < 1:
+            return None
+        alive = gate.alive("head start", self.req.question, state.n_out + left)[state.n_out:]
+        return gate.verify(left) / (1 + sum(alive))
+
+    def saw(self, proposal, before, state):
+        self.req.stop_drafting.set()                         # the target's prefill has ended
+
+
+class DrafterRounds(HostTenant):
+    """draft -> verify -> accept with both models on one device. Ends with the drafter, or if it breaks."""
+
+    def __init__(self, req: Request, target: Target, drafter: Drafter):
+        super().__init__(req, target)
+        self.drafter, self.began = drafter, 0.0
+
+    @property
+    def needs_host(self):
+        return super().needs_host and not (self.req.drafter_done.is_set() and "drafter" not in self.req.prompt_rows)
+
+    def allowed(self):
+        req = self.req
+        if not req.gate or not req.draft_len:
+            return req.draft_len
+        return req.gate.best_len("drafter", req.question, range(1, req.draft_len + 1), req.gate.draft)
+
+    def drafted(self, state, limit):
+        req, drafter, target = self.req, self.drafter, self.target
+        req.drafter_done.wait()
+        self.began, self.ended = req.timeline.now(), True    # unless all goes well
+        if "drafter" not in req.prompt_rows or req.errors:
+            return None
+        with drafter.on_stream():
+            wait_for(drafter, target)
+            for i in range(limit):
+                with req.timeline.stage("draft", drafter):
+                    drafter.round() if i else drafter.resume(state.ids, min(2, state.n_out + 1))
+            drafts_G = drafter.written(state.n_out, limit)
+        wait_for(target, drafter)
+        target.put(drafts_G.to(target.device))
+        self.ended = False
+        return Proposal("drafter", target.rows_for(limit), self)
+
+    def cost(self, state):
+        gate = self.req.gate
+        return gate.pace("drafter") if gate and not self.ended else None
+
+    def saw(self, proposal, before, state):
+        if proposal and proposal.tenant is self and self.req.gate:
+            self.req.gate.accepted("drafter", self.req.question, state.drafted, state.accept_len)
+            self.req.gate.round("drafter", self.req.timeline.now() - self.began, state.accept_len + 1)
+
+
+class SelfRounds(HostTenant):
+    """The target's own 4-bit copy drafts on the target's cache, an id at a time, until a draft is so unsure that the
+    next one is not expected to pay. The host reads each draft's probability before it queues the next draft: that takes
+    some 2 % of a draft."""
+
+    def __init__(self, req: Request, target: Target):
+        super().__init__(req, target)
+        self.gate, self.sures, self.began = req.gate or Gate(), [], 0.0
+        self.resting = req.gate is not None and req.gate.refuses("self")
+
+    def allowed(self):
+        most = WIDTHS[-2] if self.target.on_gpu else WIDTHS[1]
+        return most if not self.req.gate or self.gate.pays("self") else 0
+
+    def drafted(self, state, limit):
+        req, target, gate, clock = self.req, self.target, self.gate, self.req.timeline.now
+        self.sures, alive = [], 1.0
+        limit = min(limit, req.max_new_tokens - state.n_out - 1)
+        if limit < 1:
+            return None
+        self.began = now = clock()
+        with req.timeline.stage("draft", target) as entry:
+            while len(self.sures) < limit:
+                target.draft(first=not self.sures)
+                req.tell_now()                               # with the GPU at work
+                sure = target.draft_sure()
+                if sure < 0:
+                    self.ended = True
+                    raise NonFinite(f"{target.path}: the 4-bit copy's logits hold NaN; drafting without it")
+                began, now = now, clock()
+                gate.timed("self draft", now - began)
+                self.sures.append(sure)
+                alive *= gate.right(sure)
+                draft = gate.seconds("self draft")
+                if not gate.next_draft(alive, draft, gate.step or 2 * draft):
+                    break
+            entry["drafts"] = len(self.sures)
+        return Proposal("self", target.rows_for(len(self.sures)), self)
+
+    def cost(self, state):
+        return None if self.ended or not self.gate.step else self.gate.pace("self") or 0.6 * self.gate.step
+
+    def saw(self, proposal, before, state):
+        if proposal and proposal.tenant is self:
+            self.gate.judged(self.sures, state.accept_len)
+            self.gate.round("self", self.req.timeline.now() - self.began, state.accept_len + 1)
+
+
+class HostSource(HostTenant):
+    """A DraftSource, or any object with `propose`."""
+
+    def __init__(self, req: Request, target: Target, source, name: str):
+        super().__init__(req, target)
+        self.source, self.name, self.began = source, name, 0.0
+        self.resting = req.gate is not None and req.gate.refuses(name)
+
+    def allowed(self):
+        limit = self.req.draft_len if self.req.mode == "speculative" else self.req.overlap_len
+        return limit if not self.req.gate or self.req.gate.pays(self.name) else 0
+
+    def drafted(self, state, limit):
+        self.began = self.req.timeline.now()
+        if self.req.preview and hasattr(self.source, "read"):
+            self.source.read([i for i, _ in list(self.req.preview)])
+        limit = min(limit, self.req.max_new_tokens - state.n_out)
+        drafts = [int(i) for i in self.source.propose(list(state.ids), limit)][:limit]
+        if not drafts:
+            return None
+        self.target.put(drafts)
+        return Proposal(self.name, self.target.rows_for(len(drafts)), self)
+
+    def cost(self, state):
+        return self.req.gate.pace(self.name) if self.req.gate else None
+
+    def saw(self, proposal, before, state):
+        if proposal and proposal.tenant is self:
+            if self.req.gate:
+                self.req.gate.round(self.name, self.req.timeline.now() - self.began, state.accept_len + 1)
+            with noting(self.req.errors):
+                getattr(self.source, "verdict", lambda *_: None)(state.drafted, state.accept_len)
+
+
+class Cascade(Tenant):
+    """Several tenants, asked in this order; one whose ids are expected to cost more than what comes after is skipped.
+    once: only for the first forward."""
+
+    def __init__(self, tenants: list[Tenant], once: bool = False):
+        self.tenants, self.once, self.over = tenants, once, False
+
+    @property
+    def needs_host(self):
+        return not self.over and any(tenant.needs_host for tenant in self.tenants)
+
+    def propose(self, state):
+        if self.over:
+            return None
+        self.over = self.once
+        costs = [tenant.cost(state) if state is not None else None for tenant in self.tenants]
+        for i, tenant in enumerate(self.tenants):
+            later = [cost for cost in costs[i + 1:] if cost is not None]
+            if costs[i] is not None and later and costs[i] > min(later):
+                continue
+            if proposal := tenant.propose(state):
+                return proposal
+        return None
+
+    def saw(self, proposal, before, state):
+        for tenant in self.tenants:
+            tenant.saw(proposal, before, state)
 
 
 # ---- the request -----------------------------------------------------------------------------------------------
@@ -1137,14 +1112,20 @@ class Event:
     result: Result | None = None            # on the last event
 
 
-@dataclass
-class Verdict:
-    """One forward of the deciding model that made ids of the answer: the drafts it was shown and what it said."""
+class Round(NamedTuple):
+    """One forward of the target after its prefill."""
+    source: str                             # who drafted: "drafter", "head start", "lookup", "self", ..; "": nobody
+    drafts: list[int]                       # what the forward looked at
+    accepted: int                           # of them; the bonus id is not counted
+
+
+class Verdict(NamedTuple):
+    """One forward of the deciding model that made ids of the answer, as `explain` shows it."""
     first: int                              # place in the answer of its first id
     drafts: list[int]                       # of the places from there on; none: prefill or a plain step
     ids: list[int]                          # the accepted drafts, then the model's own id
-    second: list[int]                       # runner-up of each
-    margins: list[float]                    # logit of the id over its runner-up's; sampled, of the draw's scores
+    second: list[int]                       # the most likely other id of each place
+    margins: list[float]                    # logit of the id less that of `second`
 
 
 @dataclass
@@ -1156,11 +1137,10 @@ class Result(collections.abc.Mapping):
     mode: str = ""
     preview_text: str = ""
     preview_ids: list = field(default_factory=list)
-    draft_ids: list = field(default_factory=list)     # the overlap drafts, as far as the host saw them
-    drafted: int = 0                        # drafts the target looked at
+    round_log: list = field(default_factory=list)     # a `Round` for each forward that could have had drafts
+    drafted: int = 0                        # drafts the target looked at, those beyond the answer's end left out
     accepted_tokens: int = 0                # drafts it agreed with; bonus ids not counted
-    span_len: int = 0                       # drafts that the first forward behind a head start looked at
-    rejected_at: int = -1                   # index of the first rejected draft of that span, -1 if none
+    rejected_at: int = -1                   # index of the first rejected draft of the first span, -1 if none
     rounds: int = 0
     accept_lens: list = field(default_factory=list)   # of each round; of the last one what is in the answer
     acceptance_rate: float = 0.0            # accepted / drafted
@@ -1174,12 +1154,10 @@ class Result(collections.abc.Mapping):
     tpot: float | None = None               # (end - ttft) / (ids - 1)
     stages: dict = field(default_factory=dict)        # side -> stage -> seconds
     timeline: list = field(default_factory=list)      # (row, stage, start_s, end_s, note)
+    draft_log: list = field(default_factory=list)     # (place in the answer, id) of each of the drafter's forwards
     prompt_rows: dict = field(default_factory=dict)   # side -> rows
     peak_memory: int = 0                    # bytes on the target's device; on the CPU the process's peak
-    drafter_error: str | None = None        # why the drafter gave up, if it did; the answer is not affected
-    drafts: list = field(default_factory=list)        # (forward, place, ids) of what each of the drafter's forwards
-                                                      # wrote, from its prefill on, rounds on the target's device apart
-    verdicts: list = field(default_factory=list)      # `Verdict` of each forward, where explain asked for them
+    drafter_error: str | None = None        # why a drafter or source gave up, if one did; the answer is not affected
 
     def __getitem__(self, key):
         try:
@@ -1193,9 +1171,34 @@ class Result(collections.abc.Mapping):
     def __len__(self):
         return len(dataclasses.fields(self))
 
+    def count(self) -> None:
+        """The figures that follow from the rounds. What was drafted beyond the answer's end is none of it."""
+        log, left = self.round_log, len(self.output_ids) - 1
+        for i, (source, drafts, accepted) in enumerate(log):
+            log[i] = Round(source, drafts[:max(0, left)], min(accepted, max(0, left)))
+            left -= accepted + 1
+        self.rounds, self.accept_lens = len(log), [of.accepted for of in log]
+        self.drafted, self.accepted_tokens = sum(len(of.drafts) for of in log), sum(self.accept_lens)
+        self.acceptance_rate = self.accepted_tokens / self.drafted if self.drafted else 0.0
+        self.tokens_per_round = self.accepted_tokens / self.rounds + 1 if log else 0.0
+        span = next((of for of in log if of.drafts), None)
+        self.rejected_at = span.accepted if span and span.accepted < len(span.drafts) else -1
+
+
+class Entry(NamedTuple):
+    """One stage on a request's timeline; start and end in seconds, or GPU events until they are resolved."""
+    row: str
+    side: str
+    stage: str
+    start: object
+    end: object
+    note: str
+    device: torch.device
+    drafts: int                             # that a forward looked at, or made
+
 
 class Timeline:
-    """Stages of one request as (row, stage, start_s, end_s, note), host clock and GPU events on one axis."""
+    """Stages of one request, host clock and GPU events on one axis."""
 
     def __init__(self, models):
         self.entries, self.lock = [], threading.Lock()
@@ -1212,10 +1215,10 @@ class Timeline:
         return time.perf_counter() - self.t0
 
     @contextlib.contextmanager
-    def stage(self, name: str, model: Model, host: bool = False, note: str = ""):
-        """Times the block: by GPU events on the model's stream, or by the host clock for CPU work."""
-        gpu = model.on_gpu and not host
-        row = "host" if host else model.side
+    def stage(self, name: str, model: Model, host: bool = False, note: str = "", drafts: int = 0):
+        """Times the block: by GPU events on the model's stream, or by the host clock for CPU work. Yields a dict in
+        which the block may set the number of its drafts."""
+        gpu, kept = model.on_gpu and not host, {"drafts": drafts}
         if model.on_gpu:
             torch.cuda.nvtx.range_push(name)
         start = end = None
@@ -1225,27 +1228,26 @@ class Timeline:
             start.record(model.stream)
         try:
             with naming_stage(model, name):
-                yield
+                yield kept
         finally:
             if gpu:
                 end.record(model.stream)
             if model.on_gpu:
                 torch.cuda.nvtx.range_pop()
             with self.lock:
-                self.entries.append((row, model.side, name, start or began, end or self.now(), note, model.device))
+                self.entries.append(Entry("host" if host else model.side, model.side, name, start or began,
+                                          end or self.now(), note, model.device, kept["drafts"]))
 
-    def resolve(self):
-        """([(row, stage, start_s, end_s, note)] by start, {side: {stage: seconds}}); waits for the GPU."""
+    def resolve(self) -> list[Entry]:
+        """The entries by start, in seconds; waits for the GPU."""
         for device in self.base:
             torch.cuda.synchronize(device)
-        rows, stages = [], {}
-        for row, side, name, start, end, note, device in self.entries:
-            if not isinstance(start, float):
-                start, end = (self.base[device].elapsed_time(e) / 1e3 for e in (start, end))
-            rows.append((row, name, start, end, note or side if row == "host" else note))
-            stages.setdefault(side, {}).setdefault(name, 0.0)
-            stages[side][name] += end - start
-        return sorted(rows, key=lambda r: r[2]), stages
+        for i, of in enumerate(self.entries):
+            if not isinstance(of.start, float):
+                start, end = (self.base[of.device].elapsed_time(event) / 1e3 for event in (of.start, of.end))
+                self.entries[i] = of._replace(start=start, end=end)
+        self.entries.sort(key=lambda of: of.start)
+        return self.entries
 
 
 @dataclass
@@ -1262,66 +1264,59 @@ class Request:
     max_new_tokens: int
     draft_len: int
     overlap_len: int
-    source: DraftSource | None
     ignore_eos: bool
     timeline: Timeline
     gate: Gate | None                       # None: draft whatever it costs
     size: int                               # of the video file, in doublings: clips of a size take alike to decode
-    sampling: tuple | None                  # (temperature, top_p, seed) of the deciding model; None: greedy
-    explain: bool                           # keep what the deciding model looked at
-    ahead: Ahead                            # of a drafter on a device of its own
+    line: Line | None                       # of a drafter on a device of its own
+    tenant: Tenant = PLAIN                  # who drafts for the target
     out: queue.Queue = field(default_factory=queue.Queue)
     stop_drafting: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
     drafter_done: threading.Event = field(default_factory=threading.Event)
     host_free: threading.Event = field(default_factory=threading.Event)         # the drafter may use the interpreter
     frames_ready: threading.Event = field(default_factory=threading.Event)      # the target wants the GPU
-    ready_at: dict = field(default_factory=dict)        # ("frames" or "events", size) -> seconds
+    frames_at: float = 0.0                              # when the last frame was decoded, seconds
     preview: list = field(default_factory=list)         # (id, seconds) as the host saw them
-    accept_lens: list = field(default_factory=list)
-    drafted: int = 0
-    span_len: int = 0
+    round_log: list = field(default_factory=list)
+    draft_log: list = field(default_factory=list)
     prefill_end: float | None = None
+    sent: int = 0                                       # ids of the answer that the caller has
+    tell_now: collections.abc.Callable = lambda: None   # hands over what the host has seen and not yet told
     prompt_rows: dict = field(default_factory=dict)
-    drafter_error: str | None = None
-    drafts: list = field(default_factory=list)          # see Result
+    errors: list = field(default_factory=list)          # why drafters and sources gave up
 
-    def say(self, kind: str, ids: list[int]) -> float:
-        """Hands ids to the caller, with the time; the lock keeps what both sides say in order of time."""
+    def send(self, kind: str, ids: list[int]) -> float:
+        """Hands ids to the caller, with the time; the lock keeps what both sides send in order of time."""
         with self.timeline.lock:
             now = self.timeline.now()
             self.out.put((kind, ids, now))
         return now
 
-    def ready(self, now: float):
-        """When the target's frames are ready, in seconds of this request, as far as one can tell; None: no idea."""
-        if self.frames_ready.is_set():
-            return min(now, self.ready_at["frames", self.size])
-        usual = self.gate.usual(("frames", self.size))
-        return None if usual is None else max(usual, now)
+    def log(self, model: Model, round: Round, proposal: Proposal) -> None:
+        """Keeps a round of the target: every forward in `speculative`, else those that had rows for drafts."""
+        if model.side == "target" and (self.mode == "speculative" or proposal.rows):
+            self.round_log.append(round)
 
-
-class Answer:
-    """Hands the target's ids to the caller. What a round found is kept until the GPU has its next work queued: telling
-    takes the host a while, which the GPU would spend idle."""
-
-    def __init__(self, req: Request, model: Target):
-        self.req, self.model, self.told, self.kept = req, model, 0, None
-        self.words = STATE + req.max_new_tokens + STEP_ROWS  # of a state that holds the whole answer
-
-    def keep(self, state, stage: str) -> None:
-        check_finite(state, self.model, stage)
-        self.kept = state
-        if not self.model.on_gpu:                            # on the CPU nothing is queued
-            self.tell()
-
-    def tell(self, state=None) -> None:
-        """The ids of `state`, or of the one that was kept."""
-        state, self.kept = state or self.kept, None
-        fresh = state[STATE + self.told:STATE + state[N_OUT]] if state else []
-        self.told += len(fresh)
+    def show_answer(self, state: State) -> None:
+        """Hands the target's ids that are new to the caller."""
+        self.prefill_end = self.prefill_end or self.timeline.now()
+        if self.line and not state.done:
+            self.line.taken.wait(4e-4)                       # the drafter takes them first: a step is queued already
+        fresh, self.sent = state.ids[self.sent:], len(state.ids)
         if fresh:
-            self.req.say("final", fresh)
+            self.send("final", fresh)
+
+    def show_preview(self, state: State) -> None:
+        """Hands the drafter's ids that are new to the caller."""
+        fresh = state.ids[len(self.preview):]
+        if fresh:
+            now = self.send("preview", fresh)
+            self.draft_log += enumerate(fresh, len(self.preview))
+            self.preview += [(i, now) for i in fresh]
+
+
+# ---- the engine ------------------------------------------------------------------------------------------------
 
 
 class Engine:
@@ -1335,8 +1330,10 @@ class Engine:
         self.target, self.drafter = target, drafter
         self.draft_len, self.overlap_len = draft_len, overlap_len
         self.gate = Gate() if gate else None
-        self.shares = list(SHARES)                           # see `Ahead`
-        self.remembers = True                                # each text, to be recalled; else the caller, by `remember`
+        self.lookup = Lookup()                               # this engine's own answers
+        self.in_ring: tuple = (None, 0)                      # whose answers the target's ring holds, and how many
+        self.right = 0.5                                     # see Line; it outlives the request
+        self.learners: list = []                             # what the last request left to `remember`
         self.apart = bool(target and drafter) and target.device != drafter.device   # two devices: drafts cost nothing
         self.target_first = bool(target and target.on_gpu)   # in the interpreter; what a CPU computes holds no lock
         self.lock = threading.Lock()
@@ -1348,11 +1345,62 @@ class Engine:
     def models(self) -> list[Model]:
         return [m for m in (self.target, self.drafter) if m is not None]
 
-    def _ahead(self, req: Request) -> bool:
-        """Whether the drafter works on a device of its own for as long as the answer grows."""
-        return self.apart and req.mode == "speculative" and req.source is None
+    # -- the loop
+
+    def _rounds(self, model: Model, req: Request, source: Tenant, limit: int, name: str, tell) -> None:
+        """propose -> verify -> accept, from the prefill to the end. tell: called with each state that the host sees.
+
+        On a GPU a source that does not need the host has its next round queued before the last one was looked at. What
+        the host does with a state, telling the caller above all, it does with the GPU's next work queued."""
+        words, left, state, untold = STATE + limit + STEP_ROWS, limit - 1, None, None
+        waiting = collections.deque([(model.snapshot(words), None)])      # states on their way to the host
+
+        def tell_now():
+            nonlocal untold
+            if untold:
+                tell(untold)
+            untold = None
+
+        req.tell_now = tell_now
+        while not req.cancelled.is_set():
+            while left > 0 and not (state and state.done) and len(waiting) <= (model.on_gpu and not source.needs_host):
+                proposal = source.propose(None if waiting else state) or Proposal()
+                if proposal is ENOUGH:
+                    left = 0
+                    break
+                with req.timeline.stage("verify" if proposal.rows else name, model, drafts=proposal.rows):
+                    model.round(proposal.rows)
+                waiting.append((model.snapshot(words), proposal))
+                left -= 1
+            tell_now()
+            if not waiting:
+                break
+            (snapshot, proposal), before = waiting.popleft(), state
+            state = untold = snapshot.read()
+            check_finite(state, model, proposal.rows and "verify" or name if proposal else "prefill")
+            if not model.on_gpu:                             # there nothing is queued
+                tell_now()
+            if proposal and state.n_out > before.n_out:
+                author = "drafter" if before.ahead and proposal.source == "lookup" else proposal.source
+                req.log(model, Round(author if state.drafted else "", state.drafts, state.accept_len), proposal)
+            if proposal is None or state.n_out > before.n_out:
+                source.saw(proposal, before, state)
 
     # -- the two sides, each on a thread of its own
+
+    def _target_side(self, req: Request) -> None:
+        """Video to answer. Everything it sends is the target's own id."""
+        model, line = self.target, req.timeline
+        with line.stage("load", model, host=True):
+            frames = req.video(req.host_free.set)            # from here on FFmpeg's threads work
+        if self.target_first:
+            req.host_free.clear()
+        req.frames_at = line.now()
+        req.frames_ready.set()
+        with model.on_stream():
+            encode_and_prefill(model, frames, req.max_new_tokens, req)
+            req.host_free.set()
+            self._rounds(model, req, req.tenant, req.max_new_tokens, "decode", req.show_answer)
 
     def _drafter_side(self, req: Request) -> None:
         """Events to drafts. Runs ahead of the target and stops when told, at its limit, at its own end, or when the
@@ -1364,374 +1412,177 @@ class Engine:
         preview comes 3.5 ms later for it. Dropped, no gain beyond the noise of 1 ms: waiting for a draft asleep instead
         of spinning, a lower priority for this thread, a shorter turn of the lock."""
         model, line = self.drafter, req.timeline
-        gate = req.gate if req.source is None else None      # a source that hears the drafter has asked for it
         alone = req.mode in ("drafter_only", "prefill_only")
-        if gate and not gate.head_start(req, gate.usual(("events", req.size)) or 0.0):
+        gate = None if alone or self.apart else req.gate     # on a device of its own it disturbs nobody
+        rest = req.max_new_tokens if req.mode == "speculative" else 0
+        if gate and not gate.head_start(req.question, req.overlap_len, req.size, rest, req.draft_len):
             return
         req.host_free.wait()
         with line.stage("load", model, host=True):
             loaded = req.events()
-        req.ready_at["events", req.size] = line.now()
-        if gate and not gate.head_start(req, line.now()):    # what was expected of the clock may have come otherwise
-            return
-        endless = alone or self.apart and req.mode == "speculative"      # on a device of its own it disturbs nobody
+        endless = alone or self.apart and req.mode == "speculative"
         limit = req.max_new_tokens if endless else min(req.overlap_len + 1, req.max_new_tokens)
         req.host_free.wait()
         with model.on_stream():
             encode_and_prefill(model, loaded, limit, req)
-            if self._ahead(req):
-                return self._draft_ahead(req, limit)
+            if req.line:
+                return self._draft_line(req, limit)
+            self._rounds(model, req, OwnText(req, gate), limit, "draft", req.show_preview)
 
-            def go_on(state):
-                req.host_free.wait()
-                return not req.stop_drafting.is_set() and (gate is None or gate.another(req, state[N_OUT], line.now()))
-
-            for forward, state in enumerate(self._decode(model, req, limit, "draft", go_on)):
-                req.drafts.append((forward, len(req.preview), self._preview(req, state)))
-
-    def _preview(self, req: Request, state) -> list[int]:
-        """Hands the drafter's ids that are new to the caller, and returns them."""
-        fresh = state[STATE + len(req.preview):STATE + state[N_OUT]]
-        if fresh:
-            now = req.say("preview", fresh)
-            req.preview += [(i, now) for i in fresh]
-        return fresh
-
-    def _draft_ahead(self, req: Request, limit: int) -> None:
-        """Drafts for as long as the answer grows: after its own text, and once the target has spoken after whatever is
-        likeliest to be the answer so far. What it holds likely lies in the target's memory, where a verify finds the
-        drafts behind the ids of that moment; nobody waits, and what the target does not confirm is never looked at."""
-        model, ahead, line, words = self.drafter, req.ahead, req.timeline, STATE + limit + STEP_ROWS
-        node, forward, G, asked_at = ahead.root, 0, None, None
-        own = ahead.root                                     # the end of its own text, which is the preview
-        model.laid, model.kept = [], {}
+    def _draft_line(self, req: Request, limit: int) -> None:
+        """Drafts for as long as the answer grows, on the assumption that the target accepts all. The line lies in the
+        target's memory, where the search behind each forward finds what fits the ids of that moment; nobody waits."""
+        model, line, clock, words = self.drafter, req.line, req.timeline.now, STATE + limit + STEP_ROWS
+        line.right, behind, tip, began = self.right, [], [], None
         while True:
-            on_its_way, guesses, asked = model.snapshot(words), model.guesses(), node
-            state = on_its_way.read()                        # guesses may come later
-            if asked_at is not None:
-                ahead.forward = smoothed(ahead.forward, line.now() - asked_at)
-            state[N_OUT] = min(state[N_OUT], limit)          # recalled ids may go beyond it
+            state = model.snapshot(words).read()
+            if began is not None:
+                line.forward = smoothed(line.forward, clock() - began)
             req.host_free.wait()
             check_finite(state, model, "draft")
-            fresh = state[STATE + node.place:STATE + state[N_OUT]]
-            tip = ahead.tell(node, fresh)
-            model.laid = tip.path()[:max(node.place, tip.place - 1)]         # its last id has no row yet
-            req.drafts.append((forward, node.place, fresh))
-            if G is not None and fresh:
-                model.judge(G, state)
-            if node is own:
-                self._preview(req, state)
-                own = tip
-            if req.stop_drafting.is_set():
-                return
-            told = ahead.heard
-            node, asked_at = ahead.likeliest(line.now()), line.now()
-            if node:                                         # first of all the GPU goes on
-                G = self._ask(req, node, tip)
-            self.target.expect(*ahead.texts())
-            if guesses:                                      # there by now, and another look is due
-                ahead.guess(asked, guesses.read())
-                told = None
-            while not node:                                  # all is asked, or would be too late
-                ahead.news.wait(1e-3)
-                ahead.news.clear()
+            fresh = state.ids[len(behind):]
+            line.extend(behind, fresh)
+            tip, began = behind + fresh, clock()
+            task = None if req.stop_drafting.is_set() else line.next(began)
+            if task:                                         # first of all the GPU goes on
+                self._draft_behind(req, *task, tip)
+            ids, drafts, right = line.tail()
+            self.target.ring.set_line(ids, self._rank(req, right))
+            if behind and behind != tip[:len(behind)] or line.broken:
+                req.draft_log += enumerate(fresh, len(behind))
+            else:
+                req.show_preview(state)
+            while not task:                                  # all is drafted, or would come too late
+                line.taken.set()
+                line.news.wait(1e-3 if line.spoke else 1e-2)
+                line.news.clear()
                 if req.stop_drafting.is_set():
+                    self.right = line.right
                     return
-                if ahead.heard == told and not ahead.overdue(line.now()):
-                    continue
-                node, asked_at = ahead.likeliest(line.now()), line.now()
-                if node:
-                    G = self._ask(req, node, tip)
-                elif ahead.heard != told:                    # of a long text the target's memory holds a part
-                    told = ahead.heard
-                    self.target.expect(*ahead.texts())
-            forward += 1
+                began = clock()
+                if task := line.next(began):
+                    self._draft_behind(req, *task, tip)
+            behind = task[0]
 
-    def _ask(self, req: Request, node: Node, tip: Node) -> int | None:
-        """Queues the drafter's forward behind the text of `node`; its rows are those of `tip`, but for the last id.
-        Returns the number of ids recalled for it, None where nothing is learnt about that."""
-        model = self.drafter
-        if node is tip:
-            G = model.next_len()
-            with req.timeline.stage("recall" if G else "draft", model, note="ahead"):
-                model.step_recalled(G) if G else model.step(0)
-            return G
-        ids, most = [of.id for of in node.path()], model.decoder.step_rows
-        with req.timeline.stage("draft", model, note="resume"):
-            ready = model.lay(node, req.ahead.at)
-            for end in [*range(ready + most, len(ids), most), len(ids)]:
-                head, rows = torch.tensor([end, 0, 0, 0, 0, 0, 0, 0] + ids[:end]), end - ready
-                G = model.resume(head, rows if rows <= 2 else most)
-        return G
+    def _draft_behind(self, req: Request, ids: list[int], missing: int, tip: list[int]) -> None:
+        """Queues the drafter's forward behind a text whose last `missing` ids have no row in its cache yet. tip: the
+        text that its state holds."""
+        with req.timeline.stage("draft", self.drafter):
+            self.drafter.round() if ids == tip else self.drafter.resume(ids, missing)
+        req.line.taken.set()
 
-    def _target_side(self, req: Request) -> None:
-        """Video to answer. Everything it emits is the target's own greedy id."""
-        model, line = self.target, req.timeline
-        with line.stage("load", model, host=True):
-            frames = req.video(req.host_free.set)            # from here on FFmpeg's threads work
-        if self.target_first:
-            req.host_free.clear()
-        req.ready_at["frames", req.size] = line.now()
-        req.frames_ready.set()
-        answer = Answer(req, model)
-        with model.on_stream():
-            encode_and_prefill(model, frames, req.max_new_tokens, req)
-            req.host_free.set()
-            drafted = req.source is not None or req.preview or "drafter" in req.prompt_rows
-            undrafted = req.drafter_done.is_set() and not drafted
-            ahead, alone = self._ahead(req), req.mode in ("target_only", "prefill_only")
-            if alone or undrafted or ahead or model.recalls:                 # the host has nothing to decide, ever
-                for state in self._decode(model, req, req.max_new_tokens, "decode"):
-                    if ahead:
-                        req.ahead.commit(state[STATE:STATE + state[N_OUT]], line.now())
-                        if model.on_gpu and req.prefill_end and not state[DONE]:
-                            time.sleep(4e-4)                 # first the drafter hears of it: a step is queued already
-                    req.prefill_end = req.prefill_end or line.now()
-                    answer.tell(state)
-                return
-            state = model.snapshot(answer.words).read()
-            req.prefill_end = line.now()
-            check_finite(state, model, "prefill")
-            answer.tell(state)
-            if not (self.apart and req.mode == "speculative"):           # there a source hears it to its end
-                req.stop_drafting.set()
-            state = self._verify_overlap(req, state, answer)
-            if req.mode == "speculative" and req.source is None:
-                state = self._rounds_with_drafter(req, state, answer)
-            elif req.mode == "speculative":
-                state = self._rounds_with_source(req, state, answer)
-            answer.tell()
-            if not state[DONE]:
-                for newest in self._decode(model, req, req.max_new_tokens, "decode", known=state[N_OUT]):
-                    answer.tell(newest)
-
-    def _decode(self, model: Model, req: Request, limit: int, name: str, go_on=None, known: int = 1):
-        """Steps of one row, or of as many as `next_len` recalls, to the end or until `go_on`, told the newest state the
-        host has seen, says no. Yields states as the host sees them, one step behind what is queued; the last one has
-        everything. Without `go_on` the first step is queued unseen as well: the GPU waits for nobody. known: ids that
-        are there already."""
-        words, left, stop, stage, state = STATE + limit + STEP_ROWS, limit - known, False, "prefill", None
-        pending = collections.deque([(model.snapshot(words), 0)])        # states on their way to the host, ids recalled
-        behind = int(model.on_gpu and go_on is None)         # on the CPU nothing is queued: look at once
-        while not req.cancelled.is_set():
-            while not stop and left > 0 and len(pending) <= behind:
-                stop = go_on is not None and not go_on(state)
-                if not stop:
-                    G = model.next_len()
-                    with req.timeline.stage(CHECKS[name] if G else name, model):
-                        model.step_recalled(G) if G else model.step(0)
-                    pending.append((model.snapshot(words), G))
-                    left -= 1
-            if not pending:
-                break
-            snapshot, G = pending.popleft()
-            before, state = state[N_OUT] if state else None, snapshot.read()
-            check_finite(state, model, stage)
-            if before is not None and state[N_OUT] > before:
-                model.judge(G, state)
-                if model.recalls and not model.drafts:
-                    drafts = abs(state[RECALLED]) if G else 0
-                    req.drafted += drafts
-                    if self._ahead(req) and not req.accept_lens:
-                        req.span_len = drafts
-                    req.accept_lens.append(state[ACCEPT_LEN])
-            yield state
-            stop, stage, behind = stop or bool(state[DONE]), name, int(model.on_gpu)
-
-    def _verify_overlap(self, req: Request, state, answer: Answer):
-        """The first span, verified in one forward: the drafts made before prefill ended, or what a source proposes."""
-        if state[DONE]:
-            return state
-        if req.source is not None:
-            span = self._propose(req, state, req.overlap_len) if req.mode == "prefill_then_verify" else []
-        else:
-            drafts = [i for i, _ in list(req.preview)]
-            span = drafts[1:1 + req.overlap_len] if drafts[:1] == state[STATE:STATE + 1] else []
-        if not span:
-            return state
-        req.span_len = len(span)
-        state = self._verify(req, span, req.overlap_len, answer)
-        if req.source is not None:
-            guarded(req, req.source.verdict, len(span), min(len(span), state[ACCEPT_LEN]))
-        return state
-
-    def _propose(self, req: Request, state, limit: int) -> list[int]:
-        committed = state[STATE:STATE + state[N_OUT]]
-        if req.preview:
-            guarded(req, req.source.hear, [i for i, _ in list(req.preview)])
-        return guarded(req, lambda: [int(i) for i in req.source.propose(committed, limit)][:limit]) or []
-
-    def _verify(self, req: Request, drafts, G: int, answer: Answer):
-        """One target forward over pending_id and up to G drafts; the rest of the span is padded and never matches."""
-        model = self.target
-        with req.timeline.stage("verify", model):
-            req.drafted += len(drafts)
-            if isinstance(drafts, list):
-                ids = [i if -2**62 < i < 2**62 else -1 for i in drafts] + [-1] * (G - len(drafts))
-                model.draft_ids[G].copy_(torch.tensor(ids, pin_memory=model.on_gpu), non_blocking=True)
-            else:
-                model.draft_ids[G].copy_(F.pad(drafts, (0, G - len(drafts)), value=-1), non_blocking=True)
-            model.step(G)
-        state = self._seen(answer, "verify")
-        req.accept_lens.append(state[ACCEPT_LEN])
-        return state
-
-    def _plain(self, req: Request, answer: Answer):
-        """One step without drafts, looked at like a round."""
-        with req.timeline.stage("decode", self.target):
-            self.target.step(0)
-        req.accept_lens.append(0)
-        return self._seen(answer, "decode")
-
-    def _seen(self, answer: Answer, stage: str):
-        """The state behind all that is queued; the caller hears of the one before meanwhile."""
-        on_its_way = self.target.snapshot(answer.words)
-        answer.tell()
-        state = on_its_way.read()
-        answer.keep(state, stage)
-        return state
-
-    def _rounds_with_drafter(self, req: Request, state, answer: Answer):
-        """draft -> verify -> accept, both models on one device: the host looks once a round, a round never waits. Ends
-        with the answer, with the drafter, or when the gate sees no draft that pays."""
-        model, drafter, gate = self.target, self.drafter, req.gate
-        req.drafter_done.wait()
-        while not (state[DONE] or req.cancelled.is_set() or req.drafter_error or "drafter" not in req.prompt_rows):
-            G = req.draft_len if gate is None else gate.best_len(req.question, req.draft_len)[0]
-            if not G:
-                break
-            try:
-                with drafter.on_stream():
-                    wait_for(drafter, model)
-                    with req.timeline.stage("draft", drafter, note=f"{G} ids"):
-                        drafts_G = drafter.follow(model.state_W, G)
-                wait_for(model, drafter)
-                drafts_G = drafts_G.to(model.device)
-            except Exception as error:                       # a drafter that breaks must not cost the answer
-                req.drafter_error = describe(error)
-                break
-            state = self._verify(req, drafts_G, req.draft_len, answer)
-            if gate:
-                gate.accepted("round", req.question, G, min(G, state[ACCEPT_LEN]))
-        return state
-
-    def _rounds_with_source(self, req: Request, state, answer: Answer):
-        """The same with drafts from the host. While the gate sees none that pay, the target decodes without them and
-        the source is judged by what it would have said, which costs nothing."""
-        gate, source, line = req.gate, req.source, req.timeline
-        kind = getattr(source, "name", type(source).__name__)
-        while not state[DONE] and not req.cancelled.is_set():
-            began = line.now()
-            drafts = self._propose(req, state, req.draft_len)
-            if drafts and gate and not gate.pays(kind, req.question, len(drafts)):
-                state = self._decode_and_judge(req, kind, state[N_OUT], answer)
-            elif drafts:
-                state = self._verify(req, drafts, req.draft_len, answer)
-                agreed = min(len(drafts), state[ACCEPT_LEN])
-                guarded(req, source.verdict, len(drafts), agreed)
-                if gate:
-                    gate.timed(("round", kind), line.now() - began)
-                    gate.accepted(kind, req.question, len(drafts), agreed)
-            else:
-                state = self._plain(req, answer)
-        return state
-
-    def _decode_and_judge(self, req: Request, kind: str, known: int, answer: Answer):
-        """Plain steps until the source's unverified drafts have been right often enough, or to the end."""
-        at, drafts = 0, []                                   # drafts that would have followed the first `at` ids
-
-        def go_on(state):
-            nonlocal at, drafts
-            ids = state[STATE:STATE + state[N_OUT]]
-            agreed = agreeing(drafts, ids[at:])
-            if drafts and agreed == len(ids) - at < len(drafts):
-                return True                                  # not decided yet
-            if drafts:
-                req.gate.accepted(kind, req.question, len(drafts), agreed)
-                guarded(req, req.source.verdict, len(drafts), agreed)
-            at, drafts = len(ids), self._propose(req, state, req.draft_len)
-            return not (drafts and req.gate.pays(kind, req.question, len(drafts)))
-
-        answer.tell()
-        for state in self._decode(self.target, req, req.max_new_tokens, "decode", go_on, known):
-            answer.tell(state)
-        return state
+    def _rank(self, req: Request, right: float) -> int:
+        """Whether a drafter's line, with so many right drafts expected, goes before earlier answers."""
+        found = next((of for of in req.tenant.tenants if isinstance(of, Found)), None)
+        if not found or not found.earlier or not found.earlier.learnt:
+            return ONLY.value
+        alive = req.gate.alive("lookup", req.question, WIDTHS[-2]) if req.gate else [0.0]
+        return FIRST.value if right > sum(alive) else AFTER.value
 
     # -- checks, assembly
 
     def _check_rows(self, model: Model, prompt_rows: int, req: Request) -> None:
-        spare = max(req.draft_len, req.overlap_len, model.recall_len * model.recalls) + 2
-        aside = KEPT_ROWS * (model.drafts and self._ahead(req))
-        spare = max(spare, model.decoder.step_rows) if aside else spare      # rows that a resume may run again
-        need, have = prompt_rows + req.max_new_tokens + spare + aside, model.decoder.cache_rows
+        spare = max(req.draft_len, req.overlap_len, WIDTHS[-1] if model is self.target else model.decoder.steps.rows)
+        need, have = prompt_rows + req.max_new_tokens + spare + 2, model.decoder.cache_rows
         if need > have:
             raise InputError(f"{model.path}: {model.side} cache holds {have} rows, prompt {prompt_rows} + new "
-                             f"{req.max_new_tokens} + drafts {spare}{f' + put aside {aside}' if aside else ''} needs "
-                             f"{need}: raise --cache-rows, ask for fewer --max-new-tokens or shorten the question")
+                             f"{req.max_new_tokens} + drafts {spare + 2} needs {need}: raise --cache-rows, ask for "
+                             f"fewer --max-new-tokens or shorten the question")
 
-    def _prepare(self, req: Request, active, frames: int) -> None:
+    def _prepare(self, req: Request, active, frames: int, searches: bool) -> None:
         """Checks that the request fits the caches, and captures every graph it needs before anything runs: a capture
         writes cache rows. `frames`: event frames of the drafter."""
-        for model in active:                                 # drafts stay greedy, whoever judges them
-            model.sampling = req.sampling if model is active[0] else None
-            model.looks = [] if req.explain and model is active[0] else None
+        drafts = req.tenant is not PLAIN
         if self.target in active:
-            target, R, ahead = self.target, 1 if req.image else self.target.num_frames, self._ahead(req)
-            beside = STEP_ROWS - 1 if self.drafter and self.drafter.recall_len and req.overlap_len else req.overlap_len
-            target.recall_len = beside if ahead else req.draft_len
-            target.recalls = bool((ahead or req.source and req.source.recalls) and target.recall_len
-                                  and req.mode == "speculative")
-            verified = {"prefill_then_verify": [req.overlap_len], "speculative": [req.overlap_len, req.draft_len]}
+            target, R = self.target, 1 if req.image else self.target.num_frames
             rows = target.prompt(req.question).rows(R * (target.vision.P + int(not req.image or target.keep_cls)))
             self._check_rows(target, rows, req)
             with naming_stage(target, "preparation"):
-                target.prepare_encode(R, req.image)
-                target.prepare_prefill(rows)
-                target.prepare(0, *([] if ahead else verified.get(req.mode, [])))
-                if target.recalls:
-                    target.expected = Expected()
-                    if ahead:
-                        target.expected = Expected(not self.drafter.recall_len,
-                                                   (min(req.draft_len, req.overlap_len), req.overlap_len))
-                    lens = target.recall_len, min(target.recall_len, RECALL_MOST), *target.expected.lens
-                    target.prepare(*(G for G in lens if G), recalled=True)
-                    target.expect([], self.shares[0] if ahead else 0.0, 0)
-                    target.expected.drafts = req.overlap_len             # of a head start as many as may be
+                target.encode_graph(R, req.image)
+                target.prefill_graph(rows)
+                for G in (0, *WIDTHS) if drafts and target.graphs else (0,):
+                    target.round_graph(G)
+                if drafts and target.copy:
+                    for first in (True, False):
+                        target.graph("draft", first, target.sampling is not None)
         if self.drafter in active:
             drafter = self.drafter
-            drafter.recalls = drafter.recall_len > 0 and req.mode != "drafter_only"          # its own answer is its own
             rows = drafter.prompt(req.question).rows(frames + drafter.vision.P + 1)
             self._check_rows(drafter, rows, req)
             with naming_stage(drafter, "preparation"):
-                drafter.prepare_encode(frames)
-                drafter.prepare(0)
-                drafter.prepare_prefill(rows)
-                if drafter.recalls:
-                    drafter.prepare(drafter.recall_len, recalled=True)
-                    drafter.prepare_prefill(rows, drafter.recall_len)
+                drafter.encode_graph(frames)
+                drafter.round_graph(0)
+                drafter.prefill_graph(rows)
+                for size in (1, 2, drafter.decoder.steps.rows) if req.mode == "speculative" else ():
+                    drafter.graph("resume", size)
+
+    def _tenant(self, req: Request, sources: list) -> Tenant:
+        """Who drafts for the target, from the sources that were asked for."""
+        if req.mode not in ("prefill_then_verify", "speculative"):
+            return PLAIN
+        tenants: list[Tenant] = []
+        earlier = next((of for of in sources if isinstance(of, Lookup)), None)
+        if earlier or req.line:
+            tenants.append(Found(req, self.target, earlier, req.line))
+        for source in sources:
+            if source == "self":
+                tenants.append(SelfRounds(req, self.target))
+            elif source == "drafter" and not req.line:
+                tenants.append(HeadStart(req, self.target))
                 if req.mode == "speculative":
-                    drafter.prepare_resume()
-                    if self.apart:
-                        drafter.prepare_resume(drafter.decoder.step_rows)
-                        drafter.prepare_resume(1)
-                        if drafter.recalls:
-                            drafter.prepare_resume(1, drafter.recall_len)
+                    tenants.append(DrafterRounds(req, self.target, self.drafter))
+            elif not isinstance(source, (str, Lookup)):
+                tenants.append(HostSource(req, self.target, source, name_of(source)))
+        return Cascade(tenants, once=req.mode == "prefill_then_verify")
+
+    def _sources(self, draft_source, mode: str) -> list:
+        """The sources of a request. None: all that there is, the cheapest ids first."""
+        if draft_source is None:
+            drafter = ["drafter"] if self.drafter else []
+            if mode == "prefill_then_verify":
+                return drafter
+            return [self.lookup, *drafter, *(["self"] if self.target and self.target.copy else [])]
+        named = draft_source if isinstance(draft_source, (list, tuple)) else [draft_source]
+        found = []
+        for source in named:
+            source = source_named(source) if isinstance(source, str) else source
+            if isinstance(source, Lookup) and not isinstance(draft_source, Lookup) and "lookup" in named:
+                source = self.lookup
+            if source == "self" and (self.target is None or self.target.copy is None):
+                raise InputError("draft_source self: the target's 4-bit copy was not made; load the engine with "
+                                 "self_draft=True")
+            if not isinstance(source, str) and not callable(getattr(source, "propose", None)):
+                raise InputError(f"draft_source: wanted a name or an object with `propose`, got "
+                                 f"{type(source).__name__}; make one by source_named")
+            found.append(source)
+        return found
+
+    def _fill_ring(self, earlier: Lookup) -> None:
+        """Brings the target's ring up to what a Lookup has learnt."""
+        owner, count = self.in_ring
+        with self.target.on_stream():
+            if owner is not earlier:
+                self.target.ring.clear()
+                count = 0
+            for answer in earlier.newest(earlier.learnt - count):
+                self.target.ring.add(answer)
+        self.in_ring = earlier, earlier.learnt
 
     def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, image_path=None,
                mode="speculative", max_new_tokens=50, draft_len: int | None = None,
-               overlap_len: int | None = None, draft_source: DraftSource | None = None, ignore_eos=False,
+               overlap_len: int | None = None, draft_source=None, ignore_eos=False,
                frame_rule="uniform", event_frames=5, canvas=None, temperature=0.0, top_p=1.0,
-               seed=0, explain=False) -> collections.abc.Iterator[Event]:
+               seed=0, remember=True) -> collections.abc.Iterator[Event]:
         """Yields `Event`s while the answer forms; the last one carries `finish_reason` and the `Result`.
 
         event_path: one `.npy`/`.npz`; event_image_path: one PNG or several; video_path: any mp4, mov, mkv, webm, avi;
         image_path: one picture in place of a video; query: the question. mode: see MODES. draft_len, overlap_len:
-        drafts a round (0..31) and drafts kept from the head start; beside a drafter on a device of its own a verify
-        looks at up to overlap_len drafts, and has draft_len rows for them where no more are ready. draft_source: a
-        DraftSource in place of the drafter, which then runs only if the source `hears` it. temperature (0..100): 0 is
-        greedy; above, ids are drawn from softmax(logits / temperature) cut at top_p (0..1), and the seed (0..2**63 - 1)
-        fixes the answer, whatever the mode and the drafts; in `drafter_only` the drafter draws. explain: the result's
-        `verdicts` say what the deciding model was shown and by which margin it decided; some microseconds a forward.
+        drafts a round of the drafter or of your source (0..31), and drafts kept from the head start. draft_source: who
+        drafts, `drafter`, `self`, `lookup`, `adapter:DIR`, an object with `propose`, or a list of them, asked in this
+        order; None: earlier answers, then the drafter, then the target's 4-bit copy, as far as they are there.
+        temperature (0..100): 0 is greedy; above, ids are drawn from softmax(logits / temperature) cut at top_p (0..1),
+        and the seed (0..2**63 - 1) fixes the answer, whatever the mode and the drafts; in `drafter_only` the drafter
+        draws. remember: False leaves what there is to learn from this answer to `remember`.
         Raises InputError for anything the user can mend, before any model runs where possible.
         """
         draft_len = self.draft_len if draft_len is None else draft_len
@@ -1746,10 +1597,12 @@ class Engine:
                 raise InputError(f"{name}: wanted a whole number {low}..{high}, got {value!r}; change it")
         check_sampling(temperature, top_p, seed)
         uses_target = mode != "drafter_only"
-        hears = getattr(draft_source, "hears", False)
-        uses_drafter = mode != "target_only" and (draft_source is None or hears)
         if uses_target and self.target is None:
             raise InputError(f"mode {mode}: needs the target, which was not loaded; pass --videollava")
+        sources = self._sources(draft_source, mode)
+        asks = [of for of in sources if getattr(of, "needs_drafter", False)]
+        uses_drafter = mode in ("drafter_only", "prefill_only") or mode != "target_only" and (
+            "drafter" in sources or bool(asks) or mode == "prefill_then_verify" and draft_source is None)
         if uses_drafter and self.drafter is None:
             raise InputError(f"mode {mode}: needs the drafter, which was not loaded; pass --eventgpt")
         if uses_target and (video_path is None) == (image_path is None):
@@ -1768,9 +1621,6 @@ class Engine:
                                    *((image, "a PNG or JPEG", uses_drafter) for image in images)):
             if used and path is not None:
                 insist_file(path, wanted)
-        if draft_source is not None and not isinstance(draft_source, DraftSource):
-            raise InputError(f"draft_source: wanted a DraftSource, got {type(draft_source).__name__}; make one by "
-                             f"source_named")
         question = check_question(query)
 
         def frames(decoding):
@@ -1785,35 +1635,38 @@ class Engine:
         with self.lock:
             self.owner = threading.get_ident()
             try:
-                broken = None
-                if uses_drafter and hears and self.gate and not self.apart:
-                    try:
-                        uses_drafter = draft_source.worth_hearing()
-                    except Exception as error:
-                        broken = describe(error)
+                if uses_drafter and "drafter" not in sources and asks and self.gate and not self.apart:
+                    uses_drafter = any(self.gate.pays(name_of(of)) for of in asks)
                 active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
                 paths = {"target": video_path or image_path, "drafter": event_path or next(iter(images), None)}
-                drafts = mode in ("prefill_then_verify", "speculative")
-                gate = self.gate if drafts and not (self.apart and draft_source is None) else None
+                gate = self.gate if mode in ("prefill_then_verify", "speculative") else None
                 size = insist_file(video_path or image_path, "a video file").bit_length() if uses_target else 0
+                runs_ahead = self.apart and mode == "speculative" and "drafter" in sources
+                line = Line(() if ignore_eos else self.drafter.stops, max_new_tokens) if runs_ahead else None
                 req = Request(mode, question, frames, events, paths, image_path is not None, event_frames, canvas,
-                              max_new_tokens, draft_len, overlap_len, draft_source, ignore_eos, Timeline(active), gate,
-                              size, (temperature, top_p, seed) if temperature else None, explain,
-                              Ahead(self.shares, -1 if ignore_eos or self.drafter is None else
-                                    self.drafter.config.eos_id, max_new_tokens), drafter_error=broken)
-                if not (uses_target and self.target_first):
-                    req.host_free.set()
-                for model in active:
+                              max_new_tokens, draft_len, overlap_len, ignore_eos, Timeline(active), gate, size, line)
+                req.tenant = self._tenant(req, sources)
+                earlier = next((of for of in sources if isinstance(of, Lookup)), None)
+                self.learners = [of for of in sources if hasattr(of, "learn")]
+                searches = req.tenant is not PLAIN and bool(earlier or line)
+                for model in active:                         # drafts stay greedy, whoever judges them
+                    model.begin((temperature, top_p, seed) if temperature and model is active[0] else None,
+                                searches and model is self.target)
                     if model.on_gpu:
                         torch.cuda.reset_peak_memory_stats(model.device)
+                if not (uses_target and self.target_first):
+                    req.host_free.set()
                 with torch.inference_mode():                 # not around the yields: it would leak to the caller
-                    self._prepare(req, active, len(images) if event_path is None and uses_drafter else event_frames)
-                if draft_source is not None:
-                    guarded(req, draft_source.begin, question)
-                    if draft_source.recalls:
-                        guarded(req, draft_source.attach, self.target)
+                    self._prepare(req, active, len(images) if event_path is None and uses_drafter else event_frames,
+                                  searches)
+                    if searches:
+                        self._fill_ring(earlier or Lookup())
+                        self.target.ring.set_line([])
+                for source in sources:
+                    with noting(req.errors):
+                        getattr(source, "begin", lambda question: None)(question)
                 req.timeline.start()
-                yield from self._run(req, active)
+                yield from self._run(req, active, remember)
             finally:
                 self.owner = None
 
@@ -1824,7 +1677,13 @@ class Engine:
             result = event.result or result
         return result
 
-    def _run(self, req: Request, active):
+    def remember(self, result: Result) -> None:
+        """Lets the sources of the last request learn its answer, where `remember=False` had kept it from them."""
+        for source in self.learners:
+            source.learn(list(result.output_ids))
+        self.learners = []
+
+    def _run(self, req: Request, active, remember: bool):
         deciding = "target" if self.target in active else "drafter"
         if self.drafter not in active:
             req.drafter_done.set()
@@ -1859,7 +1718,7 @@ class Engine:
             req.cancelled.set()
             req.stop_drafting.set()
             concurrent.futures.wait(working)
-        yield self._finish(req, result, active, deciding, texts)
+        yield self._finish(req, result, deciding, texts, remember)
 
     @staticmethod
     def _event(kind, text, ids, at):
@@ -1878,20 +1737,12 @@ class Engine:
             if model is self.target or req.mode == "drafter_only" or bad_input:
                 req.out.put(("error", model.side, error))
             else:
-                req.drafter_error = describe(error)
+                req.errors.append(describe(error))
         finally:
             (req.drafter_done if model is self.drafter else req.host_free).set()
-            if model is self.drafter and self.target:
-                self.target.expected.share = 0.0             # nothing more will come
             req.out.put(("end", model.side, None))
 
-    def remember(self, drafted, answered=()) -> None:
-        """Keeps what the drafter wrote, and the target's answer, to be recalled; see `remembers`."""
-        self.drafter.remember(drafted)
-        if self.target is not None:
-            self.target.remember(answered)
-
-    def _finish(self, req: Request, result: Result, active, deciding, texts) -> Event:
+    def _finish(self, req: Request, result: Result, deciding: str, texts, remember: bool) -> Event:
         decider = self.target if deciding == "target" else self.drafter
         result.preview_ids = [i for i, _ in req.preview]
         result.preview_end = req.preview[-1][1] if req.preview else None
@@ -1904,51 +1755,81 @@ class Engine:
             result.preview_text = texts["preview"].out
         delta = texts["final"].push([], end=True)
         result.output_text = texts["final"].out
-        ended = not req.ignore_eos and result.output_ids[-1:] == [decider.config.eos_id]
+        ended = not req.ignore_eos and result.output_ids[-1] in decider.stops
         result.finish_reason = "stop" if ended else "length"
-        result.timeline, result.stages = req.timeline.resolve()
-        if req.source is not None:
-            guarded(req, req.source.learn, list(result.output_ids))
-        if self.remembers and self.drafter in active and self.drafter.recall_len:
-            followed, own = req.ahead.text(), result.preview_ids
-            if followed[:len(own)] != own:                   # what it followed, and what it wrote of its own accord
-                self.drafter.remember(followed)
-                followed = own
-            self.remember(followed or own, result.output_ids if self.apart else ())
-        if self.gate and deciding == "target" and not (req.mode == "prefill_only"):
-            self.gate.learn(req, result)
-        result.prompt_rows, result.drafter_error = req.prompt_rows, req.drafter_error
-        result.verdicts = decider.verdicts(result.output_ids) if req.explain else []
-        lens = result.accept_lens = list(req.accept_lens)
-        if lens:                                             # drafts right beyond the answer's end are none of it
-            lens[-1] = min(lens[-1], len(result.output_ids) - 1 - sum(a + 1 for a in lens[:-1]))
-            req.drafted -= req.accept_lens[-1] - lens[-1]
-        result.drafted, result.rounds, result.accepted_tokens = req.drafted, len(lens), sum(lens)
-        if result.drafted:
-            result.acceptance_rate = result.accepted_tokens / result.drafted
-        if result.rounds:
-            result.tokens_per_round = result.accepted_tokens / result.rounds + 1
-        result.span_len, result.drafts = min(req.span_len, result.drafted), req.drafts
-        if req.span_len and lens and req.accept_lens[0] == lens[0] < req.span_len:
-            result.rejected_at = lens[0]
+        entries = req.timeline.resolve()
+        result.timeline = [(of.row, of.stage, of.start, of.end, of.note or of.side if of.row == "host" else of.note)
+                           for of in entries]
+        for of in entries:
+            stages = result.stages.setdefault(of.side, {})
+            stages[of.stage] = stages.get(of.stage, 0.0) + of.end - of.start
+        if self.gate and deciding == "target" and req.mode != "prefill_only":
+            self._learn(req, result, entries)
+        if remember:
+            for source in self.learners:
+                with noting(req.errors):
+                    source.learn(list(result.output_ids))
+            self.learners = []
+        result.prompt_rows, result.draft_log, result.round_log = req.prompt_rows, req.draft_log, req.round_log
+        result.drafter_error = next(iter(req.errors), None)
+        result.count()
         if deciding == "target":
-            result.draft_ids = result.preview_ids
             result.free_tokens_count = sum(at <= req.prefill_end for _, at in req.preview)
-            result.window_drafts = sum(at <= req.ready_at["frames", req.size] for _, at in req.preview)
+            result.window_drafts = sum(at <= req.frames_at for _, at in req.preview)
         if len(result.output_ids) > 1:
             result.tpot = (result.wall_clock_time - result.ttft) / (len(result.output_ids) - 1)
         result.peak_memory = peak_memory(decider.device)
         return Event("final", result.output_text, delta, result.output_ids, result.wall_clock_time * 1e3,
                      result.finish_reason, result)
 
+    def _learn(self, req: Request, result: Result, entries: list[Entry]) -> None:
+        """Tells the gate the times of a request's stages, and how far its head start agreed with the answer."""
+        gate, rounds = self.gate, []
+        for of in entries:
+            if of.row == "target" and of.stage in ("decode", "verify"):
+                gate.timed("step" if of.stage == "decode" else ("verify", of.drafts), of.end - of.start)
+            elif (of.row, of.stage) == ("drafter", "draft") and of.start > req.prefill_end:
+                rounds.append(of.end - of.start)
+            elif (of.row, of.stage) == ("drafter", "draft"):
+                gate.timed("head draft", of.end - of.start)
+        if rounds:                                           # the first draft of a round runs two rows
+            gate.timed("draft", sum(rounds) / len(rounds))
+        gate.timed(("first id", req.size, "drafter" in req.prompt_rows), result.ttft)
+        if result.preview_ids:
+            gate.accepted("head start", req.question, len(result.preview_ids),
+                          agreeing(result.preview_ids, result.output_ids))
 
-def guarded(req: Request, call, *args):
-    """What a draft source says, or None with a note if it breaks: that must not cost the answer."""
-    try:
-        return call(*args)
-    except (Exception, SystemExit) as error:
-        req.drafter_error = describe(error)
-        return None
+
+def name_of(source) -> str:
+    name = getattr(source, "name", None)
+    return name if isinstance(name, str) else type(source).__name__
+
+
+@torch.inference_mode()
+def explain(model: Model, result: Result) -> list[Verdict]:
+    """What the deciding model looked at and how clearly it decided, for the request that it answered last: one more
+    pass over the answer, in forwards of up to 32 rows, on the cache that still holds the request. Of a sampled answer
+    the margins are those of the logits before the draw."""
+    ids, d, first, verdicts, at = result.output_ids, model.decoder, model.prompt_rows - 1, [], 0
+    rows_SD = torch.cat([model.hidden_MD[first:first + 1], d.embed_VD[torch.tensor(ids[:-1], dtype=torch.long).to(
+        model.device).clamp(0, model.config.V - 1)]])
+    second, margins = [], []
+    with model.on_stream():
+        for start in range(0, len(ids), d.steps.rows):
+            part_SD = rows_SD[start:start + d.steps.rows]
+            pos_ids_S = first + start + torch.arange(len(part_SD), device=model.device)
+            logits_SV = d.forward(part_SD, pos_ids_S).float()
+            for row, (own, (a, b)) in enumerate(zip(ids[start:], logits_SV.topk(2).indices.tolist(), strict=False)):
+                second.append(b if a == own else a)
+                margins.append(float(logits_SV[row, own] - logits_SV[row, second[-1]]))
+    log = [Round("", [], 0), *result.round_log] if result.round_log else []
+    log += [Round("", [], 0)] * len(ids)                     # the rest was decoded id by id
+    for _, drafts, accepted in log:
+        end = at + accepted + 1
+        if at < len(ids):
+            verdicts.append(Verdict(at, drafts, ids[at:end], second[at:end], margins[at:end]))
+        at = end
+    return verdicts
 
 
 def pixels_of(loaded, model: Model, req: Request):
@@ -1976,8 +1857,8 @@ def encode_and_prefill(model: Model, loaded, limit: int, req: Request) -> None:
     with req.timeline.stage("encode", model):
         visual_AD = model.visual_rows(pixels, req.image and model.side == "target")
     with req.timeline.stage("prefill", model):
-        eos_id = -1 if req.ignore_eos else model.config.eos_id
-        model.prefill(model.splice(prompt, visual_AD), limit, eos_id, prompt.after[-1])
+        stops = () if req.ignore_eos else model.stops
+        model.prefill(model.splice(prompt, visual_AD), limit, stops, prompt.after[-1])
     req.prompt_rows[model.side] = model.prompt_rows
 
 
@@ -2018,8 +1899,8 @@ def naming_stage(model: Model, stage: str):
                       f"--cache-rows, shorten the question, free memory or choose another --drafter-device")
 
 
-def check_finite(state, model: Model, stage: str) -> None:
-    if state[NONFINITE]:
+def check_finite(state: State, model: Model, stage: str) -> None:
+    if state.nonfinite:
         raise NonFinite(f"{model.path}: the {model.side}'s logits hold NaN or infinity after {stage}; check the "
                         f"checkpoint (python -m weights.load --check) and the dtype")
 
@@ -2056,9 +1937,9 @@ def pick_device(name) -> torch.device:
 def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, graphs=True, seed=0, packed=None,
                progress=None):
     """A Target or a Drafter from a folder, a hub id in the local cache, or the word `random-7b` (real shapes,
-    random numbers from `seed`, for speed work only). packed: one of BITS, for a Drafter. progress: called with (side,
-    bytes read, bytes in all) while a checkpoint is read."""
-    assert packed is None or cls is Drafter, "the target decides, so its weights stay as they are"
+    random numbers from `seed`, for speed work only). packed: one of BITS: a Drafter's steps read packed weights, a
+    Target has a packed copy beside its own. progress: called with (side, bytes read, bytes in all) while a checkpoint
+    is read."""
     device = pick_device(device)
     dtype = dtype or default_dtype(device)
     config, checkpoint = open_model(cls, path)
@@ -2068,22 +1949,35 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
     if text.size > V:
         raise InputError(f"{text.path}: has {text.size} pieces, the {cls.side} {path} embeds {V}; take the "
                          f"tokenizer.json of this checkpoint")
+    stops = (text_config(config).eos_id,)
     try:
         weights = (checkpoint.load(device, dtype, progress and functools.partial(progress, cls.side)) if checkpoint
                    else random_weights(config, device, dtype, seed))
         with torch.inference_mode():
-            model = cls(config, weights, text, str(path), cache_rows, graphs)
+            model = cls(config, weights, text, str(path), stops, cache_rows, graphs)
             model.origin = {"hash": checkpoint.fingerprint(), "revision": checkpoint.revision} if checkpoint else {
                 "hash": f"seed {seed}", "revision": None}
-            if packed is not None:
+            if packed is not None and cls is Drafter:
                 model.decoder.pack(packed)
+            elif packed is not None:
+                model.copy = model.decoder.packed(packed)
             return model
     except NotPackable as error:
-        raise InputError(f"{path}: cannot be packed ({error}); leave the drafter's dtype as it is") from None
+        option = "drafter_dtype" if cls is Drafter else "self_draft"
+        raise InputError(f"{path}: cannot be packed ({error}); leave out {option}") from None
     except (RuntimeError, MemoryError) as error:             # torch.OutOfMemoryError is one
         if not ran_out(error):
             raise
         raise no_room(path, device, memory_needs(cls, config, device, dtype, cache_rows, packed)) from None
+
+
+def as_dtype(dtype) -> torch.dtype | None:
+    known = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if dtype is None or dtype in known.values():
+        return dtype
+    if not isinstance(dtype, str) or dtype not in known:
+        raise InputError(f"dtype: {dtype!r} is not one of {', '.join(known)}; pick from these")
+    return known[dtype]
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -2137,8 +2031,9 @@ def memory_needs(cls, config: dict, device: torch.device, dtype: torch.dtype, ca
     F1 = max((t.shape[0] for t in wanted.wanted if t.name.endswith(".fc1.w")), default=0)
     encode = R * T * b * max(7 * vision.C + (2 if gpu else 3) * F1, vision.C + 2 * d.D)
     layer = [4 * d.D + (2 * d.H + 2 * d.N) * d.K, 5 * d.D + 2 * HK, 5 * d.D + HK + 3 * d.F]
-    fixed = Recall.nbytes(RECALL_ROWS[gpu]) + pixels + 2 * A * d.D * b + 32 * d.V * b
-    fixed += 8 * rows * (1 + (cls is Drafter)) + Workspace.nbytes(d.D, d.H, d.K, rows, cls is Drafter)
+    fixed = pixels + 2 * A * d.D * b + 32 * d.V * b + 8 * (rows + STATE) * (1 + (cls is Drafter))
+    fixed += Workspace.nbytes(d.D, d.H, d.K, rows, cls is Drafter)
+    fixed += Ring.nbytes(LOOKUP_ROWS[gpu]) if cls is Target else 0
     if gpu:                                                  # cuBLAS's, on two streams; pictures that are resized
         fixed += (2 << 25) + (2 << 26)
     else:                                                    # the plain definitions keep scores, and unpack weights
@@ -2149,6 +2044,7 @@ def memory_needs(cls, config: dict, device: torch.device, dtype: torch.dtype, ca
         of_layers, of_head = BITS[packed]
         products = ((d.H + 2 * d.N) * d.K, d.D), (d.D, HK), (2 * d.F, d.D), (d.D, d.F)
         needs["packed"] = packed_bytes(d.V, d.D, of_head) + d.L * sum(packed_bytes(*of, of_layers) for of in products)
+        fixed += Workspace.nbytes(d.D, d.H, d.K, rows, True)
     return needs | {"scratch": fixed + max(encode, S * b * max(layer))}
 
 
@@ -2158,60 +2054,67 @@ def frames_of(config: dict, vision: VisionConfig) -> int:
 
 
 def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None,
-                  cache_rows=None, drafter_dtype="bf16") -> dict:
-    """{side: {"device", "free", and the parts of `memory_needs`}}, bytes, from headers alone. InputError if it cannot
-    fit: nothing is allocated then."""
+                  cache_rows=None, drafter_dtype="bf16", self_draft=None) -> dict:
+    """{side: {"device", "free", and the parts of `memory_needs`}}, bytes, from headers alone. "packed" of the target is
+    its 4-bit copy, see `load_engine`. InputError if it cannot fit: nothing is allocated then."""
     budget, on = {}, {}
+    copied = self_draft or self_draft is None and pick_device(device).type == "cuda"
     for cls, path, name in ((Target, videollava, device), (Drafter, eventgpt, drafter_device or device)):
         if path is not None:
-            where, packed = pick_device(name), drafter_dtype if cls is Drafter and drafter_dtype in BITS else None
+            where = pick_device(name)
+            packed = drafter_dtype if cls is Drafter and drafter_dtype in BITS else None
             needs = memory_needs(cls, open_model(cls, path)[0], where, dtype or default_dtype(where), cache_rows,
-                                 packed)
+                                 "int4" if cls is Target and copied else packed)
             budget[cls.side] = {"device": str(where), **needs, "free": free_bytes(where)[0]}
             on.setdefault(where, {}).update({f"{cls.side} {part}": n for part, n in needs.items()})
-    for where, parts in on.items():
-        insist_on_room(" and ".join(str(p) for p in (videollava, eventgpt) if p is not None), where, parts)
+    try:
+        for where, parts in on.items():
+            insist_on_room(" and ".join(str(p) for p in (videollava, eventgpt) if p is not None), where, parts)
+    except InputError:
+        if self_draft is not None or "target" not in budget or "packed" not in budget["target"]:
+            raise
+        return memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype, False)
     return budget
 
 
 def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,
                 draft_len=5, overlap_len=15, tokenizer=None, graphs=True, seed=0, gate=True,
-                drafter_dtype="bf16", recall_len=None, progress=None) -> Engine:
-    """An Engine over the two checkpoints (either may be None). bf16 on a GPU and fp32 on the CPU unless told.
+                drafter_dtype="bf16", self_draft=None, progress=None) -> Engine:
+    """An Engine over the two checkpoints (either may be None).
 
     eventgpt, videollava: folders, hub ids already in the cache, or `random-7b`. device: `cuda`, `cuda:N` or `cpu`;
-    drafter_device: another one for the drafter. cache_rows: positions per model, by default what it was trained for.
-    tokenizer: a tokenizer.json in place of the checkpoints' own. gate: draft only where it is expected to pay; False:
-    whatever it costs. drafter_dtype: `int8` or `int4` packs the weights of the drafter's steps, `fp8` (8-bit steps) and
-    `fp8+int4` those of its prefill too (answers stay the same, drafts are cheaper and a little worse); `bf16` leaves
-    them as loaded. recall_len: ids of its earlier texts that the drafter checks in one forward, 0..15, to draft several
-    at once (None: 15 on a GPU, where rows cost little, and 0 on the CPU); above 0 a target beside a drafter on another
-    device recalls its own answers, up to 31 ids, where that is expected to bring more than the drafts that are ready.
-    progress: see `load_model`. Raises InputError for what cannot be loaded or does not fit.
+    drafter_device: another one for the drafter. dtype: `bf16`, `fp16` or `fp32`, by default bf16 on a GPU and fp32 on
+    the CPU. cache_rows: positions per model, by default what it was trained for. tokenizer: a tokenizer.json in place
+    of the checkpoints' own. gate: draft only where it is expected to pay; False: whatever it costs. drafter_dtype:
+    `int4` packs the weights of the drafter's steps, `fp8+int4` those of its prefill too (answers stay the same, drafts
+    are cheaper and a little worse); `bf16` leaves them as loaded. self_draft: True keeps a 4-bit copy of the target,
+    which drafts for it (see `SelfRounds`); None: on a GPU, if it fits. progress: see `load_model`. Raises InputError
+    for what cannot be loaded or does not fit.
     """
     if drafter_dtype not in ("bf16", *BITS):
         raise InputError(f"drafter_dtype: {drafter_dtype!r} is not one of bf16, {', '.join(BITS)}; pick from these")
+    dtype = as_dtype(dtype)
     where = pick_device(drafter_device or device)
     if drafter_dtype.startswith("fp8") and where.type == "cuda" and torch.cuda.get_device_capability(where) < (8, 9):
         raise InputError(f"drafter_dtype: {drafter_dtype} needs a GPU of compute capability 8.9, {where} is older; "
-                         f"take int8 or int4")
+                         f"take int4")
+    if type(gate) is not bool:
+        raise InputError(f"gate: wanted True or False, got {gate!r}; change it")
     for name, value, low in (("cache_rows", cache_rows, 1), ("draft_len", draft_len, 0),
                              ("overlap_len", overlap_len, 0)):
         if value is not None and (type(value) is not int or value < low):
             raise InputError(f"{name}: wanted a whole number from {low} up, got {value!r}; change it")
-    if recall_len is not None and (type(recall_len) is not int or not 0 <= recall_len <= RECALL_MOST):
-        raise InputError(f"recall_len: wanted a whole number 0..{RECALL_MOST}, got {recall_len!r}; change it")
-    memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype)
+    budget = memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype, self_draft)
     options = dict(dtype=dtype, cache_rows=cache_rows, graphs=graphs, progress=progress)
     target = drafter = None
     if videollava is not None:
-        target = load_model(Target, videollava, device, tokenizer=tokenizer, seed=seed, **options)
+        target = load_model(Target, videollava, device, tokenizer=tokenizer, seed=seed,
+                            packed="int4" if "packed" in budget["target"] else None, **options)
     if eventgpt is not None:
         own = Path(str(eventgpt)) / "tokenizer.json"
         shared = target.text.path if target is not None and not own.exists() else None
         drafter = load_model(Drafter, eventgpt, drafter_device or device, tokenizer=tokenizer or shared, seed=seed + 1,
                              packed=None if drafter_dtype == "bf16" else drafter_dtype, **options)
-        drafter.recall_len = (RECALL_MOST if drafter.on_gpu else 0) if recall_len is None else recall_len
     return Engine(target, drafter, draft_len, overlap_len, gate)
 
 

@@ -49,9 +49,8 @@ FEW_SPLIT = 128                      # cache rows a program of it looks at
 class SplitWork:
     """Scratch of a step's attention: what every split of the cache found for every row.
 
-    drafts: nothing but drafts will hang on the bits, so steps of up to 16 rows may take a quicker order.
-    by_columns: what attention makes of 3 to 16 rows is laid out as `columns` says."""
-    by_columns = False
+    drafts: nothing but drafts will hang on the bits, so steps of up to 16 rows may take a quicker order. A model that
+    drafts for itself has one of each kind."""
 
     def __init__(self, device, H, K, cache_rows, pdl=False, drafts=False):
         room = self.room(cache_rows, drafts)
@@ -63,13 +62,6 @@ class SplitWork:
     def room(cache_rows, drafts=False) -> int:
         """Rows of splits; pairs of rows with smaller splits need less than either."""
         return max(triton.cdiv(cache_rows, SPLIT) * MAX_ROWS, triton.cdiv(cache_rows, FEW_SPLIT) * FEW * drafts)
-
-
-def columns(S, E, like):
-    """An empty [S, E] whose columns lie one after the other, 16 values each: a product of few rows with packed weights
-    meets some columns of all rows at a time, and fetches them as one piece (kernels/quant_rows.py)."""
-    assert S <= FEW, f"columns: {S} rows, at most {FEW}"
-    return torch.empty((E, FEW), dtype=like.dtype, device=like.device).t()[:S]
 
 
 def attention_ref(q_SHK, k_NMK, v_NMK, pos_ids_S, upcast=True):
@@ -163,8 +155,7 @@ def prefill_kernel(q_ptr, k_ptr, v_ptr, pos_ids_ptr, out_ptr, q_stride, k_head_s
 
 
 @triton.jit(do_not_specialize=["S"])
-def combine_kernel(pos_ids_ptr, mixed_ptr, top_ptr, total_ptr, out_ptr, out_stride, out_step, S, M,
-                   H: tl.constexpr, K: tl.constexpr,
+def combine_kernel(pos_ids_ptr, mixed_ptr, top_ptr, total_ptr, out_ptr, S, M, H: tl.constexpr, K: tl.constexpr,
                    T: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
                    MAX_ROWS: tl.constexpr, PDL: tl.constexpr):
     """One row of one head: merges what the splits found, always in the same order.
@@ -194,7 +185,7 @@ def combine_kernel(pos_ids_ptr, mixed_ptr, top_ptr, total_ptr, out_ptr, out_stri
         acc = acc * shrink + tl.sum(mixed * weight[:, None], 0)
         best = new_best
     acc = acc / tl.where(total > 0, total, 1.0)
-    tl.store(out_ptr + row * out_stride + (head * K + col) * out_step, acc.to(out_ptr.dtype.element_ty), mask=col < K)
+    tl.store(out_ptr + (row * H + head) * K + col, acc.to(out_ptr.dtype.element_ty), mask=col < K)
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -394,10 +385,7 @@ def split_attention(q_SHK, k_NMK, v_NMK, pos_ids_S, cos_sin, work, **override):
     pair, few = drafts and S <= PAIR, drafts and PAIR < S <= FEW
     split, rows = (PAIR_SPLIT, PAIR) if pair else (FEW_SPLIT, FEW) if few else (SPLIT, MAX_ROWS)
     T = triton.cdiv(M, split)
-    if few and work.by_columns:
-        out_SHK = columns(S, H * K, q_SHK).unflatten(1, (H, K))
-    else:
-        out_SHK = torch.empty((S, H, K), dtype=q_SHK.dtype, device=q_SHK.device)
+    out_SHK = torch.empty((S, H, K), dtype=q_SHK.dtype, device=q_SHK.device)
     cos_MK, sin_MK = cos_sin or (q_SHK, q_SHK)
     shape = dict(H=H, K=K, T=T, BLOCK_K=max(16, triton.next_power_of_2(K)), SPLIT=split, MAX_ROWS=rows, PDL=work.pdl,
                  launch_pdl=work.pdl, enable_fp_fusion=False)
@@ -410,8 +398,8 @@ def split_attention(q_SHK, k_NMK, v_NMK, pos_ids_S, cos_sin, work, **override):
         config = {**step_config(K, q_SHK.element_size(), work.pdl, q_SHK.device), **override}
         assert split % config["BLOCK_M"] == 0, f"attention: tiles of {config['BLOCK_M']} rows overlap splits of {split}"
         step_kernel[(H, T)](*given, S, M, K ** -0.5 * LOG2E, GROUP=H // N, FUSED=cos_sin is not None, **shape, **config)
-    combine_kernel[(H, S)](pos_ids_S, work.mixed, work.top, work.total, out_SHK, out_SHK.stride(0),
-                           out_SHK.stride(2), S, M, CHUNK=min(32, triton.next_power_of_2(T)), num_warps=4, **shape)
+    combine_kernel[(H, S)](pos_ids_S, work.mixed, work.top, work.total, out_SHK, S, M,
+                           CHUNK=min(32, triton.next_power_of_2(T)), num_warps=4, **shape)
     return out_SHK
 
 

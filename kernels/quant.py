@@ -1,5 +1,5 @@
 """quant: y = x @ w.T with weights packed to 8 or 4 bits, for a drafter's steps of one or two rows; the same call and
-the same folds (norm, SwiGLU, residual) as kernels/skinny.py, which hands over to it when the weight is a Packed.
+the same folds (norm, SwiGLU, residual) as kernels/skinny.py; kernels/products.py chooses between them.
 
 A weight is scale * (u - 2^(bits-1)), u unsigned. One fp16 scale stands over a group of 128 inner columns of one output.
 A group fills 128 * bits / 32 words: value i of word j is column i * words + j, so that value i of consecutive words
@@ -24,12 +24,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention import PAIR, columns, loads_before
+from kernels.attention import FEW, PAIR, loads_before
 from kernels.check import INTERPRETED, self_check
 from kernels.rmsnorm import rmsnorm_ref
 from kernels.swiglu import silu_times, swiglu_ref
 
-BITS = {"int8": (8, 8), "int4": (4, 8), "fp8": (8, 8), "fp8+int4": (4, 8)}   # a drafter's dtype: its products, its head
+BITS = {"int4": (4, 8), "fp8+int4": (4, 8)}                  # bits of a packed model's layers, and of its head
+MAX_PACKED_ROWS = FEW                # rows of a step with packed weights
 PACK_ROWS = 1024                     # packed at a time
 RATIOS = {8: (1.0,), 4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)}  # of the widest scale, tried for the least squared error
 
@@ -62,12 +63,17 @@ class NotPackable(ValueError):
     """A weight whose inner dimension makes no whole groups."""
 
 
-def packed_bytes(O: int, D: int, bits: int, group: int = 128) -> int:
+def group_of(D: int) -> int:
+    """Inner columns under one scale: 128, or the largest power of two below it that divides them."""
+    return min(128, D & -D)
+
+
+def packed_bytes(O: int, D: int, bits: int, group: int | None = None) -> int:
     """Bytes of a Packed weight [O, D]."""
-    return O * D * bits // 8 + 4 * O * D // min(group, D)
+    return O * D * bits // 8 + 4 * O * D // (group or group_of(D))
 
 
-def quantise(w_OD, bits, group=128, norm_D=None) -> Packed:
+def quantise(w_OD, bits, group=None, norm_D=None) -> Packed:
     """Rounds to the nearest of 2^bits steps. The largest weight of a group, with its sign, is the lowest step, which
     has no counterpart above; at 4 bits narrower scales are tried too: a few clipped weights can pay for finer steps.
     norm_D: the weight of an RMSNorm in front, folded in: programs would read it as often as x. Rows are independent,
@@ -77,7 +83,7 @@ def quantise(w_OD, bits, group=128, norm_D=None) -> Packed:
         return Packed(torch.cat([p.words_OW for p in parts]), torch.cat([p.scale_OG for p in parts]),
                       torch.cat([p.scale_GO for p in parts], 1), bits, parts[0].group, parts[0].normed)
     (O, D), half, per = w_OD.shape, 1 << bits - 1, 32 // bits
-    group = min(group, D)
+    group = group or group_of(D)
     span = group // per                                      # words of a group
     if D % group or span < 4 or span & (span - 1):
         raise NotPackable(f"{D} inner columns in groups of {group}; wants whole groups, a power of two from "
@@ -112,7 +118,7 @@ def dequantise(w: Packed, dtype=torch.float32):
     return scaled.view(O, D)
 
 
-def quant_skinny_ref(x_SD, w: Packed, norm=None, residual=None, gated=False):
+def quant_ref(x_SD, w: Packed, norm=None, residual=None, gated=False):
     x_SD = x_SD if norm is None else rmsnorm_ref(x_SD, torch.ones_like(x_SD[0]), norm[1])
     y_SO = torch.nn.functional.linear(x_SD, dequantise(w, x_SD.dtype))
     y_SO = swiglu_ref(y_SO) if gated else y_SO
@@ -313,7 +319,7 @@ def quant_skinny(x_SD, w: Packed, work=None, norm=None, residual=None, gated=Fal
     assert residual is None or residual.shape == (S, width) and residual.stride(1) == 1, \
         f"quant_skinny: residual {tuple(residual.shape)} beside a result of {(S, width)}"
     if x_SD.device.type == "cpu" and not INTERPRETED:
-        return quant_skinny_ref(x_SD, w, norm, residual, gated)
+        return quant_ref(x_SD, w, norm, residual, gated)
     y_SO = torch.empty((S, width), dtype=x_SD.dtype, device=x_SD.device)
     pdl, config = work is not None and work.pdl, {**launch_config(O, D, w.bits), **override}
     gemv_kernel[(triton.cdiv(O, config["BLOCK_O"]),)](
@@ -324,150 +330,12 @@ def quant_skinny(x_SD, w: Packed, work=None, norm=None, residual=None, gated=Fal
     return y_SO
 
 
-FOLDS = dict(qkv=("norm",), o=("residual",), gate_up=("norm", "gated"), down=("residual",), head=("norm",))
-SWEEP = [dict(BLOCK_O=outputs, BLOCK_W=128 * warps, num_warps=warps, UNROLL=unroll)
-         for outputs in (2, 4, 8) for warps in (1, 2, 4) for unroll in (1, 2)]
-
-
-def packed_chain(name):
-    """The random layers that kernels/skinny.py times, at this precision; "bf16" leaves them as they are."""
-    from kernels.skinny import Chain
-
-    torch.manual_seed(0)
-    chain = Chain()
-    chain.head = [chain.head_VD]
-    if name != "bf16":
-        of_layers, of_head = BITS[name]
-        norms = {product: chain.norm[0] if "norm" in folds else None for product, folds in FOLDS.items()}
-        for product, layers in chain.w.items():
-            for i, w_OD in enumerate(layers):
-                layers[i] = quantise(w_OD, of_layers, norm_D=norms[product])
-        chain.head_VD = quantise(chain.head_VD, of_head, norm_D=norms["head"])
-        chain.head = [quantise(torch.randn(chain.V, chain.D, device="cuda") * 0.02, of_head, norm_D=norms["head"])
-                      for _ in range(4)]
-    return chain
-
-
-def folded(chain, name, S, D, O):
-    """(x, keywords) of a product as a layer calls it."""
-    def rows(width):
-        x = torch.randn(S, width, device="cuda").bfloat16()
-        return columns(S, width, x).copy_(x) if S > PAIR else x
-
-    x, kinds = rows(D), FOLDS[name]
-    keywords = dict(norm=chain.norm) if "norm" in kinds else {}
-    if "residual" in kinds:
-        keywords["residual"] = rows(O)
-    return x, keywords | (dict(gated=True) if "gated" in kinds else {})
-
-
-def product_us(chain, work, name, S, **override):
-    """(microseconds of one product in a row of them over all layers, TB/s of what it has to read)."""
-    from kernels.check import time_ms
-    from kernels.skinny import skinny
-
-    weights = chain.head if name == "head" else chain.w[name]
-    x, keywords = folded(chain, name, S, weights[0].shape[1], weights[0].shape[0])
-    us = 1e3 * time_ms(lambda: [skinny(x, w, work, **keywords, **override) for w in weights])[1] / len(weights)
-    return us, 1e-6 * weights[0].nbytes / us
-
-
-def agreement(chain, work):
-    """Rows of a table: distances from fp64 of the dequantised weights, for every product, path and row count."""
-    from kernels.check import assert_no_worse
-
-    rows = []
-    for name in FOLDS:
-        w = chain.head_VD if name == "head" else chain.w[name][0]
-        for S in (1, 2):
-            x, keywords = folded(chain, name, S, w.shape[1], w.shape[0])
-            wide = {k: (v[0].double(), v[1]) if k == "norm" else v.double() if torch.is_tensor(v) else v
-                    for k, v in keywords.items()}
-            truth, plain = quant_skinny_ref(x.double(), w, **wide), quant_skinny_ref(x, w, **keywords)
-            for half in (False, True) if w.bits == 4 else (None,):
-                override = {} if half is None else dict(HALF=half)
-                ours = quant_skinny(x, w, work, **keywords, **override)
-                label = f"{name} {w.bits} bits, {S} rows{'' if not half else ', half'}"
-                rows.append((label, *assert_no_worse(ours, plain, truth, what=label)))
-    return rows
-
-
-def step_ms(chain, work, S, context=700, **override):
-    from kernels.check import time_ms
-
-    x, pos_ids_S = torch.randn(S, chain.D, device="cuda").bfloat16(), context + torch.arange(S, device="cuda")
-    return time_ms(lambda: chain.step(x, pos_ids_S, work, **override))[1]
-
-
-def tune(chain, work, name):
-    """Sweeps tile and warps of each product over all layers, then tries the best in a whole step."""
-    from kernels.check import table
-
-    best, others = {}, []
-    for product in FOLDS:
-        bits = (chain.head_VD if product == "head" else chain.w[product][0]).bits
-        timed = sorted(((*product_us(chain, work, product, 1, **c), c) for c in SWEEP), key=lambda t: t[0])
-        for _, _, c in timed[:3]:
-            if bits == 4:                                    # the sweep took the default, two weights at a time
-                plain = c | dict(HALF=False)
-                timed.append((*product_us(chain, work, product, 1, **plain), plain))
-        timed.sort(key=lambda t: t[0])
-        best[product] = timed[0][2]
-        others += [(product, c) for _, _, c in timed[1:3]]
-        table(f"{name}, {product}, {bits} bits, 1 row; best first", ("choice", "us", "TB/s"),
-              [(str(c), us, tbps) for us, tbps, c in timed])
-        us, tbps = product_us(chain, work, product, 2, **best[product])
-        print(f"    2 rows at the best: {us:.2f} us, {tbps:.2f} TB/s", flush=True)
-    rows = [("launch_config", step_ms(chain, work, 1), step_ms(chain, work, 2)),
-            ("best of each", step_ms(chain, work, 1, **best), step_ms(chain, work, 2, **best))]
-    late = {product: c | dict(LATE=1) for product, c in best.items()}
-    rows.append(("best of each, all released late", step_ms(chain, work, 1, **late), step_ms(chain, work, 2, **late)))
-    for product in FOLDS:
-        one = best | {product: late[product]}
-        rows.append((f"{product} released late", step_ms(chain, work, 1, **one), step_ms(chain, work, 2, **one)))
-    for product, c in others:
-        one = best | {product: c}
-        rows.append((f"{product} {c}", step_ms(chain, work, 1, **one), step_ms(chain, work, 2, **one)))
-    table(f"{name}: a step at context 700, p50 ms", ("choice", "1 row", "2 rows"), rows)
-
-
 def main():
-    """Agreement with fp64, each product, then a step, beside bf16. --tune int4 or --tune int8: the sweep alone."""
-    import sys
+    """Agreement with fp64, each product, then a step."""
+    from kernels.chain import report
 
-    from kernels.check import read_tbps, table
-    from kernels.skinny import Workspace
-
-    chosen = [name for name in BITS if name in sys.argv] or list(BITS)
-    stream, products, steps = read_tbps(), [], []
-    for name in chosen if "--tune" in sys.argv else ("bf16", *chosen):
-        chain = packed_chain(name)
-        works = {on: Workspace("cuda", chain.D, chain.H, chain.K, chain.M, pdl=on, drafts=True) for on in (None, False)}
-        if "--tune" in sys.argv:
-            tune(chain, works[None], name)
-            continue
-        if name != "bf16":
-            rows = agreement(chain, works[None])
-            table(f"{name}, distance from fp64", ("product, rows", "ours", "plain torch"), rows)
-        for product in FOLDS:
-            if name != "bf16" or product != "head":          # one bf16 head would stay in the cache
-                one, two = (product_us(chain, works[None], product, S) for S in (1, 2))
-                products.append((f"{name} {product}", *one, *two))
-        moved = sum(w.nbytes for layers in chain.w.values() for w in layers) + chain.head_VD.nbytes
-        moved += 4 * chain.L * 700 * chain.H * chain.K
-        times = [step_ms(chain, works[None], S) for S in (1, 2)]
-        steps.append((name, *times, step_ms(chain, works[False], 1), moved / 1e9, 1e-9 * moved / times[0],
-                      1e-7 * moved / times[0] / stream))
-        del chain
-        torch.cuda.empty_cache()
-    if steps:
-        table(f"one product after the other over all layers; read-only stream {stream:.3f} TB/s",
-              ("", "us 1 row", "TB/s", "us 2 rows", "TB/s"), products)
-        table("a step of 32 layers and the head at context 700, p50 ms", ("", "1 row", "2 rows",
-              "1 row, no early start", "GB", "TB/s", "% of stream"), steps)
+    report("int4")
 
 
 if __name__ == "__main__":
-    from kernels import quant  # kernels/skinny.py would not know this file's own Packed
-
-    self_check(quant.main, __file__)
+    self_check(main, __file__)

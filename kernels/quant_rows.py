@@ -1,5 +1,5 @@
 """quant_rows: y = x @ w.T with weights packed to 8 or 4 bits (kernels/quant.py), for a drafter's steps of 3 to 16 rows;
-the same call and the same folds (norm, SwiGLU, residual) as kernels/skinny.py, which hands over to it.
+the same call and the same folds (norm, SwiGLU, residual) as kernels/skinny.py.
 
 The tensor cores' product, the weights its tall operand and the rows the narrow one. A product has one member per group
 of 128 inner columns and a warp each (a batched dot), so that the sum of a group is complete in its warp's registers
@@ -8,7 +8,7 @@ memory. The members are added up once, at the end. Words go by asynchronous copi
 straight into the places that the tensor cores want their weights at; value i of all words makes one product, with x at
 the columns that meet it. The order of the inner columns in a product is free, so nothing is permuted, and no unpacked
 weight leaves its registers: two neighbouring words give a pair of 16-bit floats in four instructions at most.
-What feeds a product lies by columns, 16 values each (`columns` of kernels/attention.py): the 16 columns that one value
+What feeds a product lies by columns, 16 values each (`columns`): the 16 columns that one value
 of each word meets are 512 bytes in one piece. Scales stand by group, so that those of neighbouring outputs do too.
 A norm's weight is folded into the packed one, its factor meets the result, from the sums that skinny's rules leave in
 the Workspace. Nothing is added atomically: a row's bits may depend on the row count, and on nothing else.
@@ -39,13 +39,18 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention import FEW, PAIR, columns, launch_dependents_if, prefetch
+from kernels.attention import FEW, PAIR, launch_dependents_if, prefetch
 from kernels.check import INTERPRETED, self_check, stages_that_fit
-from kernels.quant import BITS, FOLDS, Packed, folded, quant_skinny_ref, unpack
+from kernels.quant import MAX_PACKED_ROWS, Packed, quant_ref, unpack
 from kernels.rmsnorm import SUM_COLS, row_sums
 from kernels.swiglu import silu_times
 
-MAX_PACKED_ROWS = FEW                # rows of a step with packed weights
+
+def columns(S, E, like):
+    """An empty [S, E] whose columns lie one after the other, 16 values each: a product meets some columns of all rows
+    at a time, and fetches them as one piece."""
+    assert S <= FEW, f"columns: {S} rows, at most {FEW}"
+    return torch.empty((E, FEW), dtype=like.dtype, device=like.device).t()[:S]
 
 
 class Sums:
@@ -54,7 +59,7 @@ class Sums:
     def __init__(self, x_SD):
         S, D = x_SD.shape
         self.sums_ST = torch.empty((S, triton.cdiv(D, SUM_COLS)), dtype=torch.float32, device=x_SD.device)
-        self.sums_of, self.pdl = None, False
+        self.pdl = False
 
 
 @triton.constexpr_function
@@ -224,7 +229,7 @@ def launch_config(O, D, bits, group, itemsize, device):
 
 def quant_rows(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **override):
     """x @ dequantise(w).T, [S, O] for 3 to 16 rows; fewer work too. Arguments as those of `skinny`; of `norm` only the
-    epsilon is used, for w holds its weight. x may lie by rows or, faster, by `columns` of kernels/attention.py. What
+    epsilon is used, for w holds its weight. x may lie by rows or, faster, by `columns`. What
     has a residual or is gated feeds another product and is laid out by columns, the rest by rows."""
     (S, D), O = x_SD.shape, w.shape[0]
     assert 1 <= S <= MAX_PACKED_ROWS, f"quant_rows: {S} rows, wanted {PAIR + 1}..{MAX_PACKED_ROWS}"
@@ -237,7 +242,7 @@ def quant_rows(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False
     assert residual is None or residual.shape == (S, width), \
         f"quant_rows: residual {tuple(residual.shape)} beside a result of {(S, width)}"
     if x_SD.device.type == "cpu" and not INTERPRETED:
-        return quant_skinny_ref(x_SD, w, norm, residual, gated)
+        return quant_ref(x_SD, w, norm, residual, gated)
     if gated or residual is not None:
         y_SO = columns(S, width, x_SD)
     else:
@@ -246,8 +251,7 @@ def quant_rows(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False
     pdl, sums = work is not None and work.pdl, work is not None and residual is not None
     if norm is not None:
         work = work or Sums(x_SD)
-        if work.sums_of is not x_SD:
-            row_sums(x_SD, work)
+        row_sums(x_SD, work)
     model = D if norm is not None else O if sums else None
     assert model is None or work.sums_ST.shape[1] == triton.cdiv(model, SUM_COLS), \
         f"quant_rows: rows of {model}, a Workspace for {work.sums_ST.shape[1] * SUM_COLS}"
@@ -264,117 +268,15 @@ def quant_rows(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False
         eps=norm[1] if norm else 0.0, D=D, BITS=w.bits, GROUP=w.group, T=T, BLOCK_T=triton.next_power_of_2(T),
         BY_HAND=itemsize == 2 and not INTERPRETED, EVEN=O % config["BLOCK_O"] == 0, SUM_COLS=SUM_COLS,
         NORM=norm is not None, RESIDUAL=residual is not None, SUMS=sums, GATED=gated, PDL=pdl, launch_pdl=pdl, **config)
-    if sums:
-        work.sums_of = y_SO
     return y_SO
 
 
-def tile(outputs, groups, stages, maxnreg=None):
-    """A launch choice, a warp for every group."""
-    return dict(BLOCK_O=outputs, GROUPS=groups, num_warps=groups, num_stages=stages, maxnreg=maxnreg)
-
-
-WIDE_TILES = [tile(64, 4, 3, 168), tile(64, 4, 2, 168), tile(32, 4, 4), tile(32, 4, 3, 128), tile(32, 2, 4)]
-LONG_TILES = [tile(32, 4, 3), tile(32, 4, 4), tile(32, 4, 6), tile(32, 8, 4, 128), tile(32, 8, 3)]
-TUNE = dict(qkv=WIDE_TILES, o=LONG_TILES, gate_up=WIDE_TILES, down=LONG_TILES,
-            head=[tile(64, 4, 2), tile(64, 4, 3), tile(32, 4, 3)])
-
-
-def agreement(chain, work):
-    """Rows of a table: distances from fp64 of the dequantised weights, for every product and some row counts."""
-    from kernels.check import assert_no_worse, differing
-
-    rows = []
-    for name in FOLDS:
-        w = chain.head_VD if name == "head" else chain.w[name][0]
-        for S in (3, 8, 16):
-            x, keywords = folded(chain, name, S, w.shape[1], w.shape[0])
-            wide = {k: (v[0].double(), v[1]) if k == "norm" else v.double() if torch.is_tensor(v) else v
-                    for k, v in keywords.items()}
-            truth, plain = quant_skinny_ref(x.double(), w, **wide), quant_skinny_ref(x, w, **keywords)
-            ours, again = (quant_rows(x, w, work, **keywords) for _ in range(2))
-            label = f"{name} {w.bits} bits, {S} rows"
-            assert differing(ours, again) == 0, f"{label}: two calls differ"
-            rows.append((label, *assert_no_worse(ours, plain, truth, what=label)))
-    return rows
-
-
-def tune(chain, work, name):
-    """The tiles of each product over all layers at 16 rows, then the best of them in a whole step."""
-    from unittest import mock
-
-    from kernels import attention
-    from kernels.check import table
-    from kernels.quant import product_us, step_ms
-    from kernels.skinny import Workspace
-
-    def tried(measure, choice):
-        try:
-            return measure()
-        except Exception as failure:                         # too much shared memory, say: the sweep goes on
-            print(f"    {choice} FAILED: {type(failure).__name__} {str(failure)[:200]}", flush=True)
-            torch.cuda.synchronize()
-            return None
-
-    best = {}
-    for product, choices in TUNE.items():
-        timed = [(*at, c) for c in choices
-                 if (at := tried(lambda c=c, p=product: product_us(chain, work, p, 16, **c), (product, c)))]
-        timed.sort(key=lambda t: t[0])
-        best[product] = timed[0][2]
-        rows = [(str(c), us, tbps) for us, tbps, c in timed]
-        rows.append(("launch_config", *product_us(chain, work, product, 16)))
-        table(f"{name}, {product}, 16 rows; best first", ("choice", "us", "TB/s"), rows)
-        print(end="", flush=True)
-    rows = [("launch_config", step_ms(chain, work, 16))]
-    changes = [("best of each", {}), ("no prefetch", dict(PREFETCH=0)), ("prefetch 2", dict(PREFETCH=2)),
-               ("released late, 1", dict(LATE=1)), ("released late, 2", dict(LATE=2))]
-    for label, change in changes:
-        choice = {product: c | change for product, c in best.items()}
-        rows.append((label, tried(lambda c=choice: step_ms(chain, work, 16, **c), label)))
-    for split in (64, 256):
-        with mock.patch.object(attention, "FEW_SPLIT", split):
-            other = Workspace("cuda", chain.D, chain.H, chain.K, chain.M, drafts=True)
-            other.by_columns = True
-            rows.append((f"launch_config, attention's splits of {split}", step_ms(chain, other, 16)))
-    table(f"{name}: a step of 16 rows at context 700, p50 ms", ("choice", "ms"), rows)
-    print(end="", flush=True)
-
-
 def main():
-    """Agreement with fp64, each product, then a step, for 4 and 8 bits. --tune: the launch choices too; int4 or int8
-    alone where named."""
-    import sys
+    """Agreement with fp64, each product, then a step."""
+    from kernels.chain import report
 
-    from kernels.check import read_tbps, table
-    from kernels.quant import packed_chain, product_us, step_ms
-    from kernels.skinny import Workspace
-
-    stream = read_tbps()
-    for name in [name for name in BITS if name in sys.argv] or ["int4", "int8"]:
-        chain = packed_chain(name)
-        work = Workspace("cuda", chain.D, chain.H, chain.K, chain.M, drafts=True)
-        work.by_columns = True
-        table(f"{name}, distance from fp64", ("product, rows", "ours", "plain torch"), agreement(chain, work))
-        print(end="", flush=True)
-        if "--tune" in sys.argv:
-            tune(chain, work, name)
-        rows = [(product, *(x for S in (1, 2, 4, 8, 16) for x in product_us(chain, work, product, S)))
-                for product in FOLDS]
-        table(f"{name}, one product after the other over all layers; read-only stream {stream:.3f} TB/s",
-              ("", *(x for S in (1, 2, 4, 8, 16) for x in (f"us, {S}", "TB/s"))), rows)
-        moved = sum(w.nbytes for layers in chain.w.values() for w in layers) + chain.head_VD.nbytes
-        moved += 4 * chain.L * 700 * chain.H * chain.K
-        rows = [(S, ms, moved / 1e9, 1e-9 * moved / ms, 1e-7 * moved / ms / stream)
-                for S in (1, 2, 4, 8, 16) for ms in [step_ms(chain, work, S)]]
-        table(f"{name}, a step of {chain.L} layers and the head at context 700",
-              ("rows", "p50 ms", "GB", "TB/s", "% of stream"), rows)
-        print(end="", flush=True)
-        del chain
-        torch.cuda.empty_cache()
+    report("int4")
 
 
 if __name__ == "__main__":
-    from kernels import quant_rows as this  # kernels/skinny.py would not know this file's own functions
-
-    self_check(this.main, __file__)
+    self_check(main, __file__)

@@ -87,13 +87,15 @@ def row_sums_kernel(x_ptr, sums_ptr, x_stride, x_step, D: tl.constexpr, BLOCK_T:
 
 
 def row_sums(x_SD, work):
-    """Leaves the sums of squares of x's rows in `work`, for the next norm."""
+    """Leaves the sums of squares of x's rows in `work`, a Workspace, for the next product with a norm. Plain torch on
+    a CPU needs none."""
     S, D = x_SD.shape
     T = triton.cdiv(D, SUM_COLS)
+    if x_SD.device.type == "cpu" and not INTERPRETED:
+        return
     assert work.sums_ST.shape[1] == T, f"row_sums: rows of {D}, a Workspace for {work.sums_ST.shape[1] * SUM_COLS}"
     row_sums_kernel[(S,)](x_SD, work.sums_ST, *x_SD.stride(), D=D, BLOCK_T=triton.next_power_of_2(T), T=T,
                           SUM_COLS=SUM_COLS, PDL=work.pdl, launch_pdl=work.pdl, enable_fp_fusion=False, num_warps=4)
-    work.sums_of = x_SD
 
 
 def main():

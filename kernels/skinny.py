@@ -28,10 +28,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention import PAIR, SplitWork, launch_dependents_if, prefetch, step_attention
+from kernels.attention import SplitWork, launch_dependents_if, prefetch
 from kernels.check import INTERPRETED, self_check, stages_that_fit
-from kernels.quant import Packed, quant_skinny
-from kernels.quant_rows import quant_rows
 from kernels.rmsnorm import SUM_COLS, rmsnorm_ref, row_sums
 from kernels.round import MAX_CHUNKS, RoundWork
 from kernels.swiglu import silu_times, swiglu_ref
@@ -54,8 +52,8 @@ class Workspace(SplitWork):
         major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
         super().__init__(device, H, K, cache_rows, major >= 9 if pdl is None else pdl, drafts)
         self.late = major == 9 if late is None else late
+        # Sums of squares of the rows that the next product with a norm is given; see `skinny`.
         self.sums_ST = torch.zeros((MAX_ROWS, triton.cdiv(D, SUM_COLS)), dtype=torch.float32, device=device)
-        self.sums_of = None                                  # the rows that sums_ST was taken of
         self.round = RoundWork(device, self.pdl)
 
     @staticmethod
@@ -164,9 +162,9 @@ def skinny_kernel(x_ptr, w_ptr, y_ptr, norm_ptr, residual_ptr, sums_ptr, x_strid
 
 
 def launch_config(S, D, itemsize, residual, gated, device):
-    """Tile and pipeline. One H100, bf16, tuned inside a whole step (`python -m kernels.skinny --tune`). Neither the
-    tile of the narrow operand nor the depth of the pipeline touches the order of addition; SLICES and BLOCK_D do, so
-    they follow the product and never the number of rows."""
+    """Tile and pipeline. One H100, bf16, tuned inside a whole step (`python -m kernels.chain --tune plain`). Neither
+    the tile of the narrow operand nor the depth of the pipeline touches the order of addition; SLICES and BLOCK_D do,
+    so they follow the product and never the number of rows."""
     BLOCK_S, BLOCK_O, SLICES = 16 if S <= 16 else 32, SUM_COLS if residual else 64, 2 if residual else 1
     BLOCK_D = 128 if itemsize == 2 else 32
     wanted = 3 if gated else 4 if not residual else 6 if S <= 16 else 5
@@ -180,13 +178,10 @@ def skinny(x_SD, w_OD, work=None, norm=None, residual=None, gated=False, **overr
     """x @ w.T, [S, O] for S in 1..32 rows; row i's bits do not depend on S.
 
     norm: (w_D, eps), RMSNorm of x first. residual: [S, O], added last. gated: w is gate over up, the result
-    silu(gate) * up, [S, O/2]. Every step rounds as the plain chain does. work: a Workspace; the sums of squares a norm
-    needs are then those that the product with a residual left when it made x. override: launch choices, for tuning.
-    A Packed weight goes to kernels/quant.py, one or two rows, or kernels/quant_rows.py, up to 16, whose bits may depend
-    on S."""
-    if isinstance(w_OD, Packed):
-        product = quant_skinny if len(x_SD) <= PAIR else quant_rows
-        return product(x_SD, w_OD, work, norm, residual, gated, **override)
+    silu(gate) * up, [S, O/2]. Every step rounds as the plain chain does. override: launch choices, for tuning.
+    work: a Workspace. A product with a norm reads the sums of squares that stand in it: a product with a residual
+    leaves those of its result there, `row_sums` of kernels/rmsnorm.py those of other rows, such as a step's first.
+    Without one they are taken here."""
     (S, D), O = x_SD.shape, w_OD.shape[0]
     assert 1 <= S <= MAX_ROWS, f"skinny: {S} rows, wanted 1..{MAX_ROWS}"
     assert w_OD.shape == (O, D) and w_OD.is_contiguous() and x_SD.stride(1) == 1 and x_SD.dtype == w_OD.dtype, \
@@ -198,10 +193,9 @@ def skinny(x_SD, w_OD, work=None, norm=None, residual=None, gated=False, **overr
     if x_SD.device.type == "cpu" and not INTERPRETED:
         return skinny_ref(x_SD, w_OD, norm, residual, gated)
     y_SO = torch.empty((S, width), dtype=x_SD.dtype, device=x_SD.device)
-    if norm is not None:
-        work = work or Workspace(x_SD.device, D, 1, 1, 1)
-        if work.sums_of is not x_SD:
-            row_sums(x_SD, work)
+    if norm is not None and work is None:
+        work = Workspace(x_SD.device, D, 1, 1, 1, pdl=False)
+        row_sums(x_SD, work)
     pdl, sums = work is not None and work.pdl, work is not None and residual is not None
     model = D if norm is not None else O if sums else None
     assert model is None or work.sums_ST.shape[1] == triton.cdiv(model, SUM_COLS), \
@@ -218,94 +212,14 @@ def skinny(x_SD, w_OD, work=None, norm=None, residual=None, gated=False, **overr
         norm[1] if norm else 0.0, D=D, T=T, BLOCK_T=triton.next_power_of_2(T), NORM=norm is not None,
         RESIDUAL=residual is not None, SUMS=sums, GATED=gated, PDL=pdl, launch_pdl=pdl, enable_fp_fusion=False,
         **config)
-    if sums:
-        work.sums_of = y_SO
     return y_SO
-
-
-class Chain:
-    """Random LLaMA-7B layers and a step through them, for timing: kernels' edges show only in a chain."""
-    D, F, H, K, V, M = 4096, 11008, 32, 128, 32064, 4096
-
-    def __init__(self, L=32, dtype=torch.bfloat16, device="cuda"):
-        D, F, H, K, M = self.D, self.F, self.H, self.K, self.M
-        self.L, self.shapes = L, dict(qkv=(3 * D, D), o=(D, D), gate_up=(2 * F, D), down=(D, F))
-        self.w = {name: [torch.randn(s, dtype=dtype, device=device) * 0.02 for _ in range(L)]
-                  for name, s in self.shapes.items()}
-        self.head_VD = torch.randn(self.V, D, dtype=dtype, device=device) * 0.02
-        self.norm = torch.rand(D, device=device).to(dtype) + 0.5, 1e-5
-        self.k_LNMK, self.v_LNMK = torch.randn(2, L, H, M, K, dtype=dtype, device=device)
-        angle_MK = torch.outer(torch.arange(M), 10000.0 ** (-torch.arange(0, K, 2) / K)).repeat(1, 2)
-        self.cos_MK, self.sin_MK = angle_MK.cos().to(device, dtype), angle_MK.sin().to(device, dtype)
-
-    def step(self, x_SD, pos_ids_S, work, **override):
-        """Logits [S, V]. override: {kernel: {launch choice: value}}."""
-        mine = {name: override.get(name, {}) for name in (*self.shapes, "attention", "head")}
-        for i in range(self.L):
-            w = {name: layers[i] for name, layers in self.w.items()}
-            qkv_SE = skinny(x_SD, w["qkv"], work, norm=self.norm, **mine["qkv"])
-            mixed_SHK = step_attention(qkv_SE, self.k_LNMK[i], self.v_LNMK[i], pos_ids_S, self.cos_MK, self.sin_MK,
-                                       work, **mine["attention"])
-            x_SD = skinny(mixed_SHK.flatten(1), w["o"], work, residual=x_SD, **mine["o"])
-            up_SF = skinny(x_SD, w["gate_up"], work, norm=self.norm, gated=True, **mine["gate_up"])
-            x_SD = skinny(up_SF, w["down"], work, residual=x_SD, **mine["down"])
-        return skinny(x_SD, self.head_VD, work, norm=self.norm, **mine["head"])
-
-    def gigabytes(self, context):
-        """What a step has to read: all weights once, and the keys and values of the context."""
-        weights = sum(O * I for O, I in self.shapes.values()) * self.L + self.head_VD.numel()
-        return (weights + 2 * self.L * context * self.H * self.K) * 2e-9
-
-
-TUNE = dict(qkv=[dict(num_stages=3), dict(PREFETCH=0), dict(PREFETCH=4), dict(LATE=2), dict(LATE=8)],
-            o=[dict(num_stages=4), dict(num_stages=8), dict(PREFETCH=8), dict(LATE=2), dict(LATE=8)],
-            gate_up=[dict(num_stages=4), dict(PREFETCH=0), dict(PREFETCH=4), dict(LATE=2), dict(LATE=8)],
-            down=[dict(num_stages=4), dict(num_stages=8), dict(PREFETCH=8), dict(LATE=2), dict(LATE=8)],
-            attention=[dict(BLOCK_M=32), dict(num_stages=2), dict(PREFETCH=0), dict(PREFETCH=128)])
 
 
 def main():
     """Agreement of each product with plain torch, bits over row counts, then the step; --tune: one choice at a time."""
-    import sys
+    from kernels.chain import report
 
-    from kernels.check import assert_no_worse, differing, read_tbps, table, time_ms
-
-    chain, rows = Chain(), []
-    works = {on: Workspace("cuda", chain.D, chain.H, chain.K, chain.M, pdl=on) for on in (None, False)}
-    for name, (O, I) in chain.shapes.items():
-        w, folded = chain.w[name][0], {"residual": torch.randn(32, O, device="cuda").bfloat16()} \
-            if name in ("o", "down") else {"norm": chain.norm, "gated": name == "gate_up"}
-        for S in (1, 7, 32):
-            x = torch.randn(S, I, device="cuda").bfloat16()
-            mine = {k: v[:S] if k == "residual" else v for k, v in folded.items()}
-            wide = {k: (v[0].double(), v[1]) if k == "norm" else v.double() if torch.is_tensor(v) else v
-                    for k, v in mine.items()}
-            truth = skinny_ref(x.double(), w.double(), **wide).float()
-            ours, plain = skinny(x, w, works[None], **mine), skinny_ref(x, w, **mine)
-            rows.append((f"{name} {S}", *assert_no_worse(ours, plain, truth)))
-    table("distance from fp64", ("product, rows", "ours", "plain torch"), rows)
-    x, stream = torch.randn(32, chain.D, device="cuda").bfloat16(), read_tbps()
-
-    def timed(S, context, work, **override):
-        pos_ids_S = context + torch.arange(S, device="cuda")
-        return time_ms(lambda: chain.step(x[:S], pos_ids_S, work, **override))
-
-    one, all_32 = (chain.step(x[:S], 2100 + torch.arange(S, device="cuda"), works[None]) for S in (1, 32))
-    print(f"first row of 32 against one row alone: {differing(one, all_32[:1])} of {one.numel()} logits differ")
-    assert differing(one, all_32[:1]) == 0
-    rows = []
-    for context in (256, 2100, 4000):
-        for S in (1, 16, 32):
-            p20, p50, p80 = timed(S, context, works[None])
-            reached = chain.gigabytes(context) / p50
-            rows.append((f"{S} rows, context {context}", p20, p50, p80, timed(S, context, works[False])[1],
-                         chain.gigabytes(context), reached, 100 * reached / stream))
-    table(f"a step of {chain.L} layers and the head; read-only stream {stream:.3f} TB/s",
-          ("", "p20 ms", "p50 ms", "p80 ms", "p50 no early start", "GB", "TB/s", "% of stream"), rows)
-    if "--tune" in sys.argv:
-        table("one launch choice at a time, p50 ms at context 2,100", ("kernel, choice", "1 row", "32 rows"),
-              [(f"{name} {choice}", *(timed(S, 2100, works[None], **{name: choice})[1] for S in (1, 32)))
-               for name, choices in TUNE.items() for choice in choices])
+    report("plain")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ JITFunction.run = lambda self, *args, grid, warmup, **options: launches.append((
 from kernels.attention import attention, step_attention
 from kernels.fp8 import norm8, rows8
 from kernels.frames import drawn_at_once
+from kernels.products import product
 from kernels.quant import Packed
 from kernels.recall import Recall, recall
-from kernels.rmsnorm import add_rmsnorm, rmsnorm
+from kernels.rmsnorm import add_rmsnorm, rmsnorm, row_sums
 from kernels.rope_store import rope_store
 from kernels.round import close_round, open_round
 from kernels.sample import sample
@@ -51,6 +52,7 @@ if S <= 32:
     work = Workspace("meta", D, H, K, M, pdl=arch >= 90, late=arch == 90)
     state = meta(100, dtype=torch.int64)
     open_round(state, meta(S - 1, dtype=torch.int64), meta(V, D), work.round)
+    row_sums(hidden, work)
     step_attention(skinny(hidden, meta(3 * D, D), work, norm=norm), k, v, pos_ids, cos, sin, work)
     hidden = skinny(hidden, meta(D, D), work, residual=hidden)
     skinny(hidden, meta(2 * F, D), work, norm=norm, gated=True)
@@ -58,9 +60,9 @@ if S <= 32:
     drafting = Workspace("meta", D, H, K, M, pdl=arch >= 90, late=arch == 90, drafts=True)
     step_attention(meta(S, 3 * D), k, v, pos_ids, cos, sin, drafting)
     if S <= 16:
-        skinny(hidden, packed(2 * F, D, 4, True), work, norm=norm, gated=True)
-        skinny(meta(S, F), packed(D, F, 4), work, residual=hidden)
-        skinny(hidden, packed(V, D, 8, True), work, norm=norm)
+        product(hidden, packed(2 * F, D, 4, True), work, norm=norm, gated=True)
+        product(meta(S, F), packed(D, F, 4), work, residual=hidden)
+        product(hidden, packed(V, D, 8, True), work, norm=norm)
     logits = meta(S, V)
     close_round(logits, meta(S - 1, dtype=torch.int64), state, work.round)
     scores = sample(logits, state, meta(3, dtype=torch.int64))

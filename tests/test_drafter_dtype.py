@@ -8,8 +8,7 @@ import torch
 import engine
 from bench import TINY, all_bytes, dtype_of
 from kernels.fp8 import Fp8
-from kernels.quant import BITS, Packed, dequantise
-from kernels.quant_rows import MAX_PACKED_ROWS
+from kernels.quant import BITS, MAX_PACKED_ROWS, Packed, dequantise
 from weights.load import InputError
 
 CLIPS = TINY / "clips"
@@ -30,8 +29,8 @@ def pair(request):
 def test_a_gpu_without_fp8_is_refused(monkeypatch):
     monkeypatch.setattr(engine, "pick_device", lambda name: torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(InputError, match="fp8 needs a GPU of compute capability 8.9, cuda:0 is older; take int8"):
-        engine.load_engine(TINY / "drafter", TINY / "target", drafter_dtype="fp8")
+    with pytest.raises(InputError, match="needs a GPU of compute capability 8.9, cuda:0 is older; take int4"):
+        engine.load_engine(TINY / "drafter", TINY / "target", drafter_dtype="fp8+int4")
 
 
 @pytest.mark.parametrize("mode", ["prefill_then_verify", "speculative"])
@@ -105,5 +104,5 @@ def test_the_header_names_the_dtype_and_counts_the_copies(pair):
 
 
 def test_an_unknown_dtype_is_an_input_error():
-    with pytest.raises(InputError, match="drafter_dtype: 'int3' is not one of bf16, int8, int4, fp8, fp8\\+int4"):
+    with pytest.raises(InputError, match="drafter_dtype: 'int3' is not one of bf16, int4, fp8\\+int4"):
         engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", drafter_dtype="int3")

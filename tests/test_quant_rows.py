@@ -6,7 +6,7 @@ import torch
 from kernels import quant_rows as module
 from kernels.attention import columns
 from kernels.check import assert_no_worse, differing
-from kernels.quant import quant_skinny, quant_skinny_ref, quantise
+from kernels.quant import quant_ref, quant_skinny, quantise
 from kernels.quant_rows import MAX_PACKED_ROWS, quant_rows
 from kernels.skinny import Workspace, skinny
 from tests.test_quant import BITS, FLOOR, packed_case
@@ -17,8 +17,8 @@ TILES = [dict(BLOCK_O=outputs, GROUPS=groups)
 
 
 def check(x_SD, w, folded, work=None, **override):
-    truth = quant_skinny_ref(x_SD.double(), w, **{k: widened(v) for k, v in folded.items()}).float()
-    ours, plain = quant_rows(x_SD, w, work, **folded, **override), quant_skinny_ref(x_SD, w, **folded)
+    truth = quant_ref(x_SD.double(), w, **{k: widened(v) for k, v in folded.items()}).float()
+    ours, plain = quant_rows(x_SD, w, work, **folded, **override), quant_ref(x_SD, w, **folded)
     assert_no_worse(ours, plain, truth, floor=FLOOR[x_SD.dtype])
     return ours
 
@@ -168,11 +168,11 @@ def test_a_norm_uses_the_sums_of_its_own_rows_whatever_ran_between(device):
     one_SD = skinny(x_SD[:1], w, work, **rows_of(folded, slice(0, 1)))
     assert work.sums_of is wide_SD
     assert as_without_sums(one_SD, quant_skinny)
-    torch.testing.assert_close(skinny(wide_SD, next_w, work, norm=norm), quant_skinny_ref(wide_SD, next_w, norm))
+    torch.testing.assert_close(skinny(wide_SD, next_w, work, norm=norm), quant_ref(wide_SD, next_w, norm))
     assert work.sums_of is wide_SD
     other_SD = 100 * torch.randn(16, 128, device=device)
     assert as_without_sums(other_SD, quant_rows) and work.sums_of is other_SD
-    torch.testing.assert_close(skinny(other_SD, next_w, work, norm=norm), quant_skinny_ref(other_SD, next_w, norm))
+    torch.testing.assert_close(skinny(other_SD, next_w, work, norm=norm), quant_ref(other_SD, next_w, norm))
     assert as_without_sums(wide_SD[:4], quant_rows)                  # a new view, a tensor of its own
     full = torch.randn(64, 128, device=device)                       # and full weights read what packed ones left
     wide_SD = skinny(x_SD, w, work, **folded)
@@ -193,7 +193,7 @@ def test_skinny_hands_over_by_the_number_of_rows(S, mine, device, monkeypatch):
 def test_without_a_gpu_plain_torch_answers(monkeypatch):
     monkeypatch.setattr(module, "INTERPRETED", False)
     x_SD, w, folded = packed_case("norm gated", 4, 6, 128, 40, torch.float32, "cpu")
-    assert differing(quant_rows(x_SD, w, **folded), quant_skinny_ref(x_SD, w, **folded)) == 0
+    assert differing(quant_rows(x_SD, w, **folded), quant_ref(x_SD, w, **folded)) == 0
 
 
 def test_what_does_not_fit_is_refused(device):

@@ -5,7 +5,8 @@ import torch
 
 from kernels.attention import step_attention
 from kernels.check import assert_no_worse, differing
-from kernels.skinny import MAX_ROWS, Workspace, row_sums, skinny, skinny_ref
+from kernels.rmsnorm import row_sums
+from kernels.skinny import MAX_ROWS, Workspace, skinny, skinny_ref
 
 FLOATS = [torch.float32, torch.float16]
 FOLDS = ["plain", "norm", "residual", "norm gated"]
@@ -52,10 +53,14 @@ def test_no_further_from_the_truth_than_twice_plain_torch(S, D, O, fold, dtype, 
 def test_row_bits_ignore_how_many_rows_there_are(D, fold, dtype, device):
     x_SD, w_OD, folded = case(fold, MAX_ROWS, D, 96, dtype, device)
     work = Workspace(device, 96 if fold == "residual" else D, 1, 16, 16)
+    if "norm" in fold:
+        row_sums(x_SD, work)                                 # of every row: a row's do not depend on the others
     together = skinny(x_SD, w_OD, work, **folded)
     for S in (1, 2, 7, 15, 16, 17, 31):
         few = skinny(x_SD[:S].contiguous(), w_OD, work, **rows_of(folded, slice(0, S)))
         assert differing(few, together[:S]) == 0, f"{S} rows"
+    if "norm" in fold:
+        row_sums(x_SD[-1:], work)
     last = skinny(x_SD[-1:].contiguous(), w_OD, work, **rows_of(folded, slice(-1, None)))
     assert differing(last, together[-1:]) == 0, "row 31 alone"
 
@@ -87,14 +92,14 @@ def test_a_row_does_not_feel_what_its_neighbours_hold(fold, device):
     assert differing(clean[others], poisoned[others]) == 0 and bool(poisoned[3].isnan().all())
 
 
-def test_a_norm_uses_the_sums_of_its_own_rows(device):
-    """The product with a residual leaves sums for the next norm; rows from elsewhere must not be scaled by them."""
+def test_a_norm_reads_the_sums_that_a_residual_or_row_sums_left(device):
     work = Workspace(device, 64, 1, 16, 16)
     x_SD, w_OD, folded = case("residual", 4, 64, 64, torch.float32, device)
     hidden_SD = skinny(x_SD, w_OD, work, **folded)
     norm = (torch.ones(64, device=device), 1e-5)
     torch.testing.assert_close(skinny(hidden_SD, w_OD, work, norm=norm), skinny_ref(hidden_SD, w_OD, norm=norm))
     other_SD = 100 * torch.randn(4, 64, device=device)
+    row_sums(other_SD, work)
     torch.testing.assert_close(skinny(other_SD, w_OD, work, norm=norm), skinny_ref(other_SD, w_OD, norm=norm))
 
 
@@ -123,6 +128,8 @@ class Layers:
 
     def step(self, x_SD, pos_ids_S, k_LNMK, v_LNMK, work):
         for w, k_NMK, v_NMK in zip(self.layers, k_LNMK, v_LNMK, strict=True):
+            if w is self.layers[0]:
+                row_sums(x_SD, work)
             qkv_SE = skinny(x_SD, w["qkv"], work, norm=(w["norms"][0], 1e-5))
             mixed_SHK = step_attention(qkv_SE, k_NMK, v_NMK, pos_ids_S, self.cos_MK, self.sin_MK, work)
             x_SD = skinny(mixed_SHK.flatten(1), w["o"], work, residual=x_SD)

@@ -1,0 +1,166 @@
+"""chain: random LLaMA-7B layers and a step through them, for timing: what a kernel costs beside its neighbours shows
+only in a chain. `python -m kernels.chain [--tune] [plain|int4]`: distance of every product from fp64, each product over
+all layers, then whole steps beside what their bytes take at this card's read-only stream; --tune: launch choices."""
+
+import sys
+
+import torch
+
+from kernels.attention import step_attention
+from kernels.check import assert_no_worse, differing, read_tbps, self_check, table, time_ms
+from kernels.products import product
+from kernels.quant import BITS, Packed, quant_ref, quantise
+from kernels.rmsnorm import row_sums
+from kernels.skinny import Workspace, skinny_ref
+
+FOLDS = dict(qkv=("norm",), o=("residual",), gate_up=("norm", "gated"), down=("residual",), head=("norm",))
+ROWS = dict(plain=(1, 16, 32), int4=(1, 2, 4, 8, 16))
+CONTEXTS = dict(plain=(256, 2100, 4000), int4=(700, 2100))
+
+
+class Chain:
+    """kind: "plain", or a name of BITS. A step's weights are far larger than the L2 cache; so are 4 heads alone."""
+    D, F, H, K, V, M = 4096, 11008, 32, 128, 32064, 4096
+
+    def __init__(self, kind="plain", L=32, dtype=torch.bfloat16, device="cuda"):
+        D, F, H, K, M = self.D, self.F, self.H, self.K, self.M
+        self.kind, self.L, self.dtype, self.device = kind, L, dtype, device
+        self.norm = torch.rand(D, device=device).to(dtype) + 0.5, 1e-5
+        shapes = dict(qkv=(3 * D, D), o=(D, D), gate_up=(2 * F, D), down=(D, F), head=(self.V, D))
+        of_layers, of_head = BITS.get(kind, (None, None))
+
+        def weight(name):
+            w_OD = (torch.randn(shapes[name], device=device) * 0.02).to(dtype)
+            norm_D = self.norm[0] if "norm" in FOLDS[name] else None
+            bits = of_head if name == "head" else of_layers
+            return quantise(w_OD, bits, norm_D=norm_D) if bits else w_OD
+        self.w = {name: [weight(name) for _ in range(4 if name == "head" else L)] for name in shapes}
+        self.k_LNMK, self.v_LNMK = torch.randn(2, L, H, M, K, dtype=dtype, device=device)
+        angle_MK = torch.outer(torch.arange(M), 10000.0 ** (-torch.arange(0, K, 2) / K)).repeat(1, 2)
+        self.cos_MK, self.sin_MK = angle_MK.cos().to(device, dtype), angle_MK.sin().to(device, dtype)
+
+    def work(self, **options):
+        return Workspace(self.device, self.D, self.H, self.K, self.M, drafts=self.kind != "plain", **options)
+
+    def step(self, x_SD, pos_ids_S, work, **override):
+        """Logits [S, V]. override: {kernel: {launch choice: value}}."""
+        mine = {name: override.get(name, {}) for name in (*FOLDS, "attention")}
+        if self.kind == "plain":
+            row_sums(x_SD, work)
+        for i in range(self.L):
+            w = {name: weights[i] for name, weights in self.w.items() if name != "head"}
+            qkv_SE = product(x_SD, w["qkv"], work, norm=self.norm, **mine["qkv"])
+            mixed_SHK = step_attention(qkv_SE, self.k_LNMK[i], self.v_LNMK[i], pos_ids_S, self.cos_MK, self.sin_MK,
+                                       work, **mine["attention"])
+            x_SD = product(mixed_SHK.flatten(1), w["o"], work, residual=x_SD, **mine["o"])
+            up_SF = product(x_SD, w["gate_up"], work, norm=self.norm, gated=True, **mine["gate_up"])
+            x_SD = product(up_SF, w["down"], work, residual=x_SD, **mine["down"])
+        return product(x_SD, self.w["head"][0], work, norm=self.norm, **mine["head"])
+
+    def gigabytes(self, context):
+        """What a step has to read: all weights once, and the keys and values of the context."""
+        weights = sum(w.nbytes for name, ws in self.w.items() for w in (ws[:1] if name == "head" else ws))
+        return 1e-9 * (weights + 4 * self.L * context * self.H * self.K)
+
+
+def case(chain, name, S):
+    """(x, keywords) of a product as a layer calls it."""
+    O, D = chain.w[name][0].shape
+    x_SD, keywords = torch.randn(S, D, device=chain.device).to(chain.dtype), {}
+    if "norm" in FOLDS[name]:
+        keywords["norm"] = chain.norm
+    if "residual" in FOLDS[name]:
+        keywords["residual"] = torch.randn(S, O, device=chain.device).to(chain.dtype)
+    return x_SD, keywords | (dict(gated=True) if "gated" in FOLDS[name] else {})
+
+
+def agreement(chain, work, **override):
+    """Rows of a table: distances from fp64 for every product and some row counts; two calls must give the same bits."""
+    rows = []
+    for name in FOLDS:
+        w = chain.w[name][0]
+        for S in ROWS[chain.kind]:
+            x_SD, keywords = case(chain, name, S)
+            wide = {k: (v[0].double(), v[1]) if k == "norm" else v.double() if torch.is_tensor(v) else v
+                    for k, v in keywords.items()}
+            ref, full = (quant_ref, w) if isinstance(w, Packed) else (skinny_ref, w.double())
+            truth, plain = ref(x_SD.double(), full, **wide).float(), ref(x_SD, w, **keywords)
+            if "norm" in keywords:
+                row_sums(x_SD, work)
+            ours, again = (product(x_SD, w, work, **keywords, **override.get(name, {})) for _ in range(2))
+            assert differing(ours, again) == 0, f"{name}, {S} rows: two calls differ"
+            rows.append((f"{name}, {S} rows", *assert_no_worse(ours, plain, truth, what=f"{name}, {S} rows")))
+    return rows
+
+
+def product_us(chain, work, name, S, **override):
+    """(microseconds of one product in a row of them over all layers, TB/s of what it has to read)."""
+    weights, (x_SD, keywords) = chain.w[name], case(chain, name, S)
+    us = 1e3 * time_ms(lambda: [product(x_SD, w, work, **keywords, **override) for w in weights])[1] / len(weights)
+    return us, 1e-6 * weights[0].nbytes / us
+
+
+def step_ms(chain, work, S, context, **override):
+    """p50 milliseconds."""
+    x_SD, pos_ids_S = torch.randn(S, chain.D, device="cuda").to(chain.dtype), context + torch.arange(S, device="cuda")
+    return time_ms(lambda: chain.step(x_SD, pos_ids_S, work, **override))[1]
+
+
+PLAIN_TUNE = dict(
+    qkv=[dict(num_stages=3), dict(PREFETCH=0), dict(PREFETCH=4), dict(LATE=2), dict(LATE=8)],
+    o=[dict(num_stages=4), dict(num_stages=8), dict(PREFETCH=8), dict(LATE=2), dict(LATE=8)],
+    gate_up=[dict(num_stages=4), dict(PREFETCH=0), dict(PREFETCH=4), dict(LATE=2), dict(LATE=8)],
+    down=[dict(num_stages=4), dict(num_stages=8), dict(PREFETCH=8), dict(LATE=2), dict(LATE=8)],
+    attention=[dict(BLOCK_M=32), dict(num_stages=2), dict(PREFETCH=0), dict(PREFETCH=128)])
+TUNE = dict(plain=PLAIN_TUNE)
+
+
+def tune(chain, work):
+    """One launch choice at a time, in a whole step."""
+    few, many = ROWS[chain.kind][0], ROWS[chain.kind][-1]
+    rows = [("as it is", *(step_ms(chain, work, S, 2100) for S in (few, many)))]
+    for name, choices in TUNE.get(chain.kind, {}).items():
+        for choice in choices:
+            rows.append((f"{name} {choice}", *(step_ms(chain, work, S, 2100, **{name: choice}) for S in (few, many))))
+    table(f"{chain.kind}: one launch choice at a time, p50 ms at context 2,100",
+          ("kernel, choice", f"{few} rows", f"{many} rows"), rows)
+
+
+def report(kind, tuned=False):
+    """Agreement first, then times."""
+    chain, stream, counts = Chain(kind), read_tbps(), ROWS[kind]
+    work, patient = chain.work(), chain.work(pdl=False)
+    table(f"{kind}: distance from fp64", ("product, rows", "ours", "plain torch"), agreement(chain, work))
+    if kind == "plain":
+        x_SD = torch.randn(32, chain.D, device="cuda").bfloat16()
+        one, all_32 = (chain.step(x_SD[:S], 2100 + torch.arange(S, device="cuda"), work) for S in (1, 32))
+        print(f"first row of 32 against one row alone: {differing(one, all_32[:1])} of {one.numel()} logits differ")
+        assert differing(one, all_32[:1]) == 0
+    rows = []
+    for name in FOLDS:
+        floor = 1e-6 * chain.w[name][0].nbytes / stream
+        rows.append((name, floor, *(x for S in counts for x in product_us(chain, work, name, S))))
+    table(f"{kind}: one product after the other over all layers; read-only stream {stream:.3f} TB/s",
+          ("", "floor us", *(x for S in counts for x in (f"us, {S} rows", "TB/s"))), rows)
+    rows = []
+    for context in CONTEXTS[kind]:
+        floor = chain.gigabytes(context) / stream
+        for S in counts:
+            ms = step_ms(chain, work, S, context)
+            rows.append((f"{S} rows, context {context}", ms, step_ms(chain, patient, S, context), floor,
+                         100 * floor / ms))
+    table(f"{kind}: a step of {chain.L} layers and the head",
+          ("", "p50 ms", "no early start", "floor ms", "% of stream"), rows)
+    if tuned:
+        tune(chain, work)
+
+
+def main():
+    """Both kinds, or the one named."""
+    for kind in [kind for kind in ROWS if kind in sys.argv] or ROWS:
+        report(kind, "--tune" in sys.argv)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    self_check(main, __file__)
