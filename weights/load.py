@@ -10,6 +10,8 @@ fast.
 """
 
 import argparse
+import collections
+import concurrent.futures
 import contextlib
 import ctypes
 import hashlib
@@ -21,6 +23,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -43,7 +46,7 @@ from weights.names import KINDS, Plan, canonical, extra_rows, on_disk, plan, siz
 MAX_NAMES = 10                       # tensors listed in one message
 MAX_HEADER_BYTES = 16 << 20           # a 7B model has 80 KB; the library would read 100 MB, for half a minute
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PIECE = 8 << 20                      # bytes read at a time
+PIECE, READERS = 8 << 20, 4          # bytes read at a time, threads that read
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CLIP_336, ASSUMED_CLIP = "openai/clip-vit-large-patch14-336", {"image_size": 336}
 LOOKS_LIKE = [                       # the keys of other checkpoints that people have
@@ -303,23 +306,41 @@ class Checkpoint:
         jobs = [(self.stored[part.name], part, wanted) for wanted in self.plan.wanted for part in wanted.parts]
         jobs.sort(key=lambda job: (str(job[0].file), job[0].start))
         filling, flags, done, total = {}, [], 0, sum(stored.nbytes for stored, _, _ in jobs)
-        buffers, files = itertools.cycle([Buffer(device), Buffer(device)]), {}
-        with contextlib.ExitStack() as opened:
-            for stored, part, wanted in jobs:
+        buffers, files = itertools.cycle([Buffer(device) for _ in range(READERS + 1)]), {}
+
+        def pieces():
+            """(job, first value, buffer, values on their way into it), as they are asked for, in the order of jobs."""
+            for job in jobs:
+                stored, part, _ = job
                 if stored.file not in files:
                     files[stored.file] = open_weights(stored.file)
                     opened.callback(files[stored.file][0].close)
+                step = PIECE // FLOATS[stored.dtype].itemsize
+                for first in range(0, prod(part.shape), step):
+                    buffer = next(buffers)
+                    yield job, first, buffer, readers.submit(buffer.read, *files[stored.file], stored, first)
+
+        with contextlib.ExitStack() as opened, concurrent.futures.ThreadPoolExecutor(READERS) as readers:
+            more = pieces()
+            queued = collections.deque(itertools.islice(more, READERS))
+            while queued:
+                (stored, part, wanted), first, buffer, reading = queued.popleft()
                 tensor, missing = filling.get(wanted.name) or (
                     torch.empty(wanted.shape, dtype=dtype, device=device), len(wanted.parts))
                 rows = tensor.narrow(0, part.row, part.shape[0])
                 try:
-                    read_rows(*files[stored.file], stored, rows.flatten(), buffers)
+                    values = reading.result()
                 except OSError as error:
                     raise refusal(stored.file, f"reading {stored.key} failed ({error.strerror}) after {done} of "
                                   f"{total} bytes", "check the disk or network share and try again") from None
+                buffer.copy_to(rows.flatten()[first:first + len(values)], values)
+                queued.extend(itertools.islice(more, 1))
+                ends = first + len(values) == rows.numel()
+                filling[wanted.name] = tensor, missing - ends
+                if not ends:
+                    continue
                 low, high = torch.aminmax(rows)
                 flags.append(torch.isfinite(low) & torch.isfinite(high))     # both NaN if one value is; no sync
-                filling[wanted.name] = tensor, missing - 1
                 done += stored.nbytes
                 if progress:
                     progress(done, total)
@@ -435,7 +456,9 @@ def advice(kind, keys) -> str:
 
 
 class Buffer:
-    """PIECE bytes on the host, pinned for a GPU, and the event after which a GPU has read them."""
+    """PIECE bytes on the host, pinned for a GPU, which a reader thread fills and the main thread copies from.
+
+    LOADTABLE"""
 
     def __init__(self, device):
         on_gpu = device.type == "cuda"
@@ -443,30 +466,28 @@ class Buffer:
         self.bytes = memoryview((ctypes.c_char * PIECE).from_address(self.tensor.data_ptr())).cast("B")
         self.copied = torch.cuda.Event() if on_gpu else None
 
-
-def read_rows(file, data: int, stored, rows, buffers):
-    """Fills `rows`, a flat part of an engine tensor, with a stored tensor. `data`: where the data of its file begin.
-    Two buffers in turn: a GPU copies from one while the next piece is read into the other. OSError as read, or where
-    the file ends early."""
-    dtype, at = FLOATS[stored.dtype], data + stored.start
-    for rows_of_piece in rows.split(PIECE // dtype.itemsize):
-        buffer, nbytes, got = next(buffers), len(rows_of_piece) * dtype.itemsize, 0
-        if buffer.copied:
-            buffer.copied.synchronize()
+    def read(self, file, data: int, stored, first: int):
+        """The stored values from `first` on, as many as fit; `data`: where the data of the file begin. OSError as
+        read, or where the file ends early."""
+        dtype, got = FLOATS[stored.dtype], 0
+        at = data + stored.start + first * dtype.itemsize
+        nbytes = min(PIECE, stored.nbytes - first * dtype.itemsize)
+        if self.copied:
+            self.copied.synchronize()                        # the piece before has left the buffer
         while got < nbytes:
-            count = os.preadv(file.fileno(), [buffer.bytes[got:nbytes]], at + got)
+            count = os.preadv(file.fileno(), [self.bytes[got:nbytes]], at + got)
             if not count:
                 raise OSError(0, "the file ends there")
             got += count
-        at += nbytes
-        values = buffer.tensor[:nbytes].view(dtype)
-        if buffer.copied:
-            if dtype != rows.dtype:
-                values = values.to(rows.device, non_blocking=True)           # narrow or widen over there
-            rows_of_piece.copy_(values, non_blocking=True)
-            buffer.copied.record()
-        else:
-            rows_of_piece.copy_(values)
+        return self.tensor[:nbytes].view(dtype)
+
+    def copy_to(self, rows, values):
+        """Fills rows [N] with the values; on a GPU the copy is under way on return."""
+        if self.copied and values.dtype != rows.dtype:
+            values = values.to(rows.device, non_blocking=True)           # narrow or widen over there
+        rows.copy_(values, non_blocking=True)
+        if self.copied:
+            self.copied.record(torch.cuda.current_stream(rows.device))
 
 
 def open_weights(path):
