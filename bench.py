@@ -36,13 +36,14 @@ import engine  # first: it keeps torch quiet where numpy is absent
 import torch
 import triton
 from tqdm import tqdm
-from weights.dataset import Sample, read_dataset
 
 from engine import MODES
 from kernels.check import ceilings, quantiles
 from kernels.quant import BITS
 from weights import UNREADABLE, InputError, controls, describe, replace_file, show
 from weights.adapter import write_pairs
+from weights.dataset import Sample, read_dataset
+from weights.files import read_text
 from weights.load import nvidia_smi
 from weights.rows import RowFile, compare, estimate, forwards, judged, median, merge, mode_figures, parting
 
@@ -510,9 +511,12 @@ def details(report) -> list[str]:
 def read_report(path: Path, flag: str = "json", rows: list | None = None) -> dict:
     """What --json wrote, or these rows under the header at the path; InputError if they are no report."""
     try:
-        report = json.loads(path.read_text(encoding="utf-8").splitlines()[0 if flag == "rows" else -1])
+        text = read_text(path, f"what --{flag} wrote", 1 << 32)
+        report = json.loads(text.split("\n", 1)[0])
         report = report if rows is None else assemble(report, rows)
         screen(report), details(report)
+    except InputError:
+        raise
     except UNREADABLE as error:
         raise InputError(f"{path}: not a saved run ({describe(error)}); wants what --{flag} wrote") from None
     return report

@@ -76,6 +76,8 @@ from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 from kernels.tower import add_layernorm, layernorm, quick_gelu
 from weights import InputError, describe
+from weights.events import Events, read_events
+from weights.files import insist_file
 from weights.load import (
     DRAFTER_7B,
     TARGET_7B,
@@ -86,7 +88,6 @@ from weights.load import (
     plan,
     random_weights,
 )
-from weights.media import VIDEO_RULES, Events, insist_file, read_events, read_images, read_video
 from weights.sources import (
     SOURCES,
     Adapted,
@@ -101,6 +102,7 @@ from weights.sources import (
     source_named,
 )
 from weights.text import Text, TextStream
+from weights.video import VIDEO_RULES, read_images, read_video
 
 __all__ = ["MODES", "SOURCES", "Adapted", "DraftSource", "Engine", "Event", "Fixed", "Gate", "InputError", "Lookup",
            "PrefillOnlyInference", "Result", "Round", "Verdict", "agreeing", "explain", "load_engine", "model_name",
@@ -835,7 +837,9 @@ class Found(Tenant):
         if state is None:
             rows = max(self._lookup_len(), self._line_len())
         else:                                                # the host knows what was found
-            rows = len(state.slots) if state.ahead else min(len(state.slots), self._lookup_len())
+            rows, pace = self._best(state)
+            if pace and pace >= self.req.gate.step and not self.req.gate.trial("lookup"):
+                return None
         if not rows:
             return None
         return Proposal("drafter" if self.line and not self.earlier else "lookup", self.target.rows_for(rows), self)
@@ -852,11 +856,16 @@ class Found(Tenant):
         return min(self.req.overlap_len, max(WIDTHS[1], self.line.tail()[1]) if self.line.spoke else STEP_ROWS)
 
     def cost(self, state):
-        gate = self.req.gate
-        if not gate or not state.slots or state.ahead or gate.step is None:
-            return None
-        right = sum(gate.alive(f"lookup behind {fit_class(state.fit)}", self.req.question, len(state.slots)))
-        return gate.verify(len(state.slots)) / (1 + right)
+        return self._best(state)[1]
+
+    def _best(self, state: State) -> tuple[int, float | None]:
+        """(drafts of those found that are best looked at, seconds an id then; None where nobody knows)."""
+        gate, found = self.req.gate, len(state.slots)
+        if not gate or not found or state.ahead or gate.step is None:
+            return found, None
+        alive = gate.alive(f"lookup behind {fit_class(state.fit)}", self.req.question, found)
+        return min(((G, gate.verify(G) / (1 + sum(alive[:G]))) for G in {min(of, found) for of in WIDTHS}),
+                   key=lambda best: best[1])
 
     def saw(self, proposal, before, state):
         if self.line:

@@ -5,9 +5,9 @@
         case.call(engine)                   # the library: InputError, unless case.exit is 0
         bench.main(case.flags)              # the command line: case.exit
 
-`python tests/hostile.py FOLDER` writes them all, a folder each, and prints the flags that try them. ELSEWHERE says why
-a row of the list has no more than a flag to try."""
+`python tests/hostile.py FOLDER` writes them all, a folder each, and prints the flags that try them."""
 
+import argparse
 import contextlib
 import fcntl
 import json
@@ -48,14 +48,13 @@ import bench
 import engine
 import weights.load
 from engine import InputError
-from weights import convert, media
+from weights import convert
+from weights.events import read_events
+from weights.video import read_images, read_video
 
 TINY = bench.TINY
 RECORDS = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_text())
 QUICK = ["--repeats", "1", "--warmup", "0", "--max-new-tokens", "2", "--device", "cpu"]
-ELSEWHERE = {
-    68: "nothing is sampled: there is no temperature and no top_p to be wrong, and a flag that names one is unknown",
-}
 
 
 @dataclass
@@ -99,7 +98,7 @@ def events(blob, *words, name="bad.npy", exit=1):
         flags = dataset(folder, event_data=name)
         path = folder / "data" / "event_npy" / name
         blob(path) if callable(blob) else path.write_bytes(blob)
-        return Case(lambda e: media.read_events(path), [*flags, "--modes", "drafter_only"], list(words), exit)
+        return Case(lambda e: read_events(path), [*flags, "--modes", "drafter_only"], list(words), exit)
     return make
 
 
@@ -109,7 +108,7 @@ def video(blob, *words, name="bad.mp4", exit=1, patch=None):
         flags = dataset(folder, mp4_data=name)
         path = folder / "data" / "mp4" / name
         blob(path) if callable(blob) else path.write_bytes(blob)
-        return Case(lambda e: media.read_video(path), [*flags, "--modes", "target_only"], list(words), exit,
+        return Case(lambda e: read_video(path), [*flags, "--modes", "target_only"], list(words), exit,
                     patch and (lambda monkeypatch: patch(monkeypatch, path)))
     return make
 
@@ -125,7 +124,7 @@ def image(blob, *words, exit=1):
         flags = dataset(folder, event_data="gone", event_image=["bad.png"])
         path = folder / "data" / "event_image" / "bad.png"
         path.write_bytes(blob)
-        return Case(lambda e: media.read_images([path]), [*flags, "--modes", "drafter_only"], list(words), exit)
+        return Case(lambda e: read_images([path]), [*flags, "--modes", "drafter_only"], list(words), exit)
     return make
 
 
@@ -429,7 +428,7 @@ def bad_among_good(folder):
     shutil.copytree(TINY / "clips", folder / "data")
     path = folder / "data" / "mp4" / RECORDS[4]["mp4_data"]
     path.write_bytes(path.read_bytes()[:900])
-    return Case(lambda e: media.read_video(path), ["--dataset-dir", str(folder / "data"), *QUICK, "--modes",
+    return Case(lambda e: read_video(path), ["--dataset-dir", str(folder / "data"), *QUICK, "--modes",
                                                    "target_only"], [str(path)], 1)
 
 
@@ -619,12 +618,12 @@ def linked_out(folder):
     return Case(first_problem(folder), [*flags, "--modes", "target_only"], ["leads out"], 1)
 
 
-def main(argv):
-    if len(argv) != 1:
-        print(__doc__)
-        return 2
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to write them; made if it is not there")
+    options = parser.parse_args(argv)
     for name, make in CASES.items():
-        folder = Path(argv[0]) / name.replace(" ", "_").replace("/", "_")
+        folder = options.folder / name.replace(" ", "_").replace("/", "_")
         folder.mkdir(parents=True)
         with contextlib.suppress(OSError):                   # a name that is too long to be written is one of them
             print(f"{name}: python bench.py {' '.join(make(folder).flags)[:200]!r}")
@@ -632,4 +631,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

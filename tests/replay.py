@@ -39,6 +39,7 @@ import engine
 from kernels.check import quantiles
 from weights import UNREADABLE, InputError, describe, replace_file, show
 from weights.adapter import read_pairs
+from weights.files import read_json
 from weights.rows import estimate, forwards, median, per_forward
 from weights.sources import Lookup
 
@@ -187,12 +188,14 @@ def merged(paths: list[Path]) -> tuple[dict, dict]:
     heads, taken = [], collections.defaultdict(list)
     for path in paths:
         try:
-            head, found = json.loads(path.read_text(encoding="utf-8"))
+            head, found = read_json(path, "a shard of a replay, as --rows writes it", 1 << 32, list)
             for name, rows in found.items():
                 taken[name] += [{key: value if value is None else float(value) for key, value in row.items()}
                                 for row in rows]
             heads.append({**head, "sequences": int(head["sequences"])})
             report(heads[-1], found)
+        except InputError:
+            raise
         except UNREADABLE as error:
             raise InputError(f"{path}: not a shard of a replay ({describe(error)}); wants what --rows wrote") from None
         if {**heads[0], "sequences": 0} != {**heads[-1], "sequences": 0}:

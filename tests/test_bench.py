@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
-from weights.dataset import read_dataset
 
 import bench
 import engine
@@ -23,6 +22,7 @@ import weights.load
 from bench import AGAIN, TINY
 from engine import MODES, InputError
 from weights import show
+from weights.dataset import read_dataset
 from weights.rows import estimate, forwards, judged, mode_figures, per_forward, why_not
 
 ROOT = Path(__file__).resolve().parents[1]

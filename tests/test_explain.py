@@ -8,7 +8,7 @@ import torch
 import bench
 import engine
 from weights import show
-from weights.media import read_video
+from weights.video import read_video
 
 TINY = bench.TINY
 RECORD = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_text())[0]

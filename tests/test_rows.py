@@ -69,5 +69,5 @@ def test_shards_are_put_together_by_id_and_holes_and_duplicates_refused(tmp_path
                                   '{"config": {"samples": true, "modes": []}}\n', "[" * 100000 + "\n"])
 def test_what_is_no_file_of_rows_is_one_line(tmp_path, text):
     (tmp_path / "r.jsonl").write_text(text)
-    with pytest.raises(InputError, match="not a file of rows"):
+    with pytest.raises(InputError, match="a file of rows"):
         read_rows(tmp_path / "r.jsonl")

@@ -39,9 +39,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from weights import InputError, controls, replace_file
+from weights import controls
 from weights import sources as draft_sources
-from weights.load import brief, listed, read_header, read_json, refusal
+from weights.files import InputError, brief, json_lines, read_json, refusal, replace_file
+from weights.load import listed, read_header
 
 END = 2                              # end of sequence
 WEIGHTS = "adapter.safetensors"
@@ -55,23 +56,18 @@ def read_pairs(path, src: str | None = None, vocab: int = 1 << 31) -> list[dict]
     """Recorded pairs in order of sequence and clip, end-of-sequence ids left out: [{seq, clip, question, target,
     drafter}]. src: which source run; None takes the only one that the file holds. vocab: ids stay below it. The
     target's ids may also be called llava15_ids. InputError names the file and the line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise refusal(path, f"not recorded pairs ({brief(error)})", "wants what bench.py --record wrote") from None
     rows, found = [], {}
-    for at, line in enumerate(lines, 1):
+    for at, row in json_lines(path, "recorded pairs, as bench.py --record writes them"):
         try:
-            row = json.loads(line) if line.strip() else {}
             found[row.get("src")] = None
-            if not row or src is not None and row["src"] != src:
+            if src is not None and row["src"] != src:
                 continue
             pair = {"seq": str(row["seq"]), "clip": row["clip"], "question": str(row["question"]),
                     "target": row["llava15_ids" if "llava15_ids" in row else "videollava_ids"],
                     "drafter": row["eventgpt_ids"], "src": str(row["src"])}
             if type(pair["clip"]) is not type(rows[0]["clip"] if rows else pair["clip"]) or pair["clip"] is None:
                 raise TypeError("clips are neither all numbers nor all names")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise refusal(path, f"line {at} is no recorded pair ({type(error).__name__}: {brief(error)})",
                           "wants src, seq, clip, question, videollava_ids, eventgpt_ids") from None
         for side in ("target", "drafter"):
@@ -276,7 +272,7 @@ def load(folder, device="cpu"):
         raise refusal(path, f"holds no floating point numbers in {listed(whole, 4)}", "save it as float32")
     beside = path.parent / "config.json"
     if beside.exists():
-        raw = read_json(beside)
+        raw = read_json(beside, "an adapter's config")
         unknown = set(raw) - {f.name for f in fields(AdapterConfig)}
         if unknown or str(raw.get("kind")) not in NETWORKS:
             raise refusal(beside, f"no adapter's config (kind {brief(raw.get('kind'))}, unknown {listed(unknown)})",

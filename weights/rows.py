@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kernels.check import quantiles
 from weights import UNREADABLE, InputError, controls, describe
+from weights.files import read_bytes
 from weights.sources import agreeing
 
 SAME = ("schema", "commit", "weights", "config")     # of a header: rows under different ones never share a table
@@ -76,13 +77,15 @@ def read_rows(path: Path) -> tuple[dict, list, int]:
     """(header, rows, bytes of whole lines). A last line without its end is left out; of a row that was tried again the
     last try counts."""
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, "a file of rows, as --rows writes it", 1 << 32)
         whole = raw.rfind(b"\n") + 1
         head, *rows = [json.loads(line) for line in raw[:whole].splitlines()]
         assert isinstance(head["config"], dict) and type(head["config"]["samples"]) is int
         modes = set(head["config"]["modes"])
         sound = (type(row["id"]) is str and type(row["at"]) is int and row["modes"].keys() <= modes for row in rows)
         assert all(sound), "a line that is no finished sample"
+    except InputError:
+        raise
     except UNREADABLE as error:
         raise InputError(f"{path}: not a file of rows ({describe(error)}); wants what --rows wrote") from None
     return head, list({row["id"]: row for row in rows}.values()), whole
