@@ -27,7 +27,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import timeit
 import traceback
 from pathlib import Path
 
@@ -39,13 +38,14 @@ import triton
 from tqdm import tqdm
 
 from engine import MODES
-from kernels.check import gemm_tflops, quantiles, read_tbps
+from kernels.check import ceilings, quantiles
 from kernels.quant import BITS
-from weights import UNREADABLE, InputError, controls, describe, replace_file, timeline
+from weights import UNREADABLE, InputError, controls, describe, replace_file, show
+from weights.adapter import write_pairs
 from weights.dataset import Sample, read_dataset
+from weights.files import read_text
 from weights.memory import nvidia_smi
-from weights.rows import RowFile, merge
-from weights.sources import agreeing
+from weights.rows import RowFile, compare, estimate, forwards, judged, median, merge, mode_figures, parting
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "weights" / "tiny"
@@ -54,6 +54,7 @@ AGAIN = "lookup_again"               # a run like a mode: the clip asked again i
 LABELS = {"tiny": "embedded trained toy pair", "random-7b": "RANDOM 7B WEIGHTS"}      # of weights, in every header
 STAGES = {"drafter": ("load", "preprocess", "encode", "prefill", "draft"),
           "target": ("load", "preprocess", "encode", "prefill", "decode", "draft", "verify")}
+CLOCKS = "gpu=clocks.sm,clocks.mem,power.draw,power.limit"           # of nvidia-smi
 PER_FORWARD = {"draft", "decode", "verify"}                  # stages with an entry for each forward
 SHARED = {("target", "verify"), ("target", "draft")}         # those that a side's own mode does not have
 
@@ -85,9 +86,6 @@ def asked(device, what: str) -> str | None:
     return ", ".join(rows[0]) if rows else None
 
 
-CLOCKS = "gpu=clocks.sm,clocks.mem,power.draw,power.limit"
-
-
 def machine(device) -> dict:
     gpu = device.type == "cuda"
     users = nvidia_smi(device, "--query-compute-apps=pid") if gpu else []
@@ -96,15 +94,6 @@ def machine(device) -> dict:
             "python": platform.python_version(), "cpu": platform.processor() or platform.machine(),
             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
             "clocks": asked(device, CLOCKS), "others_on_gpu": sum(pid != str(os.getpid()) for pid, *_ in users)}
-
-
-def ceilings(device) -> dict:
-    """Read bandwidth (bytes/s) and matrix rate (FLOP/s) of this machine, now."""
-    if device.type == "cuda":
-        return {"read_bw": read_tbps() * 1e12, "gemm_flops": gemm_tflops() * 1e12}
-    x, a = torch.randn(1 << 25), torch.randn(1024, 1024)
-    read, product = (min(timeit.repeat(fn, number=1)) for fn in (lambda: x.sum(), lambda: a @ a))
-    return {"read_bw": x.nbytes / read, "gemm_flops": 2 * 1024 ** 3 / product}
 
 
 def work_of(model) -> dict:
@@ -216,9 +205,11 @@ def measure(e, samples, options, rows: list, keep) -> None:
         else:
             row["pixels"] = {m.side: pixel_hash(m.seen) for m in e.models if m.seen is not None}
             if any(of["differs_at"] is not None for of in row["modes"].values()):
-                try:
-                    again = run_sample(e, sample, "target_only", options)
-                    add_margins(row["modes"], engine.explain(e.target, again))
+                try:                                         # by how much the target preferred its own id there
+                    again = engine.explain(e.target, run_sample(e, sample, "target_only", options))
+                    margins = dict(enumerate(margin for of in again for margin in of.margins))
+                    for of in row["modes"].values():
+                        of["margin"] = margins.get(of["differs_at"])
                 except Exception as error:                   # the difference counts without its margin
                     failure(error, options)
         row["took_s"] = time.perf_counter() - began
@@ -247,14 +238,11 @@ def progress(items, unit: str):
 
 def loading():
     """Bytes of a checkpoint read, and how fast, on stderr where somebody watches."""
-    bars: dict[str, tqdm] = {}
+    bars = collections.defaultdict(lambda: tqdm(unit="B", unit_scale=True, disable=None))
 
     def read(side: str, done: int, total: int) -> None:
-        bar = bars.get(side) or bars.setdefault(side, tqdm(desc=side, total=total, unit="B", unit_scale=True,
-                                                           disable=None))
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
+        bars[side].desc, bars[side].total = side, total
+        bars[side].update(done - bars[side].n)
     return read
 
 
@@ -266,7 +254,7 @@ def summary(e, results, baseline) -> dict:
     each = collections.defaultdict(lambda: collections.defaultdict(list))
     for result in results:
         per_request = {(side, stage): s * 1e3 for side, of in result.stages.items() for stage, s in of.items()}
-        for row, stage, start, end, _, drafts in timeline.bars(result):
+        for row, stage, start, end, _, drafts in show.bars(result):
             if stage in PER_FORWARD:                                       # one entry a forward
                 each[row][stage].append((end - start) * 1e3 / (max(1, len(drafts)) if stage == "draft" else 1))
                 per_request.pop((row, stage), None)
@@ -279,7 +267,7 @@ def summary(e, results, baseline) -> dict:
             "finish_reason": last.finish_reason,
             **{name: median(values) for name, values in ms.items()}, "raw": ms, "stages_ms": each,
             "drafted": last.drafted, "accepted": last.accepted_tokens, "rounds": last.rounds,
-            "accept_lens": last.accept_lens, "pieces": pieces(last, e.target.text) if decided else [],
+            "accept_lens": last.accept_lens, "pieces": show.pieces(last, e.target.text) if decided else [],
             "forwards": forwards(last.output_ids, last.accepted_tokens, last.rounds) if decided else None,
             "overlap_drafts": median([r.free_tokens_count for r in results]),
             "window_drafts": median([r.window_drafts for r in results]), "differs_at": differs_at,
@@ -287,134 +275,7 @@ def summary(e, results, baseline) -> dict:
             "prompt_rows": last.prompt_rows, "peak_memory": last.peak_memory, "drafter_error": last.drafter_error}
 
 
-def forwards(ids: list[int], accepted: int, rounds: int) -> int:
-    """The target's forwards behind its prefill: its rounds, and a step for each id that they did not make."""
-    return rounds + max(0, len(ids) - 1 - accepted - rounds)
-
-
-def pieces(result, text) -> list[list[str]]:
-    """The answer as [kind, text]: the target's "own" ids, "accepted" drafts, and "rejected" ones with all behind them,
-    where they stood; `text` decodes."""
-    found, at = [], 0
-
-    def add(kind: str, ids: list[int]) -> None:
-        before = result.output_ids[:at]
-        if added := text.decode(before + ids)[len(text.decode(before)):] if ids else "":
-            found.append([kind, added])
-
-    for right, wrong in [(0, []), *((of.accepted, of.drafts[of.accepted:]) for of in result.round_log)]:
-        add("accepted", result.output_ids[at:at + right])
-        at += right
-        add("rejected", [i for i in wrong if i >= 0] if at < len(result.output_ids) else [])
-        add("own", result.output_ids[at:at + 1])
-        at += 1
-    add("own", result.output_ids[at:])
-    return found
-
-
-def add_margins(modes: dict, verdicts: list) -> None:
-    """Where outputs part, by how much the target preferred its own id: rounding apart, or a fault?"""
-    margins = [margin for verdict in verdicts for margin in verdict.margins]
-    for of in modes.values():
-        if of["differs_at"] is not None and of["differs_at"] < len(margins):
-            of["margin"] = margins[of["differs_at"]]
-
-
-def parting(ours, theirs) -> int | None:
-    """Where two lists of ids part for the first time, None if they are equal."""
-    return None if ours == theirs else agreeing(ours, theirs)
-
-
-def median(values):
-    values = [v for v in values if v is not None]
-    return statistics.median(values) if values else None
-
-
 # ---- figures: all from the rows and the header alone -------------------------------------------------------------
-
-
-def estimate(values: list[float]) -> dict | None:
-    """{p50, low, high}: the median and its bootstrap interval of 95 %, None without values; below three of them low and
-    high are None."""
-    if not values:
-        return None
-    low, high = controls.interval(values) or (None, None)
-    return {"p50": statistics.median(values), "low": low, "high": high}
-
-
-def judged(of: dict) -> str:
-    """What a ratio shows, above 1 being faster; what differs by less than 1 % is nothing."""
-    if of["low"] is None:
-        return "too few samples to tell"
-    return ("faster" if of["low"] > 1 and of["p50"] >= 1.01 else "slower" if of["high"] < 1 and of["p50"] <= 0.99
-            else "no difference shown")
-
-
-def compare(rows) -> dict:
-    """How many (sample, mode) pairs were compared with target_only, how many are equal, where the others part.
-    target_only itself is listed only where its own repeats differ."""
-    found = [(row["id"], mode, of) for row in rows for mode, of in row["modes"].items()
-             if of["identical"] is not None and not (mode == "target_only" and of["identical"])]
-    return {"compared": len(found), "equal": sum(of["identical"] for *_, of in found), "differing": [
-        {"id": id_, "mode": mode, "position": of["differs_at"], "margin": of.get("margin")}
-        for id_, mode, of in found if not of["identical"]]}
-
-
-def per_forward(ids: int, taken: int) -> float | None:
-    return ids / taken if taken else None
-
-
-def mode_figures(rows, config: dict, identical: bool) -> dict:
-    """{mode: what its rows of the tables show}; ratios above 1 are faster, and only there if all outputs are identical.
-
-    ratio: target_only's e2e over the mode's, by sample; worst: the smallest; later_ms: by how much its first id comes
-    later than target_only's, by repeat; saved_ms: up to the first id, and behind it, by sample."""
-    figures = {}
-    for mode in config["modes"]:
-        have = [row["modes"][mode] for row in rows if mode in row["modes"]]
-        if not have:
-            continue
-        pairs = [(row["modes"]["target_only"], row["modes"][mode]) for row in rows
-                 if mode in row["modes"] and "target_only" in row["modes"]] if identical else []
-        ratios = [base["e2e_ms"] / of["e2e_ms"] for base, of in pairs]
-        later = [ours - theirs for base, of in pairs for theirs, ours in
-                 zip(base["raw"]["ttft_ms"], of["raw"]["ttft_ms"], strict=False) if None not in (theirs, ours)]
-        first = [(base["ttft_ms"] - of["ttft_ms"], base["e2e_ms"] - of["e2e_ms"]) for base, of in pairs
-                 if None not in (base["ttft_ms"], of["ttft_ms"])]
-        accept_lens, drafted = [a for of in have for a in of["accept_lens"]], sum(of["drafted"] for of in have)
-        ids, taken = sum(len(of["ids"]) for of in have), [of["forwards"] for of in have if of["forwards"] is not None]
-        reasons = collections.Counter(why_not(mode, of, config) for of in have)
-        figures[mode] = {
-            **{name: dict(zip(("p20", "p50", "p80"), quantiles(values), strict=True)) if values else None
-               for name in ("e2e_ms", "ttft_ms", "ttfp_ms", "tpot_ms")
-               for values in [[v for of in have for v in of["raw"][name] if v is not None]]},
-            "tokens": ids, "forwards": sum(taken) if taken else None,
-            "ids_a_forward": per_forward(ids - len(have), sum(taken)),
-            "ratio": estimate(ratios), "worst": min(ratios, default=None),
-            "later_ms": estimate(later) if mode != "target_only" else None,
-            "saved_ms": {"first": statistics.median(saved for saved, _ in first),
-                         "rest": statistics.median(saved - early for early, saved in first)} if first else None,
-            "drafted": drafted, "accepted": sum(accept_lens),
-            "overlap_drafts": median([of["overlap_drafts"] for of in have]),
-            "window_drafts": median([of["window_drafts"] for of in have]),
-            "accept_rate": sum(accept_lens) / drafted if drafted else None,
-            "tokens_per_round": statistics.mean(accept_lens) + 1 if drafted else None,
-            "histogram": dict(sorted(collections.Counter(accept_lens).items())) if drafted else {},
-            "why_not": "" if drafted else max(reasons, key=reasons.get)}
-    return figures
-
-
-def why_not(mode: str, of: dict, config: dict) -> str:
-    """Why the target looked at no draft of a sample in this mode."""
-    if mode in ("target_only", "drafter_only", "prefill_only"):
-        return {"drafter_only": "another answer", "prefill_only": "a preview only"}.get(mode, "")
-    if of["drafter_error"]:
-        return "drafter gave up"
-    if mode == AGAIN or mode == "speculative" and "drafter" not in config["draft_source"]:
-        return "nothing proposed"
-    if of["preview"]:
-        return "first id was wrong"
-    return "gate shut" if config["gate"] == "on" else "no draft in time"
 
 
 def stage_rows(report) -> list:
@@ -449,10 +310,9 @@ def warnings_of(figures, rows, head) -> list:
         if of["e2e_ms"]["p80"] > 1.1 * of["e2e_ms"]["p20"]:
             found.append(f"{mode}: e2e p80 is {of['e2e_ms']['p80'] / of['e2e_ms']['p20']:.2f}x p20")
         raw = [row["modes"][mode]["raw"]["e2e_ms"] for row in rows if mode in row["modes"]]
-        firsts = [times[0] / statistics.median(times[1:]) for times in raw if len(times) > 2]
-        if firsts and statistics.median(firsts) > 1.1:
-            found.append(f"{mode}: a sample's first run takes {statistics.median(firsts):.2f}x its later ones; raise "
-                         f"--warmup")
+        first = median([times[0] / statistics.median(times[1:]) for times in raw if len(times) > 2])
+        if first and first > 1.1:
+            found.append(f"{mode}: a sample's first run takes {first:.2f}x its later ones; raise --warmup")
     if facts["others_on_gpu"]:
         found.append(f"{facts['others_on_gpu']} other processes use this GPU")
     if facts.get("load", 0) > 0.5 * facts["cores"]:
@@ -487,9 +347,6 @@ def assemble(head: dict, rows: list, interrupted: bool = False) -> dict:
 # ---- the report as text, from the JSON object alone --------------------------------------------------------------
 
 WIDTH, MOST_LINES = 100, 25                                  # of the screen
-MARKS = {"accepted": ("\x01", "\x02"), "rejected": ("\x03", "\x04"), "own": ("", "")}
-PLAIN = {1: "[", 2: "]", 3: "~", 4: "~"}                     # what stands for the marks in a pipe, and on a terminal
-PAINT = {1: "\x1b[32m", 2: "\x1b[0m", 3: "\x1b[31m", 4: "\x1b[0m"}
 LEGEND = """legend   ttft: request in, files on disk, to the first answer id on the host; ttfp: the same for the preview
          tpot: (e2e - ttft) / (ids - 1); x target_only: its e2e over the mode's, paired by sample, median [95 %]
          worst: the smallest of these; later: first id after target_only's first id, paired by repeat
@@ -516,20 +373,11 @@ def columns(rows: list[list[str]]) -> list[str]:
                        row[-1]]).rstrip() for row in rows]
 
 
-def colourful() -> bool:
-    return "NO_COLOR" not in os.environ and ("FORCE_COLOR" in os.environ or sys.stdout.isatty())
-
-
 def block(name: str, text: str, most: int) -> list[str]:
     """Text under a name, on at most so many lines of the screen."""
     text = "".join(c if c.isprintable() or c in "\x01\x02\x03\x04" else " " for c in text)
     return textwrap.wrap(text, WIDTH, initial_indent=f"{name:10}", subsequent_indent=" " * 10, max_lines=most,
                          placeholder=" ..", break_on_hyphens=False) or [name]
-
-
-def marked(*found) -> str:
-    """`pieces` as one text with marks around what was drafted."""
-    return "".join(" " * text.startswith(" ") + MARKS[kind][0] + text.strip() + MARKS[kind][1] for kind, text in found)
 
 
 def screen(report, colour: bool = False) -> list[str]:
@@ -546,9 +394,9 @@ def screen(report, colour: bool = False) -> list[str]:
                                    f"{row['id'][:8]})", 2)
         lines += block("video", row["modes"].get("target_only", of)["text"], 3)
         if of["drafted"]:
-            lines += block("events" if config["draft_source"] == "drafter" else "drafts", marked(*of["pieces"]), 4)
-            lines.append(f"{'':10}" + marked(("accepted", "accepted"), ("own", " "), ("rejected", "rejected"), (
-                "own", ", the rest is the video model's own")).replace("\x02\x03", "\x02 \x03"))
+            lines += block("events" if config["draft_source"] == "drafter" else "drafts", show.marked(*of["pieces"]), 4)
+            lines.append(" " * 10 + show.marked(("accepted", "accepted"), ("rejected", " rejected"))
+                         + ", the rest is the video model's own")
         elif "speculative" in modes:
             lines.append(f"events    no draft was looked at: {modes['speculative']['why_not']}")
     differ = same["equal"] < same["compared"]
@@ -573,7 +421,7 @@ def screen(report, colour: bool = False) -> list[str]:
     last = ["more      --details: stages, ceilings, warnings; --json FILE: raw values; --explain ID: one answer"]
     if kind == "tiny" and report["machine"]["gpu"]:
         last.append("next      the same at 7B shapes: python bench.py --weights random-7b")
-    return [line.translate(PAINT if colour else PLAIN) for line in lines[:MOST_LINES - len(last)] + last]
+    return [line.translate(show.PAINT if colour else show.PLAIN) for line in lines[:MOST_LINES - len(last)] + last]
 
 
 def verdict(report) -> str:
@@ -598,13 +446,11 @@ def verdict(report) -> str:
 
 def memory_line(memory: dict) -> str:
     """What both sides allocate at most, beside what each device had free before they were loaded."""
-    parts = ("weights", "cache", "packed", "scratch")
-    need = {side: sum(of.get(part, 0) for part in parts) for side, of in memory.items()}
-    said = [f"{side} {need[side] / 1e9:.3f} GB (" + ", ".join(f"{part} {of[part] / 1e9:.3f}" for part in parts
-                                                             if part in of) + ")" for side, of in memory.items()]
-    for where, free in {of["device"]: of["free"] for of in memory.values()}.items():
-        here = sum(need[side] for side, of in memory.items() if of["device"] == where)
-        said.append(f"{where} needs {here / 1e9:.3f} of {free / 1e9:.1f} GB free")
+    parts, said = ("weights", "cache", "packed", "scratch"), []
+    for side, of in memory.items():
+        held = {part: of[part] / 1e9 for part in parts if part in of}
+        said.append(f"{side} {sum(held.values()):.3f} GB (" + ", ".join(f"{part} {gb:.3f}" for part, gb in held.items())
+                    + f") of {of['free'] / 1e9:.1f} free on {of['device']}")
     return f"memory   {' | '.join(said)}; fewer --cache-rows need less"
 
 
@@ -662,26 +508,25 @@ def details(report) -> list[str]:
     return lines + [f"warning  {warning}" for warning in report["warnings"]] + LEGEND.splitlines()
 
 
-def read_report(path: Path) -> dict:
-    """What --json wrote; InputError if it is none."""
+def read_report(path: Path, flag: str = "json", rows: list | None = None) -> dict:
+    """What --json wrote, or these rows under the header at the path; InputError if they are no report."""
     try:
-        report = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+        text = read_text(path, f"what --{flag} wrote", 1 << 32)
+        report = json.loads(text.split("\n", 1)[0])
+        report = report if rows is None else assemble(report, rows)
         screen(report), details(report)
+    except InputError:
+        raise
     except UNREADABLE as error:
-        raise InputError(f"{path}: not a saved run ({describe(error)}); wants what --json wrote") from None
+        raise InputError(f"{path}: not a saved run ({describe(error)}); wants what --{flag} wrote") from None
     return report
 
 
 def merged(paths: list[Path]) -> dict:
     """One report of the row files of several shards."""
-    head, rows = merge(paths)
-    try:
-        report = assemble({**head, "command": f"bench.py --merge of {len(paths)} row files"}, rows)
-        screen(report), details(report)
-    except UNREADABLE as error:
-        raise InputError(f"{paths[0]}: cannot be made a report ({describe(error)}); wants what --rows "
-                         f"wrote") from None
-    return report
+    took, rows = merge(paths)
+    command = f"python bench.py --merge of {len(paths)} row files"
+    return {**read_report(paths[0], "rows", rows), "command": command, "shards_s": took}
 
 
 def compare_runs(old_path: Path, new_path: Path) -> int:
@@ -712,20 +557,6 @@ def compare_runs(old_path: Path, new_path: Path) -> int:
     return int(bool(changed))
 
 
-def write_pairs(path: str, report: dict) -> None:
-    """Both models' own answers of every sample, one JSON object a line, in the schema of the recorded pairs that
-    tests/sources.py and tests/replay.py read."""
-    lines = [json.dumps({
-        "src": "headstart", "seq": row["seq"], "clip": row["clip"], "uuid": row["id"], "question": row["question"],
-        "target_input": f"video8_{report['config']['frame_rule']}", "commit": report["commit"],
-        "max_new_tokens": report["config"]["max_new_tokens"],
-        **{f"{name}_{key}": row["modes"][mode][key] for name, mode in (("eventgpt", "drafter_only"),
-                                                                       ("videollava", "target_only"))
-           for key in ("text", "ids")}}) for row in report["samples"]
-        if {"target_only", "drafter_only"} <= row["modes"].keys()]
-    replace_file(path, "".join(line + "\n" for line in lines).encode())
-
-
 # ---- one answer, id by id ----------------------------------------------------------------------------------------
 
 
@@ -745,40 +576,18 @@ def explain_page(options) -> int:
     verdicts = engine.explain(model, result)
     differs_at = None if model is e.drafter else parting(result.output_ids, alone.output_ids)
     lines = [f"explain  {LABELS.get(options.kind, 'checkpoints')} | {sample.id} | {sample.question}",
-             *explained(result, verdicts, model.text.token)]
+             *show.explained(result, verdicts, model.text.token)]
     if result.drafter_error:
         lines.append(f"warning  the drafter gave up ({result.drafter_error})")
     if model is e.target:
         lines.append("verdict  the ids are target_only's" if differs_at is None else
                      f"verdict  DIFFERENT from target_only, first at answer id {differs_at}")
     options.shown = result
-    hand_over([line.translate(PAINT if colourful() else dict.fromkeys(range(1, 5))) for line in lines],
+    hand_over([line.translate(show.PAINT if show.colourful() else dict.fromkeys(range(1, 5))) for line in lines],
               {"schema": SCHEMA, "commit": commit(), "weights": options.kind, "id": sample.id, "mode": mode,
                "question": sample.question, "ids": result.output_ids, "target_only_ids": alone.output_ids,
                "verdicts": [of._asdict() for of in verdicts]}, options)
     return int(differs_at is not None)
-
-
-def explained(result, verdicts, token) -> list[str]:
-    """A line for each id of the answer, with marks around drafts, one for the drafts behind a wrong one, and the
-    answer; `token` names an id."""
-    lines, answer = [f"{'at':>4} {'forward':>7}  {'draft':16} {'':8}  {'said':16} {'margin':>8}  runner-up"], []
-    for number, of in enumerate(verdicts):
-        drafts = [token(i) for i in of.drafts]
-        for i, (own, second, margin) in enumerate(zip(of.ids, of.second, of.margins, strict=True)):
-            kind = "own" if i >= len(drafts) else "accepted" if of.drafts[i] == own else "rejected"
-            begin, end = MARKS[kind]
-            draft = f"{drafts[i]:16} {kind:8}" if i < len(drafts) else " " * 25
-            lines.append(f"{of.first + i:4} {number:7}  {begin}{draft}{end}  {token(own):16} {margin:8.3f}  "
-                         f"{token(second)}")
-            begin, end = MARKS["accepted" if kind == "accepted" else "own"]
-            answer.append(begin + token(own).replace("\u2581", " ") + end)
-        if len(drafts) > len(of.ids):
-            lines.append(f"{'':13} behind it: {' '.join(drafts[len(of.ids):])}")
-    margins = [margin for of in verdicts for margin in of.margins]
-    return [f"mode     {result.mode}: {len(result.output_ids)} ids in {len(verdicts)} forwards, "
-            f"{result.accepted_tokens} of {result.drafted} drafts accepted; smallest margin {min(margins):.3f} at "
-            f"{margins.index(min(margins))}", *lines, "answer  " + "".join(answer)]
 
 
 # ---- main ------------------------------------------------------------------------------------------------------
@@ -873,50 +682,52 @@ def insist_writable(path, flag: str) -> None:
 
 def check(options) -> None:
     """Turns flags into values, or names the first that cannot be one."""
-    if options.question is not None and not engine.check_question(options.question).strip():
-        raise InputError("--question: is empty; leave it out to ask what the data set asks")
+    def insist(holds, line: str) -> None:
+        if not holds:
+            raise InputError(line)
+
+    insist(options.question is None or engine.check_question(options.question).strip(),
+           "--question: is empty; leave it out to ask what the data set asks")
     options.modes = [m for m in options.modes.split(",") if m]
-    if wrong := [m for m in options.modes if m not in (*MODES, AGAIN)] or [""] * (set(options.modes) <= {AGAIN}):
-        raise InputError(f"--modes: {wrong[0]!r} is not one of {', '.join(MODES)} (and {AGAIN}); pick from these")
+    insist(set(options.modes) <= {*MODES, AGAIN} and set(options.modes) & set(MODES),
+           f"--modes: {','.join(options.modes)!r} is none of {', '.join(MODES)} (and {AGAIN}); pick from these")
     engine.check_sampling(options.temperature, options.top_p, options.seed, ("--temperature", "--top-p", "--seed"))
-    if not options.temperature and (options.top_p < 1 or options.seed):
-        raise InputError("--top-p, --seed: do nothing at temperature 0, which is greedy; pass --temperature as well")
+    insist(options.temperature or options.top_p == 1 and not options.seed,
+           "--top-p, --seed: do nothing at temperature 0, which is greedy; pass --temperature as well")
     local, processes = (os.environ.get(*of) for of in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
-    if not (local.isdecimal() and processes.isdecimal()):
-        raise InputError("LOCAL_RANK, LOCAL_WORLD_SIZE: wanted whole numbers in the environment; unset them")
+    insist(local.isdecimal() and processes.isdecimal(),
+           "LOCAL_RANK, LOCAL_WORLD_SIZE: wanted whole numbers in the environment; unset them")
     if options.device is None and int(local) < torch.cuda.device_count():
         options.device = f"cuda:{local}"                     # torchrun: a GPU for each process
     if int(processes) > 1:                                   # which it starts with one CPU thread each
         torch.set_num_threads(max(1, os.cpu_count() // int(processes)))
-    options.device = engine.pick_device(options.device)
-    if options.weights and (options.eventgpt or options.videollava):
-        raise InputError("--weights: names both models; leave out --eventgpt and --videollava, or --weights")
+    options.device, options.dtype = engine.pick_device(options.device), engine.as_dtype(options.dtype)
+    insist(not options.weights or not (options.eventgpt or options.videollava),
+           "--weights: names both models; leave out --eventgpt and --videollava, or --weights")
     options.kind = options.weights or ("checkpoint" if options.eventgpt or options.videollava else "tiny")
     if options.kind == "tiny":
         options.eventgpt, options.videollava = TINY / "drafter", TINY / "target"
-        if not options.videollava.is_dir():
-            raise InputError(f"{TINY}: the embedded pair is not here; clone the repository again, or pass --eventgpt "
-                             f"and --videollava, or --weights random-7b")
+        insist(options.videollava.is_dir(), f"{TINY}: the embedded pair is not here; clone the repository again, or "
+                                            f"pass --eventgpt and --videollava, or --weights random-7b")
     elif options.kind == "random-7b":
         options.eventgpt = options.videollava = options.kind
     options.gate = options.gate or ("off" if options.kind == "tiny" else "on")
-    if options.profile and options.device.type != "cuda":
-        raise InputError("--profile: marks GPU work for nsys; run it on a GPU, or use --trace")
+    insist(not options.profile or options.device.type == "cuda",
+           "--profile: marks GPU work for nsys; run it on a GPU, or use --trace")
     options.shard = read_shard(options.shard, os.environ)
-    if options.record and not {"target_only", "drafter_only"} <= set(options.modes):
-        raise InputError("--record: needs target_only and drafter_only among --modes; add them")
-    if options.timeline and not options.timeline.lower().endswith(".png"):
-        raise InputError(f"--timeline: {options.timeline} is no PNG; name a file that ends in .png")
-    if options.resume and not options.rows:
-        raise InputError("--resume: has nothing to go on with; pass --rows as well")
+    insist(not options.record or {"target_only", "drafter_only"} <= set(options.modes),
+           "--record: needs target_only and drafter_only among --modes; add them")
+    insist(not options.timeline or options.timeline.lower().endswith(".png"),
+           f"--timeline: {options.timeline} is no PNG; name a file that ends in .png")
+    insist(options.rows or not options.resume, "--resume: has nothing to go on with; pass --rows as well")
     named = options.draft_source.split(",")
     options.kept = next((name.partition(":")[2] for name in named if name.startswith("lookup:")), "")
-    if options.kept and (options.shard[1] > 1 or options.videollava is None):
-        raise InputError(f"{options.kept}: belongs to one run of one target; leave :FILE out of --draft-source, or "
-                         f"--shard, and pass --videollava")
+    insist(not options.kept or options.shard[1] == 1 and options.videollava,
+           f"{options.kept}: belongs to one run of one target; leave :FILE out of --draft-source, or --shard, and pass "
+           f"--videollava")
     insist_writable(options.kept, "draft-source")
     model = engine.model_name(options.videollava, options.tokenizer) if options.kept else ""
-    options.source, options.dtype = [engine.source_named(name, model) for name in named], engine.as_dtype(options.dtype)
+    options.source = [engine.source_named(name, model) for name in named]
     options.dataset_dir = options.dataset_dir or TINY / "clips"
     options.ignore_eos = options.kind == "random-7b" if options.ignore_eos is None else options.ignore_eos
 
@@ -933,11 +744,6 @@ def read_shard(text: str | None, environ) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def speaks() -> bool:
-    """Of torchrun's processes one does."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def main(argv=None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")    # an answer may hold what the terminal cannot show
@@ -948,7 +754,7 @@ def main(argv=None) -> int:
         if "--debug" in words:
             raise
         stopped = isinstance(error, KeyboardInterrupt)       # before the first sample: nothing to show
-        if speaks():
+        if os.environ.get("RANK", "0") == "0":                # of torchrun's processes one speaks
             print("interrupted" if stopped else error if isinstance(error, InputError) else
                   f"out of GPU memory: {str(error).splitlines()[0]}; lower --cache-rows, or use another "
                   f"--drafter-device", file=sys.stderr)
@@ -1036,7 +842,7 @@ def load_pair(options) -> tuple[dict, engine.Engine]:
 def publish(report, options, remark: str = "") -> int:
     """Shows the report, writes what was asked for, and returns the exit code."""
     rows, identical, interrupted = report["samples"], report["identical"], report["interrupted"]
-    lines = [*screen(report, colourful()), *[remark] * bool(remark), *(details(report) if options.details else [])]
+    lines = [*screen(report, show.colourful()), *[remark] * bool(remark), *(details(report) if options.details else [])]
     if interrupted:
         lines.append(f"interrupted after {len(rows)} of {report['config']['samples']} samples")
     hand_over(lines, report, options)
@@ -1050,13 +856,13 @@ def hand_over(lines, report, options) -> None:
     """Prints the lines, or the JSON object alone, then writes what else was asked for."""
     if options.json == "-":
         print(json.dumps(report), flush=True)
-    elif speaks():
+    elif os.environ.get("RANK", "0") == "0":                 # of torchrun's processes one speaks
         print("\n".join(lines), flush=True)
     if options.json and options.json != "-":
         replace_file(options.json, json.dumps(report).encode() + b"\n")
     if options.out:
         replace_file(options.out, ("\n".join(lines) + "\n").encode())
-    for path, write in ((options.timeline, timeline.draw), (options.trace, timeline.trace)):
+    for path, write in ((options.timeline, show.draw), (options.trace, show.trace)):
         if path and getattr(options, "shown", None):
             write(options.shown, path)
 

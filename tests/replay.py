@@ -37,8 +37,10 @@ import measure
 import bench
 import engine
 from kernels.check import quantiles
-from weights import UNREADABLE, InputError, describe, replace_file, timeline
+from weights import UNREADABLE, InputError, describe, replace_file, show
 from weights.adapter import read_pairs
+from weights.files import read_json
+from weights.rows import estimate, forwards, median, per_forward
 from weights.sources import Lookup
 
 WARM_UP = 3                                                  # answers of the first stream
@@ -111,7 +113,7 @@ def choose(pairs: list[dict], most: int, shard: tuple[int, int]) -> dict[str, li
 def measured(result, base) -> dict:
     """What the table needs of a request, ms, beside target_only's of the same answer."""
     return {"e2e": result.wall_clock_time * 1e3, "ttft": result.ttft * 1e3, "ids": len(result.output_ids),
-            "forwards": bench.forwards(result.output_ids, result.accepted_tokens, result.rounds),
+            "forwards": forwards(result.output_ids, result.accepted_tokens, result.rounds),
             "overlap": result.free_tokens_count, "window": result.window_drafts,
             "preview": result.preview_end and result.preview_end * 1e3,
             "base_e2e": base.wall_clock_time * 1e3, "base_ttft": base.ttft * 1e3}
@@ -174,7 +176,7 @@ def main(argv=None) -> int:
             if options.rows:                                 # what is measured is kept
                 replace_file(options.rows, json.dumps([{**head, "sequences": len(streams)},
                                                        {name: taken[name] for name in rows}]).encode())
-    for path, write in ((options.timeline, timeline.draw), (options.trace, timeline.trace)):
+    for path, write in ((options.timeline, show.draw), (options.trace, show.trace)):
         if path:
             write(result, path)
     measure.publish(report({**head, "sequences": len(streams)}, {name: taken[name] for name in rows}), options.out)
@@ -186,12 +188,14 @@ def merged(paths: list[Path]) -> tuple[dict, dict]:
     heads, taken = [], collections.defaultdict(list)
     for path in paths:
         try:
-            head, found = json.loads(path.read_text(encoding="utf-8"))
+            head, found = read_json(path, "a shard of a replay, as --rows writes it", 1 << 32, list)
             for name, rows in found.items():
                 taken[name] += [{key: value if value is None else float(value) for key, value in row.items()}
                                 for row in rows]
             heads.append({**head, "sequences": int(head["sequences"])})
             report(heads[-1], found)
+        except InputError:
+            raise
         except UNREADABLE as error:
             raise InputError(f"{path}: not a shard of a replay ({describe(error)}); wants what --rows wrote") from None
         if {**heads[0], "sequences": 0} != {**heads[-1], "sequences": 0}:
@@ -211,12 +215,12 @@ def report(head: dict, taken: dict[str, list[dict]]) -> list[str]:
         low, mid, high = quantiles(column["e2e"])
         ratios = [base / e2e for base, e2e in zip(column["base_e2e"], column["e2e"], strict=True)]
         later = [ttft - base for ttft, base in zip(column["ttft"], column["base_ttft"], strict=True)]
-        per = bench.per_forward(sum(column["ids"]) - len(rows), sum(column["forwards"]))
+        per = per_forward(sum(column["ids"]) - len(rows), sum(column["forwards"]))
         lines.append(f"{name:26} {len(rows):7} {low:7.1f} {mid:7.1f} {high:7.1f} "
-                     f"{statistics.median(column['ttft']):7.1f} {bench.shown(bench.estimate(later), '+.2f'):>22} "
-                     f"{bench.shown(bench.estimate(ratios), '.3f'):>22} {sorted(ratios)[int(0.05 * len(ratios))]:6.3f} "
+                     f"{statistics.median(column['ttft']):7.1f} {bench.shown(estimate(later), '+.2f'):>22} "
+                     f"{bench.shown(estimate(ratios), '.3f'):>22} {sorted(ratios)[int(0.05 * len(ratios))]:6.3f} "
                      f"{bench.fmt(per, 2):>11} {statistics.median(column['window']):6.0f} "
-                     f"{statistics.median(column['overlap']):7.0f} {bench.fmt(bench.median(column['preview'])):>7}")
+                     f"{statistics.median(column['overlap']):7.0f} {bench.fmt(median(column['preview'])):>7}")
     return lines + [f"verdict  the recorded ids came out of all {sum(map(len, taken.values()))} requests",
                     "legend   ratio: above 1 is faster, paired by answer, median [95 %]; p5: 5 % of them are below",
                     "         ttft: files on disk to the first id on the host; later: less target_only's, paired",

@@ -149,9 +149,10 @@ def test_the_only_kind_of_pairs_is_taken_and_of_several_one_is_named(tmp_path):
     with pytest.raises(InputError, match="holds b, mine; name one of these"):
         adapter.read_pairs(path)
     assert adapter.read_pairs(path, "b")[0]["question"] == "one\u2028line"
-    path.write_text("")
-    with pytest.raises(InputError, match="no recorded pairs"):
-        adapter.read_pairs(path)
+    for nothing, words in (("", "wanted recorded pairs"), ("\n", "no recorded pairs")):
+        path.write_text(nothing)
+        with pytest.raises(InputError, match=words):
+            adapter.read_pairs(path)
 
 
 def test_answers_of_one_id_and_silent_drafters_are_trained_on_and_judged(tmp_path, capsys):

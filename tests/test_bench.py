@@ -21,7 +21,9 @@ import engine
 import weights.load
 from bench import AGAIN, TINY
 from engine import MODES, InputError
+from weights import show
 from weights.dataset import read_dataset
+from weights.rows import estimate, forwards, judged, mode_figures, per_forward, why_not
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIPS = TINY / "clips"
@@ -67,7 +69,7 @@ def made(ids, e2e, ttft=(10.0,), accept_lens=(), drafted=0, **more):
             **{name: statistics.median(of) if of and of[0] is not None else None for name, of in raw.items()},
             "stages_ms": {}, "drafted": drafted, "accepted": sum(accept_lens), "rounds": len(accept_lens),
             "accept_lens": list(accept_lens), "pieces": [], "overlap_drafts": 3, "window_drafts": 1,
-            "forwards": bench.forwards(ids, sum(accept_lens), len(accept_lens)), "differs_at": None, "identical": True,
+            "forwards": forwards(ids, sum(accept_lens), len(accept_lens)), "differs_at": None, "identical": True,
             "prompt_rows": {"target": 50}, "peak_memory": 1, "drafter_error": None, **more}
 
 
@@ -98,37 +100,37 @@ def three_samples():
 
 
 def test_ratio_worst_later_and_saved_are_paired_and_above_1_is_faster():
-    figures = bench.mode_figures(three_samples(), CONFIG, True)["speculative"]
+    figures = mode_figures(three_samples(), CONFIG, True)["speculative"]
     assert figures["ratio"]["p50"] == 1.0 and figures["worst"] == 0.5
     assert (figures["ratio"]["low"], figures["ratio"]["high"]) == (0.5, 2.0)
     assert figures["later_ms"]["p50"] == 2.0
     assert figures["saved_ms"] == {"first": -2.0, "rest": 2.0}       # (50 + 1, 0 + 2, -100 + 3): median 2
-    withheld = bench.mode_figures(three_samples(), CONFIG, False)["speculative"]
+    withheld = mode_figures(three_samples(), CONFIG, False)["speculative"]
     assert all(withheld[name] is None for name in ("ratio", "worst", "later_ms", "saved_ms"))
 
 
 def test_an_interval_is_given_from_three_samples_on():
-    few = bench.mode_figures(three_samples()[:2], CONFIG, True)["speculative"]["ratio"]
+    few = mode_figures(three_samples()[:2], CONFIG, True)["speculative"]["ratio"]
     assert few == {"p50": 1.5, "low": None, "high": None} and bench.shown(few) == "1.50"
-    assert bench.shown({"p50": 1.5, "low": 1.25, "high": 2.0}) == "1.50 [1.25, 2.00]" and bench.estimate([]) is None
+    assert bench.shown({"p50": 1.5, "low": 1.25, "high": 2.0}) == "1.50 [1.25, 2.00]" and estimate([]) is None
 
 
 def test_acceptance_tokens_per_round_and_ids_a_forward_are_counted_from_the_rounds():
-    figures = bench.mode_figures(three_samples(), CONFIG, True)
+    figures = mode_figures(three_samples(), CONFIG, True)
     of = figures["speculative"]
     assert of["accepted"] == 12 and of["drafted"] == 18 and of["accept_rate"] == pytest.approx(12 / 18)
     assert of["tokens_per_round"] == pytest.approx(12 / 9 + 1) and of["histogram"] == {0: 1, 1: 4, 2: 4}
     assert of["forwards"] == 9 and of["ids_a_forward"] == pytest.approx(21 / 9) and of["tokens"] == 24
     assert figures["target_only"]["forwards"] == 21 and figures["target_only"]["ids_a_forward"] == 1.0
     assert of["overlap_drafts"] == 3 and of["window_drafts"] == 1
-    assert bench.forwards(list(range(10)), 4, 1) == 1 + 4            # one verify of 4, then 4 steps
-    assert bench.forwards([7], 0, 0) == 0 and bench.per_forward(0, 0) is None
-    assert bench.forwards([1, 2, 3], 2, 1) == 1                      # it ended inside the drafts
+    assert forwards(list(range(10)), 4, 1) == 1 + 4            # one verify of 4, then 4 steps
+    assert forwards([7], 0, 0) == 0 and per_forward(0, 0) is None
+    assert forwards([1, 2, 3], 2, 1) == 1                      # it ended inside the drafts
 
 
 def test_quantiles_are_taken_over_all_repeats():
     row = rows_of({"target_only": made([1, 2], [float(v) for v in range(10, 110, 10)], [1.0] * 10)})
-    of = bench.mode_figures(row, CONFIG, True)["target_only"]
+    of = mode_figures(row, CONFIG, True)["target_only"]
     assert of["e2e_ms"] == {"p20": 30.0, "p50": 60.0, "p80": 90.0} and of["ttfp_ms"] is None
     assert of["tpot_ms"]["p50"] == 59.0
 
@@ -163,7 +165,7 @@ def test_stages_are_beside_the_ceiling():
                                       ((1.2, 0.9, 1.3), "no difference shown"), ((1.005, 1.001, 1.02), "no difference"),
                                       ((0.995, 0.98, 0.999), "no difference"), ((1.2, None, None), "too few")])
 def test_what_differs_by_less_than_1_percent_or_might_be_chance_is_nothing(of, words):
-    assert bench.judged(dict(zip(("p50", "low", "high"), of, strict=True))).startswith(words)
+    assert judged(dict(zip(("p50", "low", "high"), of, strict=True))).startswith(words)
 
 
 @pytest.mark.parametrize("mode,change,words", [
@@ -172,10 +174,10 @@ def test_what_differs_by_less_than_1_percent_or_might_be_chance_is_nothing(of, w
     ("drafter_only", {}, "another answer"), ("target_only", {}, "")])
 def test_a_row_without_drafts_says_why(mode, change, words):
     of = made([1, 2], (10.0,), **change)
-    assert bench.why_not(mode, of, CONFIG) == words
+    assert why_not(mode, of, CONFIG) == words
     if words == "no draft in time":
-        assert bench.why_not(mode, of, {**CONFIG, "gate": "on"}) == "gate shut"
-        assert bench.why_not(mode, of, {**CONFIG, "draft_source": "lookup"}) == "nothing proposed"
+        assert why_not(mode, of, {**CONFIG, "gate": "on"}) == "gate shut"
+        assert why_not(mode, of, {**CONFIG, "draft_source": "lookup"}) == "nothing proposed"
 
 
 class Words:
@@ -187,15 +189,15 @@ class Words:
 
 def test_pieces_are_the_answer_with_what_was_accepted_and_rejected():
     log = [engine.Round("head start", [2, 3, 9, 9], 2), engine.Round("", [], 0), engine.Round("drafter", [6, 7], 2)]
-    result = SimpleNamespace(output_ids=[1, 2, 3, 4, 5, 6, 7], output_text="w1 w2 w3 w4 w5 w6 w7", round_log=log)
-    found = bench.pieces(result, Words())
+    result = {"output_ids": [1, 2, 3, 4, 5, 6, 7], "round_log": log}
+    found = show.pieces(result, Words())
     assert found == [["own", "w1"], ["accepted", " w2 w3"], ["rejected", " w9 w9"], ["own", " w4"], ["own", " w5"],
                      ["accepted", " w6 w7"]]
-    text = bench.marked(*found)
-    assert text.translate(bench.PLAIN) == "w1 [w2 w3] ~w9 w9~ w4 w5 [w6 w7]"
-    assert "".join(of for kind, of in found if kind != "rejected") == result.output_text
-    result.round_log = log[:1]                                       # prefill_then_verify: then steps alone
-    assert bench.pieces(result, Words())[-1] == ["own", " w5 w6 w7"]
+    text = show.marked(*found)
+    assert text.translate(show.PLAIN) == "w1 [w2 w3] ~w9 w9~ w4 w5 [w6 w7]"
+    assert "".join(of for kind, of in found if kind != "rejected") == "w1 w2 w3 w4 w5 w6 w7"
+    result["round_log"] = log[:1]                                       # prefill_then_verify: then steps alone
+    assert show.pieces(result, Words())[-1] == ["own", " w5 w6 w7"]
 
 
 def result_of(ids, start=0.0, **more):
@@ -256,9 +258,9 @@ def test_drafts_are_told_apart_by_colour_on_a_terminal_and_by_marks_in_a_pipe(mo
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True))
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-    assert bench.colourful()
+    assert show.colourful()
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not bench.colourful()
+    assert not show.colourful()
 
 
 @pytest.mark.parametrize("e2e,words", [((50, 51, 52), "the same answers 1.96 times as fast"),

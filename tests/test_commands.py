@@ -155,7 +155,7 @@ def test_a_replay_runs_shards_and_merges(tmp_path, capsys):
     assert measure.run(replay.main, ["--merge", *shards]) == 0
     out = capsys.readouterr().out
     assert "4 recorded answers of 3 sequences" in out and "came out of all 8 requests" in out
-    assert measure.run(replay.main, ["--merge", str(path)]) == 2 and "not a shard" in capsys.readouterr().err
+    assert measure.run(replay.main, ["--merge", str(path)]) == 2 and "a shard of a replay" in capsys.readouterr().err
     for bad, words in ((["--src", "nobody"], "nobody"), (["--accept", "often"], "often"),
                        (["--accept", "0.5,1.2"], "1.2"), (["--shard", "0/9"], "--shard"),
                        (["--max-answers", "0"], "--max-answers")):

@@ -7,6 +7,7 @@ import torch
 
 import bench
 import engine
+from weights import show
 from weights.video import read_video
 
 TINY = bench.TINY
@@ -56,7 +57,7 @@ def test_a_verdict_holds_its_drafts_and_a_wrong_one_is_told_from_those_behind_it
     verdicts = engine.explain(pair.target, result)
     assert verdicts[1].drafts == drafts[1:7] and verdicts[1].ids == ids[1:5]
     assert sum(len(of.ids) - 1 for of in verdicts if of.drafts) >= result.accepted_tokens > 3
-    lines = [line.translate(bench.PLAIN) for line in bench.explained(result, verdicts, pair.target.text.token)]
+    lines = [line.translate(show.PLAIN) for line in show.explained(result, verdicts, pair.target.text.token)]
     assert [line.split()[0] for line in lines if "rejected" in line] == ["4"]
     behind = next(line for line in lines if "behind it" in line)
     assert behind.split("behind it: ")[1].split() == [pair.target.text.token(i) for i in drafts[5:7]]

@@ -41,7 +41,7 @@ from safetensors.torch import load_file, save_file
 
 from weights import controls
 from weights import sources as draft_sources
-from weights.files import InputError, brief, json_lines, read_json, refusal
+from weights.files import InputError, brief, json_lines, read_json, refusal, replace_file
 from weights.load import listed, read_header
 
 END = 2                              # end of sequence
@@ -85,6 +85,20 @@ def read_pairs(path, src: str | None = None, vocab: int = 1 << 31) -> list[dict]
     if len({row["src"] for row in rows}) > 1:
         raise refusal(path, f"holds {listed(sorted({row['src'] for row in rows}))}", "name one of these as --src")
     return sorted(rows, key=lambda r: (r["seq"], r["clip"]))
+
+
+def write_pairs(path: str, report: dict) -> None:
+    """Both models' own answers of every sample, one JSON object a line, in the schema of the recorded pairs that
+    tests/sources.py and tests/replay.py read."""
+    lines = [json.dumps({
+        "src": "headstart", "seq": row["seq"], "clip": row["clip"], "uuid": row["id"], "question": row["question"],
+        "target_input": f"video8_{report['config']['frame_rule']}", "commit": report["commit"],
+        "max_new_tokens": report["config"]["max_new_tokens"],
+        **{f"{name}_{key}": row["modes"][mode][key] for name, mode in (("eventgpt", "drafter_only"),
+                                                                       ("videollava", "target_only"))
+           for key in ("text", "ids")}}) for row in report["samples"]
+        if {"target_only", "drafter_only"} <= row["modes"].keys()]
+    replace_file(path, "".join(line + "\n" for line in lines).encode())
 
 
 def with_previous(rows) -> list[dict]:

@@ -5,7 +5,7 @@ import json
 
 from PIL import Image
 
-from weights import timeline
+from weights import show
 
 RED, WHITE = (227, 155, 59), (255, 255, 255)                 # of a filled draft; of a hollow one
 
@@ -25,7 +25,7 @@ def request(mode="speculative"):
 
 
 def test_a_bar_says_what_became_of_its_drafts():
-    found = timeline.bars(request())
+    found = show.bars(request())
     assert [of[:5] for of in found] == request()["timeline"]
     of = collections.defaultdict(list)
     for row, stage, *_, accepted in found:
@@ -33,7 +33,7 @@ def test_a_bar_says_what_became_of_its_drafts():
     assert of["target", "verify"] == [[True, True, False, False], [True, False, False]]
     assert of["target", "decode"] == [[], []] and of["host", "load"] == [[], []]
     assert of["drafter", "draft"] == [[True], [True], [False], [False], [True], [False], [False]]
-    once = timeline.bars({**request("prefill_then_verify"), "round_log": request()["round_log"][:1]})
+    once = show.bars({**request("prefill_then_verify"), "round_log": request()["round_log"][:1]})
     assert [of[5] for of in once if of[:2] == ("target", "decode")] == [[], []]
 
 
@@ -42,7 +42,7 @@ def test_a_draft_of_the_targets_own_copy_shows_what_its_round_accepted():
             ("target", "verify", 0.13, 0.15, ""), ("target", "decode", 0.15, 0.16, ""),
             ("target", "draft", 0.16, 0.17, ""), ("target", "verify", 0.17, 0.19, "")]
     log = [("self", [5, 6, 7], 2), ("", [], 0), ("self", [9], 1)]
-    found = timeline.bars({**request(), "timeline": line, "round_log": log, "draft_log": []})
+    found = show.bars({**request(), "timeline": line, "round_log": log, "draft_log": []})
     assert [of[5] for of in found] == [[], [True, True, False], [True, True, False], [], [True], [True]]
 
 
@@ -52,13 +52,13 @@ def test_a_drafter_on_its_own_device_is_right_where_the_target_took_its_draft_at
             ("target", "verify", 0.05, 0.06, ""),
             *(("drafter", "draft", i / 100, (i + 1) / 100, "") for i in range(1, 5))]
     log = [("drafter", [5, 6], 1), ("lookup", [8], 1)]               # the answer: 4 5 7 8
-    found = timeline.bars({**request(), "timeline": sorted(line, key=lambda of: of[2]), "round_log": log,
+    found = show.bars({**request(), "timeline": sorted(line, key=lambda of: of[2]), "round_log": log,
                            "draft_log": [(0, 4), (1, 5), (2, 6), (3, 7), (3, 8)]})
     assert [of[5] for of in found if of[:2] == ("drafter", "draft")] == [[True], [False], [False], [False]]
 
 
 def test_the_picture_fills_the_accepted_drafts_and_no_others(tmp_path):
-    timeline.draw(request(), tmp_path / "t.png")
+    show.draw(request(), tmp_path / "t.png")
     picture = Image.open(tmp_path / "t.png").convert("RGB")
     y = 48 + 1 * (56 + 14) + 8                               # inside the drafter's row, above the labels
 
@@ -70,7 +70,7 @@ def test_the_picture_fills_the_accepted_drafts_and_no_others(tmp_path):
 
 
 def test_the_trace_has_a_process_for_each_row_a_track_for_each_worker_and_drafts_in_args(tmp_path):
-    timeline.trace(request(), tmp_path / "t.json")
+    show.trace(request(), tmp_path / "t.json")
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     names = {(of["name"], of["pid"], of["tid"]): of["args"]["name"] for of in events if of["ph"] == "M"}
     assert {name for (kind, *_), name in names.items() if kind == "process_name"} == {"host", "drafter", "target"}

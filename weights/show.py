@@ -1,17 +1,79 @@
-"""timeline: the stages of one request as a picture, or as a trace for ui.perfetto.dev.
+"""show: one finished request for people: its answer with the drafts marked, id by id, its stages as a picture or as a
+trace for ui.perfetto.dev.
 
 A request is a mapping with timeline [(row, stage, start_s, end_s, note)] by start, round_log [(source, drafts,
 accepted)] of the target's forwards, draft_log [(place in the answer, id)] of the drafter's, mode, output_ids, ttft,
-wall_clock_time, drafted and accepted_tokens; rows are `host`, `drafter` and `target`."""
+output_text, wall_clock_time, drafted and accepted_tokens; rows are `host`, `drafter` and `target`."""
 
 import io
 import json
+import os
+import sys
 
 from weights import replace_file
 
 COLOURS = {"load": "#9aa5b1", "preprocess": "#c3cad2", "encode": "#6aa9d8", "prefill": "#2f6fa7", "draft": "#e39b3b",
            "verify": "#4d9a57", "decode": "#a9cf9f"}
 ROWS = ("host", "drafter", "target")
+MARKS = {"accepted": ("\x01", "\x02"), "rejected": ("\x03", "\x04"), "own": ("", "")}
+PLAIN = {1: "[", 2: "]", 3: "~", 4: "~"}                     # what stands for the marks in a pipe, and on a terminal
+PAINT = {1: "\x1b[32m", 2: "\x1b[0m", 3: "\x1b[31m", 4: "\x1b[0m"}
+
+
+# ---- in words --------------------------------------------------------------------------------------------------
+
+
+def colourful() -> bool:
+    return "NO_COLOR" not in os.environ and ("FORCE_COLOR" in os.environ or sys.stdout.isatty())
+
+
+def marked(*found) -> str:
+    """`pieces` as one text with marks around what was drafted."""
+    return "".join(" " * text.startswith(" ") + MARKS[kind][0] + text.strip() + MARKS[kind][1] for kind, text in found)
+
+
+def pieces(result, text) -> list[list[str]]:
+    """The answer as [kind, text]: the target's "own" ids, "accepted" drafts, and "rejected" ones with all behind them,
+    where they stood; `text` decodes."""
+    answer, found, at = result["output_ids"], [], 0
+
+    def add(kind: str, ids: list[int]) -> None:
+        if added := text.decode(answer[:at] + ids)[len(text.decode(answer[:at])):] if ids else "":
+            found.append([kind, added])
+
+    for _, drafts, right in [("", [], 0), *result["round_log"]]:
+        add("accepted", answer[at:at + right])
+        at += right
+        add("rejected", [i for i in drafts[right:] if i >= 0] if at < len(answer) else [])
+        add("own", answer[at:at + 1])
+        at += 1
+    add("own", answer[at:])
+    return found
+
+
+def explained(result, verdicts, token) -> list[str]:
+    """A line for each id of the answer, with marks around drafts, one for the drafts behind a wrong one, and the
+    answer; `token` names an id."""
+    lines, answer = [f"{'at':>4} {'forward':>7}  {'draft':16} {'':8}  {'said':16} {'margin':>8}  runner-up"], []
+    for number, of in enumerate(verdicts):
+        drafts = [token(i) for i in of.drafts]
+        for i, (own, second, margin) in enumerate(zip(of.ids, of.second, of.margins, strict=True)):
+            kind = "own" if i >= len(drafts) else "accepted" if of.drafts[i] == own else "rejected"
+            begin, end = MARKS[kind]
+            draft = f"{drafts[i]:16} {kind:8}" if i < len(drafts) else " " * 25
+            lines.append(f"{of.first + i:4} {number:7}  {begin}{draft}{end}  {token(own):16} {margin:8.3f}  "
+                         f"{token(second)}")
+            begin, end = MARKS["accepted" if kind == "accepted" else "own"]
+            answer.append(begin + token(own).replace("\u2581", " ") + end)
+        if len(drafts) > len(of.ids):
+            lines.append(f"{'':13} behind it: {' '.join(drafts[len(of.ids):])}")
+    margins = [margin for of in verdicts for margin in of.margins]
+    return [f"mode     {result['mode']}: {len(result['output_ids'])} ids in {len(verdicts)} forwards, "
+            f"{result['accepted_tokens']} of {result['drafted']} drafts accepted; smallest margin {min(margins):.3f} "
+            f"at {margins.index(min(margins))}", *lines, "answer  " + "".join(answer)]
+
+
+# ---- as a picture ------------------------------------------------------------------------------------------------
 
 
 def bars(result) -> list[tuple]:
