@@ -21,9 +21,8 @@ import triton
 import triton.language as tl
 from PIL import Image
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-RESCALE = 0.00392156862745098    # 1/255 as CLIP's preprocessor_config.json spells it; the product is taken in double
+from weights.names import CLIP_MEAN, CLIP_STD, RESCALE
+
 COLOURS = ((0, 0, 255), (255, 0, 0))    # negative blue, positive red, on white
 ONE = 1 << 22                    # what a weight of 1 is to Pillow
 SERIAL = 32_000                  # elements; torch splits the work of 32,768 and more among its own threads

@@ -91,7 +91,7 @@ def damaged(kind, raw, chance):
 def npy(folder):
     from test_media import ATTACKS, RunsCommand, check_events, npy_of_dict, npy_of_pickle, small_events
 
-    from weights.media import read_events
+    from weights.events import read_events
     sound = [npy_of_dict(small_events(12) | {"time_start": 1.0}, protocol) for protocol in (2, 3, 4, 5)]
     traps = [npy_of_dict(small_events(12) | {"n": RunsCommand(f"touch {folder / 'canary'}")}, p) for p in (2, 4)]
     traps += [npy_of_pickle(pickled) for name, (pickled, _) in ATTACKS.items() if name != "deep nesting"]
@@ -102,7 +102,7 @@ def npz(folder):
     import numpy
     from test_media import check_events, npy_of_array, npz_of, small_events
 
-    from weights.media import read_events
+    from weights.events import read_events
     rows = numpy.zeros(12, [("x", "u2"), ("y", "u2"), ("t", "i8"), ("p", "u1")])
     blobs = [npz_of(**small_events(12)), npz_of(True, **small_events(12)), npy_of_array(rows)]
     return "e.npz", blobs, lambda path: check_events(read_events(path))
@@ -111,7 +111,7 @@ def npz(folder):
 def png(folder):
     from test_media import check_image, image_bytes, some_image
 
-    from weights.media import read_image
+    from weights.video import read_image
     blobs = [image_bytes(some_image(mode, (40, 30))) for mode in ("RGB", "RGBA", "P", "L", "I;16")]
     blobs += [image_bytes(some_image("RGB", (40, 30)), "JPEG"), image_bytes(some_image("CMYK", (40, 30)), "JPEG")]
     return "i.png", blobs, lambda path: check_image(read_image(path))
@@ -121,7 +121,7 @@ def mp4(folder):
     import av
     from test_media import check_clip, clip_bytes
 
-    from weights.media import read_video
+    from weights.video import read_video
     blobs = [clip_bytes(folder, f"s{i}.{end}", 12, **more) for i, (end, more) in enumerate((
         ("mp4", {}), ("mkv", {}), ("avi", {}), ("mp4", {"options": {"movflags": "faststart"}}),
         ("mp4", {"options": {"movflags": "frag_keyframe+empty_moov"}}),

@@ -6,8 +6,7 @@ import threading
 import time
 
 import pytest
-import torch
-from common import EOS, TINY, asked, script, truth
+from common import EOS, asked, script, truth
 
 import engine
 from engine import DraftSource, Fixed, InputError, Lookup
@@ -155,26 +154,6 @@ def test_nothing_is_learnt_where_a_request_says_so(pair):
     assert source.newest(9) == []
     pair.remember(result)
     assert [list(answer) for answer in source.newest(9)] == [result.output_ids]
-
-
-# ---- the target's 4-bit copy
-
-
-@pytest.fixture(scope="module")
-def self_drafting():
-    """An engine whose target has a 4-bit copy, without a drafter."""
-    return engine.load_engine(None, TINY / "target", device="cpu", dtype=torch.float32, gate=False, self_draft=True)
-
-
-@pytest.mark.parametrize("options", [dict(), dict(ignore_eos=True), dict(temperature=3.0, seed=4)], ids=str)
-def test_the_targets_4_bit_copy_drafts_and_never_decides(self_drafting, read_once, monkeypatch, options):
-    monkeypatch.setattr(engine, "read_video", read_once)
-    for i in range(3):
-        given = asked(i) | {"event_path": None} | options
-        result = self_drafting.generate(mode="speculative", draft_source="self", **given)
-        assert result.output_ids == self_drafting.generate(mode="target_only", **given).output_ids
-        assert result.drafter_error is None and "self" in sources_of(result)
-    assert result.accepted_tokens > 0
 
 
 def test_without_a_4_bit_copy_self_is_refused_in_one_line(pair):

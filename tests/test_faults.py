@@ -261,8 +261,8 @@ def test_memory_that_runs_out_while_loading_is_one_line_with_figures_and_flag(er
             patch.setattr(engine.Workspace, "__init__", fails)
         assert bench.main(QUICK) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "GiB (weights 0.009, cache 0.002, scratch 0." in err
-    assert "GiB free" in err and "lower --cache-rows" in err
+    assert out == "" and err.count("\n") == 1 and "GB (weights 0.009, cache 0.002, scratch 0." in err
+    assert "GB free" in err and "lower --cache-rows" in err
     engine.load_engine(TINY / "drafter", TINY / "target", device="cpu")
 
 

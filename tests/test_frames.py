@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kernels import frames
-from weights.media import read_events, read_video
+from weights.events import read_events
+from weights.video import read_video
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

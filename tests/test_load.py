@@ -306,13 +306,13 @@ NORM = "model.layers.0.input_layernorm.weight"
 BAD = {     # name: (kind, shards, what goes wrong with the folder, what the line must say)
     "no config": ("llama", 0, lambda d: (d / "config.json").unlink(), ["config.json: no such file"]),
     "config not JSON": ("llama", 0, lambda d: (d / "config.json").write_text("{"), ["config.json: not JSON"]),
-    "config a list": ("llama", 0, lambda d: (d / "config.json").write_text("[1]"), ["JSON list, wanted an object"]),
-    "config not text": ("llama", 0, lambda d: (d / "config.json").write_bytes(b"\xff\xfe\x00"), ["not JSON"]),
+    "config a list": ("llama", 0, lambda d: (d / "config.json").write_text("[1]"), ["JSON list", "object"]),
+    "config not text": ("llama", 0, lambda d: (d / "config.json").write_bytes(b"\xff\xfe\x00"), ["not UTF-8"]),
     "config nested": ("llama", 0, lambda d: (d / "config.json").write_text("[" * 10 ** 6), ["not JSON"]),
     "config a pointer": ("llama", 0, lambda d: (d / "config.json").write_text("version https://git-lfs.x"),
                          ["config.json: is a Git LFS pointer"]),
     "config a folder": ("llama", 0, lambda d: [(d / "config.json").unlink(), (d / "config.json").mkdir()],
-                        ["config.json: cannot be read"]),
+                        ["config.json: is a folder"]),
     "other model": ("llama", 0, lambda d: edit_config(d, model_type="qwen2"), ["'qwen2', wanted one of video_llava"]),
     "no model_type": ("llama", 0, lambda d: edit_config(d, model_type="gone"), ["model_type is 'None', wanted"]),
     "size a string": ("llama", 0, lambda d: edit_config(d, hidden_size="16"), ["hidden_size is '16', wanted a whole"]),
@@ -339,7 +339,7 @@ BAD = {     # name: (kind, shards, what goes wrong with the folder, what the lin
     "clip weights absent": ("EventChat_llama", 0, lambda d: [edit_config(d, vision_config="gone"), edit_tensors(
         d, lambda t: [t.pop(k) for k in list(t) if "visual_tower" in k])], ["no vision tower", "hf download openai/"]),
     "no weights": ("llama", 0, lambda d: (d / ONE).unlink(), ["no weights here"]),
-    "weights a folder": ("llama", 0, lambda d: [(d / ONE).unlink(), (d / ONE).mkdir()], [ONE, "cannot be read"]),
+    "weights a folder": ("llama", 0, lambda d: [(d / ONE).unlink(), (d / ONE).mkdir()], [ONE, "is a folder"]),
     "bin only": ("llama", 0, lambda d: (d / ONE).rename(d / "pytorch_model.bin"), ["python -m weights.convert"]),
     "shards without index": ("llama", 3, lambda d: (d / INDEX).unlink(),
                              ["neither", "add the missing model.safetensors.index.json"]),
@@ -357,7 +357,7 @@ BAD = {     # name: (kind, shards, what goes wrong with the folder, what the lin
     "shard truncated": ("llama", 3, lambda d: os.truncate(d / TWO, (d / TWO).stat().st_size - 100),
                         [TWO, "truncated: wanted", "the file has"]),
     "truncated in the header": ("llama", 0, lambda d: os.truncate(d / ONE, 100), [ONE, "truncated: its header alone"]),
-    "empty": ("llama", 0, lambda d: os.truncate(d / ONE, 0), ["not a safetensors file"]),
+    "empty": ("llama", 0, lambda d: os.truncate(d / ONE, 0), ["0 bytes, wanted a safetensors file"]),
     "too long": ("llama", 0, lambda d: (d / ONE).write_bytes((d / ONE).read_bytes() + b"\0"), ["too long: wanted"]),
     "pointer": ("llama", 0, lambda d: (d / ONE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0"),
                 ["is a Git LFS pointer", "git lfs pull"]),
@@ -601,7 +601,7 @@ def test_the_command_line_ends_in_2_and_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-m", "weights.load", str(tmp_path)], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"{tmp_path}/config.json: no such file; ")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"{tmp_path}/config.json: no such file, ")
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""weights.media: real files are read right, bad files refused in one line that names them, nothing is unpickled."""
+"""weights.events, weights.video: real files are read right, bad ones refused in one line, nothing is unpickled."""
 
 import hashlib
 import io
@@ -25,7 +25,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from weights import InputError, media
+from weights import InputError, video
+from weights.events import read_events
 from weights.tiny.make_clips import write_film
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +107,7 @@ def assert_same(events, content):
 @pytest.mark.parametrize("name", SAMPLE_NAMES)
 def test_real_recordings_are_read_right(name):
     want = json.loads(needs(SAMPLES / "expected.json").read_text())["samples"][name]
-    events = media.read_events(SAMPLES / name)
+    events = read_events(SAMPLES / name)
     assert events.x.numel() == want["num_events"]
     for key, field in want["fields"].items():
         values = getattr(events, key)
@@ -117,13 +118,13 @@ def test_real_recordings_are_read_right(name):
 @pytest.mark.parametrize("name", SAMPLE_NAMES)
 def test_real_recordings_equal_the_unpickled_arrays(name):
     content = numpy.load(needs(SAMPLES / name), allow_pickle=True).item()     # these five were checked by hand
-    assert_same(media.read_events(SAMPLES / name), content)
+    assert_same(read_events(SAMPLES / name), content)
 
 
 @pytest.mark.parametrize("folder", ["davis346_traffic", "plane_sim_rgb"])
 def test_public_npz_is_read_right(folder):
     path = needs(PUBLIC / folder / "events.npz")
-    assert_same(media.read_events(path), numpy.load(path))
+    assert_same(read_events(path), numpy.load(path))
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -133,27 +134,27 @@ def test_every_pickle_protocol_is_read(tmp_path, protocol, inner):
     blob = npy_of_dict(content, protocol)
     if inner == 5:      # the dict itself pickled, without the object array around it
         blob = npy_of_pickle(pickle.dumps(content, protocol=protocol))
-    assert_same(media.read_events(saved(tmp_path, blob)), content)
+    assert_same(read_events(saved(tmp_path, blob)), content)
 
 
 def test_extra_keys_and_scalars_are_ignored(tmp_path):
     content = small_events()
     extra = {"time_start": 0.5, "time_end": numpy.float64(2.5), "duration_ms": 2**70, "num_events": numpy.int64(20),
              "note": "fish", "nested": {"a": [1, (2, 3)], 5: None}, "on": True, "names": numpy.array(["a", "b"])}
-    assert_same(media.read_events(saved(tmp_path, npy_of_dict(extra | content))), content)
+    assert_same(read_events(saved(tmp_path, npy_of_dict(extra | content))), content)
 
 
 @pytest.mark.parametrize("kind", ["u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", ">u2", ">i8"])
 def test_every_integer_type_and_byte_order_is_read(tmp_path, kind):
     content = small_events(x=kind, y=kind, t=kind, p=kind)
-    assert_same(media.read_events(saved(tmp_path, npy_of_dict(content))), content)
-    assert_same(media.read_events(saved(tmp_path, npz_of(**content), "e.npz")), content)
+    assert_same(read_events(saved(tmp_path, npy_of_dict(content))), content)
+    assert_same(read_events(saved(tmp_path, npz_of(**content), "e.npz")), content)
 
 
 @pytest.mark.parametrize("kind, p", [("u1", [0, 1, 255]), ("i1", [-1, 1, 0]), ("?", [True, False, True])])
 def test_polarity_zero_is_negative_and_anything_else_positive(tmp_path, kind, p):
     content = small_events(3) | {"p": numpy.array(p, kind)}
-    assert_same(media.read_events(saved(tmp_path, npy_of_dict(content))), content)
+    assert_same(read_events(saved(tmp_path, npy_of_dict(content))), content)
 
 
 @pytest.mark.parametrize("align", [False, True])
@@ -163,32 +164,32 @@ def test_structured_array_is_read(tmp_path, align):
     rows = numpy.zeros(50, fields)
     for key in "xytp":
         rows[key] = content[key]
-    assert_same(media.read_events(saved(tmp_path, npy_of_array(rows))), content)
+    assert_same(read_events(saved(tmp_path, npy_of_array(rows))), content)
 
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_npz_stored_and_deflated_are_read(tmp_path, compressed):
     content = small_events(200)
     blob = npz_of(compressed, width=numpy.int64(32), label=numpy.array(["car"]), **content)
-    assert_same(media.read_events(saved(tmp_path, blob, "e.npz")), content)
+    assert_same(read_events(saved(tmp_path, blob, "e.npz")), content)
 
 
 def test_file_order_is_kept_when_time_runs_backwards(tmp_path):
     content = small_events()
     content["t"] = content["t"][::-1].copy()
-    assert_same(media.read_events(saved(tmp_path, npy_of_dict(content))), content)
+    assert_same(read_events(saved(tmp_path, npy_of_dict(content))), content)
 
 
 def test_canvas_limit_is_the_callers(tmp_path):
     path = saved(tmp_path, npy_of_dict(small_events() | {"x": numpy.arange(5000, 5020)}))
-    refused(media.read_events, path, ["5019", "4096 x 4096"])
-    assert media.read_events(path, max_canvas=(24, 5020)).x.max() == 5019
-    refused(lambda p: media.read_events(p, max_canvas=(24, 5019)), path, ["5019 x 24"])
+    refused(read_events, path, ["5019", "4096 x 4096"])
+    assert read_events(path, max_canvas=(24, 5020)).x.max() == 5019
+    refused(lambda p: read_events(p, max_canvas=(24, 5019)), path, ["5019 x 24"])
 
 
 def test_strings_work_as_paths(tmp_path):
     path = saved(tmp_path, npy_of_dict(small_events()))
-    assert torch.equal(media.read_events(str(path)).x, media.read_events(path).x)
+    assert torch.equal(read_events(str(path)).x, read_events(path).x)
 
 
 # ---- events: files that attack ---------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def test_pickle_that_runs_a_command_is_refused_by_name_and_not_run(tmp_path):
     canary = tmp_path / "canary"
     content = small_events() | {"note": RunsCommand(f"touch {canary}")}
     blob = npy_of_dict(content)
-    message = refused(media.read_events, saved(tmp_path, blob), [f"{os.system.__module__}.system", "refused"])
+    message = refused(read_events, saved(tmp_path, blob), [f"{os.system.__module__}.system", "refused"])
     assert "allow_pickle" not in message
     assert not canary.exists()
     numpy.load(io.BytesIO(blob), allow_pickle=True)      # the trap is armed: upstream's loader does run it
@@ -239,7 +240,7 @@ ATTACKS = {
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_hostile_pickles_are_refused(tmp_path, attack):
     pickled, words = ATTACKS[attack]
-    refused(media.read_events, saved(tmp_path, npy_of_pickle(pickled)), words)
+    refused(read_events, saved(tmp_path, npy_of_pickle(pickled)), words)
 
 
 def test_memory_bombs_stay_small(tmp_path):
@@ -247,11 +248,11 @@ def test_memory_bombs_stay_small(tmp_path):
     for number, (pickled, _) in enumerate(ATTACKS.values()):
         saved(tmp_path, npy_of_pickle(pickled), f"{number}.npy")
     script = (
-        "import sys\nfrom weights import InputError, media\n"
+        "import sys\nfrom weights import InputError\nfrom weights.events import read_events\n"
         "def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
         "before = peak()\n"                 # not ru_maxrss, which starts at the parent's and hides a growth
         "for number in range(int(sys.argv[2])):\n"
-        "    try: media.read_events(f'{sys.argv[1]}/{number}.npy')\n"
+        "    try: read_events(f'{sys.argv[1]}/{number}.npy')\n"
         "    except InputError: pass\n"
         "print(peak() - before)\n")
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(len(ATTACKS))], cwd=ROOT,
@@ -328,10 +329,10 @@ BAD_EVENTS = {     # name: (file content, words of the message)
 @pytest.mark.parametrize("name", BAD_EVENTS)
 def test_bad_event_files_are_refused_in_one_line(tmp_path, name):
     blob, words = BAD_EVENTS[name]
-    refused(media.read_events, saved(tmp_path, blob), words)
+    refused(read_events, saved(tmp_path, blob), words)
 
 
-READERS = [(media.read_events, "e.npy"), (media.read_image, "e.png"), (media.read_video, "e.mp4")]
+READERS = [(read_events, "e.npy"), (video.read_image, "e.png"), (video.read_video, "e.mp4")]
 
 
 @pytest.mark.parametrize("read, name", READERS)
@@ -364,14 +365,14 @@ def test_file_beyond_the_limit_is_refused_unread(tmp_path):
     path = tmp_path / "big.npy"
     with open(path, "wb") as file:
         file.truncate(2**31)      # sparse: 2 GB that take no room
-    refused(media.read_events, path, ["2147483648 bytes", "limit"])
+    refused(read_events, path, ["2147483648 bytes", "limit"])
 
 
 def test_npz_that_unpacks_beyond_the_limit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(media, "MAX_EVENT_BYTES", 100_000)
+    monkeypatch.setattr("weights.events.MAX_EVENT_BYTES", 100_000)
     blob = npz_of(compressed=True, **{key: numpy.zeros(50_000, "u2") for key in "xytp"})
     assert len(blob) < 100_000
-    refused(media.read_events, saved(tmp_path, blob, "e.npz"), ["unpacks to more than 100000"])
+    refused(read_events, saved(tmp_path, blob, "e.npz"), ["unpacks to more than 100000"])
 
 
 # ---- damage at random ------------------------------------------------------------------------------------------------
@@ -432,14 +433,14 @@ def check_clip(clip):
 
 def test_damaged_event_pickles_only_raise_input_error(tmp_path):
     blobs = [npy_of_dict(small_events(12) | {"time_start": numpy.float64(1)}, protocol) for protocol in (2, 3, 4, 5)]
-    good, bad = survive(media.read_events, blobs, tmp_path, ".npy", 500, check_events)
+    good, bad = survive(read_events, blobs, tmp_path, ".npy", 500, check_events)
     assert good >= 10 and bad >= 100      # both sides of the reader were reached
 
 
 def test_damaged_structured_arrays_and_npz_only_raise_input_error(tmp_path):
     rows = numpy.zeros(12, [("x", "u2"), ("y", "u2"), ("t", "i8"), ("p", "u1")])
     blobs = [npz_of(**small_events(12)), npz_of(True, **small_events(12)), npy_of_array(rows)]
-    good, bad = survive(media.read_events, blobs, tmp_path, ".npz", 400, check_events)
+    good, bad = survive(read_events, blobs, tmp_path, ".npz", 400, check_events)
     assert good >= 10 and bad >= 100
 
 
@@ -447,19 +448,19 @@ def test_damaged_images_only_raise_input_error(tmp_path):
     pixels = numpy.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype("u1")
     blobs = [image_bytes(Image.fromarray(pixels), kind) for kind in ("PNG", "JPEG")]
     blobs.append(image_bytes(Image.fromarray(pixels).convert("P"), "PNG"))
-    good, bad = survive(media.read_image, blobs, tmp_path, ".png", 400, check_image)
+    good, bad = survive(video.read_image, blobs, tmp_path, ".png", 400, check_image)
     assert good >= 10 and bad >= 50
 
 
 def test_damaged_h264_only_raises_input_error(tmp_path):
     paths = [film(tmp_path, name, 1, keyframe=6) for name in ("a.mp4", "b.mkv")]
-    good, bad = survive(media.read_video, [path.read_bytes() for path in paths], tmp_path, ".mp4", 160, check_clip)
+    good, bad = survive(video.read_video, [path.read_bytes() for path in paths], tmp_path, ".mp4", 160, check_clip)
     assert good >= 10 and bad >= 10
 
 
 def test_damaged_videos_only_raise_input_error(tmp_path):
     blobs = [clip_bytes(tmp_path, "a.mp4", 12), clip_bytes(tmp_path, "b.mkv", 12), clip_bytes(tmp_path, "c.avi", 12)]
-    good, bad = survive(media.read_video, blobs, tmp_path, ".mp4", 120, check_clip)
+    good, bad = survive(video.read_video, blobs, tmp_path, ".mp4", 120, check_clip)
     assert good >= 10 and bad >= 10
 
 
@@ -483,7 +484,7 @@ def some_image(mode, size=(31, 17)):
 def test_images_equal_pillows_rgb(tmp_path, mode, kind):
     path = saved(tmp_path, image_bytes(some_image(mode), kind), "a.png")
     wanted = numpy.asarray(Image.open(path).convert("RGB"))
-    frame = media.read_images([path])[0]
+    frame = video.read_images([path])[0]
     assert frame.dtype == torch.uint8 and numpy.array_equal(frame.numpy(), wanted)
 
 
@@ -491,12 +492,12 @@ def test_exif_rotation_is_not_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6       # turn by a quarter
     path = saved(tmp_path, image_bytes(some_image("RGB"), "JPEG", exif=exif), "a.jpg")
-    assert media.read_image(path).shape == (17, 31, 3)
+    assert video.read_image(path).shape == (17, 31, 3)
 
 
 def test_several_images_keep_their_order(tmp_path):
     paths = [saved(tmp_path, image_bytes(Image.new("RGB", (3 + i, 2), (i, 0, 0))), f"{i}.png") for i in range(4)]
-    assert [(f.shape[1], f[0, 0, 0].item()) for f in media.read_images(paths)] == [(3, 0), (4, 1), (5, 2), (6, 3)]
+    assert [(f.shape[1], f[0, 0, 0].item()) for f in video.read_images(paths)] == [(3, 0), (4, 1), (5, 2), (6, 3)]
 
 
 def png_claiming(width, height):
@@ -527,12 +528,12 @@ def test_bad_images_are_refused_in_one_line(tmp_path, name):
     blob, words = BAD_IMAGES[name]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        refused(media.read_image, saved(tmp_path, blob, "a.png"), words)
+        refused(video.read_image, saved(tmp_path, blob, "a.png"), words)
 
 
 def test_one_by_one_image_is_read(tmp_path):
     path = saved(tmp_path, image_bytes(Image.new("RGB", (1, 1), (7, 8, 9))))
-    assert media.read_image(path).tolist() == [[[7, 8, 9]]]
+    assert video.read_image(path).tolist() == [[[7, 8, 9]]]
 
 
 # ---- video -----------------------------------------------------------------------------------------------------------
@@ -571,7 +572,7 @@ def every_frame(path):
 
 def test_frames_equal_the_recorded_bytes():
     want = json.loads(needs(PREPROCESS / "expected.json").read_text())
-    frames = media.read_video(PREPROCESS / want["video"])
+    frames = video.read_video(PREPROCESS / want["video"])
     hashes = [hashlib.sha256(frame.numpy().tobytes()).hexdigest() for frame in frames]
     assert hashes == want["decoded"]["sha256_per_frame_uint8_HWC"]
     stored = load_file(PREPROCESS / "expected.safetensors")
@@ -582,7 +583,7 @@ def test_frames_equal_the_recorded_bytes():
     (25, [0, 3, 6, 9, 12, 15, 18, 21]), (100, [0, 12, 25, 37, 50, 62, 75, 87]),
     (250, [0, 31, 62, 93, 125, 156, 187, 218]), (4, [0, 0, 1, 1, 2, 2, 3, 3]), (1, [0] * 8)])
 def test_uniform_indices_are_upstreams(total, indices):
-    assert media.sample_indices(total, 8) == indices
+    assert video.sample_indices(total, 8) == indices
     assert [int(i) for i in numpy.arange(0, total, total / 8)] == indices
 
 
@@ -597,36 +598,72 @@ def test_every_container_gives_the_frames_by_index(tmp_path, name, codec, rule):
     path = clip(tmp_path, name, 21, codec=codec, options=options)
     frames = every_frame(path)
     assert len(frames) == 21
-    read = media.read_video(path, 8, rule)
-    for index, frame in zip(media.sample_indices(21, 8, rule), read, strict=True):
+    read = video.read_video(path, 8, rule)
+    for index, frame in zip(video.sample_indices(21, 8, rule), read, strict=True):
         assert torch.equal(frame, frames[index]), index
 
 
-def test_header_that_announces_too_many_frames_is_corrected_by_decoding(tmp_path):
-    path = clip(tmp_path, "a.avi", 21)
-    blob = bytearray(path.read_bytes())
+def avi_saying(folder, count, index, codec="mpeg4", pixel_format="yuv420p"):
+    """An avi of 21 frames whose header says `count`, with or without its index."""
+    blob = bytearray(clip_bytes(folder, "plain.avi", 21, codec=codec, pixel_format=pixel_format))
     for tag, offset in ((b"avih", 24), (b"strh", 40)):       # dwTotalFrames and the stream's dwLength
         at = blob.index(tag) + offset
         assert struct.unpack_from("<I", blob, at) == (21,)
-        struct.pack_into("<I", blob, at, 900)
-    cut = blob.index(b"idx1")
-    lying = saved(tmp_path, bytes(blob[:cut]), "lying.avi")
-    with av.open(str(lying)) as container:
-        announced = container.streams.video[0].frames
-    assert announced == 900
+        struct.pack_into("<I", blob, at, count)
+    return saved(folder, bytes(blob if index else blob[:blob.index(b"idx1")]), "lying.avi")
+
+
+@pytest.mark.parametrize("codec, pixel_format", [("mpeg4", "yuv420p"), ("mjpeg", "yuvj420p")])
+@pytest.mark.parametrize("count, index", [(900, False), (1, True), (6, True), (6, False), (0, True)])
+def test_the_count_of_an_avi_header_is_a_claim(tmp_path, count, index, codec, pixel_format):
+    lying = avi_saying(tmp_path, count, index, codec, pixel_format)
+    frames = every_frame(tmp_path / "plain.avi")
+    assert len(frames) == 21
+    for number, frame in zip(video.sample_indices(21, 8), video.read_video(lying), strict=True):
+        assert torch.equal(frame, frames[number]), number
+
+
+@pytest.mark.parametrize("movflags", ["frag_keyframe", "frag_keyframe+delay_moov", "frag_keyframe+default_base_moof",
+                                      "frag_keyframe+empty_moov"])
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_all_fragments_of_an_mp4_are_counted(tmp_path, movflags, codec):
+    """Its header counts the first fragment alone, or nothing."""
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV cannot write {codec}")
+    path = clip(tmp_path, "a.mp4", 40, codec=codec, options={"movflags": movflags})
     frames = every_frame(path)
-    for index, frame in zip(media.sample_indices(21, 8), media.read_video(lying), strict=True):
-        assert torch.equal(frame, frames[index]), index
+    assert len(frames) == 40
+    for number, frame in zip(video.sample_indices(40, 8), video.read_video(path), strict=True):
+        assert torch.equal(frame, frames[number]), number
 
 
 def test_packets_that_show_no_picture_are_not_counted(tmp_path, monkeypatch):
-    """webm has no count, and its packets may outnumber its frames: the estimate is off, the frames are right."""
+    """A webm's packets may outnumber its frames: the estimate is off, the frames are right."""
     path = clip(tmp_path, "a.mkv", 21)
-    frames, count = every_frame(path), media.announced_frames
-    monkeypatch.setattr(media, "announced_frames", lambda p: (count(p)[0] + 11, False))
-    assert count(path) == (21, False)
-    for index, frame in zip(media.sample_indices(21, 8), media.read_video(path), strict=True):
+    frames, held = every_frame(path), video.held_packets
+    monkeypatch.setattr(video, "held_packets", lambda *a: (lambda packets, total: (packets, total + 11))(*held(*a)))
+    for index, frame in zip(video.sample_indices(21, 8), video.read_video(path), strict=True):
         assert torch.equal(frame, frames[index]), index
+
+
+def test_a_cover_beside_the_film_is_not_the_film(tmp_path):
+    path = clip(tmp_path, "a.mp4", 21)
+    cover = image_bytes(some_image("RGB"), "PNG")
+    with av.open(str(path)) as given, av.open(str(tmp_path / "b.mp4"), "w") as out:
+        film = out.add_stream_from_template(given.streams.video[0])
+        picture = out.add_stream("png")
+        picture.width, picture.height, picture.pix_fmt = 24, 16, "rgb24"
+        picture.disposition = av.stream.Disposition.attached_pic
+        out.start_encoding()
+        packet = av.Packet(cover)
+        packet.stream = picture
+        out.mux(packet)
+        for packet in given.demux(video=0):
+            if packet.size:
+                packet.stream = film
+                out.mux(packet)
+    for index, frame in zip(video.sample_indices(21, 8), video.read_video(tmp_path / "b.mp4"), strict=True):
+        assert torch.equal(frame, every_frame(path)[index])
 
 
 @pytest.mark.parametrize("total, rule, numbers", [(1, "uniform", [0] * 8), (7, "uniform", [0, 0, 1, 2, 3, 4, 5, 6]),
@@ -635,30 +672,30 @@ def test_short_clips_repeat_frames_by_index(tmp_path, total, rule, numbers):
     path = clip(tmp_path, "a.mp4", total)
     frames = every_frame(path)
     assert len(frames) == total
-    for index, frame in zip(numbers, media.read_video(path, 8, rule), strict=True):
+    for index, frame in zip(numbers, video.read_video(path, 8, rule), strict=True):
         assert torch.equal(frame, frames[index]), index
 
 
 @pytest.mark.parametrize("size", [(50, 38), (346, 260), (16, 16)])
 def test_padded_rows_are_unpadded(tmp_path, size):
     path = clip(tmp_path, "a.mp4", 3, size=size)
-    frame = media.read_video(path, 1)[0]
+    frame = video.read_video(path, 1)[0]
     assert frame.shape == (size[1], size[0], 3) and frame.is_contiguous()
     assert torch.equal(frame, every_frame(path)[0])
 
 
 def test_frames_outlive_their_container(tmp_path):
     path = clip(tmp_path, "a.mp4", 9)
-    first = media.read_video(path)
+    first = video.read_video(path)
     copies = [frame.clone() for frame in first]
     for _ in range(5):
-        media.read_video(path)
+        video.read_video(path)
     assert all(torch.equal(a, b) for a, b in zip(first, copies, strict=True))
 
 
 def test_nothing_is_decoded_past_the_last_frame_needed(tmp_path):
     path = clip(tmp_path, "a.mp4", 40)
-    _, decoded = media.decode_frames(path, [0, 3], stop_early=True)
+    _, decoded = video.decode_frames(path, [0, 3], True, video.rgb_tensor)
     assert decoded == 4
 
 
@@ -666,14 +703,14 @@ def test_ten_bit_and_grey_become_rgb_as_upstream_converts_them(tmp_path):
     for codec, pixel_format in (("ffv1", "gray"), ("ffv1", "yuv420p10le"), ("ffv1", "bgra")):
         path = clip(tmp_path, f"{pixel_format}.mkv", 3, codec=codec, pixel_format=pixel_format)
         frames = every_frame(path)
-        for index, frame in zip(media.sample_indices(3, 8), media.read_video(path), strict=True):
+        for index, frame in zip(video.sample_indices(3, 8), video.read_video(path), strict=True):
             assert torch.equal(frame, frames[index]), pixel_format
 
 
 def test_calls_on_several_threads_give_the_same_frames(tmp_path):
     path = clip(tmp_path, "a.mp4", 30)
-    wanted, found = media.read_video(path), {}
-    threads = [threading.Thread(target=lambda i=i: found.update({i: media.read_video(path)})) for i in range(4)]
+    wanted, found = video.read_video(path), {}
+    threads = [threading.Thread(target=lambda i=i: found.update({i: video.read_video(path)})) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -693,7 +730,7 @@ def test_invalid_metadata_is_ignored(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"TITLETITLE", b"\xff\xfe\xff\xfe\xff\xfe\xff\xfe\xff\xfe"))
     with pytest.raises(UnicodeDecodeError):
         av.open(str(path))
-    assert len(media.read_video(path)) == 8
+    assert len(video.read_video(path)) == 8
 
 
 def truncated_faststart(folder):
@@ -761,30 +798,31 @@ BAD_VIDEOS = {
 @pytest.mark.parametrize("name", BAD_VIDEOS)
 def test_bad_videos_are_refused_in_one_line(tmp_path, name):
     make, words = BAD_VIDEOS[name]
-    message = refused(media.read_video, saved(tmp_path, make(tmp_path), "bad.mp4"), words)
+    message = refused(video.read_video, saved(tmp_path, make(tmp_path), "bad.mp4"), words)
     assert "avcodec" not in message and "Errno" not in message
 
 
 def test_oversized_videos_are_refused(tmp_path, monkeypatch):
     path = clip(tmp_path, "a.mp4", 9)
-    monkeypatch.setattr(media, "MAX_VIDEO_FRAMES", 8)
-    refused(media.read_video, path, ["more than 8 frames", "cut"])
-    refused(media.read_video, clip(tmp_path, "a.mkv", 9), ["more than 8 frames"])
-    assert len(media.read_video(path, 4, "first")) == 4
-    monkeypatch.setattr(media, "MAX_VIDEO_PIXELS", 64 * 48 - 1)
-    refused(media.read_video, path, ["64 x 48"])
+    monkeypatch.setattr(video, "MAX_VIDEO_FRAMES", 8)
+    refused(video.read_video, path, ["more than 8 frames", "cut"])
+    refused(video.read_video, clip(tmp_path, "a.mkv", 9), ["more than 8 frames"])
+    assert len(video.read_video(path, 4, "first")) == 4
+    monkeypatch.undo()
+    monkeypatch.setattr(video, "MAX_VIDEO_PIXELS", 64 * 48 - 1)
+    refused(video.read_video, path, ["64 x 48"])
 
 
 def test_file_that_vanishes_while_reading_is_an_input_error(tmp_path, monkeypatch):
     path = clip(tmp_path, "a.mp4", 9)
-    decode = media.decode_frames
-    monkeypatch.setattr(media, "decode_frames", lambda *a, **k: (path.unlink(), decode(*a, **k)))
-    refused(media.read_video, path, ["no such file"])
+    decode = video.decode_frames
+    monkeypatch.setattr(video, "decode_frames", lambda *a, **k: (path.unlink(), decode(*a, **k)))
+    refused(video.read_video, path, ["no such file"])
 
 
 def test_wrong_rule_is_a_value_error_of_the_caller(tmp_path):
     with pytest.raises(ValueError, match="uniform"):
-        media.read_video(tmp_path / "a.mp4", rule="last")
+        video.read_video(tmp_path / "a.mp4", rule="last")
 
 
 # ---- video, the quick way: packets first, then only the frames that are wanted ---------------------------------------
@@ -802,11 +840,18 @@ def assert_frames_of_the_plain_way(path, nums=(8, 1, 5)):
     """What read_video gives is, frame by frame, what decoding everything and counting gives. Returns all frames."""
     every = every_frame(path)
     for num_frames in nums:
-        read = media.read_video(path, num_frames)
-        counted = media.counted_frames(path, num_frames, "uniform")
-        for index, a, b in zip(media.sample_indices(len(every), num_frames), read, counted, strict=True):
-            assert torch.equal(a, every[index]) and torch.equal(b, every[index]), (num_frames, index)
+        for index, frame in zip(video.sample_indices(len(every), num_frames), video.read_video(path, num_frames),
+                                strict=True):
+            assert torch.equal(frame, every[index]), (num_frames, index)
     return every
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The calls of `decode_frames`, which decodes all and counts."""
+    calls, decode = [], video.decode_frames
+    monkeypatch.setattr(video, "decode_frames", lambda *a, **k: calls.append(a) or decode(*a, **k))
+    return calls
 
 
 def uneven(number):
@@ -829,33 +874,33 @@ PLANNED = {     # name: (file name, options of write_film)
     "shorter than eight frames": ("a.mp4", {"seconds": 0.2}),
     "main profile": ("a.mp4", {"keyframe": 10, "profile": "main"}),
     "4:4:4": ("a.mp4", {"keyframe": 10, "pixel_format": "yuv444p"}),
+    "fields": ("a.mp4", {"keyframe": 8, "x264-params": "sliced-threads=0:interlaced=1"}),
+    "one IDR, then moving refresh": ("a.mp4", {"keyframe": 8, "x264-params": "sliced-threads=0:intra-refresh=1"}),
 }
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("name", PLANNED)
-def test_planned_frames_equal_the_plain_way(tmp_path, monkeypatch, name, threads):
+def test_planned_frames_equal_the_plain_way(tmp_path, monkeypatch, counted, name, threads):
     file_name, options = PLANNED[name]
     path = film(tmp_path, file_name, **options)
-    monkeypatch.setattr(media, "cores", lambda: threads)
-    assert media.planned_frames(path, 8) is not None
+    monkeypatch.setattr(video, "cores", lambda: threads)
     every = assert_frames_of_the_plain_way(path)
-    assert len(every) == (5 if "shorter" in name else 60)
+    assert len(every) == (5 if "shorter" in name else 60) and not counted
 
 
 def test_frames_nobody_needs_are_not_decoded(tmp_path):
     path = film(tmp_path, "a.mp4", keyframe=10)
-    container, stream, _ = media.open_video(path)
+    container, stream, codec = video.open_video(path)
     with container:
-        runs, order = media.plan([p for p in container.demux(stream) if p.size], stream, 3)
-    assert order == sorted(order) and len(order) == 3 and [len(wanted) for _, wanted in runs] == [1, 1, 1]
-    assert sum(len(packets) for packets, _ in runs) == 3      # frames 0, 20 and 40 begin their groups
-    packets, _ = runs[1]
-    assert packets[0].is_keyframe
+        runs, order = video.plan(video.held_packets(container, stream, codec)[0], stream, 3)
+    assert order == sorted(order) and len(order) == 3
+    assert [len(run) for run in runs] == [1, 1, 1]            # frames 0, 20 and 40 begin their groups
+    assert runs[1][0].is_keyframe
 
 
 @pytest.mark.parametrize("color_range, colorspace", [(1, 1), (2, 5), (1, 9)])
-def test_colours_that_only_the_container_names_reach_every_decoder(tmp_path, color_range, colorspace):
+def test_colours_that_only_the_container_names_reach_every_decoder(tmp_path, counted, color_range, colorspace):
     """A box beside the stream says how its numbers become colours, and each group of pictures has its own decoder."""
     plain = film(tmp_path, "plain.mp4", keyframe=10)
     with av.open(str(plain)) as given, av.open(str(tmp_path / "said.mp4"), "w") as out:
@@ -866,8 +911,8 @@ def test_colours_that_only_the_container_names_reach_every_decoder(tmp_path, col
             if packet.size:
                 packet.stream = stream
                 out.mux(packet)
-    assert media.planned_frames(tmp_path / "said.mp4", 8) is not None
     said = assert_frames_of_the_plain_way(tmp_path / "said.mp4")
+    assert not counted
     assert any(not torch.equal(a, b) for a, b in zip(said, every_frame(plain), strict=True))
 
 
@@ -875,7 +920,7 @@ def test_colours_that_only_the_container_names_reach_every_decoder(tmp_path, col
                                                    ("counted.webm", {"codec": "libvpx-vp9", "cpu-used": "8"}, 1)])
 def test_the_caller_hears_when_ffmpegs_threads_take_over_for_long(tmp_path, name, options, called):
     heard = []
-    media.read_video(film(tmp_path, name, seconds=1.0, **options), decoding=lambda: heard.append(1))
+    video.read_video(film(tmp_path, name, seconds=1.0, **options), decoding=lambda: heard.append(1))
     assert len(heard) == called
 
 
@@ -884,32 +929,21 @@ UNPLANNED = {     # name: (file name, options, where the plain way decodes what)
     "mpeg4": ("a.mp4", {"codec": "mpeg4", "keyframe": 8}),
     "avi, without time stamps": ("a.avi", {"keyframe": 8, "bf": "0"}),
     "avi, without time stamps, B-frames": ("a.avi", {"keyframe": 8, "bf": "2"}),
-    "fields": ("a.mp4", {"keyframe": 8, "x264-params": "sliced-threads=0:interlaced=1"}),
     "edit list": ("a.mp4", {"keyframe": 8, "pts": lambda number: number - 5}),
 }
 
 
 @pytest.mark.parametrize("name", UNPLANNED)
-def test_where_a_plan_would_be_in_doubt_the_frames_are_counted(tmp_path, monkeypatch, name):
+def test_where_a_plan_would_be_in_doubt_the_frames_are_counted(tmp_path, counted, name):
     file_name, options = UNPLANNED[name]
     path = film(tmp_path, file_name, **options)
-    assert media.planned_frames(path, 8) is None
-    decoded, decode = [], media.decode_frames
-    monkeypatch.setattr(media, "decode_frames", lambda *a, **k: decoded.append(a) or decode(*a, **k))
-    read = media.read_video(path)
-    assert decoded
-    with av.open(str(path)) as container:        # upstream's own recipe, spelt out
-        total = container.streams.video[0].frames
-    every = every_frame(path)
-    indices = media.sample_indices(total or len(every), 8)
-    if indices[-1] >= len(every):
-        indices = media.sample_indices(len(every), 8)
-    assert all(torch.equal(a, every[index]) for a, index in zip(read, indices, strict=True))
+    assert_frames_of_the_plain_way(path)
+    assert counted
 
 
-def fake_packet(pts, **flags):
-    packet = {"pts": pts, "is_corrupt": False, "is_discard": False, "has_sidedata": lambda _: False} | flags
-    return SimpleNamespace(**packet)
+def fake_packet(pts, flags):
+    packet = {"pts": pts, "is_corrupt": False, "is_discard": False, "has_sidedata": lambda _: False}
+    return SimpleNamespace(**packet | flags)
 
 
 DOUBTS = {     # name: (pts in decoding order, numbers of the IDR packets, header count, flags of packet 3)
@@ -919,31 +953,34 @@ DOUBTS = {     # name: (pts in decoding order, numbers of the IDR packets, heade
     "header counts fewer": ([0, 2, 1, 3, 4], {0}, 4, {}),
     "begins inside a group": ([0, 2, 1, 3, 4], {3}, 5, {}),
     "no keyframe": ([0, 2, 1, 3, 4], set(), 5, {}),
-    "a keyframe shown too early": ([0, 2, 4, 3, 5], {0, 3}, 5, {}),
-    "a frame after a keyframe shown before it": ([0, 1, 2, 4, 3], {0, 3}, 5, {}),
     "reordered deeper than the decoder expects": ([0, 5, 4, 3, 2, 1], {0}, 6, {}),
     "ends inside a packet": ([0, 2, 1, 3, 4], {0}, 5, {"is_corrupt": True}),
     "cut away by an edit list": ([0, 2, 1, 3, 4], {0}, 5, {"is_discard": True}),
     "new parameters on the way": ([0, 2, 1, 3, 4], {0}, 5, {"has_sidedata": lambda kind: kind == "new_extradata"}),
-    "a packet of two pictures": ([0, 2, 1, 3, 4], {0}, 5, {"picture": None}),
+    "a packet without a picture": ([0, 2, 1, 3, 4], {0}, 5, {"slice": 0}),
 }
 
 
 def plan_of_fakes(monkeypatch, times, idr, header_count, flags, depth=2):
-    packets = [fake_packet(pts, **(flags if number == 3 else {})) for number, pts in enumerate(times)]
-    pictures = {id(packet): getattr(packet, "picture", media.Picture(number in idr, True))
-                for number, packet in enumerate(packets)}
-    monkeypatch.setattr(media, "avcc_length_bytes", lambda stream: 4)
-    monkeypatch.setattr(media, "picture_of", lambda packet, length_bytes: pictures[id(packet)])
-    context = SimpleNamespace(reorder_depth=depth)
-    return media.plan(packets, SimpleNamespace(frames=header_count, codec_context=context), 4)
+    packets = [fake_packet(pts, {"slice": 5 if number in idr else 1} | (flags if number == 3 else {}))
+               for number, pts in enumerate(times)]
+    monkeypatch.setattr(video, "first_slice", lambda packet, length_bytes: packet.slice)
+    context = SimpleNamespace(reorder_depth=depth, name="h264", extradata=b"\1\x64\0\x0a\xff")
+    return video.plan(packets, SimpleNamespace(frames=header_count, codec_context=context), 4)
 
 
 def test_clean_packets_make_a_plan(monkeypatch):
     runs, order = plan_of_fakes(monkeypatch, [0, 2, 1, 3, 5, 4], {0, 3}, 6, {})
-    assert order == [0, 1, 3, 4] and [sorted(wanted) for _, wanted in runs] == [[0, 1], [3, 4]]
+    assert order == [0, 1, 3, 4] and [[packet.pts for packet in run] for run in runs] == [[0, 2, 1], [3, 5, 4]]
     assert plan_of_fakes(monkeypatch, [0, 2, 1, 3, 5, 4], {0, 3}, 0, {})      # a container without a count
     assert plan_of_fakes(monkeypatch, [0, 5, 4, 3, 2, 1], {0}, 6, {}, depth=4)
+
+
+@pytest.mark.parametrize("times", [[0, 2, 4, 3, 5], [0, 1, 2, 4, 3]])
+def test_a_group_that_is_shown_across_its_keyframe_is_no_group(monkeypatch, times):
+    """An IDR picture shown before something sent before it, or after something sent after it."""
+    runs, _ = plan_of_fakes(monkeypatch, times, {0, 3}, 5, {})
+    assert len(runs) == 1
 
 
 @pytest.mark.parametrize("name", DOUBTS)
@@ -951,27 +988,23 @@ def test_no_plan_in_doubt(monkeypatch, name):
     assert plan_of_fakes(monkeypatch, *DOUBTS[name]) is None
 
 
-@pytest.mark.parametrize("damage", ["two pictures", "half a picture", "parameters inside", "cut", "mixed kinds"])
-def test_packets_that_are_not_one_picture_are_told(damage):
+def test_a_packet_is_told_by_its_first_slice():
     def unit(head, body=b"\x80\x11\x22"):
         return (len(body) + 1).to_bytes(4, "big") + bytes([head]) + body
-    slice_, remark = unit(0x41), unit(0x06, b"\x05\x01\x00")
-    assert media.picture_of(slice_ + remark, 4) == (False, True)
-    assert media.picture_of(unit(0x01), 4) == (False, False) and media.picture_of(unit(0x65), 4) == (True, True)
-    assert media.picture_of(unit(0x41) + unit(0x41, b"\x40\x11"), 4) == (False, True)      # its second slice
-    bad = {"two pictures": slice_ * 2, "half a picture": unit(0x41, b"\x40\x11"), "cut": slice_[:-1],
-           "parameters inside": unit(0x67) + slice_, "mixed kinds": unit(0x65) + unit(0x41, b"\x40\x11")}
-    assert media.picture_of(bad[damage], 4) is None
+    remark = unit(0x06, b"\x05\x01\x00")
+    for blob, kind in ((remark + unit(0x65), 5), (unit(0x41), 1), (unit(0x01) + unit(0x65), 1), (remark, 0), (b"", 0),
+                       (unit(0x67) + unit(0x25), 5), (b"\xff\xff\xff\xff\x06" + unit(0x65), 0)):
+        assert video.first_slice(blob, 4) == kind, blob
 
 
-def test_a_plan_that_does_not_come_true_falls_back(tmp_path, monkeypatch):
+def test_a_plan_that_does_not_come_true_falls_back(tmp_path, monkeypatch, counted):
     """The decoder gives no frame of a time that the packets announced: the plain way answers."""
     path = film(tmp_path, "a.mp4", keyframe=10)
-    decode_runs = media.decode_runs
-    monkeypatch.setattr(media, "decode_runs",
-                        lambda *a: {pts: frame for pts, frame in decode_runs(*a).items() if pts != 0})
-    assert media.planned_frames(path, 8) is None
+    decode_run = video.decode_run
+    monkeypatch.setattr(video, "decode_run",
+                        lambda *a: {pts: frame for pts, frame in decode_run(*a).items() if pts != 0})
     assert_frames_of_the_plain_way(path)
+    assert len(counted) == 3
 
 
 def test_truncated_h264_is_answered_as_by_the_plain_way(tmp_path):
@@ -989,29 +1022,14 @@ def test_truncated_h264_is_answered_as_by_the_plain_way(tmp_path):
     blob, every = (tmp_path / "fast.mp4").read_bytes(), every_frame(whole)
     with av.open(str(tmp_path / "fast.mp4"), "r") as container:
         middle = sorted(packet.pos for packet in container.demux(video=0) if packet.size)[30]
-    refused(media.read_video, saved(tmp_path, blob[:middle + 9], "half.mp4"), ["h264 frames", "inside a packet"])
+    refused(video.read_video, saved(tmp_path, blob[:middle + 9], "half.mp4"), ["h264 frames", "inside a packet"])
     assert len(assert_frames_of_the_plain_way(saved(tmp_path, blob[:middle], "between.mp4"))) == 30
     late = saved(tmp_path, blob[:-20], "late.mp4")
-    assert media.planned_frames(late, 8) is None
-    for index, frame in zip(media.sample_indices(60, 8), media.read_video(late), strict=True):
+    for index, frame in zip(video.sample_indices(60, 8), video.read_video(late), strict=True):
         assert torch.equal(frame, every[index]), index
     # An mkv has no count to fall short of: what is there is the clip.
     cut = saved(tmp_path, (tmp_path / "fast.mkv").read_bytes()[:-3000], "cut.mkv")
     assert 40 < len(assert_frames_of_the_plain_way(cut)) < 60
-
-
-@pytest.mark.parametrize("options, whole", [
-    ({}, True), ({"profile": "baseline", "bf": "0"}, True), ({"pixel_format": "yuv444p"}, True),
-    ({"size": (90, 50)}, True), ({"x264-params": "sliced-threads=0:interlaced=1"}, False),
-    ({"x264-params": "sliced-threads=0:cqm=jvt"}, True)])
-def test_parameter_sets_tell_frames_from_fields(tmp_path, options, whole):
-    container, stream, _ = media.open_video(film(tmp_path, "a.mp4", 0.2, **options))
-    with container:
-        data = bytes(stream.codec_context.extradata)
-        sps = data[8:8 + int.from_bytes(data[6:8], "big")]
-        assert media.whole_frames(sps, stream.width, stream.height) == whole
-        assert not media.whole_frames(sps, stream.width + 16, stream.height)
-        assert not any(media.whole_frames(sps[:cut], stream.width, stream.height) for cut in range(7))
 
 
 def test_a_clip_that_changes_size_is_refused(tmp_path):
@@ -1027,8 +1045,8 @@ def test_a_clip_that_changes_size_is_refused(tmp_path):
             if packet.size:
                 packet.stream, packet.pts, packet.dts, time = stream, 40 * time, 40 * time, time + 1
                 out.mux(packet)
-    refused(media.read_video, path, ["change size", "64 x 48", "96 x 64"])
-    assert len(media.read_video(path, 4, "first")) == 4      # these are all of one size
+    refused(video.read_video, path, ["change size", "64 x 48", "96 x 64"])
+    assert len(video.read_video(path, 4, "first")) == 4      # these are all of one size
 
 
 # ---- the module as a whole -------------------------------------------------------------------------------------------
@@ -1040,10 +1058,10 @@ def test_everything_works_without_numpy(tmp_path, user_env):
     clip(tmp_path, "e.mp4", 9)
     script = (
         "import sys; sys.modules['numpy'] = None\n"
-        "from weights import media\nfrom kernels import frames\n"
+        "from weights import video\nfrom weights.events import read_events\nfrom kernels import frames\n"
         "d = sys.argv[1]\n"
-        "for name in ('e.npy', 'e.npz'): drawn = frames.draw_events(media.read_events(f'{d}/{name}'))\n"
-        "for given in (drawn, media.read_images([f'{d}/e.png']), media.read_video(f'{d}/e.mp4')):\n"
+        "for name in ('e.npy', 'e.npz'): drawn = frames.draw_events(read_events(f'{d}/{name}'))\n"
+        "for given in (drawn, video.read_images([f'{d}/e.png']), video.read_video(f'{d}/e.mp4')):\n"
         "    print(tuple(frames.clip_pixels(given, 28).shape))\n")
     command = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=user_env)
@@ -1051,22 +1069,15 @@ def test_everything_works_without_numpy(tmp_path, user_env):
     assert done.stderr == ""
 
 
-def test_command_line_describes_a_file_and_exits_2_on_a_bad_one(tmp_path):
-    path = saved(tmp_path, npy_of_dict(small_events(50)))
-    command = [sys.executable, "-m", "weights.media"]
+@pytest.mark.parametrize("module, name, words", [
+    ("events", "e.npy", "50 events"), ("video", "a.mkv", "64 x 48, 9 frames"), ("video", "a.png", "image of 31 x 17")])
+def test_command_line_describes_a_file_and_exits_2_on_a_bad_one(tmp_path, module, name, words):
+    made = {"e.npy": lambda: npy_of_dict(small_events(50)), "a.mkv": lambda: clip_bytes(tmp_path, "b.mkv", 9),
+            "a.png": lambda: image_bytes(some_image("RGB"))}
+    path = saved(tmp_path, made[name](), name)
+    command = [sys.executable, "-m", f"weights.{module}"]
     done = subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "50 events" in done.stdout
+    assert done.returncode == 0 and words in done.stdout, done
     path.write_bytes(b"text")
     done = subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
-
-
-def test_the_bench_prints_a_row_for_every_clip(tmp_path, monkeypatch, capsys):
-    from weights.tiny import make_clips
-    monkeypatch.setattr(make_clips, "BENCH_CLIPS", {"a": (0.4, (96, 64), 5), "b": (1, (64, 48), 250)})
-    media.bench(seconds_each=0)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 and "0.4 s, 96 x 64, keyframe every 0.2 s" in lines[2] and "132,268 events" in lines[4]
-    for line in lines[2:]:
-        read, rest, p20, p50, p80, runs = map(float, line.split()[-6:])
-        assert 0 < read < p80 and 0 < rest < p80 and 0 < p20 <= p50 <= p80 and runs == 4

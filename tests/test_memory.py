@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
-import weights.load
+import weights.memory
 from engine import Drafter, InputError, Target
 from kernels import quant
 
@@ -84,6 +84,7 @@ def one_request(model, frames):
         prompt = engine.Prompt([5] * 32, [5] * 32)
         model.prefill(model.splice(prompt, visual_AD), 8, (), 5)
         for G in (0, 5, 15):
+            model.put([3] * G)
             model.round(G)
         if model.copy:
             for first in (True, False):
@@ -96,18 +97,17 @@ def test_the_budget_is_within_5_percent_of_what_is_allocated(name, packed, kerne
     cls, config = CONFIGS[name]
     monkeypatch.setattr(engine, "TARGET_7B" if cls is Target else "DRAFTER_7B", config)
     device, dtype = torch.device("cpu"), torch.float32
-    needs = engine.memory_needs(cls, config, device, dtype, None, packed)
+    needs = engine.needs_of(cls, config, device, dtype, None, packed)
     if kernels == "as on a GPU":
         launchers(monkeypatch)
-        needs = engine.memory_needs(cls, config, torch.device("cuda"), dtype, None, packed)
+        needs = engine.needs_of(cls, config, torch.device("cuda"), dtype, None, packed)
         needs["scratch"] -= (2 << 25) + (2 << 26)            # a library's and the resized pictures, which are not here
     with Allocations() as counted:
         model = engine.load_model(cls, "random-7b", device, dtype, packed=packed)
         one_request(model, 8 if cls is Target else 5)
-    d = model.decoder
+    d, steps = model.decoder, model.copy or model.decoder.steps
     assert needs["weights"] == sum(t.nbytes for t in d.w.values())
     if packed:
-        steps = model.copy or d.steps
         copies = [t for layer in steps.layers for t in layer.values() if hasattr(t, "bits")] + [steps.head_VD]
         assert needs["packed"] == sum(t.held_bytes for t in copies)
     assert counted.peak == pytest.approx(sum(needs.values()), rel=0.05), needs
@@ -135,23 +135,23 @@ def test_the_refusal_says_who_holds_the_memory_of_a_gpu(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").write_text(SMI)
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(weights.load, "free_bytes", lambda device: (6 << 30, 80 << 30))
+    monkeypatch.setattr(weights.memory, "free_bytes", lambda device: (6 * 10 ** 9, 80 * 10 ** 9))
     with pytest.raises(InputError) as error:
-        weights.load.insist_on_room("DIR", torch.device("cuda:0"), {"weights": 13 << 30, "cache": 2 << 30})
+        weights.memory.insist_on_room("DIR", torch.device("cuda:0"), {"weights": 13 * 10 ** 9, "cache": 2 * 10 ** 9})
     assert str(error.value) == (
-        "DIR: needs 15.000 GiB (weights 13.000, cache 2.000), cuda:0 has 6.000 of 80.000 GiB free, most is held by "
-        "python (pid 4711, 60.0 GiB), /opt/render (pid 4712, 2.0 GiB); lower --cache-rows, free memory, or choose "
+        "DIR: needs 15.000 GB (weights 13.000, cache 2.000), cuda:0 has 6.000 of 80.000 GB free, most is held by "
+        "python (pid 4711, 64.4 GB), /opt/render (pid 4712, 2.1 GB); lower --cache-rows, free memory, or choose "
         "another --device")
 
 
 def test_the_refusal_says_who_holds_the_memory_of_the_host():
-    named = weights.load.holders(torch.device("cpu"))
-    assert 1 <= len(named) <= 3 and all(re.fullmatch(r".+ \(pid \d+, \d+\.\d GiB\)", name) for name in named)
+    named = weights.memory.holders(torch.device("cpu"))
+    assert 1 <= len(named) <= 3 and all(re.fullmatch(r".+ \(pid \d+, \d+\.\d GB\)", name) for name in named)
 
 
 def test_without_nvidia_smi_the_refusal_names_nobody(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert weights.load.holders(torch.device("cuda:0")) == []
+    assert weights.memory.holders(torch.device("cuda:0")) == []
 
 
 # ---- memory that runs out in a request

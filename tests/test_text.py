@@ -85,5 +85,5 @@ def test_damaged_tokenizers_raise_nothing_else(tmp_path):
 
 
 def test_a_missing_tokenizer_says_where_to_get_one(tmp_path):
-    with pytest.raises(InputError, match="copy it from"):
+    with pytest.raises(InputError, match="as the Video-LLaVA checkpoint has"):
         Text(tmp_path / "tokenizer.json")

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 
 import engine
 from kernels.frames import clip_pixels, draw_events
+from tests import tiny_pair as evaluate
+from weights.events import Events, read_events
 from weights.load import open_checkpoint
-from weights.media import Events, read_events, read_video
-from weights.tiny import evaluate, make_clips, scenes, train
+from weights.tiny import make_clips, scenes, train
+from weights.video import read_video
 
 TINY = Path(scenes.__file__).resolve().parent
 CLIPS = TINY / "clips"

@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, TensorSpec, serialize_file
 
-from weights import InputError
-from weights.load import INDEX, SINGLE, brief, listed, read_header, read_json, refusal, reject_impostor
+from weights.files import InputError, brief, read_json, refusal
+from weights.load import INDEX, SINGLE, listed, read_header, reject_impostor
 
 PICKLED = re.compile(r"(?i)\.(bin|pt|pth|ckpt)$")
 WRAPPERS = ("model_state_dict", "state_dict", "model")   # where training scripts put the tensors, beside other things
@@ -64,7 +64,7 @@ def convert_folder(source, target) -> list:
         found = sorted(name for name in os.listdir(source) if PICKLED.search(name))
         raise refusal(source, "no pytorch_model.bin and no pytorch_model.bin.index.json here"
                       + (f", only {listed(found)}" if found else ""), "give one file by its name")
-    weight_map = read_json(old_index).get("weight_map")
+    weight_map = read_json(old_index, "an index of shards").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise refusal(old_index, "weight_map is not a table of key to file", "copy it from the checkpoint again")
     shards = sorted(set(weight_map.values()))

@@ -20,31 +20,35 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from weights import InputError
+from weights.files import (
+    InputError,
+    Refused,
+    brief,
+    look_alike,
+    naming,
+    open_regular,
+    read_json,
+    reason_of,
+    refusal,
+)
+from weights.memory import insist_on_room
 from weights.names import KINDS, Plan, canonical, extra_rows, on_disk, plan, size
 
 MAX_NAMES = 10                       # tensors listed in one message
-MAX_HEADER_BYTES = 100_000_000       # safetensors' own limit
+MAX_HEADER_BYTES = 16 << 20           # a 7B model has 80 KB; the library would read 100 MB, for half a minute
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE, READERS = 8 << 20, 4          # bytes read at a time, threads that read
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CLIP_336, ASSUMED_CLIP = "openai/clip-vit-large-patch14-336", {"image_size": 336}
-IMPOSTORS = [                        # what arrives in place of a file, by its first bytes
-    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch it with `git lfs pull`"),
-    (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page", "download it again; large files may ask for a confirmation"),
-    (rb"PK\x03\x04", "a pickled torch file", "turn it into safetensors with `python -m weights.convert FILE`"),
-    (rb"GGUF", "a GGUF file", "use the checkpoint in safetensors form"),
-]
 LOOKS_LIKE = [                       # the keys of other checkpoints that people have
     (r"^base_model\.model\.|\.lora_[AB]\.", "a LoRA adapter: merge it into its model first"),
     (r"\.(qweight|qzeros|absmax|quant_map|SCB|weight_format|weight_scale)\b", "a quantised checkpoint: use the "
@@ -59,17 +63,6 @@ LOOKS_LIKE = [                       # the keys of other checkpoints that people
     (r"^model\.layers\.\d+\.self_attn\.[qkv]_proj\.bias$", "Qwen or another decoder with biases"),
     (r"^model\.layers\.", "a plain LLaMA"),
 ]
-
-
-def refusal(path, reason, way_out) -> InputError:
-    """InputError "PATH: reason; way out"."""
-    return InputError(f"{path}: {reason}; {way_out}")
-
-
-def brief(value, limit=80) -> str:
-    """Something read from a file, short enough for a message."""
-    text = str(value[:limit] if isinstance(value, str) else value)
-    return text if len(text) <= limit else text[:limit] + "..."
 
 
 # ---- folders -----------------------------------------------------------------------------------------------------
@@ -102,29 +95,13 @@ def resolve(path_or_id, revision=None) -> Path:
                       f"check the path, or download it with `{command}`") from None
 
 
-def read_json(path) -> dict:
-    """The object in a JSON file; line ends and a byte order mark don't matter."""
-    try:
-        raw = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise refusal(path, "no such file", "copy it from the checkpoint, or point at the folder that has it") from None
-    except OSError as error:
-        raise refusal(path, f"cannot be read ({error.strerror})", "check the path and its permissions") from None
-    reject_impostor(path, raw)
-    try:
-        value = json.loads(raw.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise refusal(path, f"not JSON ({brief(error)})", "copy it from the checkpoint again") from None
-    if not isinstance(value, dict):
-        raise refusal(path, f"holds a JSON {type(value).__name__}, wanted an object",
-                      "copy it from the checkpoint again")
-    return value
-
-
 def reject_impostor(path, first_bytes):
-    for pattern, what, way_out in IMPOSTORS:
-        if re.match(pattern, first_bytes):
-            raise refusal(path, f"is {what}", way_out.replace("FILE", str(path)))
+    """Refuses a file whose first bytes show that it holds no safetensors."""
+    if first_bytes.startswith(b"PK\x03\x04"):
+        raise refusal(path, "is a pickled torch file",
+                      f"turn it into safetensors with `python -m weights.convert {path}`")
+    if (found := look_alike(first_bytes)) and found[1]:
+        raise refusal(path, f"is {found[0]}", found[1])
 
 
 def read_config(folder) -> dict:
@@ -132,7 +109,7 @@ def read_config(folder) -> dict:
     folder = Path(folder)
     if not os.path.exists(folder / "config.json") and os.path.exists(folder / "adapter_config.json"):
         raise refusal(folder, "holds an adapter without its model", "merge it first, and give the merged folder")
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", "a model's config")
     if config.get("model_type") not in KINDS:
         raise refusal(folder / "config.json",
                       f"model_type is {brief(config.get('model_type'))!r}, wanted one of {', '.join(KINDS)}",
@@ -142,7 +119,7 @@ def read_config(folder) -> dict:
         if clip is None:                                # the tower EventGPT is built on; headers will tell if it isn't
             config["vision_config"] = dict(ASSUMED_CLIP)
         else:
-            vision = read_json(clip / "config.json")    # of the tower alone, or of a whole CLIP with a section for it
+            vision = read_json(clip / "config.json", "the config of a CLIP tower")   # or of a whole CLIP, in a section
             config["vision_config"] = vision.get("vision_config") or vision
     return config
 
@@ -180,26 +157,26 @@ class Stored:
 
 def read_header(path) -> dict:
     """{key: Stored} of one safetensors file, after checking that the file is whole. No tensor is read."""
-    path = Path(path)
-    again = "copy or download it again"
-    try:
-        real = path.stat().st_size
-        with open(path, "rb") as file:
-            first = file.read(64)
-            reject_impostor(path, first)
-            length = int.from_bytes(first[:8], "little")
-            if real < 8 or length > MAX_HEADER_BYTES:
-                raise refusal(path, f"not a safetensors file (starts with {first[:16]!r})", again)
-            if 8 + length > real:
-                raise refusal(path, f"truncated: its header alone needs {8 + length} bytes, the file has {real}", again)
-            file.seek(8)
-            header = json.loads(file.read(length), object_pairs_hook=lambda pairs: no_duplicates(path, pairs))
-    except OSError as error:
-        raise refusal(path, f"cannot be read ({error.strerror})", "check the path and its permissions") from None
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise refusal(path, f"damaged header ({brief(error)})", again) from None
+    path, again = Path(path), "copy or download it again"
+    with naming(path):
+        file, real = open_regular(path, "a safetensors file")
+        with file:
+            try:
+                first = file.read(64)
+                length = int.from_bytes(first[:8], "little")
+                if real < 8 or length > MAX_HEADER_BYTES:
+                    reject_impostor(path, first)
+                    raise Refused(f"not a safetensors file (starts with {first[:16]!r})", again)
+                if 8 + length > real:
+                    raise Refused(f"truncated: its header alone needs {8 + length} bytes, the file has {real}", again)
+                file.seek(8)
+                header = json.loads(file.read(length), object_pairs_hook=lambda pairs: no_duplicates(path, pairs))
+            except InputError:
+                raise
+            except OSError as error:
+                raise Refused(f"cannot be read ({reason_of(error)})", "check the disk and try again") from None
+            except (ValueError, RecursionError, MemoryError) as error:
+                raise Refused(f"damaged header ({reason_of(error)})", again) from None
     entries = header.items() if isinstance(header, dict) else ()
     spans = {key: entry.get("data_offsets") for key, entry in entries if isinstance(entry, dict)}
     ends = [span[1] for span in spans.values() if isinstance(span, list) and len(span) == 2 and type(span[1]) is int]
@@ -245,7 +222,7 @@ def weight_files(folder) -> tuple:
                           f"turn them into safetensors with `python -m weights.convert {folder}`")
         raise refusal(folder, f"no weights here, wanted {SINGLE} or {INDEX} with its shards",
                       "finish the download, or point at the folder that has them")
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX, "an index of shards").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise refusal(folder / INDEX, "weight_map is not a table of key to file", "copy it from the checkpoint again")
     shards = sorted(set(weight_map.values()))
@@ -329,49 +306,45 @@ class Checkpoint:
         jobs = [(self.stored[part.name], part, wanted) for wanted in self.plan.wanted for part in wanted.parts]
         jobs.sort(key=lambda job: (str(job[0].file), job[0].start))
         filling, flags, done, total = {}, [], 0, sum(stored.nbytes for stored, _, _ in jobs)
-        lane, main = Lane(device), torch.cuda.current_stream(device) if device.type == "cuda" else None
+        buffers, files = itertools.cycle([Buffer(device) for _ in range(READERS + 1)]), {}
 
-        def reads():
-            """(job, whether it ends its tensor, its future) of every piece, as far as it is asked for."""
+        def pieces():
+            """(job, first value, buffer, values on their way into it), as they are asked for, in the order of jobs."""
             for job in jobs:
-                stored, part, wanted = job
+                stored, part, _ = job
                 if stored.file not in files:
                     files[stored.file] = open_weights(stored.file)
                     opened.callback(files[stored.file][0].close)
-                if wanted.name not in filling:
-                    filling[wanted.name] = [torch.empty(wanted.shape, dtype=dtype, device=device), len(wanted.parts)]
-                rows = filling[wanted.name][0].narrow(0, part.row, part.shape[0]).flatten()
                 step = PIECE // FLOATS[stored.dtype].itemsize
-                for first in range(0, len(rows), step):
-                    yield job, first + step >= len(rows), readers.submit(
-                        lane.read, files[stored.file], stored, first, rows[first:first + step], main)
+                for first in range(0, prod(part.shape), step):
+                    buffer = next(buffers)
+                    yield job, first, buffer, readers.submit(buffer.read, *files[stored.file], stored, first)
 
-        files: dict = {}
         with contextlib.ExitStack() as opened, concurrent.futures.ThreadPoolExecutor(READERS) as readers:
-            more = reads()
-            queued = collections.deque(itertools.islice(more, 4 * READERS))
+            more = pieces()
+            queued = collections.deque(itertools.islice(more, READERS))
             while queued:
-                (stored, part, wanted), ends, reading = queued.popleft()
+                (stored, part, wanted), first, buffer, reading = queued.popleft()
+                tensor, missing = filling.get(wanted.name) or (
+                    torch.empty(wanted.shape, dtype=dtype, device=device), len(wanted.parts))
+                rows = tensor.narrow(0, part.row, part.shape[0])
                 try:
-                    copied = reading.result()
+                    values = reading.result()
                 except OSError as error:
-                    for *_, other in queued:
-                        other.cancel()
                     raise refusal(stored.file, f"reading {stored.key} failed ({error.strerror}) after {done} of "
                                   f"{total} bytes", "check the disk or network share and try again") from None
+                buffer.copy_to(rows.flatten()[first:first + len(values)], values)
                 queued.extend(itertools.islice(more, 1))
-                if copied is not None:
-                    main.wait_event(copied)
+                ends = first + len(values) == rows.numel()
+                filling[wanted.name] = tensor, missing - ends
                 if not ends:
                     continue
-                entry = filling[wanted.name]
-                low, high = torch.aminmax(entry[0].narrow(0, part.row, part.shape[0]))
+                low, high = torch.aminmax(rows)
                 flags.append(torch.isfinite(low) & torch.isfinite(high))     # both NaN if one value is; no sync
-                entry[1] -= 1
                 done += stored.nbytes
                 if progress:
                     progress(done, total)
-                if entry[1] == 0:
+                if missing == 1:
                     yield wanted.name, filling.pop(wanted.name)[0]
         finite = torch.stack(flags).tolist()            # the one wait for the device
         bad = [stored for (stored, _, _), fine in zip(jobs, finite, strict=True) if not fine]
@@ -482,45 +455,39 @@ def advice(kind, keys) -> str:
     return "take config.json and all weight files from one and the same checkpoint"
 
 
-class Lane(threading.local):
-    """What each reader thread has for itself: a buffer, pinned for a GPU, and a stream that copies out of it.
+class Buffer:
+    """PIECE bytes on the host, pinned for a GPU, which a reader thread fills and the main thread copies from.
 
-    The library's own reading holds Python's lock, so threads cannot share it. 14.7 GB of f16 to bf16 on an H100, files
-    in memory: the library 3.3 s; 1, 2, 4, 8 and 12 readers 3.4, 1.8, 1.8, 2.7 and 2.8 s in one process after others,
-    4 readers in a fresh one 1.3 s; pieces of 2 MiB 4.9 s, of 32 MiB 1.3 s, for four times the host memory. From disk
-    11.4 s, where reading alone takes 9.0 to 11.0 s, and the library takes 12.2 s."""
+    LOADTABLE"""
 
     def __init__(self, device):
         on_gpu = device.type == "cuda"
-        self.buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=on_gpu)
-        self.bytes = memoryview((ctypes.c_char * PIECE).from_address(self.buffer.data_ptr())).cast("B")
-        self.stream = torch.cuda.Stream(device) if on_gpu else None
+        self.tensor = torch.empty(PIECE, dtype=torch.uint8, pin_memory=on_gpu)
+        self.bytes = memoryview((ctypes.c_char * PIECE).from_address(self.tensor.data_ptr())).cast("B")
+        self.copied = torch.cuda.Event() if on_gpu else None
 
-    def read(self, opened, stored, first: int, rows, main):
-        """Fills `rows`, a flat part of an engine tensor, with the stored values from `first` on. On a GPU the copy is
-        under way on return, and the event says when it is there. OSError as read, or where the file ends early."""
-        (file, data), dtype, got = opened, FLOATS[stored.dtype], 0
-        at, nbytes = data + stored.start + first * dtype.itemsize, len(rows) * dtype.itemsize
-        if self.stream:
-            self.stream.synchronize()                        # the piece before has left the buffer
+    def read(self, file, data: int, stored, first: int):
+        """The stored values from `first` on, as many as fit; `data`: where the data of the file begin. OSError as
+        read, or where the file ends early."""
+        dtype, got = FLOATS[stored.dtype], 0
+        at = data + stored.start + first * dtype.itemsize
+        nbytes = min(PIECE, stored.nbytes - first * dtype.itemsize)
+        if self.copied:
+            self.copied.synchronize()                        # the piece before has left the buffer
         while got < nbytes:
             count = os.preadv(file.fileno(), [self.bytes[got:nbytes]], at + got)
             if not count:
                 raise OSError(0, "the file ends there")
             got += count
-        values = self.buffer[:nbytes].view(dtype)
-        if self.stream is None:
-            with torch.inference_mode(rows.is_inference()):  # which is each thread's own; the caller's may be on
-                rows.copy_(values)
-            return None
-        self.stream.wait_stream(main)                        # memory is handed out in the order of that stream
-        with torch.inference_mode(rows.is_inference()), torch.cuda.stream(self.stream):
-            if dtype != rows.dtype:
-                values = values.to(rows.device, non_blocking=True)           # narrow or widen over there
-            rows.copy_(values, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-        return copied
+        return self.tensor[:nbytes].view(dtype)
+
+    def copy_to(self, rows, values):
+        """Fills rows [N] with the values; on a GPU the copy is under way on return."""
+        if self.copied and values.dtype != rows.dtype:
+            values = values.to(rows.device, non_blocking=True)           # narrow or widen over there
+        rows.copy_(values, non_blocking=True)
+        if self.copied:
+            self.copied.record(torch.cuda.current_stream(rows.device))
 
 
 def open_weights(path):
@@ -540,65 +507,6 @@ def stored_values(stored):
             return file.get_tensor(stored.key)
     except (SafetensorError, OSError) as error:
         raise refusal(stored.file, f"cannot be read again ({brief(error)})", "check the disk and try again") from None
-
-
-def free_bytes(device: torch.device) -> tuple[int, int]:
-    """(free, whole) bytes of a device. What torch keeps for reuse counts as free; on the host, what Linux could hand
-    out without swapping."""
-    if device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), whole
-    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free, whole = (int(facts[name].split()[0]) << 10 for name in ("MemAvailable", "MemTotal"))
-    return free, whole
-
-
-def insist_on_room(path, device: torch.device, parts: dict):
-    """Refuses what the device cannot hold. parts: what for -> bytes."""
-    if sum(parts.values()) > free_bytes(device)[0]:
-        raise no_room(path, device, parts)
-
-
-def nvidia_smi(device: torch.device, query: str) -> list[list[str]]:
-    """Rows of `nvidia-smi --query-...` for a device, split at commas; [] where the command does not answer. By the
-    card's own number: CUDA_VISIBLE_DEVICES may have given it another one here."""
-    try:
-        card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    except (AssertionError, AttributeError, RuntimeError):   # no such device, or a torch that does not tell
-        card = str(device.index or 0)
-    try:
-        out = subprocess.run(["nvidia-smi", "-i", card, query, "--format=csv,noheader"], capture_output=True, text=True,
-                             errors="replace", timeout=5).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.split(", ") for line in out.splitlines() if line.strip()]
-
-
-def holders(device: torch.device, most: int = 3) -> list[str]:
-    """Who holds most of a device's memory, as far as one may see: "NAME (pid N, X GiB)"."""
-    found = []                                               # (bytes, name, pid)
-    if device.type == "cuda":
-        for row in nvidia_smi(device, "--query-compute-apps=pid,process_name,used_memory"):
-            if len(row) == 3 and row[2].split()[0].isdecimal():
-                found.append((int(row[2].split()[0]) << 20, row[1], row[0]))
-    else:
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                pages = int((folder / "statm").read_text().split()[1])
-                found.append((pages * os.sysconf("SC_PAGE_SIZE"), (folder / "comm").read_text().strip(), folder.name))
-            except (OSError, ValueError, IndexError):        # it has ended meanwhile
-                continue
-    return [f"{name} (pid {pid}, {nbytes / 2**30:.1f} GiB)" for nbytes, name, pid in sorted(found, reverse=True)[:most]]
-
-
-def no_room(path, device: torch.device, parts: dict) -> InputError:
-    """The refusal, in GiB: what is needed, for what, what is free, and who holds the rest."""
-    free, whole = (n / 2**30 for n in free_bytes(device))
-    needs = ", ".join(f"{name} {n / 2**30:.3f}" for name, n in parts.items())
-    held = holders(device)
-    return refusal(path, f"needs {sum(parts.values()) / 2**30:.3f} GiB ({needs}), {device} has {free:.3f} of "
-                   f"{whole:.3f} GiB free{', most is held by ' * bool(held)}{', '.join(held)}",
-                   "lower --cache-rows, free memory, or choose another --device")
 
 
 # ---- random weights at real shapes -------------------------------------------------------------------------------

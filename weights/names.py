@@ -76,10 +76,15 @@ TEXT_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 VISION_FIXED = {"hidden_act": "quick_gelu", "num_channels": 3}
 VIDEO_LLAVA_FIXED = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
 EVENTGPT_FIXED = {"use_event_qformer": False}           # its weights were never published
+# What a config leaves out: LLaMA-7B's and CLIP ViT-L/14's values, as upstream. `with_defaults` puts them in.
 TEXT_DEFAULTS = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008,
-                 "vocab_size": 32000}
+                 "vocab_size": 32000, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096,
+                 "bos_token_id": 1, "eos_token_id": 2}
 VISION_DEFAULTS = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-                   "image_size": 224, "patch_size": 14}
+                   "image_size": 224, "patch_size": 14, "layer_norm_eps": 1e-5}
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)         # of CLIP's image processor: red, green, blue, of pixels 0..1
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+RESCALE = 0.00392156862745098                           # 1/255 as its preprocessor_config.json spells it
 _POSITIVE = ("a number above 0", lambda v: type(v) in (int, float) and 0 < v < 1e12)
 _COUNT = ("a whole number above 0", lambda v: type(v) is int and 0 < v < 2 ** 31)
 _ID = ("an id of the vocabulary", lambda v: type(v) is int and 0 <= v < 2 ** 31)
@@ -252,6 +257,11 @@ def section(config, name, where) -> dict:
         raise InputError(f"{where}: {name} is {str(value)[:60]!r}, wanted an object; "
                          f"copy config.json from the checkpoint again")
     return value
+
+
+def with_defaults(config: dict, defaults: dict) -> dict:
+    """The config with `defaults` for what it leaves out; null is no value."""
+    return defaults | {name: value for name, value in config.items() if value is not None}
 
 
 def size(config, name, where, defaults=TEXT_DEFAULTS) -> int:

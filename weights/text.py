@@ -1,39 +1,55 @@
 """text: a tokenizer.json turned into ids and back. What a user types never becomes a special id."""
 
 import json
+import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from weights import InputError
+from weights.files import read_json, reason_of, refusal
+
+# EventGPT's prompt begins with it.
+DRAFTER_SYSTEM = ("A chat between a curious human and an artificial intelligence assistant. "
+                  "The assistant gives helpful, detailed, and polite answers to the human's questions.")
+PROBE = "USER: What is in this scene? ASSISTANT: Two cars, at 30 m."     # must come back from its ids
+MARKER = re.compile(r"<[^<>\s]+>")                   # </s>, <video>: an added token that stands for no text
 
 
 class Text:
-    """Text to ids and back, over one `tokenizer.json`. What a user types never becomes a special id."""
+    """Text to ids and back, over one `tokenizer.json`. InputError unless it is a LLaMA-style tokenizer that works."""
 
     def __init__(self, path):
         self.path = Path(path)
+        raw = read_json(self.path, "a tokenizer.json as the Video-LLaVA checkpoint has")
         try:
-            raw = json.loads(self.path.read_text(encoding="utf-8"))
             self.head, self.rest = (self._build(raw, scheme) for scheme in ("first", "never"))
-            assert self.ids("USER: a")                       # a broken file may fail only when it encodes
-            self.size = 1 + max(self.head.get_vocab(with_added_tokens=False).values())     # ids a text may turn into
-        except FileNotFoundError:
-            raise InputError(f"{path}: no tokenizer.json here; copy it from the Video-LLaVA checkpoint") from None
+            came_back = self.decode(self.ids(PROBE))         # a broken file may fail only when it encodes
         except BaseException as error:                       # tokenizers' PanicException is not an Exception
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            reason = str(error).split("\n")[0]
-            raise InputError(f"{path}: not a usable tokenizer ({reason}); copy it again from the checkpoint") from None
+            raise refusal(path, f"not a usable tokenizer ({reason_of(error)})", "copy it again from the checkpoint"
+                          ) from None
+        if came_back.strip() != PROBE:
+            raise refusal(path, f"not a LLaMA-style tokenizer: {PROBE!r} comes back as {came_back[:60]!r}",
+                          "copy it from the Video-LLaVA checkpoint")
+        added = self.head.get_added_tokens_decoder()
+        plain = {i for i, token in added.items() if not token.special}
+        vocab = self.head.get_vocab(with_added_tokens=False)
+        self.size = 1 + max({*vocab.values()} | plain)       # ids that a text may turn into are below
+        # What follows may still change or join the text of these: parts of a character, and ids without text.
+        self.open_ids = {i for piece, i in vocab.items() if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece)}
+        self.open_ids |= {*added} - plain
 
     @staticmethod
     def _build(raw: dict, scheme: str) -> Tokenizer:
-        """The pipeline upstream uses whatever the file stores: no normaliser, and a leading-space mark put in front
-        of the first segment only (`scheme` first) or of none (`never`, for what follows visual rows)."""
+        """The pipeline upstream uses whatever the file stores: no normaliser, nothing random, and a leading-space mark
+        put in front of the first segment only (`scheme` first) or of none (`never`, for what follows visual rows)."""
         metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}
+        added = [{**token, "special": token["special"] or bool(MARKER.fullmatch(token["content"]))}
+                 for token in raw.get("added_tokens") or []]
         tokenizer = Tokenizer.from_str(json.dumps(
-            {**raw, "normalizer": None, "pre_tokenizer": metaspace, "post_processor": None,
-             "truncation": None, "padding": None}))
+            {**raw, "normalizer": None, "pre_tokenizer": metaspace, "post_processor": None, "truncation": None,
+             "padding": None, "added_tokens": added, "model": {**raw["model"], "dropout": None}}))
         tokenizer.encode_special_tokens = True               # '</s>' or '<video>' in a question stay plain text
         return tokenizer
 
@@ -48,17 +64,26 @@ class Text:
     def decode(self, ids: list[int]) -> str:
         return self.head.decode(ids, skip_special_tokens=True)
 
+    def settled(self, ids: list[int]) -> int:
+        """How many of the ids have a text that no further id can change: a run of bytes counts as a whole, valid or
+        not, and ids without a text do not end it."""
+        count = len(ids)
+        while count and (ids[count - 1] in self.open_ids or self.head.id_to_token(ids[count - 1]) is None):
+            count -= 1
+        return count
+
 
 class TextStream:
-    """Grows a text id by id. `push` returns what was added; an unfinished character waits for its last byte."""
+    """Grows a text id by id: what `push` returned, joined, is `Text.decode` of all ids. An unfinished character waits
+    for its last byte, and for the id after it."""
 
     def __init__(self, text: Text):
         self.text, self.ids, self.out = text, [], ""
 
     def push(self, ids: list[int], end: bool = False) -> str:
+        """What the ids add to the text. end: nothing will follow."""
         self.ids += ids
-        whole = self.text.decode(self.ids)
-        ready = whole if end else whole.rstrip("\ufffd")
-        delta = ready[len(self.out):]
+        whole = self.text.decode(self.ids if end else self.ids[:self.text.settled(self.ids)])
+        delta = whole[len(self.out):]
         self.out += delta
         return delta

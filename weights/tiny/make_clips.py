@@ -20,7 +20,7 @@ from pathlib import Path
 import av
 import torch
 
-from weights.media import read_events
+from weights.events import read_events
 from weights.tiny import scenes
 
 HELD_OUT = 10_000_000                               # first seed that training never sees

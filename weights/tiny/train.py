@@ -17,8 +17,8 @@ from safetensors import TensorSpec, serialize_file
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from engine import Drafter as EngineDrafter
-from engine import Text
+from weights.names import CLIP_MEAN, CLIP_STD
+from weights.text import DRAFTER_SYSTEM, Text
 from weights.tiny import scenes
 
 SIDE, PATCH, C, HEADS, TOWER_LAYERS, TOWER_FFN = 96, 16, 96, 3, 4, 256
@@ -31,7 +31,6 @@ TEXT = dict(model_type="llama", rms_norm_eps=1e-5, rope_theta=10000.0, max_posit
 VISION = dict(model_type="clip_vision_model", hidden_size=C, intermediate_size=TOWER_FFN, image_size=SIDE,
               num_hidden_layers=TOWER_LAYERS, num_attention_heads=HEADS, patch_size=PATCH, hidden_act="quick_gelu",
               layer_norm_eps=1e-5, projection_dim=16)
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------
@@ -41,7 +40,7 @@ def train_tokenizer(path, pieces=512):
     """A LLaMA-style BPE: 3 specials, 256 bytes, the rest learnt; then <image>, <video>, <pad>. Written to `path`."""
     texts = [scenes.answer(scenes.sample(seed), q) for seed in range(3000) for q in range(10)]
     texts += [f"USER: \n{q} ASSISTANT:" for q in scenes.QUESTIONS] * 20
-    texts += [f"{EngineDrafter.SYSTEM} USER: <ev_start>", "<ev_end>\n"] * 200
+    texts += [f"{DRAFTER_SYSTEM} USER: <ev_start>", "<ev_end>\n"] * 200
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace("\u2581", prepend_scheme="always"),
@@ -171,8 +170,8 @@ class Pair(nn.Module):
         self.tower, self.llm = Tower(), Llama(c, vocab)
         self.fc1, self.fc2 = nn.Linear(C, D), nn.Linear(D, D)
         self.adaptor = nn.Linear(D, D) if side == "drafter" else None
-        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None], persistent=False)
 
     def visual(self, frames):
         """uint8 [B, R, 3, SIDE, SIDE] to visual rows [B, A, D]."""
@@ -217,7 +216,7 @@ def save(pair, folder, tokenizer, vocab, image_id):
              for name, t in tensors.items()}
     serialize_file(specs, str(folder / "model.safetensors"), {"format": "pt"})
     processor = {"crop_size": {"height": SIDE, "width": SIDE}, "do_center_crop": True, "do_normalize": True,
-                 "do_resize": True, "image_mean": MEAN, "image_std": STD, "resample": 3,
+                 "do_resize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3,
                  "size": {"shortest_edge": SIDE}}
 
     def write(path, value):
@@ -267,7 +266,7 @@ def ids_of(text, side):
     bos = [1]
     if side == "target":
         return bos + text.ids("USER: "), [text.ids(f"\n{q} ASSISTANT:", first=False) for q in scenes.QUESTIONS]
-    before = bos + text.ids(f"{EngineDrafter.SYSTEM} USER: <ev_start>")
+    before = bos + text.ids(f"{DRAFTER_SYSTEM} USER: <ev_start>")
     return before, [text.ids(f"<ev_end>\n{q} ASSISTANT:") for q in scenes.QUESTIONS]
 
 

@@ -1,0 +1,220 @@
+"""weights.files, weights.dataset: one reader that takes regular files alone, one writer that replaces no device."""
+
+import errno
+import json
+import os
+import shutil
+import stat
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from weights import InputError, files, replace_file
+from weights.adapter import read_pairs
+from weights.dataset import bare, read_dataset
+from weights.files import MAX_SMALL, describe, json_lines, read_json, read_text
+from weights.load import open_checkpoint, read_header, weight_files
+from weights.text import Text
+
+CLIPS = Path(__file__).resolve().parents[1] / "weights" / "tiny" / "clips"
+LIST = "EventGPT_Instruction_Subset.json"
+
+
+def refused(call, path, *words):
+    """The message of the InputError that `call()` raises: one line that names the path, within two seconds."""
+    began = time.monotonic()
+    with pytest.raises(InputError) as caught:
+        call()
+    message = str(caught.value)
+    assert time.monotonic() - began < 2 and message.startswith(f"{path}: ") and message.isprintable(), message
+    assert len(message) < 400 + len(str(path)) and "; " in message, message
+    for word in words:
+        assert word in message, message
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+
+
+SMALL_FILES = {     # what -> (name in its folder, how it is read)
+    "config": ("config.json", lambda path: open_checkpoint(path.parent)),
+    "index": ("model.safetensors.index.json", lambda path: weight_files(path.parent)),
+    "shard": ("model.safetensors", read_header),
+    "tokenizer": ("tokenizer.json", Text),
+    "list": (LIST, lambda path: read_dataset(path.parent, None, -1)),
+    "pairs": ("pairs.jsonl", lambda path: read_pairs(path, "a")),
+}
+
+
+@pytest.mark.parametrize("what", SMALL_FILES)
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, what):
+    """A pipe or a terminal would be waited for, a device has no end."""
+    name, read = SMALL_FILES[what]
+    path = tmp_path / name
+    os.mkfifo(path)
+    refused(lambda: read(path), path, "not a regular file")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    refused(lambda: read(path), path, "not a regular file")
+    path.unlink()
+    path.mkdir()
+    refused(lambda: read(path), path, "is a folder")
+    path.rmdir()
+    path.touch()
+    refused(lambda: read(path), path, "0 bytes")
+
+
+@pytest.mark.parametrize("what", [what for what in SMALL_FILES if what != "shard"])
+@pytest.mark.parametrize("content, words", [
+    (b"<!DOCTYPE html><html>", ["web page", "fetch"]), (b"version https://git-lfs.github.com/spec/v1\n", ["Git LFS"]),
+    (b"\xff\xfe{\0}\0", ["not UTF-8", "byte 0"]), (b'{\n  "a": 1,\n  oops}', ["not JSON", "line 3 column 3"]),
+    (b"[" * 100_000, ["not JSON"]), (b"9" * 5000, ["not JSON"])])
+def test_what_is_no_json_is_refused_by_its_place(tmp_path, what, content, words):
+    if what == "pairs" and b"oops" in content:
+        content = b'{"src": "b"}\n\n  oops'
+    path = tmp_path / SMALL_FILES[what][0]
+    path.write_bytes(content)
+    refused(lambda: SMALL_FILES[what][1](path), path, *words)
+
+
+@pytest.mark.parametrize("what", [what for what in SMALL_FILES if what != "shard"])
+def test_a_file_far_too_large_is_refused_unread(tmp_path, what):
+    path = tmp_path / SMALL_FILES[what][0]
+    with open(path, "wb") as file:
+        file.truncate(20 << 30)                              # sparse: it takes no room
+    refused(lambda: SMALL_FILES[what][1](path), path, f"{20 << 30} bytes")
+
+
+def test_a_byte_order_mark_and_line_ends_do_not_matter(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a":\r\n "\xe2\x80\xa8"}\r\n')
+    assert read_json(path, "an object") == {"a": "\u2028"} and read_text(path, "text").endswith("\r\n")
+    path.write_text("[1]")
+    assert read_json(path, "a list", MAX_SMALL, list) == [1]
+    refused(lambda: read_json(path, "a thing"), path, "JSON list", "a thing: object")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_end_at_a_line_feed_alone(tmp_path, end):
+    path, rows = tmp_path / "rows.jsonl", [{"a": "x\u2028y\u0085z\x0b\x0c\x1c"}, {"b": 2}, 3]
+    text = end.join([json.dumps(rows[0], ensure_ascii=False), "", *map(json.dumps, rows[1:]), ""])
+    for start in ("", "\ufeff"):
+        path.write_bytes((start + text).encode())
+        assert json_lines(path, "rows") == [(1, rows[0]), (3, rows[1]), (4, rows[2])]
+    path.write_bytes((text + "{").encode())
+    refused(lambda: json_lines(path, "rows"), path, "line 5 column 2")
+
+
+def test_recorded_pairs_of_other_writers_are_read(tmp_path):
+    row = {"src": "a", "seq": "s", "clip": 0, "question": "What is\u0085there?", "videollava_text": "a\u2028b",
+           "videollava_ids": [450, 2], "eventgpt_ids": [450, 2]}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n" + json.dumps(row | {"clip": 1}), newline="")
+    assert [r["clip"] for r in read_pairs(path, "a")] == [0, 1]
+
+
+def test_every_message_is_one_printable_line():
+    assert str(InputError("a\nb\x1b[31m\ud800")) == "a\\nb\\x1b[31m\\ud800"
+    assert describe(ValueError("one\ntwo")) == "ValueError: one" and describe(KeyError()) == "KeyError: "
+    assert files.brief(10 ** 5000) == "a huge int" and len(files.brief("x" * 1000)) < 90
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------
+
+
+def test_a_device_and_a_pipe_are_written_to_and_never_replaced(tmp_path):
+    null, pipe, heard = os.stat("/dev/null"), tmp_path / "pipe", []
+    replace_file("/dev/null", b"gone")
+    replace_file(Path("/dev/null"), b"gone")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode) and os.stat("/dev/null").st_ino == null.st_ino
+    (tmp_path / "link").symlink_to("/dev/null")
+    replace_file(tmp_path / "link", b"gone")
+    assert (tmp_path / "link").is_symlink() and stat.S_ISCHR(os.stat(tmp_path / "link").st_mode)
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: heard.append(pipe.read_bytes()))
+    reader.start()
+    replace_file(pipe, b"x" * 100_000)
+    reader.join(5)
+    assert heard == [b"x" * 100_000] and stat.S_ISFIFO(os.stat(pipe).st_mode)
+
+
+def test_links_are_followed_and_mode_and_owner_stay(tmp_path):
+    (tmp_path / "there").mkdir()
+    real, link = tmp_path / "there" / "real", tmp_path / "link"
+    real.write_bytes(b"old")
+    real.chmod(0o640)
+    link.symlink_to(real)
+    replace_file(link, b"new")
+    assert link.is_symlink() and real.read_bytes() == b"new" and stat.S_IMODE(real.stat().st_mode) == 0o640
+    if os.geteuid() == 0:
+        os.chown(real, 12345, 54321)
+        replace_file(real, b"newer")
+        assert (real.stat().st_uid, real.stat().st_gid) == (12345, 54321)
+    (tmp_path / "dangling").symlink_to(tmp_path / "there" / "late")
+    replace_file(tmp_path / "dangling", b"made")
+    assert (tmp_path / "there" / "late").read_bytes() == b"made"
+    before = os.umask(0o027)
+    try:
+        replace_file(tmp_path / "fresh", b"")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "fresh").stat().st_mode) == 0o640
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["dangling", "fresh", "late", "link", "real", "there"]
+
+
+def test_what_cannot_be_written_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    refused(lambda: replace_file(tmp_path / "none" / "a", b""), tmp_path / "none" / "a", "No such file")
+    refused(lambda: replace_file(tmp_path, b""), tmp_path, "directory")
+    refused(lambda: replace_file("nul\0inside", b""), r"nul\x00inside", "cannot be written")
+    refused(lambda: replace_file("/dev/full", b"x"), "/dev/full", "No space left on device")
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    refused(lambda: replace_file(path, b"new"), path, "No space left on device", "free some room")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
+
+
+# ---- data sets -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, question", [
+    ("<event>\nWhat?", "What?"), ("<video>\nWhat?", "What?"), ("<image>\nWhat?", "What?"), ("What?\n<video>", "What?"),
+    ("<image>\n<image> <video>What?\n<image>", "What?"), ("What <event>is it?", "What is it?"),
+    ("What is <image> here?", "What is <image> here?"), ("<video>", ""), ("<videos> of?", "<videos> of?")])
+def test_placeholders_at_either_end_of_a_question_are_no_text(text, question):
+    assert bare(text) == question
+
+
+def test_a_list_gives_its_samples_in_order_as_far_as_they_are_wanted():
+    records = json.loads((CLIPS / LIST).read_text())
+    samples, problems = read_dataset(CLIPS, None, -1)
+    assert len(samples) == len(records) and not problems and [s.at for s in samples] == list(range(len(records)))
+    assert samples[0].question == records[0]["conversations"][0]["value"].removeprefix("<event>\n")
+    assert [s.id for s in read_dataset(CLIPS, None, 2)[0]] == [r["id"] for r in records[:2]]
+    assert {s.question for s in read_dataset(CLIPS, "Why?", -1)[0]} == {"Why?"}
+
+
+@pytest.mark.parametrize("records, words", [
+    ({"a": 1}, ["JSON object", "list of records"]), ([], ["the list is empty"]), ([3], ["record 0", "is a int"]),
+    ([{"id": "a"}], ["no question"]), ([{"id": "a", "event_data": "../../x.npy", "video_data": "b", "conversations": [
+        {"from": "human", "value": "q"}]}], ["leads out of the data set"])])
+def test_a_list_that_cannot_be_run_is_one_line(tmp_path, records, words):
+    (tmp_path / LIST).write_text(json.dumps(records))
+    refused(lambda: read_dataset(tmp_path, None, -1), tmp_path / LIST, *words)
+
+
+def test_a_bad_record_is_named_and_the_others_run(tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(CLIPS, folder)
+    records = json.loads((CLIPS / LIST).read_text())[:3]
+    records[1]["mp4_data"] = "none.mp4"
+    records.append(records[0])
+    (folder / LIST).write_text(json.dumps(records))
+    samples, problems = read_dataset(folder, None, -1)
+    assert [s.at for s in samples] == [0, 2] and len(problems) == 2
+    assert problems[0].startswith("record 1: ") and "no such file" in problems[0] and "there twice" in problems[1]

@@ -1,0 +1,147 @@
+"""The target's own 4-bit copy drafts on the target's cache: it may cost time, never an id or a bit of the cache."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine
+from weights.sources import Gate
+
+TINY = Path(engine.__file__).resolve().parent / "weights" / "tiny"
+RECORDS = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def target():
+    e = engine.load_engine(None, TINY / "target", device="cpu", gate=False, self_draft=True)
+    real = engine.read_video
+    once = functools.lru_cache(real)
+    engine.read_video = lambda path, count, rule, *_: once(path, count, rule)
+    yield e
+    engine.read_video = real
+
+
+def asked(i=0, **options):
+    return {"video_path": TINY / "clips" / "mp4" / RECORDS[i]["mp4_data"], "max_new_tokens": 40, "ignore_eos": True,
+            "query": "What are the key elements in this scene?", "remember": False, **options}
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Drafts as many as there may be: on a CPU none pays."""
+    monkeypatch.setattr(Gate, "next_draft", lambda *_: True)
+
+
+def rows_of(e, ids):
+    rows = e.target.prompt_rows + len(ids) - 1
+    d = e.target.decoder
+    return torch.stack([cache[:, :, :rows] for cache in (d.k_cache_LNMK, d.v_cache_LNMK)])
+
+
+@pytest.mark.parametrize("i", range(3))
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "sampled"])
+def test_the_answer_and_its_cache_rows_are_those_of_plain_decode(target, eager, i, sampling):
+    """The rows of wrong drafts, and the approximate rows of right ones, are all written again by the verify."""
+    plain = target.generate(mode="target_only", **asked(i, **sampling))
+    rows = rows_of(target, plain.output_ids)
+    drafted = target.generate(mode="speculative", draft_source="self", **asked(i, **sampling))
+    assert drafted.output_ids == plain.output_ids and drafted.drafter_error is None
+    assert drafted.drafted > 30 and drafted.accepted_tokens > 0.5 * drafted.drafted
+    assert {of.source for of in drafted.round_log if of.drafts} == {"self"}
+    # One row at a time and several at once round apart on a CPU; a row of the 4-bit copy is off by far more.
+    assert torch.allclose(rows_of(target, plain.output_ids), rows, atol=1e-4)
+
+
+def test_a_copys_own_rows_are_not_those_of_plain_decode(target):
+    """What the test above could not see otherwise: the copy's rows differ by more than it forgives."""
+    t = target.target
+    target.generate(mode="target_only", **asked(0))
+    row = t.prompt_rows + 5
+    with torch.inference_mode():
+        exact = t.decoder.k_cache_LNMK[:, :, row].clone()
+        hidden_1D = t.decoder.embed_VD[t.state_W[engine.STATE + 5:engine.STATE + 6]]
+        t.decoder.forward(hidden_1D, torch.tensor([row]), steps=t.copy)
+        assert (t.decoder.k_cache_LNMK[:, :, row] - exact).abs().max() > 1e-3
+        t.decoder.k_cache_LNMK[:, :, row] = exact
+
+
+def test_a_round_stops_at_the_first_unsure_draft(target, monkeypatch):
+    """Forced drafts, right ones, of which every fourth is unsure."""
+    t, V = target.target, target.target.config.V
+    ids = [(7 * i + 5) % V for i in range(40)]
+    graphs, t.step_graphs = t.step_graphs, {}
+    monkeypatch.setattr(target, "gate", Gate())
+    try:
+        with torch.inference_mode():
+            t.replay(ids, ids, [0.3 if i % 4 == 0 else 0.99 for i in range(40)])
+        target.gate.timed("step", 1e3)                       # a draft costs next to nothing beside this step
+        target.gate.waits["self"] = [0, 1]
+        monkeypatch.setattr(target.gate, "right", lambda sure: sure)
+        monkeypatch.setattr(target.gate, "next_draft", lambda alive, draft, step: alive > 0.5)
+        result = target.generate(mode="speculative", draft_source="self", **asked(0))
+    finally:
+        t.recorded_W, t.step_graphs = None, graphs
+    assert result.output_ids == ids
+    ends = []
+    at = 1
+    for of in result.round_log:
+        at += len(of.drafts)
+        if of.drafts and at < 38:
+            ends.append((at - 1) % 4)                        # place of the last draft of the round
+        at += 1
+    assert ends and set(ends) == {0}, "each round's last draft is the unsure one"
+
+
+def test_a_copy_with_nan_is_left_and_the_answer_stays(target, eager):
+    plain = target.generate(mode="target_only", **asked(1))
+    scales = target.target.copy.head_VD.scale_OG, target.target.copy.head_VD.scale_GO
+    with torch.inference_mode():
+        kept = [scale.clone() for scale in scales]
+        for scale in scales:
+            scale.fill_(float("nan"))
+    try:
+        broken = target.generate(mode="speculative", draft_source="self", **asked(1))
+    finally:
+        with torch.inference_mode():
+            for scale, before in zip(scales, kept, strict=True):
+                scale.copy_(before)
+    assert broken.output_ids == plain.output_ids and broken.accepted_tokens == 0
+    assert "4-bit copy's logits hold NaN" in broken.drafter_error and broken.drafter_error.count("\n") == 0
+
+
+def test_a_source_that_was_not_loaded_is_refused_by_name():
+    e = engine.load_engine(None, TINY / "target", device="cpu")
+    assert e.target.copy is None, "on a CPU the copy is made only where it is asked for"
+    with pytest.raises(engine.InputError, match="self_draft=True"):
+        e.generate(mode="speculative", draft_source="self", **asked(0))
+
+
+def test_a_copy_that_does_not_fit_is_left_out_unless_it_was_asked_for(monkeypatch):
+    """By arithmetic alone: room for all but the copy."""
+    for name, value in (("pick_device", torch.device("cuda")), ("default_dtype", torch.float32),
+                        ("free_bytes", (10 ** 9, 10 ** 9)), ("insist_on_room", None)):
+        monkeypatch.setattr(engine, name, lambda *_, value=value: value)
+    need = engine.memory_budget(None, TINY / "target", "cuda", self_draft=True)["target"]
+    most = sum(need[part] for part in ("weights", "cache", "scratch")) + need["packed"] // 2
+
+    def room(path, device, parts):
+        if sum(parts.values()) > most:
+            raise engine.InputError("no room")
+
+    monkeypatch.setattr(engine, "insist_on_room", room)
+    with pytest.raises(engine.InputError, match="no room"):
+        engine.memory_budget(None, TINY / "target", "cuda", self_draft=True)
+    assert "packed" not in engine.memory_budget(None, TINY / "target", "cuda")["target"]
+
+
+def test_earlier_answers_go_before_the_copy_where_their_ids_are_cheaper(target, eager, monkeypatch):
+    """A second request finds its whole answer; a first one finds nothing and the copy drafts."""
+    monkeypatch.setattr(target, "lookup", engine.Lookup())
+    first = target.generate(mode="speculative", **asked(2, remember=True))
+    again = target.generate(mode="speculative", **asked(2))
+    assert first.output_ids == again.output_ids
+    assert {of.source for of in first.round_log if of.drafts} >= {"self"}
+    assert {of.source for of in again.round_log if of.drafts} == {"lookup"} and again.rounds < 4

@@ -1,0 +1,236 @@
+"""files: the one way in for small files, the one way out for all files, and what files are taken for by mistake.
+
+    config = read_json("config.json", "a model's config")
+    replace_file("report.json", content)
+
+Whatever is wrong with a file ends in InputError: one line with the path, what was wanted, what came, what to try. Only
+regular files are read: opening a pipe or a terminal would wait, and a device has no end."""
+
+import contextlib
+import difflib
+import json
+import os
+import re
+import stat
+
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
+              RecursionError)        # what taking a damaged JSON file at its word may raise
+MAX_SMALL = 64 << 20                 # bytes of a config, an index, a tokenizer
+MAX_LIST = 256 << 20                 # bytes of a list of samples or of recorded pairs
+LOOK_ALIKES = [                      # what comes in place of a file, by its first bytes, and the way out if it is sure
+    (rb"version https://git-lfs", "a Git LFS pointer", "fetch the file itself with `git lfs pull`"),
+    (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page", "the download saved a page and not the file: fetch it again"),
+    (rb"PK\x03\x04", "a zip archive", None),
+    (rb"GGUF", "a GGUF file", "use the checkpoint in safetensors form"),
+    (rb"\x89HDF", "an HDF5 file", None),
+    (rb"#!AER-DAT", "an AEDAT recording", None),
+    (rb"Event Stream", "an Event Stream recording", None),
+    (rb"% ", "a Prophesee recording", None),
+    (rb"\x80", "a bare pickle", None),
+    (rb"\x89PNG", "a PNG image", None),
+    (rb"\xff\xd8", "a JPEG image", None),
+    (rb"\x93NUMPY", "a numpy array", None),
+]
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message is one line: path, reason, way out. bench.py exits 2 with it.
+
+    Whatever a path or a file puts into it, the line stays one: line breaks, control characters and halves of surrogate
+    pairs are spelt out."""
+
+    def __init__(self, line: str):
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+
+
+class Refused(Exception):
+    """Why a file cannot be used: (reason, way out). `naming` makes an InputError of it where the path is known."""
+
+    def __init__(self, reason: str, way_out: str):
+        super().__init__(reason, way_out)
+
+
+def refusal(path, reason, way_out) -> InputError:
+    """InputError "PATH: reason; way out"."""
+    return InputError(f"{os.fsdecode(path)}: {reason}; {way_out}")
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Refused inside becomes an InputError that names the path."""
+    try:
+        yield
+    except Refused as refused:
+        raise refusal(path, *refused.args) from None
+
+
+def describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def brief(value, limit: int = 80) -> str:
+    """A value that came out of a file, short enough for a message."""
+    try:
+        text = str(value[:limit + 1] if isinstance(value, (str, bytes)) else value)
+    except ValueError:                           # a whole number of more than 4,300 digits
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, short enough for a message; its class where it says nothing."""
+    return brief(getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__)
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def open_regular(path, wanted: str):
+    """(open binary file, size in bytes). Refused: missing, a folder, a pipe or device, a URL, unreadable, empty."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise Refused(f"is a {type(path).__name__}, wanted the path of {wanted}", "give it as text")
+    name = os.fsdecode(path)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
+        raise Refused(f"is an address, only local files are read, wanted {wanted}", "download it and give its path")
+    try:
+        status = os.stat(name)
+        if stat.S_ISDIR(status.st_mode):
+            raise Refused(f"is a folder, wanted {wanted}", "give the path of a file inside it")
+        if not stat.S_ISREG(status.st_mode):
+            raise Refused(f"is not a regular file, wanted {wanted}", "save it to disk first")
+        file = open(name, "rb")
+    except FileNotFoundError:
+        raise Refused(f"no such file, wanted {wanted}", nearest_name(name)) from None
+    except (OSError, ValueError) as error:       # ValueError: a NUL inside the path
+        raise Refused(f"cannot be opened ({reason_of(error)}), wanted {wanted}",
+                      "check the path and its permissions") from None
+    size = os.fstat(file.fileno()).st_size
+    if size == 0:
+        file.close()
+        raise Refused(f"0 bytes, wanted {wanted}", "an interrupted copy? fetch it again")
+    return file, size
+
+
+def nearest_name(name: str) -> str:
+    """A way out for a missing file: the most similar name in its folder, or the folder that is missing."""
+    folder, base = os.path.split(os.path.abspath(name))
+    try:
+        near = difflib.get_close_matches(base, os.listdir(folder)[:2000], n=1)
+    except OSError:
+        return f"its folder {folder} does not exist or cannot be read"
+    return f"did you mean {near[0]}?" if near else f"check the name; {folder} exists"
+
+
+def insist_file(path, wanted: str) -> int:
+    """Bytes of the file `path`. InputError unless it can be opened now; nothing of it is read."""
+    with naming(path if isinstance(path, (str, bytes, os.PathLike)) else brief(repr(path))):
+        file, size = open_regular(path, wanted)
+        file.close()
+    return size
+
+
+def look_alike(head: bytes):
+    """(what the first bytes of a file show it to be, the way out or None), or None where they show nothing."""
+    return next(((what, way_out) for pattern, what, way_out in LOOK_ALIKES if re.match(pattern, head)), None)
+
+
+def looks_like(head: bytes, way_out: str):
+    """(what a file of the wrong kind is, judged by its first bytes, and a way out)."""
+    if found := look_alike(head):
+        return found[0], found[1] or way_out
+    if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
+        return f"text starting with {head[:24].decode('ascii')!r}", way_out
+    return f"a file starting with the bytes {head[:8].hex(' ')}", way_out
+
+
+def read_bytes(path, wanted: str, most: int = MAX_SMALL) -> bytes:
+    """All of a small file. InputError if it cannot be read, is larger than `most` bytes, or is a web page or an LFS
+    pointer."""
+    with naming(path):
+        file, size = open_regular(path, wanted)
+        with file:
+            if size > most:
+                raise Refused(f"{size} bytes, wanted {wanted} of at most {most}", "is it the right file?")
+            try:
+                content = file.read(most + 1)    # it may grow meanwhile
+            except (OSError, MemoryError) as error:
+                raise Refused(f"cannot be read ({reason_of(error)})", "check the disk and the free memory") from None
+        if (found := look_alike(content[:64])) and found[1]:
+            raise Refused(f"is {found[0]}, wanted {wanted}", found[1])
+        return content
+
+
+def read_text(path, wanted: str, most: int = MAX_SMALL) -> str:
+    """The text of a UTF-8 file; a byte order mark is dropped, line ends stay as they are."""
+    content = read_bytes(path, wanted, most)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise refusal(path, f"not UTF-8 text (byte {error.start} is {content[error.start]:#04x}), wanted {wanted}",
+                      "save it as UTF-8, or fetch it again") from None
+
+
+def parse_json(path, text: str, wanted: str, line: int = 1):
+    """The value of a JSON text that begins at `line` of the file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        reason = f"line {error.lineno + line - 1} column {error.colno}: {error.msg}"
+    except (ValueError, RecursionError, MemoryError) as error:
+        reason = f"line {line}: {reason_of(error)}"
+    raise refusal(path, f"not JSON ({reason}), wanted {wanted}", "mend it, or fetch it again")
+
+
+def read_json(path, wanted: str, most: int = MAX_SMALL, kind: type = dict):
+    """The value of a JSON file, an object unless another `kind` is given."""
+    value = parse_json(path, read_text(path, wanted, most), wanted)
+    if not isinstance(value, kind):
+        names = {dict: "object", list: "list"}
+        raise refusal(path, f"holds a JSON {names.get(type(value), type(value).__name__)}, wanted {wanted}: "
+                      f"{names[kind]}", "fetch it again")
+    return value
+
+
+def json_lines(path, wanted: str, most: int = MAX_LIST) -> list:
+    """[(line number from 1, value)] of a file with one JSON value a line; blank lines are left out. A line ends at
+    "\\n" alone: U+2028 and U+0085 may stand inside a text."""
+    lines = enumerate(read_text(path, wanted, most).split("\n"), 1)
+    return [(number, parse_json(path, line, wanted, number)) for number, line in lines if line.strip()]
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
+def replace_file(path, content: bytes) -> None:
+    """Puts `content` where `path` leads. A regular file, or a new one, is written beside its place and renamed, so that
+    nobody ever sees half of it; its mode and owner stay. A device or a pipe is written to, never replaced. InputError
+    if it cannot be done; a regular file is then untouched."""
+    partial = None
+    try:
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            status = None
+        if status and (not stat.S_ISREG(status.st_mode) or os.fspath(path).startswith("/dev/")):
+            with open(path, "wb") as file:
+                file.write(content)
+            return
+        target = os.path.realpath(path)
+        with open(f"{target}.{os.getpid()}.partial", "wb") as file:
+            partial = file.name
+            file.write(content)
+            if status:
+                with contextlib.suppress(OSError):
+                    os.fchown(file.fileno(), status.st_uid, status.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(status.st_mode))
+            file.flush()
+            os.fsync(file.fileno())              # else a power cut may leave the name without the bytes
+        os.replace(partial, target)
+        partial = None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be written ({reason_of(error)}); free some room, or choose another path"
+                         ) from None
+    finally:
+        if partial:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
