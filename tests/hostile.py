@@ -47,6 +47,7 @@ from test_media import (
 import bench
 import engine
 import weights.load
+import weights.memory
 from engine import InputError
 from weights import convert
 from weights.events import read_events
@@ -373,10 +374,10 @@ def disk_fails(folder):
 
 def little_memory(folder):
     def patch(monkeypatch):
-        monkeypatch.setattr(weights.load, "free_bytes", lambda device: (6 << 30, 8 << 30))
+        monkeypatch.setattr(weights.memory, "free_bytes", lambda device: (6 << 30, 8 << 30))
     return Case(lambda e: engine.load_engine("random-7b", "random-7b", device="cpu"),
                 [*QUICK, "--weights", "random-7b"],
-                ["GiB", "6.000 of 8.000 GiB free", "held by", "(pid ", "--cache-rows"], patch=patch)
+                ["GB", "6.442 of 8.590 GB free", "held by", "(pid ", "--cache-rows"], patch=patch)
 
 
 def saved_source(folder, kind="memory", ids=(5, 6), model=None, cut=0):
@@ -559,7 +560,7 @@ CASES = {
     **{f"66 {name or 'no'} device": run(lambda folder, name=name: ["--device", name], "device") for name in
        ("cuda:9", "tpu", "", "meta", "cuda:x")},
     "67 8 GB": little_memory,
-    "67 cache beyond memory": run(lambda folder: ["--cache-rows", str(10 ** 9)], "GiB", "--cache-rows"),
+    "67 cache beyond memory": run(lambda folder: ["--cache-rows", str(10 ** 9)], "GB", "--cache-rows"),
     "68 no sampling": run(lambda folder: ["--temperature", "nan"], "--temperature"),
     "68 flag without a value": run(lambda folder: ["--repeats"], "--repeats"),
     # data sets

@@ -86,7 +86,8 @@ def test_a_drafter_that_computes_nan_midway_costs_nothing_but_its_drafts(pair, m
             assert pair.generate(mode=mode, **asked()).output_ids == ids
 
 
-@pytest.mark.parametrize("stage,kind,count", [("prefill", "prefill", 0), ("decode", "step", 3), ("verify", "verify", 1)])
+@pytest.mark.parametrize("stage,kind,count", [("prefill", "prefill", 0), ("decode", "step", 3),
+                                              ("verify", "verify", 1)])
 def test_nan_in_the_target_names_the_stage_and_stops(pair, monkeypatch, stage, kind, count):
     ids, mode = truth(pair, 0), "speculative" if stage == "verify" else "target_only"
     source = engine.Fixed(ids[:9]) if stage == "verify" else None
@@ -260,8 +261,8 @@ def test_memory_that_runs_out_while_loading_is_one_line_with_figures_and_flag(er
             patch.setattr(engine.Workspace, "__init__", fails)
         assert bench.main(QUICK) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "GiB (weights 0.009, cache 0.002, scratch 0." in err
-    assert "GiB free" in err and "lower --cache-rows" in err
+    assert out == "" and err.count("\n") == 1 and "GB (weights 0.009, cache 0.002, scratch 0." in err
+    assert "GB free" in err and "lower --cache-rows" in err
     engine.load_engine(TINY / "drafter", TINY / "target", device="cpu")
 
 

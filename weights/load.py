@@ -10,6 +10,8 @@ fast.
 """
 
 import argparse
+import collections
+import concurrent.futures
 import contextlib
 import ctypes
 import hashlib
@@ -18,10 +20,10 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -38,12 +40,13 @@ from weights.files import (
     reason_of,
     refusal,
 )
+from weights.memory import insist_on_room
 from weights.names import KINDS, Plan, canonical, extra_rows, on_disk, plan, size
 
 MAX_NAMES = 10                       # tensors listed in one message
 MAX_HEADER_BYTES = 16 << 20           # a 7B model has 80 KB; the library would read 100 MB, for half a minute
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PIECE = 8 << 20                      # bytes read at a time
+PIECE, READERS = 8 << 20, 4          # bytes read at a time, threads that read
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CLIP_336, ASSUMED_CLIP = "openai/clip-vit-large-patch14-336", {"image_size": 336}
 LOOKS_LIKE = [                       # the keys of other checkpoints that people have
@@ -303,23 +306,41 @@ class Checkpoint:
         jobs = [(self.stored[part.name], part, wanted) for wanted in self.plan.wanted for part in wanted.parts]
         jobs.sort(key=lambda job: (str(job[0].file), job[0].start))
         filling, flags, done, total = {}, [], 0, sum(stored.nbytes for stored, _, _ in jobs)
-        buffers, files = itertools.cycle([Buffer(device), Buffer(device)]), {}
-        with contextlib.ExitStack() as opened:
-            for stored, part, wanted in jobs:
+        buffers, files = itertools.cycle([Buffer(device) for _ in range(READERS + 1)]), {}
+
+        def pieces():
+            """(job, first value, buffer, values on their way into it), as they are asked for, in the order of jobs."""
+            for job in jobs:
+                stored, part, _ = job
                 if stored.file not in files:
                     files[stored.file] = open_weights(stored.file)
                     opened.callback(files[stored.file][0].close)
+                step = PIECE // FLOATS[stored.dtype].itemsize
+                for first in range(0, prod(part.shape), step):
+                    buffer = next(buffers)
+                    yield job, first, buffer, readers.submit(buffer.read, *files[stored.file], stored, first)
+
+        with contextlib.ExitStack() as opened, concurrent.futures.ThreadPoolExecutor(READERS) as readers:
+            more = pieces()
+            queued = collections.deque(itertools.islice(more, READERS))
+            while queued:
+                (stored, part, wanted), first, buffer, reading = queued.popleft()
                 tensor, missing = filling.get(wanted.name) or (
                     torch.empty(wanted.shape, dtype=dtype, device=device), len(wanted.parts))
                 rows = tensor.narrow(0, part.row, part.shape[0])
                 try:
-                    read_rows(*files[stored.file], stored, rows.flatten(), buffers)
+                    values = reading.result()
                 except OSError as error:
                     raise refusal(stored.file, f"reading {stored.key} failed ({error.strerror}) after {done} of "
                                   f"{total} bytes", "check the disk or network share and try again") from None
+                buffer.copy_to(rows.flatten()[first:first + len(values)], values)
+                queued.extend(itertools.islice(more, 1))
+                ends = first + len(values) == rows.numel()
+                filling[wanted.name] = tensor, missing - ends
+                if not ends:
+                    continue
                 low, high = torch.aminmax(rows)
                 flags.append(torch.isfinite(low) & torch.isfinite(high))     # both NaN if one value is; no sync
-                filling[wanted.name] = tensor, missing - 1
                 done += stored.nbytes
                 if progress:
                     progress(done, total)
@@ -435,7 +456,9 @@ def advice(kind, keys) -> str:
 
 
 class Buffer:
-    """PIECE bytes on the host, pinned for a GPU, and the event after which a GPU has read them."""
+    """PIECE bytes on the host, pinned for a GPU, which a reader thread fills and the main thread copies from.
+
+    LOADTABLE"""
 
     def __init__(self, device):
         on_gpu = device.type == "cuda"
@@ -443,30 +466,28 @@ class Buffer:
         self.bytes = memoryview((ctypes.c_char * PIECE).from_address(self.tensor.data_ptr())).cast("B")
         self.copied = torch.cuda.Event() if on_gpu else None
 
-
-def read_rows(file, data: int, stored, rows, buffers):
-    """Fills `rows`, a flat part of an engine tensor, with a stored tensor. `data`: where the data of its file begin.
-    Two buffers in turn: a GPU copies from one while the next piece is read into the other. OSError as read, or where
-    the file ends early."""
-    dtype, at = FLOATS[stored.dtype], data + stored.start
-    for rows_of_piece in rows.split(PIECE // dtype.itemsize):
-        buffer, nbytes, got = next(buffers), len(rows_of_piece) * dtype.itemsize, 0
-        if buffer.copied:
-            buffer.copied.synchronize()
+    def read(self, file, data: int, stored, first: int):
+        """The stored values from `first` on, as many as fit; `data`: where the data of the file begin. OSError as
+        read, or where the file ends early."""
+        dtype, got = FLOATS[stored.dtype], 0
+        at = data + stored.start + first * dtype.itemsize
+        nbytes = min(PIECE, stored.nbytes - first * dtype.itemsize)
+        if self.copied:
+            self.copied.synchronize()                        # the piece before has left the buffer
         while got < nbytes:
-            count = os.preadv(file.fileno(), [buffer.bytes[got:nbytes]], at + got)
+            count = os.preadv(file.fileno(), [self.bytes[got:nbytes]], at + got)
             if not count:
                 raise OSError(0, "the file ends there")
             got += count
-        at += nbytes
-        values = buffer.tensor[:nbytes].view(dtype)
-        if buffer.copied:
-            if dtype != rows.dtype:
-                values = values.to(rows.device, non_blocking=True)           # narrow or widen over there
-            rows_of_piece.copy_(values, non_blocking=True)
-            buffer.copied.record()
-        else:
-            rows_of_piece.copy_(values)
+        return self.tensor[:nbytes].view(dtype)
+
+    def copy_to(self, rows, values):
+        """Fills rows [N] with the values; on a GPU the copy is under way on return."""
+        if self.copied and values.dtype != rows.dtype:
+            values = values.to(rows.device, non_blocking=True)           # narrow or widen over there
+        rows.copy_(values, non_blocking=True)
+        if self.copied:
+            self.copied.record(torch.cuda.current_stream(rows.device))
 
 
 def open_weights(path):
@@ -486,65 +507,6 @@ def stored_values(stored):
             return file.get_tensor(stored.key)
     except (SafetensorError, OSError) as error:
         raise refusal(stored.file, f"cannot be read again ({brief(error)})", "check the disk and try again") from None
-
-
-def free_bytes(device: torch.device) -> tuple[int, int]:
-    """(free, whole) bytes of a device. What torch keeps for reuse counts as free; on the host, what Linux could hand
-    out without swapping."""
-    if device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), whole
-    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free, whole = (int(facts[name].split()[0]) << 10 for name in ("MemAvailable", "MemTotal"))
-    return free, whole
-
-
-def insist_on_room(path, device: torch.device, parts: dict):
-    """Refuses what the device cannot hold. parts: what for -> bytes."""
-    if sum(parts.values()) > free_bytes(device)[0]:
-        raise no_room(path, device, parts)
-
-
-def nvidia_smi(device: torch.device, query: str) -> list[list[str]]:
-    """Rows of `nvidia-smi --query-...` for a device, split at commas; [] where the command does not answer. By the
-    card's own number: CUDA_VISIBLE_DEVICES may have given it another one here."""
-    try:
-        card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    except (AssertionError, AttributeError, RuntimeError):   # no such device, or a torch that does not tell
-        card = str(device.index or 0)
-    try:
-        out = subprocess.run(["nvidia-smi", "-i", card, query, "--format=csv,noheader"], capture_output=True, text=True,
-                             errors="replace", timeout=5).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.split(", ") for line in out.splitlines() if line.strip()]
-
-
-def holders(device: torch.device, most: int = 3) -> list[str]:
-    """Who holds most of a device's memory, as far as one may see: "NAME (pid N, X GiB)"."""
-    found = []                                               # (bytes, name, pid)
-    if device.type == "cuda":
-        for row in nvidia_smi(device, "--query-compute-apps=pid,process_name,used_memory"):
-            if len(row) == 3 and row[2].split()[0].isdecimal():
-                found.append((int(row[2].split()[0]) << 20, row[1], row[0]))
-    else:
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                pages = int((folder / "statm").read_text().split()[1])
-                found.append((pages * os.sysconf("SC_PAGE_SIZE"), (folder / "comm").read_text().strip(), folder.name))
-            except (OSError, ValueError, IndexError):        # it has ended meanwhile
-                continue
-    return [f"{name} (pid {pid}, {nbytes / 2**30:.1f} GiB)" for nbytes, name, pid in sorted(found, reverse=True)[:most]]
-
-
-def no_room(path, device: torch.device, parts: dict) -> InputError:
-    """The refusal, in GiB: what is needed, for what, what is free, and who holds the rest."""
-    free, whole = (n / 2**30 for n in free_bytes(device))
-    needs = ", ".join(f"{name} {n / 2**30:.3f}" for name, n in parts.items())
-    held = holders(device)
-    return refusal(path, f"needs {sum(parts.values()) / 2**30:.3f} GiB ({needs}), {device} has {free:.3f} of "
-                   f"{whole:.3f} GiB free{', most is held by ' * bool(held)}{', '.join(held)}",
-                   "lower --cache-rows, free memory, or choose another --device")
 
 
 # ---- random weights at real shapes -------------------------------------------------------------------------------
