@@ -1,8 +1,23 @@
-"""quant: y = x @ w.T with weights packed to 4 or 8 bits, for steps of 1 to 16 rows that only drafts hang on; the same call
-and the same folds (norm, SwiGLU, residual) as kernels/skinny.py. kernels/products.py chooses between them.
+"""quant: y = x @ w.T with weights packed to 4 or 8 bits, for steps of 1 to 16 rows that only drafts hang on; the same
+call and the same folds (norm, SwiGLU, residual) as kernels/skinny.py. kernels/products.py chooses between them.
 
-TODO"""
+A weight is scale * (u - 2^(bits-1)), u unsigned; one fp16 scale stands over 128 inner columns of one output. The tensor
+cores' instruction of 16 outputs, 16 inner columns and 8 rows of x (m16n8k16, the weights its tall operand, as Marlin
+does) is written in PTX: weights are packed in the order in which threads want them in registers, so that a warp loads
+512 contiguous bytes at a time and a 4-bit value becomes half a register by a shift and an and-or: its bits land in a
+mantissa, as u + 128 in bf16, u + 1024 in fp16. A product of x with a constant takes away what that is too much. Each
+thread copies its words to shared memory ahead of time (cp.async) and reads only what it has copied itself: a queue
+without barriers, filled before the wait on the kernel ahead. Every warp of a program has inner columns of its own; their
+sums meet once, at the end. A norm's weight is folded into the packed one, its sums of squares are the diagonal of
+x @ x.T, its factor meets the result. A row's bits may depend on the row count, and on nothing else.
 
+Bytes: O*D*bits/8 + O*D/64 of scales. LLaMA-7B, a layer at 4 bits: qkv 26.0 MB, o 8.7, gate-up 46.5, down 23.2; with an
+8-bit head of 133 MB 3.47 GB a step, 0.79 ms at the 4.4 TB/s that an H200 reads.
+
+MEASURED
+"""
+
+# mypy: disable-error-code="assignment"
 import functools
 import itertools
 from dataclasses import dataclass
@@ -21,13 +36,14 @@ BITS = {"int4": (4, 8), "fp8+int4": (4, 8)}                  # bits of a packed 
 MAX_PACKED_ROWS = FEW                # rows of a step with packed weights
 PACK_ROWS = 1024                     # packed at a time; whole tiles
 RATIOS = {8: (1.0,), 4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)}  # of the widest scale, tried for the least squared error
+SHARED = 48 * 1024                   # bytes that a program may declare
 TILE = 16                            # outputs of one matrix instruction; 16 in the kernel's code
-BLOCK = 64                           # 64 there: inner columns that 16 bytes of 4-bit weights a thread make, four instructions long
+BLOCK = 64                           # inner columns of a tile, four such instructions; 64 there
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A weight [O, D] in few bits, `groups` tiles of 16 outputs by 64 inner columns."""
+    """A weight [O, D] in few bits, in tiles of 16 outputs by 64 inner columns."""
     words: torch.Tensor         # int32 [tiles, D / 64, bits / 4, 32 threads, 4]; see `places`
     scales: torch.Tensor        # fp16 [tiles, D / group, 8, 2]: outputs g and g + 8
     O: int
@@ -62,9 +78,9 @@ def packed_bytes(O: int, D: int, bits: int) -> int:
 
 @functools.cache
 def places(bits):
-    """int64 [16 * 64]: at place (((word quad, thread), word of it), value of the word), the weight that is there, counted
-    by output and column. Thread 4 g + t of a warp multiplies outputs g and g + 8 with columns 8 t .. 8 t + 7 of 32, so
-    that x goes by 16 bytes a thread; any order of the columns does, if x has the same."""
+    """int64 [16 * 64]: which weight of a tile, counted by output and column, stands at [quad of words, thread, word,
+    value]. Thread 4 g + t of a warp has outputs g and g + 8 and columns 8 t .. 8 t + 7 of every 32, so that it loads 16
+    bytes of x at a time; any order of the columns does, if x has the same."""
     per = 32 // bits
     at = torch.empty(bits // 4, 32, 4, per, dtype=torch.int64)
     for quad, thread, word, value in itertools.product(*map(range, at.shape)):
@@ -131,21 +147,26 @@ def quant_ref(x_SD, w: Packed, norm=None, residual=None, gated=False):
 @triton.constexpr_function
 def unpacking(bits, bf16):
     """PTX that turns a thread's weights for one matrix instruction, a word of 4-bit or two of 8-bit ones, into its four
-    registers, pairs of 16-bit floats, exact."""
-    one, fma = (0x3f803f80, "fma.rn.bf16x2") if bf16 else (0x3c003c00, "fma.rn.f16x2")
-    if bits == 4:                                            # 128 + u or 1024 + u, less 136 or 1032
-        mask, magic, less = 0x000f000f, 0x43004300 if bf16 else 0x64006400, 0xc308c308 if bf16 else 0xe408e408
-        pick = [f"shr.u32 v, $4, {4 * i}; mov.b32 less, {less};" for i in range(4)]
-    else:                                                    # bytes 0 and 2 of v; what else is in there is masked out
-        pick = [f"shr.u32 v, ${4 + i // 2}, {8 * (i % 2)};" for i in range(4)]
-        if bf16:                                             # 128 + the low 7 bits, less 128 if bit 7 is set, else 256
-            mask, magic = 0x007f007f, 0x43004300
-            pick = [line + "lop3.b32 less, v, 0x00800080, 0xc380c380, 0x6a;" for line in pick]
-        else:                                                # 1024 + u, less 1152
-            mask, magic = 0x00ff00ff, 0x64006400
-            pick = [line + "mov.b32 less, 0xe480e480;" for line in pick]
+    registers, pairs of 16-bit floats. 4 bits: u + 128 or 1024, which `excess` puts right; 8 bits: u - 128, exact."""
+    if bits == 4:
+        magic = 0x43004300 if bf16 else 0x64006400
+        lines = [f"shr.u32 v, $4, {4 * i}; lop3.b32 ${i}, v, 0x000f000f, {magic}, 0xea;" for i in range(4)]
+        return f"{{.reg .b32 v; {' '.join(lines)}}}"
+    pick = [f"shr.u32 v, ${4 + i // 2}, {8 * (i % 2)};" for i in range(4)]      # bytes 0 and 2; others are masked out
+    if bf16:                                                 # 128 + the low 7 bits, less 128 if bit 7 is set, else 256
+        one, fma, mask, magic = 0x3f803f80, "fma.rn.bf16x2", 0x007f007f, 0x43004300
+        pick = [line + "lop3.b32 less, v, 0x00800080, 0xc380c380, 0x6a;" for line in pick]
+    else:                                                    # 1024 + u, less 1152
+        one, fma, mask, magic = 0x3c003c00, "fma.rn.f16x2", 0x00ff00ff, 0x64006400
+        pick = [line + "mov.b32 less, 0xe480e480;" for line in pick]
     lines = [f"{line} lop3.b32 v, v, {mask}, {magic}, 0xea; {fma} ${i}, v, one, less;" for i, line in enumerate(pick)]
     return f"{{.reg .b32 v, one, less; mov.b32 one, {one}; {' '.join(lines)}}}"
+
+
+@triton.constexpr_function
+def excess(bf16):
+    """-136 or -1032, twice: what the middle of 4 bits, 8, and `unpacking` add to a weight."""
+    return f"mov.b32 $0, {0xc308c308 if bf16 else 0xe408e408};"
 
 
 @triton.constexpr_function
@@ -250,8 +271,8 @@ def columns_of(x, m: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def squares(gram, b, COLUMNS: tl.constexpr, BF16: tl.constexpr):
-    """gram + x @ x.T, the diagonal of which are sums of squares. Of every eight rows' eight registers the first two have
-    those of one word of x and the last two those of the other: the tall operand is two neighbouring registers."""
+    """gram + x @ x.T, whose diagonal are sums of squares. The tall operand is two neighbouring words of x, as they are:
+    of eight registers for every eight rows the first two have the one's sums, the last two the other's."""
     total = ()
     for j in tl.static_range(COLUMNS):
         for i in tl.static_range(2):
@@ -281,9 +302,20 @@ def products_of(part, words, b, m: tl.constexpr, TILES: tl.constexpr, COLUMNS: t
 
 
 @triton.jit
-def scaled(acc, part, queue, thread, TILES: tl.constexpr, COLUMNS: tl.constexpr, QUADS: tl.constexpr,
+def corrected(over, b, COLUMNS: tl.constexpr, BF16: tl.constexpr):
+    """over + the excess times x."""
+    a = tl.inline_asm_elementwise(excess(BF16), "=r,r", [b[0]], dtype=tl.int32, is_pure=True, pack=1)
+    total = ()
+    for j in tl.static_range(COLUMNS):
+        total = total + multiplied((a, a, a, a), b[2 * j], b[2 * j + 1], over[4 * j], over[4 * j + 1], over[4 * j + 2],
+                                   over[4 * j + 3], BF16)
+    return total
+
+
+@triton.jit
+def scaled(acc, part, over, queue, thread, TILES: tl.constexpr, COLUMNS: tl.constexpr, QUADS: tl.constexpr,
            THREADS: tl.constexpr):
-    """acc + part * scales."""
+    """acc + (part + over) * scales."""
     total = ()
     for i in tl.static_range(TILES):
         low, high = tl.inline_asm_elementwise(
@@ -291,25 +323,45 @@ def scaled(acc, part, queue, thread, TILES: tl.constexpr, COLUMNS: tl.constexpr,
             "cvt.f32.f16 $1, h;}", "=&f,=&f,r", [queue + (TILES * QUADS * 4 + i) * THREADS * 4 + thread * 4],
             dtype=(tl.float32, tl.float32), is_pure=False, pack=1)
         for k in tl.static_range(COLUMNS * 4):
-            total = total + (acc[i * COLUMNS * 4 + k] + part[i * COLUMNS * 4 + k] * (low if k % 4 < 2 else high),)
+            fresh = (part[i * COLUMNS * 4 + k] + over[k]) * (low if k % 4 < 2 else high)
+            total = total + (acc[i * COLUMNS * 4 + k] + fresh,)
     return total
 
 
 @triton.jit
-def joined(c, k: tl.constexpr, n: tl.constexpr):
-    """[threads, 2, .., 2] of n vectors from the k-th: the lowest bit of a vector's number is the first index."""
-    if n == 1:
-        return c[k]
-    else:
-        return tl.join(joined(c, k, n // 2), joined(c, k + n // 2, n // 2))
+def leave(queue, c, thread, CELLS: tl.constexpr, THREADS: tl.constexpr):
+    """Puts four values of this thread into each of its cells of shared memory."""
+    for k in tl.static_range(CELLS):
+        tl.inline_asm_elementwise("st.shared.v4.f32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;", "=r,r,f,f,f,f",
+                                  [queue + (k * THREADS + thread) * 16, c[4 * k], c[4 * k + 1], c[4 * k + 2],
+                                   c[4 * k + 3]], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def over_warps(c, COLUMNS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr):
-    """[8, 4, 2, 2, COLUMNS, TILES]: the sum over the warps of output g + 8 q and row 2 t + p at [g, t, p, q]. Of four
-    tiles the second and third have changed places."""
-    both = tl.reshape(joined(c, 0, 4 * COLUMNS * TILES), (WARPS, 32, 4 * COLUMNS * TILES))
-    return tl.reshape(tl.sum(both, 0), (8, 4, 2, 2, COLUMNS, TILES))
+def over_warps(queue, cell, lane, WARPS: tl.constexpr):
+    """The sums over the warps of what their threads in this lane left in a cell, always in the same order."""
+    total = ((lane * 0).to(tl.float32),) * 4
+    for warp in tl.static_range(WARPS):
+        place = queue + ((cell * WARPS + warp) * 32 + lane) * 16
+        c = tl.inline_asm_elementwise("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r", [place],
+                                      dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1)
+        total = (total[0] + c[0], total[1] + c[1], total[2] + c[2], total[3] + c[3])
+    return total
+
+
+@triton.jit
+def of_lane(x, lane):
+    """x of another thread of the warp."""
+    return tl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, lane],
+                                     dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def result_of(cell, lane, k: tl.constexpr, first, S, width, STORED: tl.constexpr, COLUMNS: tl.constexpr):
+    """(row, output, whether there is such a one) of a thread's k-th value of four in a cell, a tile and eight rows."""
+    row = lane % 4 * 2 + k % 2 + cell % COLUMNS * 8
+    out = first + cell // COLUMNS * 16 + lane // 4 + k // 2 * 8
+    return row, out, (row < S) & (out < width) & (cell < STORED * COLUMNS)
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -317,8 +369,8 @@ def quant_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residua
                  D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
                  WARPS: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
                  GATED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
-    """TILES * 16 outputs of all rows, COLUMNS * 8 of them; GATED, half of the tiles are gates and half are ups. Each warp
-    has groups of inner columns of its own.
+    """TILES * 16 outputs of all rows, at most COLUMNS * 8; GATED, half of the tiles are gates and half are ups. Each
+    warp has groups of inner columns of its own.
 
     A vector has one element for every thread: what a thread holds in registers is known, and written down in PTX."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -335,8 +387,10 @@ def quant_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residua
     thread = tl.arange(0, THREADS)
     warp, lane = thread // 32, thread % 32
     width = O // 2 if GATED else O
-    queue = tl.inline_asm_elementwise(queue_of(DEPTH * SLOT), "=r,r", [thread * 0], dtype=tl.int32, is_pure=False,
-                                      pack=1)
+    TURNS: tl.constexpr = (STORED * COLUMNS + WARPS - 1) // WARPS    # a warp's share of them
+    CELLS: tl.constexpr = (TILES + NORM) * COLUMNS * THREADS * 16    # bytes of what the warps leave each other
+    queue = tl.inline_asm_elementwise(queue_of(max(DEPTH * SLOT, CELLS)), "=r,r", [thread * 0], dtype=tl.int32,
+                                      is_pure=False, pack=1)
     w_ptrs, scale_ptrs, x_ptrs = (), (), ()
     for i in tl.static_range(TILES):
         at = tl.minimum(pid * STORED + i % STORED, (width - 1) // 16) + i // STORED * (width // 16)
@@ -355,60 +409,77 @@ def quant_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residua
         row = tl.minimum(lane // 4 + j * 8, S - 1)                   # a column that is not there may hold any row
         x_ptrs = x_ptrs + (x_ptr + row.to(tl.int64) * x_stride + lane % 4 * 8,)
     x = fetch_rows(x_ptrs, tl.minimum(warp, G - 1) * BLOCKS, warp < G, COLUMNS, NORM and G % WARPS > 0)
-    g, t = tl.arange(0, 8)[:, None, None, None, None, None], tl.arange(0, 4)[None, :, None, None, None, None]
-    p, q = tl.arange(0, 2)[None, None, :, None, None, None], tl.arange(0, 2)[None, None, None, :, None, None]
-    i = tl.arange(0, STORED)[None, None, None, None, None, :]
-    if STORED == 4:
-        i = i // 2 + i % 2 * 2
-    row = 2 * t + p + 8 * tl.arange(0, COLUMNS)[None, None, None, None, :, None]
-    out = (pid * STORED + i) * 16 + g + 8 * q
-    held = (row < S) & (out < width)
+    kept = ()
     if RESIDUAL:
-        kept = tl.load(residual_ptr + row.to(tl.int64) * residual_stride + out, mask=held, other=0.0)
+        for turn in tl.static_range(TURNS):
+            for k in tl.static_range(4):
+                row, out, held = result_of(warp + turn * WARPS, lane, k, pid * STORED * 16, S, width, STORED, COLUMNS)
+                kept = kept + (tl.load(residual_ptr + row.to(tl.int64) * residual_stride + out, mask=held, other=0.0),)
     acc, gram = (zero,) * (TILES * COLUMNS * 4), (zero,) * (COLUMNS * 8)
     for r in range(ROUNDS):
         slot, group = queue + r % DEPTH * SLOT, warp + r * WARPS
         tl.inline_asm_elementwise(waiting(DEPTH - 1), "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-        part = (zero,) * (TILES * COLUMNS * 4)
+        part, over = (zero,) * (TILES * COLUMNS * 4), (zero,) * (COLUMNS * 4)
         for block in tl.static_range(BLOCKS):
             words, now = dequeued(slot, block, thread, TILES, QUADS, BITS, THREADS), x
             next_group = group + (block + 1) // BLOCKS * WARPS       # the last round's last are fetched in vain
-            x = fetch_rows(x_ptrs, tl.minimum(next_group, G - 1) * BLOCKS + (block + 1) % BLOCKS, next_group < G, COLUMNS,
-                           NORM and G % WARPS > 0)
+            x = fetch_rows(x_ptrs, tl.minimum(next_group, G - 1) * BLOCKS + (block + 1) % BLOCKS, next_group < G,
+                           COLUMNS, NORM and G % WARPS > 0)
             loads_before()                                           # ptxas would put them last, to save registers
             for m in tl.static_range(4):
                 b = columns_of(now, m, COLUMNS)
                 if NORM:
                     gram = squares(gram, b, COLUMNS, BF16)
+                if BITS == 4:
+                    over = corrected(over, b, COLUMNS, BF16)
                 part = products_of(part, words, b, m, TILES, COLUMNS, BITS, BF16)
-        acc = scaled(acc, part, slot, thread, TILES, COLUMNS, QUADS, THREADS)
+        acc = scaled(acc, part, over, slot, thread, TILES, COLUMNS, QUADS, THREADS)
         enqueue(slot, w_ptrs, scale_ptrs, group + DEPTH * WARPS, thread, G, TILES, QUADS, THREADS)
-    y = over_warps(acc, COLUMNS, TILES, WARPS)
-    if NORM:                                                         # only the diagonal of x @ x.T
-        diagonal = ()
+    tl.inline_asm_elementwise(waiting(0), "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()                                               # nobody reads the queue any more
+    leave(queue, acc, thread, TILES * COLUMNS, THREADS)
+    if NORM:
         for j in tl.static_range(COLUMNS):
-            diagonal = diagonal + (gram[j * 8], gram[j * 8 + 1], gram[j * 8 + 6], gram[j * 8 + 7])
-        square = tl.where(g == 2 * t + p, over_warps(diagonal, COLUMNS, 1, WARPS), 0.0)
-        square = tl.sum(tl.sum(square, 3), 0)                                                     # [4, 2, COLUMNS, 1]
-        y *= tl.rsqrt(square / D + eps)[None, :, :, None, :, :]
-    if GATED:
-        gate, up = tl.split(tl.reshape(y, (8, 4, 2, 2, COLUMNS, STORED, 2)))
-        y = silu_times(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
-    else:
-        y = y.to(dtype)
-    if RESIDUAL:
-        y = (kept.to(tl.float32) + y.to(tl.float32)).to(dtype)
-    tl.store(y_ptr + row.to(tl.int64) * width + out, y, mask=held)
+            leave(queue + (TILES * COLUMNS + j) * THREADS * 16, (gram[j * 8], gram[j * 8 + 1], gram[j * 8 + 6],
+                                                                 gram[j * 8 + 7]), thread, 1, THREADS)
+    tl.debug_barrier()
+    t = lane % 4
+    for turn in tl.static_range(TURNS):
+        cell = warp + turn * WARPS
+        mine = tl.minimum(cell, STORED * COLUMNS - 1)
+        y = over_warps(queue, mine, lane, WARPS)
+        if GATED:
+            up = over_warps(queue, mine + STORED * COLUMNS, lane, WARPS)
+        if NORM:                                                     # on the diagonal of x @ x.T
+            s0, s1, s2, s3 = over_warps(queue, TILES * COLUMNS + mine % COLUMNS, lane, WARPS)
+            even, odd = of_lane(s0 + s2, 9 * t), of_lane(s1 + s3, 9 * t + 4)
+            even, odd = tl.rsqrt(even / D + eps), tl.rsqrt(odd / D + eps)
+        for k in tl.static_range(4):
+            factor = (even if k % 2 == 0 else odd) if NORM else 1.0
+            value = (y[k] * factor).to(dtype)
+            if GATED:
+                value = silu_times(value.to(tl.float32), (up[k] * factor).to(dtype).to(tl.float32), dtype)
+            if RESIDUAL:
+                value = (kept[turn * 4 + k].to(tl.float32) + value.to(tl.float32)).to(dtype)
+            row, out, held = result_of(cell, lane, k, pid * STORED * 16, S, width, STORED, COLUMNS)
+            tl.store(y_ptr + row.to(tl.int64) * width + out, value, mask=held)
 
 
 def launch_config(S, O, D, gated):
-    warps = 8 if O <= 4096 else 4
-    return dict(TILES=4 if gated else 2, num_warps=warps, AHEAD=2, EARLY=0)
+    """Tiles and warps of a program, and rounds of words on their way."""
+    few = S <= 8
+    if gated:
+        tiles, warps, ahead = (2, 4, 3) if few else (4, 4, 2)
+    elif O <= 4096:
+        tiles, warps, ahead = (2, 8, 2) if not few else (1, 8, 4) if D <= O else (1, 16, 2)
+    else:
+        tiles, warps, ahead = (2, 8, 2) if few and O <= 16384 else (2, 4, 2)
+    return dict(TILES=tiles, num_warps=warps, AHEAD=ahead, EARLY=False)
 
 
 def quant(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **override):
-    """x @ dequantise(w).T, [S, O] for 1 to 16 rows. Arguments as those of `skinny`; work says whether to start early and
-    is otherwise not used; of `norm` only the epsilon is, for w holds its weight. Rows of bf16 or fp16 that stand at 16
+    """x @ dequantise(w).T, [S, O] for 1 to 16 rows. Arguments as those of `skinny`; of work only whether to start early
+    is used, and of `norm` only the epsilon, for w holds its weight. Rows of bf16 or fp16 that begin at multiples of 16
     bytes go through the kernel, others through plain torch."""
     (S, D), O = x_SD.shape, w.O
     assert 1 <= S <= MAX_PACKED_ROWS, f"quant: {S} rows, wanted 1..{MAX_PACKED_ROWS}"
@@ -423,6 +494,8 @@ def quant(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **o
         return quant_ref(x_SD, w, norm, residual, gated)
     y_SO = torch.empty((S, width), dtype=x_SD.dtype, device=x_SD.device)
     pdl, config = work is not None and work.pdl, {**launch_config(S, O, D, gated), **override}
+    slot = config["TILES"] * config["num_warps"] * (w.group * 2 * w.bits + 128)       # bytes of a round
+    config["AHEAD"] = max(1, min(config["AHEAD"], SHARED // slot))
     quant_kernel[(triton.cdiv(width, config["TILES"] * TILE // (2 if gated else 1)),)](
         x_SD, w.words, w.scales.view(torch.int32), y_SO, residual if residual is not None else x_SD, x_SD.stride(0),
         residual.stride(0) if residual is not None else 0, S, O, norm[1] if norm else 0.0, D=D, BITS=w.bits,

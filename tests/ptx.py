@@ -9,13 +9,13 @@ import torch
 import triton.language as tl
 
 GROUP, QUAD = numpy.arange(32) // 4, numpy.arange(32) % 4
-SHARED = {}                                                  # words of the program that runs, by address
+SHARED = numpy.empty(1 << 14, dtype=numpy.uint32)            # words of the program that runs
 
 
 def words_at(address, count):
-    """A view of memory: shared where the address has 32 bits, and NaN there until something is written."""
+    """A view of memory: shared where the address has 32 bits, NaN until something is written there."""
     if isinstance(address, numpy.uint32):
-        return SHARED.setdefault(int(address), numpy.full(count, 0x7fc07fc0, dtype=numpy.uint32))
+        return SHARED[address // 4:address // 4 + count]
     return numpy.frombuffer((ctypes.c_uint32 * count).from_address(int(address)), numpy.uint32)
 
 
@@ -68,7 +68,7 @@ def run(asm, inputs, outputs):
     for name, parts in parsed(asm):
         if name == ".shared":
             held["queue"] = numpy.uint32(0)
-            SHARED.clear()
+            SHARED.fill(0x7fc07fc0)
         elif name == "mov.b32" and len(parts) == 3:
             held[parts[0]], held[parts[1]] = read(parts[2]) & 0xffff, read(parts[2]) >> 16
         elif name in ("mov.b32", "mov.u32"):
@@ -90,7 +90,13 @@ def run(asm, inputs, outputs):
         elif name.startswith(("ld.global", "ld.shared")):
             *into, address = parts
             found = numpy.stack([words_at(at, len(into)) for at in read(address.strip("[]"))])
+            found = found.view(numpy.float32 if name.endswith("f32") else numpy.uint32)
             held.update(zip(into, found.T.copy(), strict=True))
+        elif name == "st.shared.v4.f32":
+            for i, to in enumerate(read(parts[0].strip("[]"))):
+                words_at(to, 4)[:] = [read(x)[i:i + 1].view(numpy.uint32)[0] for x in parts[1:]]
+        elif name == "shfl.sync.idx.b32":
+            held[parts[0]] = read(parts[1])[numpy.arange(len(read(parts[1]))) // 32 * 32 + read(parts[2])]
         elif name.startswith("cp.async."):                   # at once; waiting is for nothing
             for to, at, size in zip(*(read(parts[i].strip("[]")) for i in (0, 1, 3)), strict=True):
                 words_at(to, int(parts[2]) // 4)[:] = words_at(at, int(parts[2]) // 4) if size else 0
@@ -101,7 +107,7 @@ def run(asm, inputs, outputs):
             held.update(zip(parts[:4], found, strict=True))
         else:
             raise AssertionError(f"no PTX known as {name!r}")
-    return [held[f"${i}"] for i in range(outputs)]
+    return [numpy.broadcast_to(held[f"${i}"], inputs[0].shape) for i in range(outputs)]
 
 
 def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):

@@ -105,8 +105,7 @@ for kernel, args, options in launches:
 """
 STEP = {"open_round_kernel", "row_sums_kernel", "skinny_kernel", "step_kernel", "combine_kernel", "close_round_kernel",
         "top_p_kernel", "scores_kernel", "recall_kernel"}
-DRAFTS = {1: {"quant_kernel", "pair_kernel"}, 2: {"quant_kernel", "pair_kernel"}, 8: {"quant_kernel"},
-          16: {"quant_kernel"}}                              # by rows
+DRAFTS = {1: {"quant_kernel", "single_kernel"}, **{rows: {"quant_kernel"} for rows in (2, 8, 16)}}
 PREFILL = {"rmsnorm_kernel", "rope_store_kernel", "prefill_kernel", "swiglu_kernel", "layernorm_kernel",
            "quick_gelu_kernel", "last_event_kernel", "paint_kernel"}
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}            # bytes of shared memory a program may use

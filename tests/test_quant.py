@@ -123,7 +123,8 @@ def test_columns_that_fill_no_whole_blocks_are_refused(D):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fold", FOLDS)
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("S, D, O", [(1, 640, 32), (2, 64, 32), (5, 704, 32), (8, 384, 96), (9, 192, 32), (16, 1152, 32)])
+@pytest.mark.parametrize("S, D, O", [(1, 640, 32), (2, 64, 32), (5, 704, 32), (8, 384, 96), (9, 192, 32),
+                                     (16, 1152, 32)])
 def test_no_further_from_the_truth_than_twice_plain_torch(S, D, O, bits, fold, dtype, device, nan_empty):
     torch.manual_seed(D)
     check(*packed_case(fold, bits, S, D, O, dtype, device))
@@ -190,7 +191,11 @@ def test_words_are_unpacked_exactly(bits, bf16):
                 words = torch.tensor([rest | u << bits * i]).numpy().astype("uint32")
                 registers = [ptx.halves(x, kind)[0] for x in ptx.run(module.unpacking(bits, bf16), [words, words], 4)]
                 register, half = (i % 4, i // 4) if bits == 4 else (i % 2, i // 2)
-                assert registers[register][half] == u - (1 << bits - 1)
+                more = {4: 128 if bf16 else 1024, 8: -128}[bits]     # `excess` is what 4 bits have too much
+                assert registers[register][half] == u + more
+                word = torch.tensor([0]).numpy().astype("uint32")
+                assert ptx.halves(ptx.run(module.excess(bf16), [word], 1)[0], kind)[0].tolist() == [
+                    -8 - (128 if bf16 else 1024)] * 2
 
 
 def test_products_are_chosen_by_the_weight(device):
