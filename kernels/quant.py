@@ -7,8 +7,8 @@ does) is written in PTX: weights are packed in the order in which threads want t
 512 contiguous bytes at a time and a 4-bit value becomes half a register by a shift and an and-or: its bits land in a
 mantissa, as u + 128 in bf16, u + 1024 in fp16. A product of x with a constant takes away what that is too much. Each
 thread copies its words to shared memory ahead of time (cp.async) and reads only what it has copied itself: a queue
-without barriers, filled before the wait on the kernel ahead. Every warp of a program has inner columns of its own; their
-sums meet once, at the end. A norm's weight is folded into the packed one, its sums of squares are the diagonal of
+without barriers, filled before the wait on the kernel ahead. A program's warps have inner columns of their own, and
+their sums meet once, at the end. A norm's weight is folded into the packed one, its sums of squares are the diagonal of
 x @ x.T, its factor meets the result. A row's bits may depend on the row count, and on nothing else.
 
 Bytes: O*D*bits/8 + O*D/64 of scales. LLaMA-7B, a layer at 4 bits: qkv 26.0 MB, o 8.7, gate-up 46.5, down 23.2; with an
@@ -368,7 +368,7 @@ def result_of(cell, lane, k: tl.constexpr, first, S, width, STORED: tl.constexpr
 def quant_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residual_stride, S, O, eps,
                  D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
                  WARPS: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-                 GATED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
+                 GATED: tl.constexpr, PDL: tl.constexpr):
     """TILES * 16 outputs of all rows, at most COLUMNS * 8; GATED, half of the tiles are gates and half are ups. Each
     warp has groups of inner columns of its own.
 
@@ -398,12 +398,9 @@ def quant_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residua
         scale_ptrs = scale_ptrs + (scale_ptr + at.to(tl.int64) * (G * 8) + lane // 4,)
     for r in tl.static_range(DEPTH):
         enqueue(queue + r * SLOT, w_ptrs, scale_ptrs, warp + r * WARPS, thread, G, TILES, QUADS, THREADS)
-    if PDL and EARLY:
-        gdc_launch_dependents()
     if PDL:                                                          # weights depend on nobody: on their way already
         gdc_wait()
-        if not EARLY:
-            gdc_launch_dependents()
+        gdc_launch_dependents()
     zero = tl.zeros((THREADS,), dtype=tl.float32)
     for j in tl.static_range(COLUMNS):
         row = tl.minimum(lane // 4 + j * 8, S - 1)                   # a column that is not there may hold any row
@@ -474,7 +471,7 @@ def launch_config(S, O, D, gated):
         tiles, warps, ahead = (2, 8, 2) if not few else (1, 8, 4) if D <= O else (1, 16, 2)
     else:
         tiles, warps, ahead = (2, 8, 2) if few and O <= 16384 else (2, 4, 2)
-    return dict(TILES=tiles, num_warps=warps, AHEAD=ahead, EARLY=False)
+    return dict(TILES=tiles, num_warps=warps, AHEAD=ahead)
 
 
 def quant(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **override):
