@@ -3,6 +3,7 @@
     python -m tests.replay PAIRS.jsonl --weights random-7b --max-answers 300 --out tests/results/replay.txt
     python -m tests.replay PAIRS.jsonl --weights random-7b --accept 0.4,0.6,0.8 --only "drafter right" \\
         --drafter-device cuda:1 --drafter-dtype fp8+int4
+    python -m tests.replay --random-ids 200 --weights random-7b --self 0.91,0.95,0.97,0.2 --only self --max-answers 20
     python -m tests.replay PAIRS.jsonl --shard 0/2 --rows a.json; python -m tests.replay --merge a.json b.json
 
 Both models compute as ever and say the ids that were recorded elsewhere; every setting is timed end to end against
@@ -15,7 +16,9 @@ answers, the last one cut. The recorded clips are not here: those of a data set 
     lookup, both
     drafter right with P            says each id of the answer, wrong with 1 - P (--accept)
     lookup, right with P            the same behind `lookup, both`
-    self right with P               the target's 4-bit copy does (--self)
+    self right with P               the target's 4-bit copy drafts, an id of its being right with P (--self); how sure
+                                    it is of each is drawn from the published calibration (Gate.SURE)
+    lookup, both + self P           the same behind `lookup, both`, and `lookup, cold + self P`
 
 Ratios above 1 are faster. Exit 1 if an answer differs from what was recorded."""
 
@@ -39,6 +42,7 @@ import engine
 from kernels.check import quantiles
 from weights import UNREADABLE, InputError, describe, replace_file, show
 from weights.adapter import read_pairs
+from weights.drafting import Gate
 from weights.files import read_json
 from weights.rows import estimate, forwards, median, per_forward
 from weights.sources import Lookup
@@ -54,11 +58,30 @@ class Setting:
     right: float | None = None                               # P; None: the drafter says what was recorded
     learns: Lookup | None = None                             # told the answers of this stream
 
-    def drafts(self, row: dict, chance, V: int) -> list[int]:
-        """What the drafter, or the copy, says of an answer."""
+    def drafts(self, row: dict, chance, V: int) -> tuple[list[int], list[float]]:
+        """What the drafter, or the copy, says of an answer, and how sure the copy is of each id."""
         if self.right is None:
-            return row["drafter"]
-        return [i if chance.random() < self.right else (i + 1) % V for i in row["target"]]
+            return row["drafter"], []
+        sures = [sure_of(self.right, chance) for _ in row["target"]]
+        return [i if chance.random() < share else (i + 1) % V
+                for i, (_, share) in zip(row["target"], sures, strict=True)], [sure for sure, _ in sures]
+
+    @property
+    def selves(self) -> bool:
+        return self.source == "self" or isinstance(self.source, list) and "self" in self.source
+
+
+def sure_of(right: float, chance) -> tuple[float, float]:
+    """(probability that the copy gives to a draft, P(it is right)), so that drafts are right with `right` in all: a
+    mixture of the surest class and the others, in the published calibration."""
+    *others, (_, surest) = Gate.SURE
+    mean = sum(share for _, share in others) / len(others)
+    if right < mean:                                         # worse than any published copy: unsure of all it says
+        return 0.3, right
+    if chance.random() < (right - mean) / (surest - mean):
+        return 0.97, surest
+    end, share = chance.choice(others)
+    return end - 0.05, share
 
 
 def read_rates(text: str, flag: str) -> list[float]:
@@ -90,7 +113,10 @@ def settings(others: list[list[int]], rates=(), selves=(), only: str | None = No
         made[f"drafter right with {P}"] = Setting("speculative", "drafter", P)
         made[f"lookup, right with {P}"] = Setting("speculative", [both, "drafter"], P, both)
     for P in selves:
+        cold, both = Lookup(), known()
         made[f"self right with {P}"] = Setting("speculative", "self", P)
+        made[f"lookup, cold + self {P}"] = Setting("speculative", [cold, "self"], P, cold)
+        made[f"lookup, both + self {P}"] = Setting("speculative", [both, "self"], P, both)
     return {name: of for name, of in made.items()
             if name == "target_only" or only is None or any(word in name for word in only.split(","))}
 
@@ -124,8 +150,8 @@ def main(argv=None) -> int:
     if options.merge:
         measure.publish(report(*merged(options.merge)), options.out)
         return 0
-    if options.pairs is None:
-        raise InputError("PAIRS: missing; pass recorded answers, or --merge")
+    if (options.pairs is None) == (options.random_ids is None):
+        raise InputError("PAIRS: wanted recorded answers, or --random-ids, or --merge; pass one of them")
     rates, selves = (read_rates(getattr(options, name), name) for name in ("accept", "self"))
     place = options.weights if options.weights != "tiny" else None
     e = engine.load_engine(place or bench.TINY / "drafter", place or bench.TINY / "target", device=options.device,
@@ -133,7 +159,12 @@ def main(argv=None) -> int:
                            tokenizer=options.tokenizer, gate=options.gate == "on",
                            drafter_dtype=options.drafter_dtype, self_draft=bool(selves))
     V = min(model.config.V for model in e.models)
-    pairs = read_pairs(options.pairs, options.src, V)
+    chance = random.Random(options.shard[0])
+    pairs = read_pairs(options.pairs, options.src, V) if options.pairs else [
+        {"seq": "random", "clip": n, "question": "What are the key elements in this scene?", "src": "random ids",
+         "drafter": [], "target": [chance.randrange(3, V) for _ in range(options.random_ids)]}
+        for n in range(options.max_answers)]
+    options.max_new_tokens = options.random_ids or options.max_new_tokens
     for model in e.models:
         with torch.inference_mode():
             model.replay([])
@@ -145,8 +176,9 @@ def main(argv=None) -> int:
     head = {"what": f"{bench.LABELS[options.weights]} {bench.dtype_of(e.target.decoder)}, drafter "
                     f"{bench.dtype_of(e.drafter.decoder)}{' on a device of its own' if e.apart else ''}, "
                     f"{measure.devices(e.models)}, {measure.versions()}",
-            "pairs": options.pairs.name, "src": pairs[0]["src"], "new": options.max_new_tokens, "gate": options.gate}
-    chance, order = random.Random(options.shard[0]), random.Random(options.shard[0])
+            "pairs": options.pairs.name if options.pairs else "none",
+            "src": pairs[0]["src"], "new": options.max_new_tokens, "gate": options.gate}
+    order = random.Random(options.shard[0])
     gates, taken, rows, result = collections.defaultdict(engine.Gate), collections.defaultdict(list), {}, None
     rights = collections.defaultdict(lambda: 0.5)            # how right a drafter's line was; see the engine's Line
     for number, (seq, row, timed) in enumerate(bench.progress(work, "answers")):
@@ -156,9 +188,9 @@ def main(argv=None) -> int:
         for name in order.sample(list(rows), len(rows)):     # what one leaves behind favours none
             of = rows[name]
             e.gate = gates[name] if options.gate == "on" else None        # each is priced by its own acceptance
-            e.right, drafts = rights[name], of.drafts(row, chance, V)
+            e.right, (drafts, sures) = rights[name], of.drafts(row, chance, V)
             with torch.inference_mode():
-                e.target.replay(ids, drafts if of.source == "self" else ())
+                e.target.replay(ids, *((drafts, sures) if of.selves else ()))
                 e.drafter.replay(drafts)
             cell[name] = result = e.generate(
                 event_path=clip.events, video_path=clip.video, query=row["question"], mode=of.mode,
@@ -231,6 +263,7 @@ def parse(argv):
     parser = measure.flags(__doc__, dataset_dir=bench.TINY / "clips")
     add = parser.add_argument
     add("pairs", type=Path, nargs="?", help="recorded answers, as bench.py --record writes them")
+    add("--random-ids", type=int, metavar="N", help="in place of PAIRS: answers of N random ids")
     add("--src", help="which rows of PAIRS (default: the only kind there)")
     add("--weights", choices=("tiny", "random-7b"), default="tiny", help="default %(default)s: the embedded pair")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json for random weights")
@@ -252,8 +285,8 @@ def parse(argv):
     add("--trace", metavar="JSON", help="the same as a trace for ui.perfetto.dev")
     options = parser.parse_args(argv)
     options.shard = bench.read_shard(options.shard, {})
-    for name in ("max_answers", "max_new_tokens"):
-        if getattr(options, name) < 1:
+    for name in ("max_answers", "max_new_tokens", "random_ids"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')}: wanted at least 1, got {getattr(options, name)}; change it")
     return options
 

@@ -122,9 +122,22 @@ def test_a_setting_says_who_drafts_and_what_lookup_knows():
     assert list(replay.settings([], [0.25], only="cold,right")) == [
         "target_only", "lookup, cold", "drafter right with 0.25", "lookup, right with 0.25"]
     row = {"target": list(range(4000)), "drafter": [3]}
-    says = made["drafter right with 0.25"].drafts(row, replay.random.Random(0), 5000)
-    right = sum(a == b for a, b in zip(says, row["target"], strict=True)) / 4000
-    assert right == pytest.approx(0.25, abs=0.03) and made["drafter, raw"].drafts(row, None, 9) == [3]
+    for name, share in (("drafter right with 0.25", 0.25), ("self right with 0.5", 0.5)):
+        says, sures = made[name].drafts(row, replay.random.Random(0), 5000)
+        right = sum(a == b for a, b in zip(says, row["target"], strict=True)) / 4000
+        assert right == pytest.approx(share, abs=0.03) and len(sures) == 4000
+    assert made["drafter, raw"].drafts(row, None, 9) == ([3], [])
+    assert made["lookup, both + self 0.5"].selves and not made["lookup, both"].selves
+
+
+@pytest.mark.parametrize("share", [0.9, 0.95, 0.97])
+def test_a_forced_copys_sureness_follows_the_published_calibration(share):
+    """Drafts are right with the share in all, and of the surest nearly all are."""
+    chance = replay.random.Random(1)
+    drawn = [replay.sure_of(share, chance) for _ in range(20000)]
+    assert sum(right for _, right in drawn) / len(drawn) == pytest.approx(share, abs=0.005)
+    surest = [right for sure, right in drawn if sure > 0.9]
+    assert min(surest) > 0.99 and any(sure < 0.5 for sure, _ in drawn)
 
 
 def test_streams_are_short_ones_first_cut_to_the_answers_wanted_and_shared_out():
@@ -143,7 +156,7 @@ def test_a_replay_runs_shards_and_merges(tmp_path, capsys):
     assert measure.run(replay.main, [*given, "--accept", "1.0", "--self", "1.0", "--trace", str(tmp_path / "t")]) == 0
     lines, names = capsys.readouterr().out.splitlines(), list(replay.settings([], [1.0], [1.0]))
     per = {line[:26].strip(): line for line in lines if line[:26].strip() in names}
-    assert list(per) == names and "came out of all 32 requests" in "\n".join(lines)
+    assert list(per) == names and f"came out of all {4 * len(names)} requests" in "\n".join(lines)
 
     def figure(name):                                        # ids a forward is the fourth from the end
         return float(per[name].split()[-4])
