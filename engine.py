@@ -36,6 +36,7 @@ import functools
 import hashlib
 import json
 import queue
+import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +55,7 @@ from kernels.fp8 import norm8, product8, rows8, weight8
 from kernels.frames import clip_pixels, draw_events, to_device
 from kernels.lookup import AFTER, FIRST, ONLY, Ring, lookup
 from kernels.products import product
-from kernels.quant import BITS, MAX_PACKED_ROWS, NotPackable, Packed, packed_bytes, quantise
+from kernels.quant import BITS, MAX_PACKED_ROWS, NotPackable, Packed, packed_bytes, quantise, turned, uneven
 from kernels.rmsnorm import add_rmsnorm, rmsnorm, row_sums
 from kernels.rope_store import rope_store
 from kernels.round import (
@@ -152,6 +153,7 @@ class Steps:
     rows: int                               # of a forward, at most
     work: Workspace
     packed: str | None = None               # one of BITS
+    turned: bool = False                    # the rows between these weights are `turned`
 
 
 NORMS = {"qkv": "attn_norm", "o": None, "gate_up": "mlp_norm", "down": None}     # a layer's products, and what precedes
@@ -192,12 +194,15 @@ class Decoder:
         return Workspace(self.device, self.config.D, self.config.H, self.config.K, self.cache_rows, drafts=drafts)
 
     def packed(self, name: str) -> Steps:
-        """A copy of the weights in 4 bits, one of BITS, for steps that draft. NotPackable if their shapes forbid it."""
+        """A copy of the weights in 4 bits, one of BITS, for steps that draft. NotPackable if their shapes forbid it.
+        Where weights are uneven the stream between the copies is `turned`; queries, keys, values and logits stay."""
         of_layers, of_head = BITS[name]
-        layers = [layer | {of: quantise(layer[of], of_layers, norm_D=layer.get(norm)) for of, norm in NORMS.items()}
+        turn = statistics.mean(uneven(layer[of], layer[norm]) for layer in self.layers
+                               for of, norm in NORMS.items() if norm) > 3.5
+        layers = [layer | {of: quantise(layer[of], of_layers, layer.get(norm), turn) for of, norm in NORMS.items()}
                   for layer in self.layers]
-        head = quantise(self.head_VD, of_head, norm_D=self.w["text.norm"])
-        return Steps(layers, head, MAX_PACKED_ROWS, self._workspace(True), name)
+        head = quantise(self.head_VD, of_head, self.w["text.norm"], turn)
+        return Steps(layers, head, MAX_PACKED_ROWS, self._workspace(True), name, turn)
 
     def pack(self, name: str) -> None:
         """For a drafter: its steps read 4-bit weights from now on. `int4` keeps the full weights beside them for
@@ -217,6 +222,7 @@ class Decoder:
         """
         c, rows, steps = self.config, len(pos_ids_S), steps or self.steps
         if rows <= steps.rows:
+            hidden_SD = turned(hidden_SD) if steps.turned else hidden_SD
             if not steps.packed:                             # packed products take their own
                 row_sums(hidden_SD, steps.work)
             for layer in range(c.L):
