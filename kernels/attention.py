@@ -23,8 +23,8 @@ ms). Slower: 4 warps 1.906, 8 warps 1.935, splits of 32 rows 2.001, of 128 with 
 costs 0.1 %. On an H200 at context 2,100, 2 warps 1.822 ms, 4 warps 1.873, splits of 32 1.830, of 128 1.842.
 
 2 to 16 rows of a drafter: the few rows' way with 16 columns and splits of 128 cache rows. A step of 16 rows at context
-700 with 4-bit weights took 3.83 ms with splits of 128 on an H200, 3.91 with 64, 3.85 with 256. Two rows by registers, as
-one row, took 2.06 ms at context 2,100, where four rows this way took 1.88.
+700 with 4-bit weights took 3.83 ms with splits of 128 on an H200, 3.91 with 64, 3.85 with 256. Two rows by registers,
+as one row, took 2.06 ms at context 2,100, where four rows this way took 1.88.
 
 Towers without positions stay with torch: 8 x 257 rows of width 64 took 18.8 microseconds in SDPA and 15.8 here, 1 x
 577 11.7 and 11.9, 5 x 577 32.9 and 31.8, at most 0.07 ms of a request."""

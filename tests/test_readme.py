@@ -113,7 +113,7 @@ FORMS = {                                # a command -> (what changes, what is a
         "--layers 1 --heads 2 --hidden 32", 0, ""),
     "python -m weights.fit_blend PAIRS.jsonl": ({}, "", 0, ""),
     "python tests/steady.py": ({}, "--requests 30", None, "1 distinct answer"),
-    "python -m kernels.chain int4": ({}, "", None, "chain"),              # without a GPU it says so
+    "python -m kernels.quant_rows int4": ({}, "", None, "rows"),         # without a GPU it says so
     "python -m weights.load DIR": ({"DIR": "weights/tiny/target"}, "", 0, "engine tensors"),
     "python -m weights.load DIR --check --device cuda": (
         {"DIR": "weights/tiny/target", "cuda": "cpu"}, "", 0, "every value is finite"),
