@@ -81,13 +81,11 @@ from weights.files import insist_file
 from weights.load import (
     DRAFTER_7B,
     TARGET_7B,
-    free_bytes,
-    insist_on_room,
-    no_room,
     open_checkpoint,
-    plan,
     random_weights,
 )
+from weights.memory import free_bytes, insist_on_room, no_room, peak_memory, ran_out
+from weights.shapes import DecoderConfig, VisionConfig, frames_of, memory_needs, text_config
 from weights.sources import (
     SOURCES,
     Adapted,
@@ -112,71 +110,6 @@ MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
 WIDTHS = (3, 7, 15, 31)                          # numbers of drafts that a captured verify has rows for
 LOOKUP_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of earlier answers that are searched, on a GPU and on a CPU
-
-# ---- configs ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Shape of a LLaMA-style decoder. Defaults are LLaMA-7B's, which upstream config files leave out."""
-    D: int = 4096               # model width
-    L: int = 32                 # layers
-    H: int = 32                 # query heads
-    N: int = 32                 # key/value heads, each serving H // N query heads
-    K: int = 128                # head width
-    F: int = 11008              # feed-forward width
-    V: int = 32000              # vocabulary rows
-    eps: float = 1e-5           # RMSNorm
-    theta: float = 10000.0      # rotary base
-    max_rows: int = 4096        # positions the model was trained for
-    bos_id: int = 1
-    eos_id: int = 2
-
-    def cache_bytes(self, rows: int, itemsize: int) -> int:
-        """Keys and values, the rotary tables beside them, and the rows a prefill starts from."""
-        return rows * itemsize * (2 * self.L * self.N * self.K + 2 * self.K + self.D)
-
-    @classmethod
-    def read(cls, raw: dict) -> DecoderConfig:
-        """From a Hugging Face LLaMA config; `rope_parameters` is the newer home of `rope_theta`. null is no value."""
-        raw = {name: value for name, value in raw.items() if value is not None}
-        H, D = raw.get("num_attention_heads", 32), raw.get("hidden_size", 4096)
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise InputError(f"config.json: rope scaling {rope} is not supported; use a model with plain rotary")
-        return cls(D=D, L=raw.get("num_hidden_layers", 32), H=H, N=raw.get("num_key_value_heads") or H,
-                   K=raw.get("head_dim") or D // H, F=raw.get("intermediate_size", 11008),
-                   V=raw.get("vocab_size", 32000), eps=raw.get("rms_norm_eps", 1e-5),
-                   theta=raw.get("rope_theta", rope.get("rope_theta", 10000.0)),
-                   max_rows=raw.get("max_position_embeddings", 4096),
-                   bos_id=raw.get("bos_token_id", 1), eos_id=raw.get("eos_token_id", 2))
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """Shape of a CLIP vision tower, and the constants of its image processor."""
-    C: int = 1024               # width
-    layers: int = 24
-    heads: int = 16
-    image: int = 224            # side of the square it sees, pixels
-    patch: int = 14             # side of a patch, pixels
-    eps: float = 1e-5
-    mean: tuple = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple = (0.26862954, 0.26130258, 0.27577711)
-
-    @property
-    def P(self) -> int:
-        return (self.image // self.patch) ** 2
-
-    @classmethod
-    def read(cls, raw: dict) -> VisionConfig:
-        raw = {name: value for name, value in raw.items() if value is not None}
-        if raw.get("hidden_act", "quick_gelu") != "quick_gelu":
-            raise InputError(f"config.json: vision activation {raw['hidden_act']}, only quick_gelu is supported")
-        return cls(C=raw.get("hidden_size", 1024), layers=raw.get("num_hidden_layers", 24),
-                   heads=raw.get("num_attention_heads", 16), image=raw.get("image_size", 224),
-                   patch=raw.get("patch_size", 14), eps=raw.get("layer_norm_eps", 1e-5))
-
 
 # ---- prompts ---------------------------------------------------------------------------------------------------
 
@@ -454,7 +387,7 @@ class Model:
     def graph(self, name: str, *args) -> StepGraph:
         key = (name, *args)
         if key not in self.step_graphs:
-            self.step_graphs[key] = StepGraph(functools.partial(getattr(self, "_" + name), *args), self)
+            self.step_graphs[key] = StepGraph(lambda: getattr(self, "_" + name)(*args), self)
         return self.step_graphs[key]
 
     def visual_rows(self, pixels_R3XX, image: bool = False):
@@ -1300,7 +1233,6 @@ class Request:
 
     def show_answer(self, state: State) -> None:
         """Hands the target's ids that are new to the caller."""
-        self.prefill_end = self.prefill_end or self.timeline.now()
         if self.line and not state.done:
             self.line.taken.wait(4e-4)                       # the drafter takes them first: a step is queued already
         fresh, self.sent = state.ids[self.sent:], len(state.ids)
@@ -1361,7 +1293,8 @@ class Engine:
                 tell(untold)
             untold = None
 
-        req.tell_now = tell_now
+        if model is self.target:
+            req.tell_now = tell_now
         while not req.cancelled.is_set():
             while left > 0 and not (state and state.done) and len(waiting) <= (model.on_gpu and not source.needs_host):
                 proposal = source.propose(None if waiting else state) or Proposal()
@@ -1377,6 +1310,8 @@ class Engine:
                 break
             (snapshot, proposal), before = waiting.popleft(), state
             state = untold = snapshot.read()
+            if model is self.target and req.prefill_end is None:
+                req.prefill_end = req.timeline.now()
             check_finite(state, model, proposal.rows and "verify" or name if proposal else "prefill")
             if not model.on_gpu:                             # there nothing is queued
                 tell_now()
@@ -1878,12 +1813,6 @@ class OutOfMemory(NonFinite):
     """Memory ran out inside a stage. Ends the same as NaN does."""
 
 
-def ran_out(error: BaseException | None) -> bool:
-    """Whether memory was short; the CPU's allocator has no class for it, and a capture that ends hides it."""
-    return error is not None and (isinstance(error, (torch.OutOfMemoryError, MemoryError))
-                                  or "allocate memory" in str(error) or ran_out(error.__context__))
-
-
 @contextlib.contextmanager
 def naming_stage(model: Model, stage: str):
     """Turns memory that runs out in the block into one line with the stage."""
@@ -1903,14 +1832,6 @@ def check_finite(state: State, model: Model, stage: str) -> None:
     if state.nonfinite:
         raise NonFinite(f"{model.path}: the {model.side}'s logits hold NaN or infinity after {stage}; check the "
                         f"checkpoint (python -m weights.load --check) and the dtype")
-
-
-def peak_memory(device) -> int:
-    """Bytes: the most this process held on a GPU since the request began, or the process's peak on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------
@@ -1968,7 +1889,7 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
     except (RuntimeError, MemoryError) as error:             # torch.OutOfMemoryError is one
         if not ran_out(error):
             raise
-        raise no_room(path, device, memory_needs(cls, config, device, dtype, cache_rows, packed)) from None
+        raise no_room(path, device, needs_of(cls, config, device, dtype, cache_rows, packed)) from None
 
 
 def as_dtype(dtype) -> torch.dtype | None:
@@ -2007,50 +1928,22 @@ def model_name(target, tokenizer=None) -> str:
     return hashlib.sha256(name.encode() + file.read_bytes()).hexdigest()[:16]
 
 
-def text_config(config: dict) -> DecoderConfig:
-    """The decoder's shape, which a target keeps in a section and a drafter at the top."""
-    return DecoderConfig.read((config.get("text_config") or {}) if config["model_type"] == "video_llava" else config)
-
-
-def memory_needs(cls, config: dict, device: torch.device, dtype: torch.dtype, cache_rows: int | None = None,
-                 packed: str | None = None) -> dict:
-    """{"weights", "cache", "packed" (where steps have copies), "scratch"}: bytes one model allocates from its loading
-    to its last request, by arithmetic on the config alone. Torch may reserve more for reuse and returns it when short.
-
-    scratch: fixed buffers, and the larger of what encode and prefill hold at once, as counted in their code: units of
-    a row's width, of the longest prompt (its pictures and 64 rows of text). Names of widths as everywhere: D, F, ...
-    """
-    d, vision, b = text_config(config), VisionConfig.read(config["vision_config"]), dtype.itemsize
-    rows, gpu, wanted = cache_rows or d.max_rows, device.type == "cuda", plan(config)
-    R, T, A = 5, vision.P + 1, 5 + vision.P
-    if cls is Target:
-        R = frames_of(config, vision)
-        A = R * T
-    S, HK = min(A + 64, rows), d.H * d.K
-    pixels = R * 3 * vision.image ** 2 * 4
-    F1 = max((t.shape[0] for t in wanted.wanted if t.name.endswith(".fc1.w")), default=0)
-    encode = R * T * b * max(7 * vision.C + (2 if gpu else 3) * F1, vision.C + 2 * d.D)
-    layer = [4 * d.D + (2 * d.H + 2 * d.N) * d.K, 5 * d.D + 2 * HK, 5 * d.D + HK + 3 * d.F]
-    fixed = pixels + 2 * A * d.D * b + 32 * d.V * b + 8 * (rows + STATE) * (1 + (cls is Drafter))
-    fixed += Workspace.nbytes(d.D, d.H, d.K, rows, cls is Drafter)
-    fixed += Ring.nbytes(LOOKUP_ROWS[gpu]) if cls is Target else 0
-    if gpu:                                                  # cuBLAS's, on two streams; pictures that are resized
-        fixed += (2 << 25) + (2 << 26)
-    else:                                                    # the plain definitions keep scores, and unpack weights
-        layer = [5 * d.D + HK + 4 * d.F, 4 * d.D + HK + 3 * d.H * S + 2 * HK * (d.H != d.N)]
-        encode, fixed = max(encode + pixels, 12 * d.D * max(2 * d.F, d.V) * bool(packed)), fixed + S * d.D * b
-    needs = {"weights": wanted.nbytes(b), "cache": d.cache_bytes(rows, b)}
+def kernel_bytes(cls, config: dict, rows: int, gpu: bool, packed: str | None) -> dict:
+    """What kernels hold for one model: see `memory_needs`."""
+    d = text_config(config)
+    held = {"scratch": Workspace.nbytes(d.D, d.H, d.K, rows, cls is Drafter) + 8 * (rows + STATE)}
+    held["scratch"] += Ring.nbytes(LOOKUP_ROWS[gpu]) if cls is Target else 8 * (rows + 1)
     if packed:
         of_layers, of_head = BITS[packed]
-        products = ((d.H + 2 * d.N) * d.K, d.D), (d.D, HK), (2 * d.F, d.D), (d.D, d.F)
-        needs["packed"] = packed_bytes(d.V, d.D, of_head) + d.L * sum(packed_bytes(*of, of_layers) for of in products)
-        fixed += Workspace.nbytes(d.D, d.H, d.K, rows, True)
-    return needs | {"scratch": fixed + max(encode, S * b * max(layer))}
+        products = ((d.H + 2 * d.N) * d.K, d.D), (d.D, d.H * d.K), (2 * d.F, d.D), (d.D, d.F)
+        held["packed"] = packed_bytes(d.V, d.D, of_head) + d.L * sum(packed_bytes(*of, of_layers) for of in products)
+        held["scratch"] += Workspace.nbytes(d.D, d.H, d.K, rows, True)
+    return held
 
 
-def frames_of(config: dict, vision: VisionConfig) -> int:
-    """Frames of a clip, from the visual rows that a target's config names."""
-    return max(1, (config.get("video_seq_length") or 8 * (vision.P + 1)) // (vision.P + 1))
+def needs_of(cls, config: dict, where: torch.device, dtype: torch.dtype, cache_rows=None, packed=None) -> dict:
+    rows, gpu = cache_rows or text_config(config).max_rows, where.type == "cuda"
+    return memory_needs(cls.side, config, dtype.itemsize, rows, gpu, kernel_bytes(cls, config, rows, gpu, packed))
 
 
 def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None,
@@ -2063,8 +1956,8 @@ def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=No
         if path is not None:
             where = pick_device(name)
             packed = drafter_dtype if cls is Drafter and drafter_dtype in BITS else None
-            needs = memory_needs(cls, open_model(cls, path)[0], where, dtype or default_dtype(where), cache_rows,
-                                 "int4" if cls is Target and copied else packed)
+            needs = needs_of(cls, open_model(cls, path)[0], where, dtype or default_dtype(where), cache_rows,
+                             "int4" if cls is Target and copied else packed)
             budget[cls.side] = {"device": str(where), **needs, "free": free_bytes(where)[0]}
             on.setdefault(where, {}).update({f"{cls.side} {part}": n for part, n in needs.items()})
     try:

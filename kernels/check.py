@@ -4,6 +4,7 @@ Ceilings are measured on the card at hand, never quoted: a read-only stream of 4
 import functools
 import os
 import sys
+import timeit
 
 import torch
 
@@ -90,6 +91,15 @@ def gemm_tflops(n=8192, dtype=torch.bfloat16):
     """TFLOP/s of cuBLAS on a square product of random data."""
     a, b = (torch.randn(n, n, dtype=dtype, device="cuda") for _ in range(2))
     return 2 * n ** 3 / time_ms(lambda: a @ b, runs=10, graph=False)[1] / 1e9
+
+
+def ceilings(device):
+    """{"read_bw": bytes/s, "gemm_flops": FLOP/s} of this machine, now."""
+    if device.type == "cuda":
+        return {"read_bw": read_tbps() * 1e12, "gemm_flops": gemm_tflops() * 1e12}
+    x, a = torch.randn(1 << 25), torch.randn(1024, 1024)
+    read, product = (min(timeit.repeat(fn, number=1)) for fn in (x.sum, lambda: a @ a))
+    return {"read_bw": x.nbytes / read, "gemm_flops": 2 * 1024 ** 3 / product}
 
 
 def table(title, header, rows):

@@ -1,6 +1,7 @@
 """What has to be set before torch and Triton are imported: without a GPU Triton's interpreter runs kernels on the CPU,
 and tests on several cores at once share these out."""
 
+import functools
 import os
 import sys
 import zlib
@@ -71,3 +72,43 @@ def nan_empty(monkeypatch):
         return fresh
     monkeypatch.setattr(torch, "empty", filled(torch.empty))
     monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
+
+
+@pytest.fixture(scope="session")
+def loaded_pair():
+    """The embedded pair in fp32 on the CPU, gate off: loaded once, and left by every test as it was found."""
+    import common
+
+    import engine
+    return engine.load_engine(common.TINY / "drafter", common.TINY / "target", device="cpu", dtype=torch.float32,
+                              gate=False)
+
+
+@pytest.fixture(scope="session")
+def read_once():
+    """`read_video` that decodes each clip once: for tests that are about ids."""
+    import engine
+    once = functools.cache(engine.read_video)
+    return lambda path, count, rule="uniform", *_: once(path, count, rule)
+
+
+@pytest.fixture
+def pair(loaded_pair, read_once, monkeypatch):
+    """The embedded pair on one device, which has learnt nothing yet; each clip is decoded once."""
+    import engine
+    monkeypatch.setattr(engine, "read_video", read_once)
+    monkeypatch.setattr(loaded_pair, "gate", None)
+    monkeypatch.setattr(loaded_pair, "apart", False)
+    monkeypatch.setattr(loaded_pair, "lookup", engine.Lookup())
+    return loaded_pair
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until a test's script spends seconds on it; the engine reads no other."""
+    import common
+
+    import engine
+    clock = common.Clock()
+    monkeypatch.setattr(engine, "time", common.ClockedTime(clock))
+    return clock

@@ -5,9 +5,9 @@
         case.call(engine)                   # the library: InputError, unless case.exit is 0
         bench.main(case.flags)              # the command line: case.exit
 
-`python tests/hostile.py FOLDER` writes them all, a folder each, and prints the flags that try them. ELSEWHERE says why
-a row of the list has no more than a flag to try."""
+`python tests/hostile.py FOLDER` writes them all, a folder each, and prints the flags that try them."""
 
+import argparse
 import contextlib
 import fcntl
 import json
@@ -47,6 +47,7 @@ from test_media import (
 import bench
 import engine
 import weights.load
+import weights.memory
 from engine import InputError
 from weights import convert
 from weights.events import read_events
@@ -55,9 +56,6 @@ from weights.video import read_images, read_video
 TINY = bench.TINY
 RECORDS = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_text())
 QUICK = ["--repeats", "1", "--warmup", "0", "--max-new-tokens", "2", "--device", "cpu"]
-ELSEWHERE = {
-    68: "nothing is sampled: there is no temperature and no top_p to be wrong, and a flag that names one is unknown",
-}
 
 
 @dataclass
@@ -376,10 +374,10 @@ def disk_fails(folder):
 
 def little_memory(folder):
     def patch(monkeypatch):
-        monkeypatch.setattr(weights.load, "free_bytes", lambda device: (6 << 30, 8 << 30))
+        monkeypatch.setattr(weights.memory, "free_bytes", lambda device: (6 << 30, 8 << 30))
     return Case(lambda e: engine.load_engine("random-7b", "random-7b", device="cpu"),
                 [*QUICK, "--weights", "random-7b"],
-                ["GiB", "6.000 of 8.000 GiB free", "held by", "(pid ", "--cache-rows"], patch=patch)
+                ["GB", "6.442 of 8.590 GB free", "held by", "(pid ", "--cache-rows"], patch=patch)
 
 
 def saved_source(folder, kind="memory", ids=(5, 6), model=None, cut=0):
@@ -562,7 +560,7 @@ CASES = {
     **{f"66 {name or 'no'} device": run(lambda folder, name=name: ["--device", name], "device") for name in
        ("cuda:9", "tpu", "", "meta", "cuda:x")},
     "67 8 GB": little_memory,
-    "67 cache beyond memory": run(lambda folder: ["--cache-rows", str(10 ** 9)], "GiB", "--cache-rows"),
+    "67 cache beyond memory": run(lambda folder: ["--cache-rows", str(10 ** 9)], "GB", "--cache-rows"),
     "68 no sampling": run(lambda folder: ["--temperature", "nan"], "--temperature"),
     "68 flag without a value": run(lambda folder: ["--repeats"], "--repeats"),
     # data sets
@@ -621,12 +619,12 @@ def linked_out(folder):
     return Case(first_problem(folder), [*flags, "--modes", "target_only"], ["leads out"], 1)
 
 
-def main(argv):
-    if len(argv) != 1:
-        print(__doc__)
-        return 2
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to write them; made if it is not there")
+    options = parser.parse_args(argv)
     for name, make in CASES.items():
-        folder = Path(argv[0]) / name.replace(" ", "_").replace("/", "_")
+        folder = options.folder / name.replace(" ", "_").replace("/", "_")
         folder.mkdir(parents=True)
         with contextlib.suppress(OSError):                   # a name that is too long to be written is one of them
             print(f"{name}: python bench.py {' '.join(make(folder).flags)[:200]!r}")
@@ -634,4 +632,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

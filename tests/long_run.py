@@ -3,8 +3,8 @@
     python tests/long_run.py rows --count 2000 --kills 10    kill -9 at random, resume, merge: equal to one run
     python tests/long_run.py requests --count 10000          latency drift, memory growth, distinct outputs
     python tests/long_run.py repeat --count 1000             one input, also in ten processes: one distinct output
-    python tests/long_run.py generations --count 10000       every draft source, and a drafter on a pretended device of
-                                                             its own, in fp32: ids equal target_only's
+    python tests/long_run.py generations --count 10000       every draft source, odd ids and a source that raises among
+                                                             them, greedy and sampled: ids equal target_only's
 
 All on the embedded pair, on the CPU; small forms of the four run with the tests."""
 
@@ -24,9 +24,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / "weights" / "tiny"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-QUESTIONS = ["What are the key elements in this scene?", "Describe the following scene.", "What do you see happening?"]
+from common import QUESTIONS, TINY  # noqa: E402  after the paths
 
 
 def make_dataset(folder: Path, rows: int) -> Path:
@@ -177,7 +176,7 @@ def requests(count: int, say=lambda line: None) -> dict:
 
 
 def repeated(count: int) -> dict:
-    """{what: distinct outputs} of one input asked `count` times in each of four ways.
+    """{what: distinct outputs} of one input asked `count` times in each of five ways.
 
     Everywhere ids, text and reason of the end; where no clock has a say also drafted, accepted, rounds, the accepted
     length of every round and the first rejected draft: a drafter's head start is as long as the time it had."""
@@ -186,12 +185,13 @@ def repeated(count: int) -> dict:
     truth = e.generate(mode="target_only", **given).output_ids
     right = [i if at % 4 else i + 1 for at, i in enumerate(truth)]              # every fourth draft is wrong
     ways = {"target_only": {}, "drafter_only": {}, "speculative": {},
-            "forced drafts": {"mode": "speculative", "draft_source": engine.Fixed(right)}}
+            "forced drafts": {"mode": "speculative", "draft_source": engine.Fixed(right)},
+            "sampled": {"mode": "speculative", "temperature": 4.0, "top_p": 0.95, "seed": 11}}
     found: dict = {name: set() for name in ways}
     for _ in range(count):
         for name, options in ways.items():
             of = e.generate(**{"mode": name, **given, **options})
-            counted = () if name == "speculative" else (of.drafted, of.accepted_tokens, of.rounds,
+            counted = () if name in ("speculative", "sampled") else (of.drafted, of.accepted_tokens, of.rounds,
                                                         tuple(of.accept_lens), of.rejected_at)
             found[name].add((tuple(of.output_ids), of.output_text, of.finish_reason, *counted))
     return found
@@ -215,62 +215,82 @@ def resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
 
 
-def lateness(model, chance: random.Random) -> list[float]:
-    """Makes the model's steps begin and end late. Returns [the most seconds of either], to be changed."""
-    late = [0.0]
-    for name in ("step", "step_recalled"):
-        def step(G=0, step=getattr(model, name)):            # noqa: B008  bound now, on purpose
-            time.sleep(chance.random() * late[0])
-            step(G)
-            time.sleep(chance.random() * late[0])
-        setattr(model, name, step)
-    return late
+def late(model, chance: random.Random) -> list[float]:
+    """Makes the model's forwards begin and end late. Returns [the most seconds of either], to be changed."""
+    most, forward = [0.0], model.decoder.forward
+
+    def delayed(*given, **options):
+        time.sleep(chance.random() * most[0])
+        logits_SV = forward(*given, **options)
+        time.sleep(chance.random() * most[0])
+        return logits_SV
+    model.decoder.forward = delayed
+    return most
 
 
-def generations(count: int, seed: int) -> dict:
-    """Every draft source in turn, with lengths at random: are the ids target_only's? `forced` drafts are right up to a
-    random place and wrong behind it; the adapter is an untrained one. `ahead` is the drafter on a pretended device of
-    its own: either side late by some ms, its guesses held for right at random, recalling or not."""
+def source_names() -> list[str]:
+    """What `generations` takes in turn: the engine's sources, and those that only a test would use. `forced` drafts are
+    right up to a random place, `ahead` is a drafter on a pretended device of its own, `odd` proposes what is no id."""
+    import engine
+    return ["forced", "ahead", "odd", "raises", *engine.SOURCES]
+
+
+def generations(count: int, seed: int, adapter=None) -> dict:
+    """Every draft source in turn, with lengths at random, greedy or sampled, remembering or not: are the ids
+    target_only's? adapter: a folder; without one an untrained adapter drafts."""
     import torch
 
     import engine
-    from weights import adapter
-    e = engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", gate=False)
-    chance, truths, equal, accepted = random.Random(seed), {}, 0, {}
-    config = adapter.AdapterConfig("follower", vocab=576, rows=64, width=32, layers=1, heads=2, hidden=64)
+    from weights import adapter as adapters
+
+    class Raises(engine.DraftSource):
+        """Proposes odd ids or breaks, in any of its methods, as chance has it."""
+        def propose(self, committed, limit):
+            return [chance.choice([2, -1, 10 ** 9, 5])] * chance.randrange(2 * limit + 1)
+
+        def __getattribute__(self, name):
+            if name in ("begin", "propose", "verdict", "learn") and chance.random() < 0.2:
+                raise RuntimeError("out of ideas")
+            return super().__getattribute__(name)
+    e = engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", gate=False, self_draft=True)
+    chance, truths, equal, accepted = random.Random(seed), {}, 0, dict.fromkeys(source_names(), 0)
+    config = adapters.AdapterConfig("follower", vocab=576, rows=64, width=32, layers=1, heads=2, hidden=64)
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
-        adapter.save(Path(folder), adapter.NETWORKS["follower"](config), config)
-        sources = {"forced": None, "drafter": None, "ahead": None, **{
-            name: engine.source_named(name if name != "adapter" else f"adapter:{folder}") for name in engine.SOURCES}}
+        if adapter is None:
+            adapters.save(Path(folder), adapters.NETWORKS["follower"](config), config)
+        sources = {name: engine.source_named(f"adapter:{adapter or folder}" if name == "adapter" else name)
+                   for name in engine.SOURCES} | {"ahead": None, "raises": Raises(), "odd": engine.Fixed(
+                       [chance.choice([2, -1, 10 ** 9, -2 ** 70, chance.randrange(576)]) for _ in range(64)])}
     records = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_text())
     reads = engine.read_video, engine.read_events            # these are about ids: every clip is read once
     once, engine.read_events = map(functools.cache, reads)
     engine.read_video = lambda path, count, rule, *_: once(path, count, rule)
-    late = {model: lateness(model, random.Random(seed)) for model in e.models}
+    delays = [late(model, random.Random(seed)) for model in e.models]
     try:
         for turn in range(count):
-            name = list(sources)[turn % len(sources)]
+            name = source_names()[turn % len(source_names())]
             e.apart = name == "ahead"
-            for model in e.models:
-                late[model][0] = chance.choice([0.0, 0.003, 0.01]) if e.apart else 0.0
-            e.drafter.recall_len = chance.choice([0, 15]) if e.apart else 0
-            e.shares = [chance.random() for _ in e.shares]
             i, question, stop = chance.randrange(len(records)), chance.randrange(3), chance.random() < 0.5
+            sampling = chance.choice([{}, {}, {"temperature": 3.0, "top_p": 0.9, "seed": chance.randrange(3)}])
             given = dict(video_path=TINY / "clips/mp4" / records[i]["mp4_data"], query=QUESTIONS[question],
                          event_path=TINY / "clips/event_npy" / records[i]["event_data"],
-                         max_new_tokens=24, ignore_eos=not stop)
-            if (i, question, stop) not in truths:
-                truths[i, question, stop] = e.generate(mode="target_only", **given).output_ids
-            ids = truths[i, question, stop]
+                         max_new_tokens=24, ignore_eos=not stop, **sampling)
+            key = i, question, stop, *sampling.values()
+            if key not in truths:
+                truths[key] = e.generate(mode="target_only", **given).output_ids
             if name == "forced":
                 sources[name] = engine.Fixed([
                     token if chance.random() < 0.85 else chance.choice([2, -1, 10 ** 9, chance.randrange(576)])
-                    for token in ids])
+                    for token in truths[key]])
+            for delay in delays:
+                delay[0] = chance.choice([0.0, 0.003, 0.01]) if e.apart else 0.0
             result = e.generate(mode="speculative", draft_source=sources[name], draft_len=chance.randrange(0, 32),
-                                overlap_len=chance.randrange(0, 32), **given)
-            equal += result.output_ids == ids
-            accepted[name] = accepted.get(name, 0) + result.accepted_tokens
+                                overlap_len=chance.randrange(0, 32), remember=chance.random() < 0.8, **given)
+            for delay in delays:
+                delay[0] = 0.0
+            equal += result.output_ids == truths[key]
+            accepted[name] += result.accepted_tokens
     finally:
         engine.read_video, engine.read_events = reads
     return {"generations": count, "equal": equal, "accepted": accepted}
@@ -286,6 +306,7 @@ def main(argv=None) -> int:
     parser.add_argument("--shards", type=int, default=3, help="of rows (default %(default)s)")
     parser.add_argument("--kills", type=int, default=10, help="of rows (default %(default)s)")
     parser.add_argument("--processes", type=int, default=10, help="of repeat (default %(default)s)")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="of generations (default: an untrained one)")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     options = parser.parse_args(argv)
     count = options.count or {"rows": 2000, "repeat": 1000}.get(options.what, 10000)
@@ -312,11 +333,11 @@ def main(argv=None) -> int:
         print(f"repeat       {count} times in one process and in {options.processes} new ones, distinct outputs: "
               + ", ".join(f"{name} {n}" for name, n in found.items()))
     else:
-        found = generations(count, options.seed)
+        found = generations(count, options.seed, options.adapter)
         broken = found["equal"] != found["generations"]
         accepted = ", ".join(f"{n} {name}" for name, n in found["accepted"].items())
-        print(f"generations  {found['equal']} of {found['generations']} equal to target_only, fp32, every draft source "
-              f"in turn; drafts accepted: {accepted}")
+        print(f"generations  {found['equal']} of {found['generations']} equal to target_only, fp32, greedy and "
+              f"sampled, every draft source in turn; drafts accepted: {accepted}")
     return int(broken)
 
 

@@ -117,7 +117,8 @@ def test_a_malicious_best_model_is_never_executed(tmp_path, monkeypatch):
 def test_weights_that_fit_no_config_are_refused_by_name(tmp_path):
     adapter.save(tmp_path, TokenAdapter(AdapterConfig(**SMALL)), AdapterConfig(**SMALL))
     config, good = json.loads((tmp_path / "config.json").read_text()), (tmp_path / adapter.WEIGHTS).read_bytes()
-    for change in ({"width": 32}, {"kind": "other"}, {"heads": 3}, {"layers": "many"}, {"stray": 1}):
+    for change in ({"width": 32}, {"kind": "other"}, {"kind": []}, {"sees": 5}, {"heads": 3}, {"layers": "many"},
+                   {"layers": 1_000_000}, {"stray": 1}):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(InputError):
             adapter.load(tmp_path)
@@ -127,7 +128,7 @@ def test_weights_that_fit_no_config_are_refused_by_name(tmp_path):
         adapter.load(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"videollava_ids": None}, {"videollava_ids": [1, 32000]}, {"eventgpt_ids": [-1]},
+@pytest.mark.parametrize("change", [{"videollava_ids": None}, {"videollava_ids": [1, 32010]}, {"eventgpt_ids": [-1]},
                                     {"eventgpt_ids": [1.5]}, {"videollava_ids": [True]}, {"clip": "x"}])
 def test_pairs_of_another_vocabulary_are_refused_and_nothing_is_written(tmp_path, capsys, change):
     path = write_pairs(tmp_path / "pairs.jsonl", rows_of())
@@ -136,6 +137,52 @@ def test_pairs_of_another_vocabulary_are_refused_and_nothing_is_written(tmp_path
     assert adapter.main(["train", str(path), "--src", "headstart", "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "line 4" in told and not (tmp_path / "out").exists()
+
+
+def test_the_only_kind_of_pairs_is_taken_and_of_several_one_is_named(tmp_path):
+    path = write_pairs(tmp_path / "pairs.jsonl", rows_of(), src="mine")
+    assert adapter.read_pairs(path) == adapter.read_pairs(path, "mine") and len(adapter.read_pairs(path)) == 24
+    with pytest.raises(InputError, match="no rows of 'other'; it holds mine"):
+        adapter.read_pairs(path, "other")
+    path.write_text("\ufeff" + path.read_text() + json.dumps({**json.loads(path.read_text().split("\n")[0]), "src": "b",
+                                                             "question": "one\u2028line"}, ensure_ascii=False))
+    with pytest.raises(InputError, match="holds b, mine; name one of these"):
+        adapter.read_pairs(path)
+    assert adapter.read_pairs(path, "b")[0]["question"] == "one\u2028line"
+    for nothing, words in (("", "wanted recorded pairs"), ("\n", "no recorded pairs")):
+        path.write_text(nothing)
+        with pytest.raises(InputError, match=words):
+            adapter.read_pairs(path)
+
+
+def test_answers_of_one_id_and_silent_drafters_are_trained_on_and_judged(tmp_path, capsys):
+    rows = [{**row, "target": [5], "drafter": []} for row in rows_of()]
+    path, sizes = write_pairs(tmp_path / "pairs.jsonl", rows), [f"--{n}={v}" for n, v in SMALL.items() if n != "rows"]
+    for kind in ("token", "follower"):
+        given = [str(path), "--test", "1", "--valid", "1"]
+        assert adapter.main(["train", *given, "--out", str(tmp_path / kind), "--kind", kind, "--epochs", "1",
+                             *sizes]) == 0
+        assert adapter.main(["evaluate", given[0], str(tmp_path / kind), *given[1:]]) == 0
+        assert "previous" in capsys.readouterr().out
+
+
+def test_controls_of_an_adapter_are_those_counted_by_hand():
+    train = [{"question": "q", "target": t} for t in ([1, 2, 3], [1, 2, 4], [1, 5, 4])]
+    found = adapter.beside(train, [{"question": "q", "target": [1, 2, 4, 9], "previous": [1, 2, 4]},
+                                   {"question": "q", "target": [1, 5, 4], "previous": []}])
+    assert found["position frequency"] == {"position": 100 * 3 / 5, "prefix": (2 + 0) / 2}
+    assert found["most frequent"] == {"position": 100 * 1 / 5, "prefix": (1 + 0) / 2}      # 2, then 3 before 4
+    assert found["previous"] == {"position": 100 * 2 / 5, "prefix": (2 + 0) / 2}
+
+
+def test_an_adapter_of_whole_numbers_is_refused(tmp_path):
+    config = AdapterConfig(**SMALL)
+    adapter.save(tmp_path, TokenAdapter(config).to(torch.float64), config)
+    assert next(adapter.load(tmp_path)[0].parameters()).dtype == torch.float32
+    adapter.save_file({name: value.to(torch.int8) for name, value in TokenAdapter(config).state_dict().items()},
+                      tmp_path / adapter.WEIGHTS)
+    with pytest.raises(InputError, match="holds no floating point numbers"):
+        adapter.load(tmp_path)
 
 
 def test_a_disk_that_fails_between_header_and_weights_is_one_line(tmp_path, monkeypatch):

@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated(capsys):
     before = torch.cuda.memory_allocated()
     assert bench.main(["--weights", "random-7b", "--device", "cuda", "--cache-rows", str(10 ** 6)]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "GiB free" in err and "lower --cache-rows" in err
+    assert out == "" and err.count("\n") == 1 and "GB free" in err and "lower --cache-rows" in err
     assert torch.cuda.memory_allocated() == before
 
 

@@ -1,18 +1,17 @@
 """Memory: the budget is arithmetic, and here is what is really allocated. On a CPU every tensor that torch makes is
 counted; in place of kernels stands what their launchers allocate. tests/test_gpu.py asks the GPU's allocator."""
 
-import json
 import os
 import re
 
 import pytest
 import torch
+from common import asked, script
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench
 import engine
-import weights.load
+import weights.memory
 from engine import Drafter, InputError, Target
 from kernels import quant
 
@@ -68,13 +67,13 @@ def launchers(monkeypatch):
                                                                                  torch.empty_like(x)))
     monkeypatch.setattr(engine, "quick_gelu", torch.empty_like)
     monkeypatch.setattr(engine, "swiglu", lambda x: made(len(x), x.shape[1] // 2, like=x))
-    plain = engine.step_product
+    plain = engine.product
 
     def skinny(x, w, *args, gated=False, **options):
         if isinstance(w, quant.Packed):
             return made(len(x), w.shape[0] // (2 if gated else 1), like=x)
         return plain(x, w, *args, gated=gated, **options)
-    monkeypatch.setattr(engine, "step_product", skinny)
+    monkeypatch.setattr(engine, "product", skinny)
 
 
 def one_request(model, frames):
@@ -83,30 +82,33 @@ def one_request(model, frames):
         pixels = torch.zeros(frames, 3, model.vision.image, model.vision.image)
         visual_AD = model.visual_rows(pixels)
         prompt = engine.Prompt([5] * 32, [5] * 32)
-        model.prefill(model.splice(prompt, visual_AD), 8, -1, 5)
+        model.prefill(model.splice(prompt, visual_AD), 8, (), 5)
         for G in (0, 5, 15):
-            model.prepare(G)
-            model.step(G)
+            model.put([3] * G)
+            model.round(G)
+        if model.copy:
+            for first in (True, False):
+                model.draft(first)
 
 
-@pytest.mark.parametrize("name,packed", [*((name, None) for name in CONFIGS), ("drafter", "int4")])
+@pytest.mark.parametrize("name,packed", [*((name, None) for name in CONFIGS), ("drafter", "int4"), ("target", "int4")])
 @pytest.mark.parametrize("kernels", ["as on a CPU", "as on a GPU"])
 def test_the_budget_is_within_5_percent_of_what_is_allocated(name, packed, kernels, monkeypatch):
     cls, config = CONFIGS[name]
     monkeypatch.setattr(engine, "TARGET_7B" if cls is Target else "DRAFTER_7B", config)
     device, dtype = torch.device("cpu"), torch.float32
-    needs = engine.memory_needs(cls, config, device, dtype, None, packed)
+    needs = engine.needs_of(cls, config, device, dtype, None, packed)
     if kernels == "as on a GPU":
         launchers(monkeypatch)
-        needs = engine.memory_needs(cls, config, torch.device("cuda"), dtype, None, packed)
+        needs = engine.needs_of(cls, config, torch.device("cuda"), dtype, None, packed)
         needs["scratch"] -= (2 << 25) + (2 << 26)            # a library's and the resized pictures, which are not here
     with Allocations() as counted:
         model = engine.load_model(cls, "random-7b", device, dtype, packed=packed)
         one_request(model, 8 if cls is Target else 5)
-    d = model.decoder
+    d, steps = model.decoder, model.copy or model.decoder.steps
     assert needs["weights"] == sum(t.nbytes for t in d.w.values())
     if packed:
-        copies = [t for layer in d.step_layers for t in layer.values() if hasattr(t, "bits")] + [d.step_head_VD]
+        copies = [t for layer in steps.layers for t in layer.values() if hasattr(t, "bits")] + [steps.head_VD]
         assert needs["packed"] == sum(t.held_bytes for t in copies)
     assert counted.peak == pytest.approx(sum(needs.values()), rel=0.05), needs
 
@@ -133,54 +135,51 @@ def test_the_refusal_says_who_holds_the_memory_of_a_gpu(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").write_text(SMI)
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(weights.load, "free_bytes", lambda device: (6 << 30, 80 << 30))
+    monkeypatch.setattr(weights.memory, "free_bytes", lambda device: (6 * 10 ** 9, 80 * 10 ** 9))
     with pytest.raises(InputError) as error:
-        weights.load.insist_on_room("DIR", torch.device("cuda:0"), {"weights": 13 << 30, "cache": 2 << 30})
+        weights.memory.insist_on_room("DIR", torch.device("cuda:0"), {"weights": 13 * 10 ** 9, "cache": 2 * 10 ** 9})
     assert str(error.value) == (
-        "DIR: needs 15.000 GiB (weights 13.000, cache 2.000), cuda:0 has 6.000 of 80.000 GiB free, most is held by "
-        "python (pid 4711, 60.0 GiB), /opt/render (pid 4712, 2.0 GiB); lower --cache-rows, free memory, or choose "
+        "DIR: needs 15.000 GB (weights 13.000, cache 2.000), cuda:0 has 6.000 of 80.000 GB free, most is held by "
+        "python (pid 4711, 64.4 GB), /opt/render (pid 4712, 2.1 GB); lower --cache-rows, free memory, or choose "
         "another --device")
 
 
 def test_the_refusal_says_who_holds_the_memory_of_the_host():
-    named = weights.load.holders(torch.device("cpu"))
-    assert 1 <= len(named) <= 3 and all(re.fullmatch(r".+ \(pid \d+, \d+\.\d GiB\)", name) for name in named)
+    named = weights.memory.holders(torch.device("cpu"))
+    assert 1 <= len(named) <= 3 and all(re.fullmatch(r".+ \(pid \d+, \d+\.\d GB\)", name) for name in named)
 
 
 def test_without_nvidia_smi_the_refusal_names_nobody(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert weights.load.holders(torch.device("cuda:0")) == []
+    assert weights.memory.holders(torch.device("cuda:0")) == []
 
 
 # ---- memory that runs out in a request
 
 
-CLIPS = bench.TINY / "clips"
-RECORD = json.loads((CLIPS / "EventGPT_Instruction_Subset.json").read_text())[0]
-ASKED = {"event_path": CLIPS / "event_npy" / RECORD["event_data"], "video_path": CLIPS / "mp4" / RECORD["mp4_data"],
-         "query": "What is there?", "max_new_tokens": 8}
+@pytest.mark.parametrize("side,kind,stage", [
+    ("target", "encode", "encode"), ("target", "prefill", "prefill"), ("target", "step", "decode"),
+    ("target", "prefill_graph", "preparation"), ("drafter", "prefill_graph", "preparation"),
+    ("drafter", "encode", "encode"), ("drafter", "step", "draft")])
+def test_memory_that_runs_out_names_the_stage_and_the_flag_and_the_next_request_works(pair, side, kind, stage,
+                                                                                      monkeypatch):
+    def short(*_):
+        torch.empty(1 << 60, dtype=torch.uint8)              # a real refusal of the CPU's allocator
 
-
-def short(*_, **__):
-    torch.empty(1 << 60, dtype=torch.uint8)                  # a real refusal of the CPU's allocator
-
-
-@pytest.mark.parametrize("side,method,stage", [
-    ("target", "encode", "encode"), ("target", "_prefill", "prefill"), ("target", "_round", "decode"),
-    ("target", "prepare_prefill", "preparation"), ("drafter", "prepare_prefill", "preparation"),
-    ("drafter", "encode", "encode"), ("drafter", "_round", "draft")])
-def test_memory_that_runs_out_names_the_stage_and_the_flag_and_the_next_request_works(side, method, stage, monkeypatch):
-    e = engine.load_engine(bench.TINY / "drafter", bench.TINY / "target", device="cpu", gate=False)
-    ids = e.generate(mode="target_only", **ASKED).output_ids
+    given, mode = asked(0, max_new_tokens=8), "target_only" if side == "target" else "speculative"
+    ids = pair.generate(mode="target_only", remember=False, **given).output_ids
     with monkeypatch.context() as patch:
-        patch.setattr(getattr(e, side), method, short)
+        if stage == "preparation":
+            patch.setattr(getattr(pair, side), kind, short)
+        else:
+            script(patch, getattr(pair, side), None, before=lambda of, number: of == kind and short())
         if side == "target" or stage == "preparation":
             with pytest.raises(InputError) as error:
-                e.generate(mode="target_only" if side == "target" else "speculative", **ASKED)
+                pair.generate(mode=mode, **given)
             line = str(error.value)
         else:                                                # a drafter without memory costs its drafts alone
-            result = e.generate(mode="speculative", **ASKED)
+            result = pair.generate(mode=mode, **given)
             line = result.drafter_error
             assert result.output_ids == ids
     assert f"ran out in the {side}'s {stage}" in line and "--cache-rows" in line and "\n" not in line
-    assert e.generate(mode="speculative", **ASKED).output_ids == ids
+    assert pair.generate(mode="speculative", **given).output_ids == ids

@@ -17,7 +17,7 @@ validation, 7 to learn from), accepted of 21 drafts after the target's own first
     no network         most frequent id at each position 25.43 % and 8.54, constant 9.14, previous answer 12.59
 The follower was --kind follower --width 128 --layers 3 --heads 4 --hidden 512 --lr 1e-3 --sees previous: from 645
 answers it does not learn to copy the previous one, which alone has 12.59. Neither network earns its place here; the
-engine's Blend has 13.55 over all 1,100 answers with a table of some sixty numbers.
+engine's lookup has 13.54 over all 1,100 answers, without a network.
 
 PAIRS: one JSON object a line with src, seq, clip, question, videollava_ids, eventgpt_ids, as `bench.py --record` does.
 """
@@ -29,6 +29,7 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -38,10 +39,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from weights.files import InputError, brief, json_lines, read_json, refusal
+from weights import controls
+from weights import sources as draft_sources
+from weights.files import InputError, brief, json_lines, read_json, refusal, replace_file
 from weights.load import listed, read_header
 
-END, VOCAB = 2, 32_000               # end of sequence, and the ids both models share
+END = 2                              # end of sequence
 WEIGHTS = "adapter.safetensors"
 LIMIT = 21                           # drafts of one shot: what the research repository's window held
 
@@ -49,17 +52,19 @@ LIMIT = 21                           # drafts of one shot: what the research rep
 # ---- recorded pairs --------------------------------------------------------------------------------------------
 
 
-def read_pairs(path, src: str) -> list[dict]:
-    """Recorded pairs of one source run in order of sequence and clip, end-of-sequence ids left out:
-    [{seq, clip, question, target, drafter}]. The target's ids may also be called llava15_ids."""
-    rows = []
+def read_pairs(path, src: str | None = None, vocab: int = 1 << 31) -> list[dict]:
+    """Recorded pairs in order of sequence and clip, end-of-sequence ids left out: [{seq, clip, question, target,
+    drafter}]. src: which source run; None takes the only one that the file holds. vocab: ids stay below it. The
+    target's ids may also be called llava15_ids. InputError names the file and the line."""
+    rows, found = [], {}
     for at, row in json_lines(path, "recorded pairs, as bench.py --record writes them"):
         try:
-            if row.get("src") != src:
+            found[row.get("src")] = None
+            if src is not None and row["src"] != src:
                 continue
             pair = {"seq": str(row["seq"]), "clip": row["clip"], "question": str(row["question"]),
                     "target": row["llava15_ids" if "llava15_ids" in row else "videollava_ids"],
-                    "drafter": row["eventgpt_ids"]}
+                    "drafter": row["eventgpt_ids"], "src": str(row["src"])}
             if type(pair["clip"]) is not type(rows[0]["clip"] if rows else pair["clip"]) or pair["clip"] is None:
                 raise TypeError("clips are neither all numbers nor all names")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -67,16 +72,33 @@ def read_pairs(path, src: str) -> list[dict]:
                           "wants src, seq, clip, question, videollava_ids, eventgpt_ids") from None
         for side in ("target", "drafter"):
             ids = pair[side]
-            if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < VOCAB for i in ids):
-                raise refusal(path, f"line {at}: the {side}'s ids are not whole numbers from 0 to {VOCAB - 1}",
+            if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab for i in ids):
+                raise refusal(path, f"line {at}: the {side}'s ids are not whole numbers from 0 to {vocab - 1}",
                               "record it with the tokenizer both models share")
             pair[side] = [i for i in ids if i != END]
         if not pair["target"]:
             raise refusal(path, f"line {at}: an answer without ids", "record it again")
         rows.append(pair)
     if not rows:
-        raise refusal(path, f"no rows of {src!r}", "check the file, or name another src")
+        raise refusal(path, "no recorded pairs" if src is None else f"no rows of {src!r}",
+                      f"it holds {listed(sorted(map(str, found.keys() - {None})))}; name one of these as --src")
+    if len({row["src"] for row in rows}) > 1:
+        raise refusal(path, f"holds {listed(sorted({row['src'] for row in rows}))}", "name one of these as --src")
     return sorted(rows, key=lambda r: (r["seq"], r["clip"]))
+
+
+def write_pairs(path: str, report: dict) -> None:
+    """Both models' own answers of every sample, one JSON object a line, in the schema of the recorded pairs that
+    tests/sources.py and tests/replay.py read."""
+    lines = [json.dumps({
+        "src": "headstart", "seq": row["seq"], "clip": row["clip"], "uuid": row["id"], "question": row["question"],
+        "target_input": f"video8_{report['config']['frame_rule']}", "commit": report["commit"],
+        "max_new_tokens": report["config"]["max_new_tokens"],
+        **{f"{name}_{key}": row["modes"][mode][key] for name, mode in (("eventgpt", "drafter_only"),
+                                                                       ("videollava", "target_only"))
+           for key in ("text", "ids")}}) for row in report["samples"]
+        if {"target_only", "drafter_only"} <= row["modes"].keys()]
+    replace_file(path, "".join(line + "\n" for line in lines).encode())
 
 
 def with_previous(rows) -> list[dict]:
@@ -119,7 +141,8 @@ class AdapterConfig:
 
     def __post_init__(self):
         sizes = [getattr(self, f.name) for f in fields(self) if f.type is int]
-        if self.kind not in NETWORKS or not all(type(s) is int and 0 <= s < 1 << 20 for s in sizes) \
+        named = isinstance(self.kind, str) and isinstance(self.sees, str) and self.kind in NETWORKS
+        if not named or not all(type(s) is int and 0 <= s < 1 << 20 for s in sizes) or self.layers > 128 \
                 or not self.heads or self.width % self.heads or not set(self.sees.split(",")) <= {*SEGMENTS, ""}:
             raise InputError(f"adapter: sizes that fit no network ({brief(asdict(self), 200)}); check its config.json")
 
@@ -243,12 +266,15 @@ def load(folder, device="cpu"):
     path = folder / WEIGHTS if folder.is_dir() else folder
     if not path.exists():
         raise refusal(path, "no such file", "train one, or convert best_model.pt to this name with weights.convert")
-    shapes = {key: tuple(stored.shape) for key, stored in read_header(path).items()}
+    header = read_header(path)
+    shapes = {key: tuple(stored.shape) for key, stored in header.items()}
+    if whole := sorted(key for key, stored in header.items() if stored.dtype not in ("F16", "BF16", "F32", "F64")):
+        raise refusal(path, f"holds no floating point numbers in {listed(whole, 4)}", "save it as float32")
     beside = path.parent / "config.json"
     if beside.exists():
         raw = read_json(beside, "an adapter's config")
         unknown = set(raw) - {f.name for f in fields(AdapterConfig)}
-        if unknown or raw.get("kind") not in NETWORKS:
+        if unknown or str(raw.get("kind")) not in NETWORKS:
             raise refusal(beside, f"no adapter's config (kind {brief(raw.get('kind'))}, unknown {listed(unknown)})",
                           "copy it again from where the adapter was trained")
         config = AdapterConfig(**raw)
@@ -287,11 +313,6 @@ def config_of(shapes: dict, path) -> AdapterConfig:
 # ---- train and judge -------------------------------------------------------------------------------------------
 
 
-def run_of(correct: list[bool], limit: int = LIMIT) -> int:
-    """How many lead the list."""
-    return next((i for i, right in enumerate(correct[:limit]) if not right), min(len(correct), limit))
-
-
 @torch.no_grad()
 def judge(network, config: AdapterConfig, rows, device, limit: int = LIMIT) -> dict:
     """Position match and top-5 in per cent over every target id after the first, and the mean accepted prefix of one
@@ -310,8 +331,8 @@ def judge(network, config: AdapterConfig, rows, device, limit: int = LIMIT) -> d
             hits = hit_BSK[b, span, 0].tolist()
             right += hits
             top5 += hit_BSK[b, span].any(-1).tolist()
-            prefixes.append(run_of(hits, limit))
-    mean = lambda values: sum(values) / len(values)          # noqa: E731
+            prefixes.append(draft_sources.agreeing(hits, [True] * limit))
+    mean = lambda values: sum(values) / max(1, len(values))          # noqa: E731
     return {"position": 100 * mean(right), "top5": 100 * mean(top5), "prefix": mean(prefixes)}
 
 
@@ -319,26 +340,25 @@ def batch_answer(config, rows) -> int:
     return min(config.rows, max(max(len(r["target"]) - 1, 1) for r in rows))
 
 
-def controls(train, rows, limit: int = LIMIT) -> dict:
+def beside(train, rows, limit: int = LIMIT) -> dict:
     """The same figures for drafts that need no network: the most frequent id at each position of the training answers,
-    the most frequent way on after each beginning (`constant`), and the previous answer of the sequence."""
-    at = collections.defaultdict(lambda: collections.defaultdict(collections.Counter))
-    after = collections.defaultdict(lambda: collections.defaultdict(collections.Counter))
-    for r in train:
-        for i, id_ in enumerate(r["target"]):
-            at[r["question"]][i][id_] += 1
-            after[r["question"]][tuple(r["target"][:i])][id_] += 1
-    said = {"position frequency": [], "constant": [], "previous": []}
+    the most frequent way on after each beginning, and the previous answer of the sequence."""
+    often, ways, accepted, right = {}, collections.defaultdict(dict), collections.defaultdict(list), Counter()
+    for question in {r["question"] for r in train}:
+        answers = [r["target"] for r in train if r["question"] == question]
+        often[question] = controls.position_frequency(answers)
+        for answer in answers:
+            controls.count(ways[question], answer)
     for r in rows:
-        q, ids = r["question"], r["target"]
-        path = ids[:1]
-        while len(path) < len(ids) and (seen := after[q].get(tuple(path))):
-            path.append(seen.most_common(1)[0][0])
-        often = [max(at[q][i], key=at[q][i].get, default=-1) for i in range(len(ids))]
-        for name, drafts in (("position frequency", often), ("constant", path), ("previous", r["previous"])):
-            said[name].append([i < len(drafts) and drafts[i] == ids[i] for i in range(1, len(ids))])
-    return {name: {"position": 100 * sum(map(sum, hits)) / sum(map(len, hits)),
-                   "prefix": sum(run_of(h, limit) for h in hits) / len(hits)} for name, hits in said.items()}
+        ids = r["target"]
+        for name, drafts in (("position frequency", often.get(r["question"], [])[1:]),
+                             ("most frequent", controls.follow(ways[r["question"]], ids[:1], len(ids) - 1)),
+                             ("previous", r["previous"][1:])):
+            right[name] += sum(draft == i for draft, i in zip(drafts, ids[1:], strict=False))
+            accepted[name].append(draft_sources.agreeing(drafts[:limit], ids[1:]))
+    drafted = max(1, sum(len(r["target"]) - 1 for r in rows))
+    return {name: {"position": 100 * right[name] / drafted, "prefix": sum(of) / len(of)}
+            for name, of in accepted.items()}
 
 
 def train(rows, out, config: AdapterConfig, *, epochs=50, patience=10, lr=1e-4, test=3, valid=2, seed=0, device="cpu",
@@ -399,7 +419,7 @@ def train(rows, out, config: AdapterConfig, *, epochs=50, patience=10, lr=1e-4, 
         os.replace(partial, resume)
     network, config = load(out, device)
     return {"test": judge(network, config, parts["test"], device), "valid": best,
-            "controls": controls(parts["train"], parts["test"])}
+            "controls": beside(parts["train"], parts["test"])}
 
 
 def lines_of(figures: dict, title: str) -> list[str]:
@@ -422,35 +442,36 @@ def main(argv=None) -> int:
         else:
             sub.add_argument("--out", type=Path, required=True)
             sub.add_argument("--kind", choices=tuple(NETWORKS), default="token")
-            for flag in ("width", "layers", "heads", "hidden", "shift"):
+            for flag in ("vocab", "width", "layers", "heads", "hidden", "shift"):
                 sub.add_argument(f"--{flag}", type=int, default=getattr(AdapterConfig, flag))
             sub.add_argument("--sees", default=AdapterConfig.sees, help="of a follower (default %(default)s)")
             sub.add_argument("--epochs", type=int, default=50)
             sub.add_argument("--patience", type=int, default=10)
             sub.add_argument("--lr", type=float, default=1e-4)
             sub.add_argument("--seed", type=int, default=0)
-        sub.add_argument("--src", default="test_tokens_1q", help="which rows of PAIRS (default %(default)s)")
+        sub.add_argument("--src", help="which rows of PAIRS (default: the only kind there)")
         sub.add_argument("--test", type=int, default=3, help="sequences held out (default %(default)s)")
         sub.add_argument("--valid", type=int, default=2, help="sequences to stop by (default %(default)s)")
         sub.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     try:
-        rows = read_pairs(args.pairs, args.src)
         if args.command == "train":
-            config = AdapterConfig(args.kind, width=args.width, layers=args.layers, heads=args.heads,
+            config = AdapterConfig(args.kind, vocab=args.vocab, width=args.width, layers=args.layers, heads=args.heads,
                                    hidden=args.hidden, shift=args.shift, sees=args.sees)
+            rows = read_pairs(args.pairs, args.src, config.vocab)
             figures = train(rows, args.out, config, epochs=args.epochs, patience=args.patience, lr=args.lr,
                             test=args.test, valid=args.valid, seed=args.seed, device=args.device)
         else:
             network, config = load(args.folder, args.device)
+            rows = read_pairs(args.pairs, args.src, config.vocab)
             parts = split(with_previous(rows), args.test, args.valid)
             figures = {"test": judge(network, config, parts["test"], args.device),
-                       "controls": controls(parts["train"], parts["test"])}
+                       "controls": beside(parts["train"], parts["test"])}
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
     print("\n".join(lines_of(figures, f"{config.kind} adapter on {args.test} held-out sequences of {args.pairs.name}, "
-                             f"{args.src}")))
+                             f"{rows[0]['src']}")))
     return 0
 
 

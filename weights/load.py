@@ -17,10 +17,10 @@ import ctypes
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -41,6 +41,7 @@ from weights.files import (
     reason_of,
     refusal,
 )
+from weights.memory import insist_on_room
 from weights.names import KINDS, Plan, canonical, extra_rows, on_disk, plan, size
 
 MAX_NAMES = 10                       # tensors listed in one message
@@ -90,9 +91,24 @@ def resolve(path_or_id, revision=None) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError):
+        found = cached_revisions(repo) if revision is None else []
+        if len(found) == 1:                                  # `hf download --revision` leaves no word of `main`
+            logging.getLogger(__name__).warning("%s: revision main is not in the hub cache; the one that is there is "
+                                                "taken, %s", repo, found[0].name)
+            return found[0]
+        if found:
+            raise refusal(repo, f"revision main is not in the hub cache, {listed(sorted(of.name for of in found))} are",
+                          f"name one, as {repo}@{found[0].name}") from None
         command = f"hf download {repo} --revision {revision or 'main'}"
         raise refusal(repo, f"no such folder, and revision {revision or 'main'} is not in the hub cache",
                       f"check the path, or download it with `{command}`") from None
+
+
+def cached_revisions(repo: str) -> list[Path]:
+    """The snapshots of a model that the hub cache holds, whatever their branches are called."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    folder = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
+    return [of for of in sorted(folder.glob("*")) if (of / "config.json").exists()]
 
 
 def reject_impostor(path, first_bytes):
@@ -508,65 +524,6 @@ def stored_values(stored):
             return file.get_tensor(stored.key)
     except (SafetensorError, OSError) as error:
         raise refusal(stored.file, f"cannot be read again ({brief(error)})", "check the disk and try again") from None
-
-
-def free_bytes(device: torch.device) -> tuple[int, int]:
-    """(free, whole) bytes of a device. What torch keeps for reuse counts as free; on the host, what Linux could hand
-    out without swapping."""
-    if device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), whole
-    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free, whole = (int(facts[name].split()[0]) << 10 for name in ("MemAvailable", "MemTotal"))
-    return free, whole
-
-
-def insist_on_room(path, device: torch.device, parts: dict):
-    """Refuses what the device cannot hold. parts: what for -> bytes."""
-    if sum(parts.values()) > free_bytes(device)[0]:
-        raise no_room(path, device, parts)
-
-
-def nvidia_smi(device: torch.device, query: str) -> list[list[str]]:
-    """Rows of `nvidia-smi --query-...` for a device, split at commas; [] where the command does not answer. By the
-    card's own number: CUDA_VISIBLE_DEVICES may have given it another one here."""
-    try:
-        card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    except (AssertionError, AttributeError, RuntimeError):   # no such device, or a torch that does not tell
-        card = str(device.index or 0)
-    try:
-        out = subprocess.run(["nvidia-smi", "-i", card, query, "--format=csv,noheader"], capture_output=True, text=True,
-                             errors="replace", timeout=5).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.split(", ") for line in out.splitlines() if line.strip()]
-
-
-def holders(device: torch.device, most: int = 3) -> list[str]:
-    """Who holds most of a device's memory, as far as one may see: "NAME (pid N, X GiB)"."""
-    found = []                                               # (bytes, name, pid)
-    if device.type == "cuda":
-        for row in nvidia_smi(device, "--query-compute-apps=pid,process_name,used_memory"):
-            if len(row) == 3 and row[2].split()[0].isdecimal():
-                found.append((int(row[2].split()[0]) << 20, row[1], row[0]))
-    else:
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                pages = int((folder / "statm").read_text().split()[1])
-                found.append((pages * os.sysconf("SC_PAGE_SIZE"), (folder / "comm").read_text().strip(), folder.name))
-            except (OSError, ValueError, IndexError):        # it has ended meanwhile
-                continue
-    return [f"{name} (pid {pid}, {nbytes / 2**30:.1f} GiB)" for nbytes, name, pid in sorted(found, reverse=True)[:most]]
-
-
-def no_room(path, device: torch.device, parts: dict) -> InputError:
-    """The refusal, in GiB: what is needed, for what, what is free, and who holds the rest."""
-    free, whole = (n / 2**30 for n in free_bytes(device))
-    needs = ", ".join(f"{name} {n / 2**30:.3f}" for name, n in parts.items())
-    held = holders(device)
-    return refusal(path, f"needs {sum(parts.values()) / 2**30:.3f} GiB ({needs}), {device} has {free:.3f} of "
-                   f"{whole:.3f} GiB free{', most is held by ' * bool(held)}{', '.join(held)}",
-                   "lower --cache-rows, free memory, or choose another --device")
 
 
 # ---- random weights at real shapes -------------------------------------------------------------------------------

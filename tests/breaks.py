@@ -1,0 +1,323 @@
+"""breaks: deliberate mistakes, each of which the tests named beside it must see.
+
+    python tests/breaks.py                     every break; some minutes
+    python tests/breaks.py --only round -n 2   those whose file, reason or tests hold the word, two at a time
+
+Each is put into a copy of the tree, and only its tests run there. Printed are those that no test sees, and those whose
+text no longer occurs exactly once; either makes the exit code 1. tests/test_breaks.py keeps the texts up to date."""
+
+import argparse
+import os
+import queue
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 600                        # for the tests of one break
+
+
+@dataclass(frozen=True)
+class Break:
+    """`old` becomes `new` in `file`. why: what would be wrong. tests: arguments of pytest, run in tests/."""
+    file: str
+    old: str
+    new: str
+    why: str
+    tests: str
+
+
+def of(file, tests, *breaks):
+    """Breaks of one file that the same tests catch: (old, new, why)."""
+    return [Break(file, *each, tests) for each in breaks]
+
+
+BREAKS = [
+    # the accept rule: plain torch and kernel
+    *of("kernels/round.py", "test_round.py",
+        ("(ACCEPT_LEN, accept_len),", "(ACCEPT_LEN, accept_len + 1),", "the bonus id counts as an accepted draft"),
+        ("ACCEPT_LEN, accept_len.to(tl.int64))", "ACCEPT_LEN, accept_len.to(tl.int64) + 1)",
+         "the bonus id counts as an accepted draft, on the GPU"),
+        ("(0x7FFFFFFF - col).to(tl.int64)", "col.to(tl.int64)", "the highest id wins a tie"),
+        ("fresh = fresh if end is None else fresh[:end + 1]", "pass", "ids go on behind a stop id"),
+        ("stops = stops | (target == tl.load(state_ptr + STOP + i))", "stops = stops",
+         "ids go on behind a stop id, on the GPU"),
+        ("tl.maximum(limit - n_out, 0)", "tl.maximum(limit - n_out, 0) + 1", "one id more than the limit"),
+        ("max(0, most - state.n_out)", "max(0, most - state.n_out) + 1", "one id more than the limit, in plain torch"),
+        ("if state.done:", "if False:", "a finished answer grows"),
+        ("if done == 0:", "if done < 2:", "a finished answer grows, on the GPU"),
+        ("state.nonfinite | int(logits_SV.isnan().any())", "int(logits_SV.isnan().any())",
+         "NaN is forgotten by the next finite forward"),
+        ("tl.load(state_ptr + NONFINITE) | nonfinite", "nonfinite",
+         "NaN is forgotten by the next finite forward, on the GPU"),
+        ("drafted, accept_len = min(len(state.slots), S - 1), 0", "drafted, accept_len = S - 1, 0",
+         "stale words count as drafts"),
+        ("drafted = tl.minimum(tl.load(state_ptr + FOUND), S - 1)", "drafted = S - 1 + tl.load(state_ptr + FOUND) * 0",
+         "stale words count as drafts, on the GPU"),
+        ("pos_ids_S = state.prompt_len + state.n_out - 1 +", "pos_ids_S = state.prompt_len + state.n_out +",
+         "a forward's rows stand one place too late")),
+    *of("kernels/lookup.py", "test_lookup.py",
+        ("if self.at + len(ids) > self.rows:", "if self.at + len(ids) >= self.rows:",
+         "an answer that just fits overwrites the oldest"),
+        ("pin_memory=self.mail is not None).fill_(-1)", "pin_memory=self.mail is not None)",
+         "memory that nobody wrote is taken for ids"),
+        ("(place_M - ring.at) % rows", "(ring.at - place_M) % rows", "of equal contexts the oldest wins"),
+        ("torch.where(fit_M == len(own),", "torch.where(fit_M > 0,", "the line drafts behind an id it does not hold"),
+        ("place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)",
+         "place = tl.program_id(0) * PLACES + tl.arange(0, PLACES) // 2 * 2", "every other place is not searched")),
+    *of("kernels/sample.py", "test_sample.py",
+        ("at = (tl.load(state_ptr + N_OUT) + row)", "at = (tl.load(state_ptr + N_OUT) * 0 + row)",
+         "a draw depends on the forward in which its row stood, on the GPU"),
+        ("int(sampling_3[0]), state_W[0] + torch.arange", "int(sampling_3[0]), torch.arange",
+         "a draw depends on the forward in which its row stood"),
+        ("(mass_SV < top_p * mass_SV[:, -1:].double())", "(mass_SV < top_p * 0.5 * mass_SV[:, -1:].double())",
+         "top_p keeps half the mass it should")),
+    # what a row sees
+    *of("kernels/attention.py", "test_attention.py",
+        ("[None, :] <= pos_ids_S[:, None]", "[None, :] <= pos_ids_S[:, None] + 1", "a row sees the row behind it"),
+        ("(at[None, :] <= pos[:, None])", "(at[None, :] <= pos[:, None] + 1)",
+         "a prefill's row sees the row behind it"),
+        ("(at[:, None] <= pos[None, :])", "(at[:, None] <= pos[None, :] + 1)", "a step's row sees the row behind it")),
+    *of("kernels/rmsnorm.py", "test_rmsnorm.py test_models.py -k rms",
+        (".to(x_SD.dtype) * w_D", " * w_D.float()", "one rounding where upstream makes two")),
+    *of("kernels/rope_store.py", "test_rope_store.py test_models.py -k 'rotary or rope'",
+        ("torch.cat((-high, low), dim=-1)", "torch.cat((high, -low), dim=-1)", "rotary turns the other way")),
+    # what the models are shown
+    *of("kernels/frames.py", "test_frames.py",
+        ("COLOURS = ((0, 0, 255), (255, 0, 0))", "COLOURS = ((255, 0, 0), (0, 0, 255))",
+         "polarity in the other colour"),
+        ("(at % 3 == 0) & (key % 2 == 1) | (at % 3 == 2) & (key % 2 == 0)",
+         "(at % 3 == 0) & (key % 2 == 0) | (at % 3 == 2) & (key % 2 == 1)", "polarity in the other colour, on the GPU"),
+        ("num_events if i == num_frames - 1 else (i + 1) * step", "(i + 1) * step",
+         "the last frame loses the remaining events")),
+    *of("weights/text.py", "test_text.py test_models.py",
+        ("tokenizer.encode_special_tokens = True", "tokenizer.encode_special_tokens = False",
+         "typed text becomes a special id")),
+    *of("weights/adapter.py", "test_adapter.py",
+        ("len(committed) - config.shift,", "len(committed),", "the adapter guesses one place too late"),
+        ('(r["target"][config.shift:] + [0] * S)', '(r["target"] + [0] * S)', "the adapter learns the id before")),
+    *of("weights/names.py", "test_load.py test_models.py",
+        ('"self_attn.q_proj.weight", "self_attn.k_proj.weight"', '"self_attn.k_proj.weight", "self_attn.q_proj.weight"',
+         "queries and keys change places")),
+    # whether drafts pay
+    *of("weights/sources.py", "test_gate.py",
+        ("for k in range(min(drafted, agreed + 1)):", "for k in range(drafted):",
+         "what stood behind a rejected draft counts as wrong"),
+        ("+ (k < agreed)]", "+ (k <= agreed)]", "a rejected draft counts as right"),
+        ("return min(self.times[what]) if what", "return max(self.times[what]) if what",
+         "a price is the most disturbed time"),
+        ("if gain > max(late, 0.1 * step):", "if gain > 0.1 * step:", "a later first id is no part of the price"),
+        ("sum(self.alive(\"head start\", question, most + 1)[1:]) * step", "most * step",
+         "every draft of a head start is taken for right"),
+        ("alive(kind, question, max(lens))", "alive(kind, question, 1) * max(lens)", "every draft is as likely as one"),
+        ("min(2 * every, self.MOST_REFUSALS)", "every", "a refused source is tried as often as at first"),
+        ("if place >= kept:", "if False:", "ids behind a rejected one count as wrong drafts"),
+        ("self.ids, self.rows = list(ids), min(self.rows, kept)", "self.ids = list(ids)",
+         "rows of rejected ids are taken for right ones"),
+        ("(a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))",
+         "(a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))",
+         "a longer list agrees with a shorter one beyond its end")),
+    *of("weights/sources.py", "test_drafting.py -k 'looked_up or learnt or apart'",
+        ("self.size, self.learnt = self.size + len(answer) + 1, self.learnt + 1",
+         "self.size, self.learnt = self.size + len(answer) + 1, 1", "only the first answer reaches the device")),
+    # what is read
+    *of("weights/video.py", "test_media.py",
+        ("[k * total // num_frames for k in range(num_frames)]",
+         "[round(k * total / num_frames) for k in range(num_frames)]", "other frames than upstream's are shown")),
+    *of("weights/video.py", "test_guards.py",
+        ('"protocol_whitelist": "file"', '"protocol_whitelist": "file,http,tcp"', "a clip may open an address"),
+        ("if decoded <= indices[-1] or (not sure and decoded != total):", "if decoded <= indices[-1]:",
+         "a frame count that nobody trusts decides which frames are shown"),
+        ("if frame.pts in kept or frame.is_corrupt:", "if frame.pts in kept:",
+         "a frame that FFmpeg calls corrupt is shown"),
+        ("if packet.is_corrupt:", "if False:", "half a packet passes for a frame")),
+    *of("weights/events.py", "test_media.py -k 'polarity'",
+        ("as_type(p, torch.bool)", "as_type(p > 0, torch.bool)", "an event of polarity -1 becomes negative")),
+    # the two models
+    *of("engine.py", "test_models.py",
+        ('layer = config.get("vision_feature_layer", -2)', 'layer = config.get("vision_feature_layer_", -1)',
+         "the target reads the tower's last layer"),
+        ("if image and not self.keep_cls:", "if not self.keep_cls:", "a video's CLS rows are dropped"),
+        ('self.text.ids(f"\\n{question} ASSISTANT:", first=False))\n\n    def encode(self, pixels_R3XX, image',
+         'self.text.ids(f"{question} ASSISTANT:", first=False))\n\n    def encode(self, pixels_R3XX, image',
+         "the target's prompt lacks the newline behind <video>"),
+        ("rows_RSC = self.tower(pixels_R3XX, self.vision.layers)",
+         "rows_RSC = self.tower(pixels_R3XX, self.vision.layers - 1)",
+         "the drafter reads the layer before the last"),
+        ("hidden = torch.cat([hidden_RSD.mean(1), hidden_RSD.mean(0)])",
+         "hidden = torch.cat([hidden_RSD.mean(0), hidden_RSD.mean(1)])", "spatial rows come before temporal ones"),
+        ("normed_RSC, h_RSC = add_layernorm(fresh_RSC, h_RSC,", "normed_RSC, _ = add_layernorm(fresh_RSC, h_RSC,",
+         "the tower's stream loses a block")),
+    # the loop, and what a Result says of it
+    *of("engine.py", "test_result.py",
+        ("/ (len(result.output_ids) - 1)", "/ len(result.output_ids)", "seconds an id counts the first id"),
+        ("stages[of.stage] = stages.get(of.stage, 0.0) + of.end - of.start", "stages[of.stage] = of.end - of.start",
+         "a stage's seconds are its last entry's"),
+        ("sum(at <= req.frames_at for", "sum(at <= req.prefill_end for",
+         "window drafts are counted to the end of prefill"),
+        ("sum(at <= req.prefill_end for", "sum(True for", "drafts made later count as made before the prefill ended"),
+        ("result.ttft = at if result.ttft is None else result.ttft", "result.ttft = at",
+         "the first id's time is the last one's"),
+        ("result.ttfp = at if result.ttfp is None else result.ttfp", "result.ttfp = at",
+         "the first preview's time is the last one's"),
+        ("result.preview_end = req.preview[-1][1]", "result.preview_end = req.preview[0][1]",
+         "the preview's end is its beginning"),
+        ("drafts[:max(0, left)], min(accepted, max(0, left))", "drafts, accepted",
+         "drafts behind the answer's end are counted"),
+        ("self.accepted_tokens / self.drafted if", "self.accepted_tokens / max(1, self.rounds) if",
+         "acceptance is over rounds and not over drafts"),
+        ("self.accepted_tokens / self.rounds + 1 if log", "self.accepted_tokens / self.rounds if log",
+         "a round's own id is not counted"),
+        ("span.accepted if span and span.accepted < len(span.drafts) else -1", "span.accepted if span else -1",
+         "a draft is called rejected where all were accepted"),
+        ('gate.timed("draft", sum(rounds) / len(rounds))', 'gate.timed("draft", sum(rounds))',
+         "the gate takes a round's drafts for one"),
+        ('gate.timed(("first id", req.size, "drafter" in req.prompt_rows), result.ttft)',
+         'gate.timed(("first id", req.size, True), result.ttft)', "the gate does not see what a head start delays"),
+        ('check_finite(state, model, "draft")', "pass", "a drafter's NaN is drafted on its own device")),
+    *of("engine.py", "test_request.py -k 'continuation or behind or stale or limit or any_drafts'",
+        ("if end - begin <= 2 else most", "if end - begin <= 2 else 2", "a drafter left behind runs too few rows"),
+        ("replayed()\n\n    def _resume", "pass\n\n    def _resume", "a drafter goes on from its own text")),
+    *of("engine.py", "test_drafting.py",
+        ("        if self.line:\n            self.line.commit(", "        if False:\n            self.line.commit(",
+         "a drafter apart does not hear of rejected drafts"),
+        ("self.target.ring.set_line([])", "pass", "a request drafts what the last one expected"),
+        ("if owner is not earlier:", "if False:", "a lookup finds another source's answers")),
+    # what the report prints
+    *of("weights/rows.py", "test_bench.py -k 'ratio or interval or acceptance or divide or later'",
+        ('[base["e2e_ms"] / of["e2e_ms"] for base, of in pairs]',
+         '[of["e2e_ms"] / base["e2e_ms"] for base, of in pairs]',
+         "a ratio above 1 is slower"),
+        ('{"p50": statistics.median(values), "low"', '{"p50": statistics.fmean(values), "low"', "p50 is the mean"),
+        ("later = [ours - theirs for", "later = [theirs - ours for", "a later first id is printed as an earlier one"),
+        ('"accept_rate": sum(accept_lens) / drafted', '"accept_rate": sum(accept_lens) / max(1, len(accept_lens))',
+         "acceptance is over rounds and not over drafts"),
+        ("statistics.mean(accept_lens) + 1 if", "statistics.mean(accept_lens) if", "a round's own id is not counted"),
+        ("per_forward(ids - len(have), sum(taken))", "per_forward(ids, sum(taken))",
+         "ids a forward counts the prefill's id and not its forward"),
+        ("rounds + max(0, len(ids) - 1 - accepted - rounds)", "rounds + max(0, len(ids) - accepted - rounds)",
+         "the prefill counts as a step"),
+        ('if mode in row["modes"] and "target_only" in row["modes"]] if identical else []',
+         'if mode in row["modes"] and "target_only" in row["modes"]]', "ratios are printed where answers differ")),
+    *of("bench.py", "test_bench.py -k 'summary'",
+        ('/ (max(1, len(drafts)) if stage == "draft" else 1))', ")", "the time of several drafts is printed as one's"),
+        ("per_request.pop((row, stage), None)", "pass", "a stage's sum counts beside its forwards")),
+    *of("weights/rows.py", "test_bench.py -k 'differ or identical'",
+        ('"equal": sum(of["identical"] for *_, of in found)', '"equal": len(found)',
+         "answers that differ are called equal"),
+        ("return None if ours == theirs else agreeing(ours, theirs)", "return None", "nothing ever differs")),
+    *of("weights/controls.py", "test_controls.py test_bench.py -k 'control or interval'",
+        ("if len(values) < 3:", "if len(values) < 1:", "an interval is printed for one sample"),
+        ("found[int(0.025 * RESAMPLES)]", "found[int(0.25 * RESAMPLES)]", "half the interval is called 95 %"),
+        ("last[len(ids):len(ids) + limit]", "last[len(ids) + 1:len(ids) + 1 + limit]",
+         "the control is a place too late"),
+        ("count(ways, answer, weight=-1)", "count(ways, answer, weight=0)",
+         "a control has seen the answer it is asked for"),
+        ("at += sources.agreeing(propose(answer[:at], limit)[:limit], answer[at:]) + 1",
+         "at += sources.agreeing(propose(answer[:at], limit)[:limit], answer[at:])", "a control's round gives no id")),
+]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------
+
+
+def occurrences(entry: Break, root: Path = ROOT) -> int:
+    """How often the text to be replaced occurs in its file; 0 without that file."""
+    path = root / entry.file
+    return path.read_text(encoding="utf-8").count(entry.old) if path.exists() else 0
+
+
+def copy_of(root: Path, folder: Path) -> Path:
+    """The tree in `folder`, beside a link to what lies beside the tree."""
+    tree = folder / "tree"
+    shutil.copytree(root, tree, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache"))
+    shared = root.parent / "shared"
+    if shared.exists():
+        (folder / "shared").symlink_to(shared.resolve())
+    return tree
+
+
+def run_tests(tree: Path, tests: str) -> tuple[int, str]:
+    """(exit code of pytest, the end of what it printed): 0 passed, 1 failed."""
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
+    try:
+        done = subprocess.run(command, cwd=tree / "tests", env=env, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return 1, "took too long"                            # a break may also show as a hang
+    return done.returncode, done.stdout[-2000:] + done.stderr[-500:]
+
+
+def verdict(entry: Break, tree: Path, root: Path = ROOT) -> tuple[str, str]:
+    """("caught", "UNCAUGHT" or "NO TEST", the end of what pytest printed) of one break in a copy of the tree."""
+    path, sound = tree / entry.file, (root / entry.file).read_text(encoding="utf-8")
+    path.write_text(sound.replace(entry.old, entry.new), encoding="utf-8")
+    try:
+        code, printed = run_tests(tree, entry.tests)
+    finally:
+        path.write_text(sound, encoding="utf-8")
+    return {0: "UNCAUGHT", 1: "caught"}.get(code, "NO TEST"), printed      # else: nothing collected, a wrong name, ..
+
+
+def run(breaks, workers: int = 1, root: Path = ROOT, show=print) -> int:
+    """Tries all of them; returns how many are not as they should be."""
+    stale = [entry for entry in breaks if occurrences(entry, root) != 1]
+    for entry in stale:
+        show(f"OUT OF DATE  {entry.file}: {occurrences(entry, root)} times {entry.old!r}")
+    fresh, wrong, trees = [entry for entry in breaks if entry not in stale], len(stale), queue.Queue()
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(workers) as pool:
+        for i in range(workers):
+            trees.put(copy_of(root, Path(name) / str(i)))
+
+        def within(work, *args):
+            tree = trees.get()
+            try:
+                return work(*args, tree)
+            finally:
+                trees.put(tree)
+        selections = list(dict.fromkeys(entry.tests for entry in fresh))
+        sound = pool.map(lambda tests: within(lambda tests, tree: run_tests(tree, tests), tests), selections)
+        broken = {tests: printed for tests, (code, printed) in zip(selections, sound, strict=True) if code}
+        for tests, printed in broken.items():
+            show(f"FAILS UNBROKEN  {tests}\n{printed}")
+        fresh = [entry for entry in fresh if entry.tests not in broken]
+
+        def tried(entry):
+            began = time.monotonic()
+            return *within(lambda entry, tree: verdict(entry, tree, root), entry), time.monotonic() - began
+        for entry, (word, printed, seconds) in zip(fresh, pool.map(tried, fresh), strict=True):
+            show(f"{word:9} {seconds:6.1f} s  {entry.file}: {entry.why}"
+                 + ("" if word == "caught" else f"\n    {entry.old!r}\n    by {entry.tests}")
+                 + (f"\n{printed}" if word == "NO TEST" else ""))
+            wrong += word != "caught"
+    show(f"{len(breaks)} breaks: {len(breaks) - wrong - sum(b.tests in broken for b in breaks)} caught, {wrong} not, "
+         f"{len(broken)} test selections that fail without any")
+    return wrong + len(broken)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="WORDS", default="", help="breaks whose line holds all of these words")
+    parser.add_argument("-n", type=int, default=1, metavar="N", help="breaks at a time (default %(default)s)")
+    parser.add_argument("--list", action="store_true", help="print them and run nothing")
+    options = parser.parse_args(argv)
+    if options.n < 1:
+        parser.error(f"-n: wanted 1 or more, got {options.n}")
+    chosen = [entry for entry in BREAKS if all(word in f"{entry.file} {entry.why} {entry.tests}"
+                                               for word in options.only.split())]
+    if not chosen:
+        parser.error(f"--only: no break holds {options.only!r}")
+    if options.list:
+        print("\n".join(f"{entry.file}: {entry.why} ({entry.tests})" for entry in chosen))
+        return 0
+    return int(run(chosen, options.n, show=lambda line: print(line, flush=True)) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

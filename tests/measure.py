@@ -1,0 +1,135 @@
+"""measure: what the commands beside the tests share: their flags and last lines, and times of parts of a model.
+
+Times by a model's stream need a GPU; `host_time` works anywhere."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+import triton
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import bench
+from kernels.round import STATE, State, new_state
+from weights import InputError, replace_file
+
+ROOT = Path(bench.__file__).resolve().parent
+
+
+# ---- a command -------------------------------------------------------------------------------------------------
+
+
+def flags(doc: str, **defaults) -> bench.Parser:
+    """A parser whose --help is the command's docstring, with --device and --out."""
+    parser = bench.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the report there too, when all is done")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def run(main, argv=None) -> int:
+    """The exit code of `main`: bad input is one line on stderr and 2."""
+    try:
+        return main(argv)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def publish(lines: list[str], out: Path | None) -> None:
+    print("\n".join(lines))
+    if out:
+        replace_file(out, ("\n".join(lines) + "\n").encode())
+
+
+def versions() -> str:
+    """What a report depends on besides its machine."""
+    return (f"torch {torch.__version__}, triton {triton.__version__}, commit {bench.commit()}"
+            f"{', dirty' if bench.dirty() else ''}, {time.strftime('%Y-%m-%d')}")
+
+
+def devices(models) -> str:
+    """"NVIDIA H200 and CPU", each name once."""
+    return " and ".join(dict.fromkeys(torch.cuda.get_device_name(m.device) if m.on_gpu else "CPU" for m in models))
+
+
+# ---- a model's state -------------------------------------------------------------------------------------------
+
+
+def fill_with_noise(model) -> None:
+    for cache in (model.decoder.k_cache_LNMK, model.decoder.v_cache_LNMK):
+        cache.normal_()
+
+
+def at_context(model, context: int) -> None:
+    """Puts the state where one id follows a prompt of `context` rows and no end is in sight."""
+    words = new_state(1, ids=[7], n_out=1, prompt_len=context, limit=10 ** 6)
+    model.state_W[:len(words)].copy_(words)
+
+
+def state_of(model, ids: int) -> State:
+    """The model's state with room for so many ids, when all that is queued is done."""
+    return model.snapshot(STATE + ids).read()
+
+
+# ---- times, in milliseconds ------------------------------------------------------------------------------------
+
+
+def device_times(model, fn, runs: int = 20, between=None) -> list[float]:
+    """Each call on the model's stream, by events, after three calls; each starts on an idle GPU. between: what the GPU
+    does from one call to the next, untimed."""
+    for _ in range(3):
+        fn()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    for start, end in events:
+        if between:
+            between()
+        torch.cuda.synchronize(model.device)
+        start.record(model.stream)
+        fn()
+        end.record(model.stream)
+    torch.cuda.synchronize(model.device)
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def host_time(model, fn) -> float:
+    """From an idle device to an idle device."""
+    wait = torch.cuda.synchronize if model.on_gpu else lambda device: None
+    wait(model.device)
+    start = time.perf_counter()
+    fn()
+    wait(model.device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def step_times(model, G: int, context: int, runs: int = 30) -> list[float]:
+    """Single rounds with G drafts that never match, so that each advances one row."""
+    at_context(model, context)
+    return device_times(model, lambda: model.round(G), runs, between=lambda: model.put([-1] * G))
+
+
+def front_times(model, prompt, pixels, decode: int = 49) -> list[float]:
+    """Pixels to the first id in the rhythm of requests: `decode` steps lie between one and the next.
+
+    One prefill right after another meets the card's power cap. With `nvidia-smi -lms 50` beside it on an H100: 51.8 ms
+    at 700 W and 1,600 MHz (drafter 20.1), 46.3 after 49 steps at 1,965 MHz (18.8), 46.5 after 0.2 s of rest (18.9).
+    """
+    return device_times(model, lambda: front(model, prompt, pixels, decode + 1),
+                        between=lambda: [model.round() for _ in range(decode)])
+
+
+def front(model, prompt, pixels, new: int) -> None:
+    """Pixels [R, 3, X, X] to the first of at most `new` ids, which end nowhere sooner."""
+    model.prefill(model.splice(prompt, model.visual_rows(pixels)), new, (), 5)
+
+
+def whole(model, prompt, pixels, new: int) -> list[int]:
+    """All `new` ids, one a step."""
+    front(model, prompt, pixels, new)
+    for _ in range(new - 1):
+        model.round()
+    return state_of(model, new).ids

@@ -1,0 +1,87 @@
+"""Rows on disk: what was finished stays, what was cut or failed comes again, unlike runs never share a table."""
+
+import json
+
+import pytest
+
+import engine
+from weights import InputError, rows
+from weights.rows import RowFile, merge, read_rows
+
+HEAD = {"schema": 2, "commit": "c", "weights": {"target": {"hash": "h"}}, "config": {"modes": ["a"], "samples": 3,
+                                                                                   "question": "q"}}
+
+
+def row(at, **more):
+    return {"id": f"s{at}", "at": at, "modes": {"a": {}}, "took_s": 1.0, **more}
+
+
+def written(path, *rows, head=HEAD):
+    with RowFile(path, head) as file:
+        for of in rows:
+            file.append(of)
+    return path
+
+
+def test_rows_come_back_without_a_cut_line_and_a_row_that_failed_is_tried_again(tmp_path):
+    path = written(tmp_path / "r.jsonl", row(0), row(1, error="broken"))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"id": "s2", "at"')
+    with RowFile(path, HEAD) as file:
+        assert file.rows == [row(0)] and path.read_bytes() == whole
+        file.append(row(1))
+    assert read_rows(path)[1] == [row(0), row(1)]
+    path.write_bytes(whole[:20])                             # it died over its header
+    assert RowFile(path, HEAD).rows == [] and json.loads(path.read_text()) == HEAD
+    with RowFile(None, HEAD) as file:
+        file.append(row(0))
+        assert file.rows == []
+
+
+def test_a_file_is_one_writers(tmp_path):
+    with RowFile(tmp_path / "r.jsonl", HEAD), pytest.raises(InputError, match="another run is writing"):
+        RowFile(tmp_path / "r.jsonl", HEAD)
+
+
+@pytest.mark.parametrize("change,name", [
+    ({"commit": "d"}, 'commit ("c", here "d")'), ({"weights": {"target": {"hash": "x"}}}, "weights target hash"),
+    ({"config": {**HEAD["config"], "question": "other"}}, 'question ("q", here "other")'),
+    ({"config": {**HEAD["config"], "fresh": 1}}, "fresh (None, here 1)"), ({"schema": 3}, "schema (2, here 3)")])
+def test_rows_of_another_run_are_refused_by_the_name_of_what_differs(tmp_path, change, name):
+    path = written(tmp_path / "r.jsonl", row(0))
+    with pytest.raises(InputError) as error:
+        RowFile(path, {**HEAD, **change})
+    assert f"was written with another {name}" in str(error.value) and str(path) in str(error.value)
+    other = written(tmp_path / "o.jsonl", row(1), head={**HEAD, **change})
+    with pytest.raises(InputError, match="another"):
+        merge([path, other])
+
+
+def test_shards_are_put_together_by_id_and_holes_and_duplicates_refused(tmp_path):
+    one, two = written(tmp_path / "1.jsonl", row(2), row(0)), written(tmp_path / "2.jsonl", row(1))
+    assert merge([one, two]) == ([2.0, 1.0], [row(2), row(0), row(1)])
+    for paths, words in (([one], "1 of 3 samples are missing"), ([one, two, two], "s1 is there twice")):
+        with pytest.raises(InputError, match=words):
+            merge(paths)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"config": {"samples": 1, "modes": []}}\n{"id": 1, "at": 0, "modes": {}}\n',
+                                  '{"config": {"samples": 1, "modes": []}}\n{"id": "a", "at": 0, "modes": {"x": 1}}\n',
+                                  '{"config": {"samples": true, "modes": []}}\n', "[" * 100000 + "\n"])
+def test_what_is_no_file_of_rows_is_one_line(tmp_path, text):
+    (tmp_path / "r.jsonl").write_text(text)
+    with pytest.raises(InputError, match="a file of rows"):
+        read_rows(tmp_path / "r.jsonl")
+
+
+def test_rounds_are_counted_and_timed_by_who_drafted():
+    """A prefill that ends at 1 s, then rounds of 2, 1 and 4 s by two sources; a step queued behind the end."""
+    line = [("target", "prefill", 0.5, 1.0, ""), ("target", "draft", 1.0, 2.0, ""), ("target", "verify", 2.0, 3.0, ""),
+            ("drafter", "draft", 2.0, 9.0, ""), ("target", "decode", 3.0, 4.0, ""), ("target", "verify", 4.5, 8.0, ""),
+            ("target", "decode", 8.0, 9.0, "")]
+    log = [engine.Round("self", [1, 2, 3], 2), engine.Round("", [], 0), engine.Round("self", [4], 1)]
+    found = rows.by_source(engine.Result(timeline=line, round_log=log))
+    assert found == {"self": {"rounds": 2, "drafts": 4, "accepted": 3, "ids": 5, "ms": pytest.approx(6000)},
+                     "none": {"rounds": 1, "drafts": 0, "accepted": 0, "ids": 1, "ms": pytest.approx(1000)}}
+    both = rows.added([found, {"self": found["self"]}, {}])
+    assert both["self"]["ms"] == pytest.approx(12000) and both["self"]["ids"] == 10 and both["none"]["rounds"] == 1

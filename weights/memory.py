@@ -1,0 +1,84 @@
+"""memory: what a device has left, who holds the rest, and the one line that says so when it is not enough."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+from pathlib import Path
+
+import torch
+
+from weights.files import InputError, refusal
+
+
+def free_bytes(device: torch.device) -> tuple[int, int]:
+    """(free, whole) bytes of a device. What torch keeps for reuse counts as free; on the host, what Linux could hand
+    out without swapping."""
+    if device.type == "cuda":
+        free, whole = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), whole
+    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free, whole = (int(facts[name].split()[0]) << 10 for name in ("MemAvailable", "MemTotal"))
+    return free, whole
+
+
+def insist_on_room(path, device: torch.device, parts: dict):
+    """Refuses what the device cannot hold. parts: what for -> bytes."""
+    if sum(parts.values()) > free_bytes(device)[0]:
+        raise no_room(path, device, parts)
+
+
+def nvidia_smi(device: torch.device, query: str) -> list[list[str]]:
+    """Rows of `nvidia-smi --query-...` for a device, split at commas; [] where the command does not answer. By the
+    card's own number: CUDA_VISIBLE_DEVICES may have given it another one here."""
+    try:
+        card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    except (AssertionError, AttributeError, RuntimeError):   # no such device, or a torch that does not tell
+        card = str(device.index or 0)
+    try:
+        out = subprocess.run(["nvidia-smi", "-i", card, query, "--format=csv,noheader"], capture_output=True, text=True,
+                             errors="replace", timeout=5).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.split(", ") for line in out.splitlines() if line.strip()]
+
+
+def holders(device: torch.device, most: int = 3) -> list[str]:
+    """Who holds most of a device's memory, as far as one may see: "NAME (pid N, X GB)"."""
+    found = []                                               # (bytes, name, pid)
+    if device.type == "cuda":
+        for row in nvidia_smi(device, "--query-compute-apps=pid,process_name,used_memory"):
+            if len(row) == 3 and row[2].split()[0].isdecimal():
+                found.append((int(row[2].split()[0]) << 20, row[1], row[0]))
+    else:
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                pages = int((folder / "statm").read_text().split()[1])
+                found.append((pages * os.sysconf("SC_PAGE_SIZE"), (folder / "comm").read_text().strip(), folder.name))
+            except (OSError, ValueError, IndexError):        # it has ended meanwhile
+                continue
+    return [f"{name} (pid {pid}, {nbytes / 1e9:.1f} GB)" for nbytes, name, pid in sorted(found, reverse=True)[:most]]
+
+
+def no_room(path, device: torch.device, parts: dict) -> InputError:
+    """The refusal, in GB: what is needed, for what, what is free, and who holds the rest."""
+    free, whole = (n / 1e9 for n in free_bytes(device))
+    needs = ", ".join(f"{name} {n / 1e9:.3f}" for name, n in parts.items())
+    held = holders(device)
+    return refusal(path, f"needs {sum(parts.values()) / 1e9:.3f} GB ({needs}), {device} has {free:.3f} of "
+                   f"{whole:.3f} GB free{', most is held by ' * bool(held)}{', '.join(held)}",
+                   "lower --cache-rows, free memory, or choose another --device")
+
+
+def ran_out(error: BaseException | None) -> bool:
+    """Whether memory was short; the CPU's allocator has no class for it, and a capture that ends hides it."""
+    return error is not None and (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+                                  or "allocate memory" in str(error) or ran_out(error.__context__))
+
+
+def peak_memory(device) -> int:
+    """Bytes: the most this process held on a GPU since the request began, or the process's peak on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

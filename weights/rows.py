@@ -1,0 +1,236 @@
+"""rows: finished rows of a benchmark, one a sample: on disk, and the figures that follow from them.
+
+On disk a row is one JSON object a line under a header line. A run that dies loses nothing but the row it was in; rows
+of several processes are put together by id. Figures are plain functions of rows, every ratio above 1 is faster."""
+
+import collections
+import fcntl
+import json
+import statistics
+from pathlib import Path
+
+from kernels.check import quantiles
+from weights import UNREADABLE, InputError, controls, describe
+from weights.files import read_bytes
+from weights.sources import agreeing
+
+SAME = ("schema", "commit", "weights", "config")     # of a header: rows under different ones never share a table
+
+
+def insist_same(path: Path, theirs: dict, ours: dict, way_out: str) -> None:
+    """InputError that names each value of SAME in which the header of `path` differs from ours."""
+    def flat(of, name=""):
+        return {k: v for key in of for k, v in flat(of[key], f"{name} {key}").items()} if isinstance(of, dict) else {
+            name.removeprefix(" ").removeprefix("config "): json.dumps(of)[:60]}
+
+    theirs, ours = (flat({name: of.get(name) for name in SAME}) for of in (theirs, ours))
+    found = [f"{name} ({theirs.get(name)}, here {ours.get(name)})" for name in {**theirs, **ours}
+             if theirs.get(name) != ours.get(name)]
+    if found:
+        raise InputError(f"{path}: was written with another {', '.join(found[:4])}; {way_out}")
+
+
+class RowFile:
+    """The file of one process. `rows` are those found on resuming, but for rows with an "error", which are to be tried
+    again. Without a path it keeps nothing."""
+
+    def __init__(self, path: Path | None, head: dict):
+        self.path, self.rows, self.file = path, [], None
+        if path is None:
+            return
+        try:
+            self.file = open(path, "ab", buffering=0)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # goes with the process, however it ends
+        except BlockingIOError:
+            raise InputError(f"{path}: another run is writing to it; wait for it, or choose another --rows") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --rows") from None
+        start = path.read_bytes()[:1 << 20]
+        if start.startswith(b'{"schema": ') and b"\n" not in start:
+            self.file.truncate(0)                            # it died over its first line
+        elif start:
+            found, rows, whole = read_rows(path)
+            insist_same(path, found, head, "choose another --rows")
+            self.rows = [row for row in rows if "error" not in row]
+            self.file.truncate(whole)                        # a line that was cut off is written again
+        if not path.stat().st_size:
+            self.append(head)
+
+    def append(self, value: dict) -> None:
+        line = json.dumps(value).encode() + b"\n" if self.file else b""
+        try:
+            while line:                                      # a nearly full disk takes a part of it first
+                line = line[self.file.write(line):]
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}); free some room and go on with "
+                             f"--resume, finished samples are kept") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.file:
+            self.file.close()
+
+
+def read_rows(path: Path) -> tuple[dict, list, int]:
+    """(header, rows, bytes of whole lines). A last line without its end is left out; of a row that was tried again the
+    last try counts."""
+    try:
+        raw = read_bytes(path, "a file of rows, as --rows writes it", 1 << 32)
+        whole = raw.rfind(b"\n") + 1
+        head, *rows = [json.loads(line) for line in raw[:whole].splitlines()]
+        assert isinstance(head["config"], dict) and type(head["config"]["samples"]) is int
+        modes = set(head["config"]["modes"])
+        sound = (type(row["id"]) is str and type(row["at"]) is int and row["modes"].keys() <= modes for row in rows)
+        assert all(sound), "a line that is no finished sample"
+    except InputError:
+        raise
+    except UNREADABLE as error:
+        raise InputError(f"{path}: not a file of rows ({describe(error)}); wants what --rows wrote") from None
+    return head, list({row["id"]: row for row in rows}.values()), whole
+
+
+def merge(paths: list[Path]) -> tuple[list[float], list]:
+    """(seconds that each took, rows) of all files together, by id: differing headers, duplicates and holes are refused.
+    """
+    head, rows, took = {}, {}, []
+    for path in paths:
+        own, found, _ = read_rows(path)
+        head = head or own
+        insist_same(path, own, head, f"merge runs like {paths[0]}")
+        took.append(sum(row.get("took_s", 0.0) for row in found))
+        for row in found:
+            if row["id"] in rows:
+                raise InputError(f"{path}: sample {row['id']} is there twice; give every row file once")
+            rows[row["id"]] = row
+    if missing := head["config"]["samples"] - len(rows):
+        raise InputError(f"{paths[0]}: {missing} of {head['config']['samples']} samples are missing; give the row "
+                         f"files of all shards, finished")
+    return took, list(rows.values())
+
+
+# ---- figures -----------------------------------------------------------------------------------------------------
+
+
+def median(values):
+    values = [v for v in values if v is not None]
+    return statistics.median(values) if values else None
+
+
+def forwards(ids: list[int], accepted: int, rounds: int) -> int:
+    """The target's forwards behind its prefill: its rounds, and a step for each id that they did not make."""
+    return rounds + max(0, len(ids) - 1 - accepted - rounds)
+
+
+def by_source(result) -> dict:
+    """{who drafted: {rounds, drafts, accepted, ids, ms}} of a `speculative` Result. A round takes from the end of the
+    target's forward before it to the end of its own; an id is one of the answer, the round's own one included."""
+    ends = sorted(end for row, stage, _, end, _ in result.timeline
+                  if row == "target" and stage in ("prefill", "decode", "verify"))
+    found = {}
+    for (source, drafts, accepted), begin, end in zip(result.round_log, ends, ends[1:], strict=False):
+        of = found.setdefault(source or "none", dict.fromkeys(("rounds", "drafts", "accepted", "ids", "ms"), 0))
+        for key, value in zip(of, (1, len(drafts), accepted, accepted + 1, (end - begin) * 1e3), strict=True):
+            of[key] += value
+    return found
+
+
+def added(tables: list[dict]) -> dict:
+    """The same over several answers."""
+    total = {}
+    for source, of in ((source, of) for table in tables for source, of in table.items()):
+        mine = total.setdefault(source, dict.fromkeys(of, 0))
+        for key, value in of.items():
+            mine[key] += value
+    return total
+
+
+def parting(ours, theirs) -> int | None:
+    """Where two lists of ids part for the first time, None if they are equal."""
+    return None if ours == theirs else agreeing(ours, theirs)
+
+
+def estimate(values: list[float]) -> dict | None:
+    """{p50, low, high}: the median and its bootstrap interval of 95 %, None without values; below three of them low and
+    high are None."""
+    if not values:
+        return None
+    low, high = controls.interval(values) or (None, None)
+    return {"p50": statistics.median(values), "low": low, "high": high}
+
+
+def judged(of: dict) -> str:
+    """What a ratio shows, above 1 being faster; what differs by less than 1 % is nothing."""
+    if of["low"] is None:
+        return "too few samples to tell"
+    return ("faster" if of["low"] > 1 and of["p50"] >= 1.01 else "slower" if of["high"] < 1 and of["p50"] <= 0.99
+            else "no difference shown")
+
+
+def compare(rows) -> dict:
+    """How many (sample, mode) pairs were compared with target_only, how many are equal, where the others part.
+    target_only itself is listed only where its own repeats differ."""
+    found = [(row["id"], mode, of) for row in rows for mode, of in row["modes"].items()
+             if of["identical"] is not None and not (mode == "target_only" and of["identical"])]
+    return {"compared": len(found), "equal": sum(of["identical"] for *_, of in found), "differing": [
+        {"id": id_, "mode": mode, "position": of["differs_at"], "margin": of.get("margin")}
+        for id_, mode, of in found if not of["identical"]]}
+
+
+def per_forward(ids: int, taken: int) -> float | None:
+    return ids / taken if taken else None
+
+
+def mode_figures(rows, config: dict, identical: bool) -> dict:
+    """{mode: what its rows of the tables show}; ratios above 1 are faster, and only there if all outputs are identical.
+
+    ratio: target_only's e2e over the mode's, by sample; worst: the smallest; later_ms: by how much its first id comes
+    later than target_only's, by repeat; saved_ms: up to the first id, and behind it, by sample."""
+    figures = {}
+    for mode in config["modes"]:
+        have = [row["modes"][mode] for row in rows if mode in row["modes"]]
+        if not have:
+            continue
+        pairs = [(row["modes"]["target_only"], row["modes"][mode]) for row in rows
+                 if mode in row["modes"] and "target_only" in row["modes"]] if identical else []
+        ratios = [base["e2e_ms"] / of["e2e_ms"] for base, of in pairs]
+        later = [ours - theirs for base, of in pairs for theirs, ours in
+                 zip(base["raw"]["ttft_ms"], of["raw"]["ttft_ms"], strict=False) if None not in (theirs, ours)]
+        first = [(base["ttft_ms"] - of["ttft_ms"], base["e2e_ms"] - of["e2e_ms"]) for base, of in pairs
+                 if None not in (base["ttft_ms"], of["ttft_ms"])]
+        accept_lens, drafted = [a for of in have for a in of["accept_lens"]], sum(of["drafted"] for of in have)
+        ids, taken = sum(len(of["ids"]) for of in have), [of["forwards"] for of in have if of["forwards"] is not None]
+        reasons = collections.Counter(why_not(mode, of, config) for of in have)
+        figures[mode] = {
+            **{name: dict(zip(("p20", "p50", "p80"), quantiles(values), strict=True)) if values else None
+               for name in ("e2e_ms", "ttft_ms", "ttfp_ms", "tpot_ms")
+               for values in [[v for of in have for v in of["raw"][name] if v is not None]]},
+            "tokens": ids, "forwards": sum(taken) if taken else None,
+            "ids_a_forward": per_forward(ids - len(have), sum(taken)),
+            "ratio": estimate(ratios), "worst": min(ratios, default=None),
+            "later_ms": estimate(later) if mode != "target_only" else None,
+            "saved_ms": {"first": statistics.median(saved for saved, _ in first),
+                         "rest": statistics.median(saved - early for early, saved in first)} if first else None,
+            "drafted": drafted, "accepted": sum(accept_lens),
+            "overlap_drafts": median([of["overlap_drafts"] for of in have]),
+            "window_drafts": median([of["window_drafts"] for of in have]),
+            "accept_rate": sum(accept_lens) / drafted if drafted else None,
+            "tokens_per_round": statistics.mean(accept_lens) + 1 if drafted else None,
+            "histogram": dict(sorted(collections.Counter(accept_lens).items())) if drafted else {},
+            "by_source": added([of.get("by_source", {}) for of in have]),
+            "why_not": "" if drafted else max(reasons, key=reasons.get)}
+    return figures
+
+
+def why_not(mode: str, of: dict, config: dict) -> str:
+    """Why the target looked at no draft of a sample in this mode."""
+    if mode in ("target_only", "drafter_only", "prefill_only"):
+        return {"drafter_only": "another answer", "prefill_only": "a preview only"}.get(mode, "")
+    if of["drafter_error"]:
+        return "drafter gave up"
+    if mode == "lookup_again" or mode == "speculative" and "drafter" not in config["draft_source"]:
+        return "nothing proposed"
+    if of["preview"]:
+        return "first id was wrong"
+    return "gate shut" if config["gate"] == "on" else "no draft in time"

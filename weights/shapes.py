@@ -1,0 +1,109 @@
+"""shapes: what a config says of a model's sizes, as the engine names them; and the bytes that follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from weights import InputError
+from weights.names import plan
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a LLaMA-style decoder. Defaults are LLaMA-7B's, which upstream config files leave out."""
+    D: int = 4096               # model width
+    L: int = 32                 # layers
+    H: int = 32                 # query heads
+    N: int = 32                 # key/value heads, each serving H // N query heads
+    K: int = 128                # head width
+    F: int = 11008              # feed-forward width
+    V: int = 32000              # vocabulary rows
+    eps: float = 1e-5           # RMSNorm
+    theta: float = 10000.0      # rotary base
+    max_rows: int = 4096        # positions the model was trained for
+    bos_id: int = 1
+    eos_id: int = 2
+
+    def cache_bytes(self, rows: int, itemsize: int) -> int:
+        """Keys and values, the rotary tables beside them, and the rows a prefill starts from."""
+        return rows * itemsize * (2 * self.L * self.N * self.K + 2 * self.K + self.D)
+
+    @classmethod
+    def read(cls, raw: dict) -> DecoderConfig:
+        """From a Hugging Face LLaMA config; `rope_parameters` is the newer home of `rope_theta`. null is no value."""
+        raw = {name: value for name, value in raw.items() if value is not None}
+        H, D = raw.get("num_attention_heads", 32), raw.get("hidden_size", 4096)
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise InputError(f"config.json: rope scaling {rope} is not supported; use a model with plain rotary")
+        return cls(D=D, L=raw.get("num_hidden_layers", 32), H=H, N=raw.get("num_key_value_heads") or H,
+                   K=raw.get("head_dim") or D // H, F=raw.get("intermediate_size", 11008),
+                   V=raw.get("vocab_size", 32000), eps=raw.get("rms_norm_eps", 1e-5),
+                   theta=raw.get("rope_theta", rope.get("rope_theta", 10000.0)),
+                   max_rows=raw.get("max_position_embeddings", 4096),
+                   bos_id=raw.get("bos_token_id", 1), eos_id=raw.get("eos_token_id", 2))
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Shape of a CLIP vision tower, and the constants of its image processor."""
+    C: int = 1024               # width
+    layers: int = 24
+    heads: int = 16
+    image: int = 224            # side of the square it sees, pixels
+    patch: int = 14             # side of a patch, pixels
+    eps: float = 1e-5
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def P(self) -> int:
+        return (self.image // self.patch) ** 2
+
+    @classmethod
+    def read(cls, raw: dict) -> VisionConfig:
+        raw = {name: value for name, value in raw.items() if value is not None}
+        if raw.get("hidden_act", "quick_gelu") != "quick_gelu":
+            raise InputError(f"config.json: vision activation {raw['hidden_act']}, only quick_gelu is supported")
+        return cls(C=raw.get("hidden_size", 1024), layers=raw.get("num_hidden_layers", 24),
+                   heads=raw.get("num_attention_heads", 16), image=raw.get("image_size", 224),
+                   patch=raw.get("patch_size", 14), eps=raw.get("layer_norm_eps", 1e-5))
+
+
+def text_config(config: dict) -> DecoderConfig:
+    """The decoder's shape, which a target keeps in a section and a drafter at the top."""
+    return DecoderConfig.read((config.get("text_config") or {}) if config["model_type"] == "video_llava" else config)
+
+
+def frames_of(config: dict, vision: VisionConfig) -> int:
+    """Frames of a clip, from the visual rows that a target's config names."""
+    return max(1, (config.get("video_seq_length") or 8 * (vision.P + 1)) // (vision.P + 1))
+
+
+def memory_needs(side: str, config: dict, itemsize: int, rows: int, gpu: bool, kernels: dict) -> dict:
+    """{"weights", "cache", "packed" (where there are packed copies), "scratch"}: bytes one model allocates from its
+    loading to its last request, by arithmetic on the config alone. Torch may reserve more for reuse and returns it when
+    short. rows: of the cache; kernels: the bytes that kernels hold, {"packed", "scratch"}.
+
+    scratch: fixed buffers, and the larger of what encode and prefill hold at once, as counted in their code: units of
+    a row's width, of the longest prompt (its pictures and 64 rows of text). Names of widths as everywhere: D, F, ...
+    """
+    d, vision, b, wanted = text_config(config), VisionConfig.read(config["vision_config"]), itemsize, plan(config)
+    R, T, A = 5, vision.P + 1, 5 + vision.P
+    if side == "target":
+        R = frames_of(config, vision)
+        A = R * T
+    S, HK = min(A + 64, rows), d.H * d.K
+    pixels = R * 3 * vision.image ** 2 * 4
+    F1 = max((t.shape[0] for t in wanted.wanted if t.name.endswith(".fc1.w")), default=0)
+    encode = R * T * b * max(7 * vision.C + (2 if gpu else 3) * F1, vision.C + 2 * d.D)
+    layer = [4 * d.D + (2 * d.H + 2 * d.N) * d.K, 5 * d.D + 2 * HK, 5 * d.D + HK + 3 * d.F]
+    fixed = pixels + 2 * A * d.D * b + 32 * d.V * b + kernels["scratch"]
+    if gpu:                                                  # cuBLAS's, on two streams; pictures that are resized
+        fixed += (2 << 25) + (2 << 26)
+    else:                                                    # the plain definitions keep scores, and unpack weights
+        layer = [5 * d.D + HK + 4 * d.F, 4 * d.D + HK + 3 * d.H * S + 2 * HK * (d.H != d.N)]
+        encode = max(encode + pixels, 12 * d.D * max(2 * d.F, d.V) * ("packed" in kernels))
+        fixed += S * d.D * b
+    return {"weights": wanted.nbytes(b), "cache": d.cache_bytes(rows, b)} | kernels | {
+        "scratch": fixed + max(encode, S * b * max(layer))}
