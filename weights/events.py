@@ -89,8 +89,8 @@ def events_of(columns, max_canvas):
 
 
 def polarity(codes):
-    """uint8 [N], 0 negative and 1 positive, of codes 0 and 1 or -1 and 1, told apart by those that occur. Upstream takes
-    anything but 0 as positive, -1 too."""
+    """uint8 [N], 0 negative and 1 positive, of codes 0 and 1 or -1 and 1, told apart by those that occur. Upstream
+    takes anything but 0 as positive, -1 too."""
     low, high = extent(codes)
     signed = low == -1
     if low < -1 or high > 1 or signed and bool((codes == 0).any()):
