@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import engine
-from weights.sources import Gate
+from weights.drafting import Gate
 
 TINY = Path(engine.__file__).resolve().parent / "weights" / "tiny"
 RECORDS = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_text())
