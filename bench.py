@@ -45,7 +45,7 @@ from weights.adapter import write_pairs
 from weights.dataset import Sample, read_dataset
 from weights.files import read_text
 from weights.memory import nvidia_smi
-from weights.rows import RowFile, compare, estimate, forwards, judged, median, merge, mode_figures, parting
+from weights.rows import RowFile, by_source, compare, estimate, forwards, judged, median, merge, mode_figures, parting
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "weights" / "tiny"
@@ -269,6 +269,7 @@ def summary(e, results, baseline) -> dict:
             "drafted": last.drafted, "accepted": last.accepted_tokens, "rounds": last.rounds,
             "accept_lens": last.accept_lens, "pieces": show.pieces(last, e.target.text) if decided else [],
             "forwards": forwards(last.output_ids, last.accepted_tokens, last.rounds) if decided else None,
+            "by_source": by_source(last) if last.mode == "speculative" else {},
             "overlap_drafts": median([r.free_tokens_count for r in results]),
             "window_drafts": median([r.window_drafts for r in results]), "differs_at": differs_at,
             "identical": differs_at is None if apart else None,
@@ -497,7 +498,17 @@ def details(report) -> list[str]:
                        fmt(of["accept_rate"], 2), fmt(of["tokens_per_round"], 2), fmt(of["window_drafts"], 0),
                        fmt(of["overlap_drafts"], 0),
                        of["why_not"] or "  ".join(f"{k}: {v}" for k, v in of["histogram"].items())])
-    lines += columns(times) + columns(drafts)
+    sources = [["who drafted", "rounds", "drafts", "right", "ids a round", "ms an id", "pays from", ""]]
+    step = modes_p50(report, "target_only", "tpot_ms")
+    for mode, of in report["modes"].items():
+        for source, n in of["by_source"].items():
+            pays = None                                      # the share of right drafts from which one a round pays
+            if step and n["drafts"]:
+                pays = max(0.0, (n["ms"] / n["rounds"] - step) / step / (n["drafts"] / n["rounds"]))
+            sources.append([f"{mode}: {source}", str(n["rounds"]), str(n["drafts"]),
+                            fmt(n["accepted"] / n["drafts"] if n["drafts"] else None, 2),
+                            fmt(n["ids"] / n["rounds"], 2), fmt(n["ms"] / n["ids"], 2), fmt(pays, 2), ""])
+    lines += columns(times) + columns(drafts) + columns(sources)
     if report["controls"]:
         lines.append(f"controls mean accepted of one shot of {c['overlap_len']}: " + ", ".join(
             f"{name} {of['accepted']:.2f}" for name, of in report["controls"].items()))
@@ -506,6 +517,11 @@ def details(report) -> list[str]:
     lines += [f"failed   {row['id']}: {row['error']}" for row in report["samples"] if "error" in row]
     lines += [f"skipped  {problem}" for problem in report["skipped"]]
     return lines + [f"warning  {warning}" for warning in report["warnings"]] + LEGEND.splitlines()
+
+
+def modes_p50(report, mode: str, name: str) -> float | None:
+    of = report["modes"].get(mode, {}).get(name)
+    return of and of["p50"]
 
 
 def read_report(path: Path, flag: str = "json", rows: list | None = None) -> dict:

@@ -1238,7 +1238,6 @@ class Request:
 
     def show_answer(self, state: State) -> None:
         """Hands the target's ids that are new to the caller."""
-        self.prefill_end = self.prefill_end or self.timeline.now()
         if self.line and not state.done:
             self.line.taken.wait(4e-4)                       # the drafter takes them first: a step is queued already
         fresh, self.sent = state.ids[self.sent:], len(state.ids)
@@ -1299,7 +1298,8 @@ class Engine:
                 tell(untold)
             untold = None
 
-        req.tell_now = tell_now
+        if model is self.target:
+            req.tell_now = tell_now
         while not req.cancelled.is_set():
             while left > 0 and not (state and state.done) and len(waiting) <= (model.on_gpu and not source.needs_host):
                 proposal = source.propose(None if waiting else state) or Proposal()
@@ -1315,6 +1315,8 @@ class Engine:
                 break
             (snapshot, proposal), before = waiting.popleft(), state
             state = untold = snapshot.read()
+            if model is self.target and req.prefill_end is None:
+                req.prefill_end = req.timeline.now()
             check_finite(state, model, proposal.rows and "verify" or name if proposal else "prefill")
             if not model.on_gpu:                             # there nothing is queued
                 tell_now()

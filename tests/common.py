@@ -72,13 +72,15 @@ def script(monkeypatch, model, ids, clock=None, before=None, **seconds):
     """The model's towers and forwards no longer compute: it gives `ids`, then end-of-sequence, whatever it is shown.
     ids None: they compute as ever, and only `before` and the clock are put in.
 
-    seconds: what "encode", "prefill", "step" (one row) and "verify" (more rows; default: a step's) take on the clock.
+    seconds: what "encode", "prefill", "step" (one row), "verify" (more rows; default: a step's) and "copy" (a draft of
+    the 4-bit copy) take on the clock.
     before: called as before(kind, number), number 0, 1, .. per kind; it may wait, raise, or return a float, with which
-    the logits are filled. Returns [(kind, rows), ...] of the forwards so far, which grows.
+    the logits are filled. Returns the forwards so far, a list that grows: (kind, rows, place in the answer of the id
+    that the first row gives).
     """
     c, counts, forwards, prompt = model.config, defaultdict(int), [], [0]
     real = model.encode, model.decoder.forward
-    seconds = {"encode": 0.0, "prefill": 0.0, "step": 0.0, "verify": seconds.get("step", 0.0), **seconds}
+    seconds = {"encode": 0.0, "prefill": 0.0, "step": 0.0, "verify": seconds.get("step", 0.0), "copy": 0.0, **seconds}
 
     def spend(kind):
         filled = before and before(kind, counts[kind])
@@ -95,15 +97,16 @@ def script(monkeypatch, model, ids, clock=None, before=None, **seconds):
         rows = R + P + 1 if model.side == "drafter" else R * (P + (not image))
         return torch.zeros(rows, c.D)
 
-    def forward(hidden_SD, pos_ids_S, only=None):
+    def forward(hidden_SD, pos_ids_S, only=None, steps=None):
         at_S = (pos_ids_S if only is None else pos_ids_S[only]).tolist()
-        kind = "prefill" if int(pos_ids_S[0]) == 0 else "step" if len(pos_ids_S) == 1 else "verify"
+        kind = "step" if len(pos_ids_S) == 1 else "verify"
+        kind = "prefill" if int(pos_ids_S[0]) == 0 else "copy" if steps else kind
         if kind == "prefill":
             prompt[0] = at_S[0]                              # the prompt's last row gives the answer's first id
-        forwards.append((kind, len(pos_ids_S)))
+        forwards.append((kind, len(pos_ids_S), at_S[0] - prompt[0]))
         filled = spend(kind)
         if ids is None:
-            logits_SV = real[1](hidden_SD, pos_ids_S, only)
+            logits_SV = real[1](hidden_SD, pos_ids_S, only, steps)
         else:
             logits_SV = torch.zeros(len(at_S), c.V)
             for row, at in enumerate(at_S):

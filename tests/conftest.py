@@ -94,11 +94,12 @@ def read_once():
 
 @pytest.fixture
 def pair(loaded_pair, read_once, monkeypatch):
-    """The embedded pair on one device, each clip decoded once."""
+    """The embedded pair on one device, which has learnt nothing yet; each clip is decoded once."""
     import engine
     monkeypatch.setattr(engine, "read_video", read_once)
     monkeypatch.setattr(loaded_pair, "gate", None)
     monkeypatch.setattr(loaded_pair, "apart", False)
+    monkeypatch.setattr(loaded_pair, "lookup", engine.Lookup())
     return loaded_pair
 
 

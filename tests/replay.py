@@ -175,7 +175,8 @@ def main(argv=None) -> int:
     head = {"what": f"{bench.LABELS[options.weights]} {bench.dtype_of(e.target.decoder)}, drafter "
                     f"{bench.dtype_of(e.drafter.decoder)}{' on a device of its own' if e.apart else ''}, "
                     f"{measure.devices(e.models)}, {measure.versions()}",
-            "pairs": options.pairs.name if options.pairs else "no pairs", "src": pairs[0]["src"], "new": options.max_new_tokens, "gate": options.gate}
+            "pairs": options.pairs.name if options.pairs else "none",
+            "src": pairs[0]["src"], "new": options.max_new_tokens, "gate": options.gate}
     order = random.Random(options.shard[0])
     gates, taken, rows, result = collections.defaultdict(engine.Gate), collections.defaultdict(list), {}, None
     rights = collections.defaultdict(lambda: 0.5)            # how right a drafter's line was; see the engine's Line

@@ -6,8 +6,7 @@ import threading
 import time
 
 import pytest
-import torch
-from common import EOS, TINY, asked, script, truth
+from common import EOS, asked, script, truth
 
 import engine
 from engine import DraftSource, Fixed, InputError, Lookup
@@ -30,22 +29,22 @@ def apart(pair, monkeypatch):
     return pair
 
 
-def in_step(monkeypatch, e, ids, drafter_ids, lead=6):
-    """Scripts both models; the target's forwards wait until the drafter is `lead` ids ahead, or has no more to say."""
-    ahead, made, place = threading.Condition(), [0], [0]
+def in_step(monkeypatch, e, ids, drafter_ids, lead=6, most=5.0):
+    """Scripts both models; the target's forwards wait until the drafter is `lead` ids ahead, or has no more to say,
+    or for `most` seconds."""
+    made = threading.Condition()
 
     def drafting(kind, number):
-        with ahead:
-            made[0] += kind != "encode"
-            ahead.notify_all()
+        with made:
+            made.notify_all()
 
     def answering(kind, number):
         if kind in ("step", "verify"):
-            place[0] += 1
-            with ahead:
-                ahead.wait_for(lambda: made[0] >= min(len(drafter_ids), place[0] + lead), 5)
-    script(monkeypatch, e.target, ids, before=answering)
-    return script(monkeypatch, e.drafter, drafter_ids, before=drafting)
+            wanted = min(len(drafter_ids) - 1, target[-1][2] + lead)
+            with made:
+                made.wait_for(lambda: drafter and drafter[-1][1] + drafter[-1][2] > wanted, most)
+    target = script(monkeypatch, e.target, ids, before=answering)
+    drafter = script(monkeypatch, e.drafter, drafter_ids, before=drafting)
 
 
 @pytest.mark.parametrize("slow", ["neither", "drafter", "target", "both"])
@@ -85,7 +84,7 @@ def test_a_preview_is_the_drafters_own_text(apart, monkeypatch):
 
 def test_a_drafter_that_ends_too_early_goes_on_where_the_target_does(apart, monkeypatch):
     """It takes the answer for ended after two ids; once the target has gone on, so does the drafter."""
-    in_step(monkeypatch, apart, ANSWER, [*ANSWER[:2], EOS, *ANSWER[3:]], lead=1)
+    in_step(monkeypatch, apart, ANSWER, [*ANSWER[:2], EOS, *ANSWER[3:]], lead=1, most=0.2)
     result = apart.generate(mode="speculative", **asked(1))
     assert result.output_ids == ANSWER and result.drafter_error is None and result.accepted_tokens > 3
 
@@ -100,15 +99,15 @@ def test_what_one_request_expected_is_nothing_to_the_next(apart, monkeypatch):
 # ---- earlier answers
 
 
-@pytest.mark.parametrize("draft_len", [5, 15, 31])
-def test_a_second_time_every_id_is_looked_up(pair, draft_len):
+def test_a_second_time_every_id_is_looked_up(pair):
+    """However few drafts a round of the drafter has: a lookup fills the widest forward."""
     source = Lookup()
     for i in range(3):
-        first, again = (pair.generate(mode="speculative", draft_source=source, draft_len=draft_len, **asked(i))
+        first, again = (pair.generate(mode="speculative", draft_source=source, draft_len=5, **asked(i))
                         for _ in range(2))
         ids = truth(pair, i)
         assert first.output_ids == again.output_ids == ids and again.drafter_error is None
-        assert again.rounds == -(-(len(ids) - 1) // (draft_len + 1)) == len(again.accept_lens)
+        assert again.rounds == -(-(len(ids) - 1) // 32) == len(again.accept_lens)
         assert len(ids) - again.accepted_tokens - again.rounds <= 1
         assert sources_of(again) == ["lookup"] and "drafter" not in again.prompt_rows
     assert [list(answer) for answer in source.newest(9)] == [truth(pair, i) for i in (0, 0, 1, 1, 2, 2)]
@@ -157,26 +156,6 @@ def test_nothing_is_learnt_where_a_request_says_so(pair):
     assert [list(answer) for answer in source.newest(9)] == [result.output_ids]
 
 
-# ---- the target's 4-bit copy
-
-
-@pytest.fixture(scope="module")
-def self_drafting():
-    """An engine whose target has a 4-bit copy, without a drafter."""
-    return engine.load_engine(None, TINY / "target", device="cpu", dtype=torch.float32, gate=False, self_draft=True)
-
-
-@pytest.mark.parametrize("options", [dict(), dict(ignore_eos=True), dict(temperature=3.0, seed=4)], ids=str)
-def test_the_targets_4_bit_copy_drafts_and_never_decides(self_drafting, read_once, monkeypatch, options):
-    monkeypatch.setattr(engine, "read_video", read_once)
-    for i in range(3):
-        given = asked(i) | {"event_path": None} | options
-        result = self_drafting.generate(mode="speculative", draft_source="self", **given)
-        assert result.output_ids == self_drafting.generate(mode="target_only", **given).output_ids
-        assert result.drafter_error is None and "self" in sources_of(result)
-    assert result.accepted_tokens > 0
-
-
 def test_without_a_4_bit_copy_self_is_refused_in_one_line(pair):
     with pytest.raises(InputError, match="self") as error:
         pair.generate(mode="speculative", draft_source="self", **asked(0))
@@ -201,7 +180,7 @@ def test_sources_are_asked_in_turn_and_each_round_says_whose_it_was(pair, monkey
     first, second = Named("first", ANSWER[:4]), Named("second", ANSWER)
     result = pair.generate(mode="speculative", draft_source=[first, second], draft_len=3, **asked(0))
     assert result.output_ids == ANSWER and set(sources_of(result)) == {"first", "second"}
-    assert [(of.source, of.drafts, of.accepted) for of in result.round_log][0] == ("first", 3, 3)
+    assert result.round_log[0] == ("first", ANSWER[1:4], 3)
 
 
 @pytest.mark.parametrize("mode", ["prefill_then_verify", "speculative"])
@@ -219,22 +198,23 @@ def test_a_drafter_that_never_pays_is_left_alone(pair, clock, monkeypatch, mode)
     script(monkeypatch, pair.target, ANSWER, clock, encode=1.0, prefill=4.0, step=1.0)
     for _ in range(6):
         clock.restart()
-        result = pair.generate(mode=mode, **asked(0))
+        result = pair.generate(mode=mode, draft_source="drafter", **asked(0))
         assert result.output_ids == ANSWER
     assert result.drafted == 0 and result.preview_ids == [] and result.drafter_error is None
     assert "draft" not in result.stages.get("drafter", {})
 
 
 def test_a_hopeless_source_rests_and_one_that_got_better_is_noticed(pair, clock, monkeypatch):
-    ids = [20 + i % 90 for i in range(400)]
+    ids = [20 + i % 90 for i in range(120)]
     monkeypatch.setattr(pair, "gate", engine.Gate())
     script(monkeypatch, pair.target, ids, clock, step=1.0, verify=1.1)
-    drafted = []
-    for source in (Named("mine", [3] * 500),) * 2 + (Named("mine", ids),) * 2:
+    accepted, drafted = [], []
+    for guess in [[3] * 500] * 3 + [ids] * 3:
         clock.restart()
-        result = pair.generate(mode="speculative", draft_source=source, draft_len=7, ignore_eos=True,
-                               **asked(0, max_new_tokens=400))
+        result = pair.generate(mode="speculative", draft_source=Named("mine", guess), draft_len=7, ignore_eos=True,
+                               **asked(0, max_new_tokens=120))
         assert result.output_ids == ids
+        accepted.append(result.accepted_tokens)
         drafted.append(result.drafted)
-    assert drafted[1] < 0.2 * 7 * 400, "it was asked now and then"
-    assert drafted[3] > 250 and result.accepted_tokens > 250, "it was noticed"
+    assert drafted[2] <= 3 * 7 and accepted[2] == 0, "it was asked now and then"
+    assert accepted[-1] > 90, "it was noticed"

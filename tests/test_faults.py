@@ -86,7 +86,8 @@ def test_a_drafter_that_computes_nan_midway_costs_nothing_but_its_drafts(pair, m
             assert pair.generate(mode=mode, **asked()).output_ids == ids
 
 
-@pytest.mark.parametrize("stage,kind,count", [("prefill", "prefill", 0), ("decode", "step", 3), ("verify", "verify", 1)])
+@pytest.mark.parametrize("stage,kind,count", [("prefill", "prefill", 0), ("decode", "step", 3),
+                                              ("verify", "verify", 1)])
 def test_nan_in_the_target_names_the_stage_and_stops(pair, monkeypatch, stage, kind, count):
     ids, mode = truth(pair, 0), "speculative" if stage == "verify" else "target_only"
     source = engine.Fixed(ids[:9]) if stage == "verify" else None

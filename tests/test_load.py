@@ -527,6 +527,27 @@ for name in sys.argv[1:]:
     assert all("hf download" in line for line in lines[4:])
 
 
+def test_a_cached_revision_without_a_branch_is_taken_if_it_is_the_only_one(tmp_path):
+    """As after `hf download --revision`, which leaves no word of what main is."""
+    snapshots, code = tmp_path / "hub/models--org--name/snapshots", """
+import sys
+from weights import InputError
+from weights.load import resolve
+try:
+    print(resolve("org/name"))
+except InputError as error:
+    print(error)
+"""
+    for digits, first in (("1" * 40, str(snapshots / ("1" * 40))), ("2" * 40, "org/name: revision main is not in the")):
+        (snapshots / digits).mkdir(parents=True)
+        (snapshots / digits / "config.json").write_text("{}")
+        done = python(code, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+        assert done.returncode == 0 and done.stdout.startswith(first), done.stdout + done.stderr
+        if digits[0] == "1":
+            assert done.stderr.count("\n") == 1 and "1" * 40 in done.stderr
+    assert "org/name@" + "1" * 40 in done.stdout and done.stderr == ""
+
+
 # ---- memory, quiet, command line ---------------------------------------------------------------------------------
 
 PEAK = """

@@ -962,9 +962,9 @@ DOUBTS = {     # name: (pts in decoding order, numbers of the IDR packets, heade
 
 
 def plan_of_fakes(monkeypatch, times, idr, header_count, flags, depth=2):
-    packets = [fake_packet(pts, {"slice": 5 if number in idr else 1} | (flags if number == 3 else {}))
+    packets = [fake_packet(pts, {"slice": 0x65 if number in idr else 0x41} | (flags if number == 3 else {}))
                for number, pts in enumerate(times)]
-    monkeypatch.setattr(video, "first_slice", lambda packet, length_bytes: packet.slice)
+    monkeypatch.setattr(video, "slice_head", lambda packet, length_bytes: packet.slice)
     context = SimpleNamespace(reorder_depth=depth, name="h264", extradata=b"\1\x64\0\x0a\xff")
     return video.plan(packets, SimpleNamespace(frames=header_count, codec_context=context), 4)
 
@@ -992,9 +992,9 @@ def test_a_packet_is_told_by_its_first_slice():
     def unit(head, body=b"\x80\x11\x22"):
         return (len(body) + 1).to_bytes(4, "big") + bytes([head]) + body
     remark = unit(0x06, b"\x05\x01\x00")
-    for blob, kind in ((remark + unit(0x65), 5), (unit(0x41), 1), (unit(0x01) + unit(0x65), 1), (remark, 0), (b"", 0),
-                       (unit(0x67) + unit(0x25), 5), (b"\xff\xff\xff\xff\x06" + unit(0x65), 0)):
-        assert video.first_slice(blob, 4) == kind, blob
+    for blob, head in ((remark + unit(0x65), 0x65), (unit(0x41), 0x41), (unit(0x01) + unit(0x65), 1), (remark, 0),
+                       (b"", 0), (unit(0x67) + unit(0x25), 0x25), (b"\xff\xff\xff\xff\x06" + unit(0x65), 0)):
+        assert video.slice_head(blob, 4) == head, blob
 
 
 def test_a_plan_that_does_not_come_true_falls_back(tmp_path, monkeypatch, counted):

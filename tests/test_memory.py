@@ -1,16 +1,15 @@
 """Memory: the budget is arithmetic, and here is what is really allocated. On a CPU every tensor that torch makes is
 counted; in place of kernels stands what their launchers allocate. tests/test_gpu.py asks the GPU's allocator."""
 
-import json
 import os
 import re
 
 import pytest
 import torch
+from common import asked, script
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench
 import engine
 import weights.memory
 from engine import Drafter, InputError, Target
@@ -87,6 +86,9 @@ def one_request(model, frames):
         for G in (0, 5, 15):
             model.put([3] * G)
             model.round(G)
+        if model.copy:
+            for first in (True, False):
+                model.draft(first)
 
 
 @pytest.mark.parametrize("name,packed", [*((name, None) for name in CONFIGS), ("drafter", "int4"), ("target", "int4")])
@@ -155,32 +157,29 @@ def test_without_nvidia_smi_the_refusal_names_nobody(monkeypatch):
 # ---- memory that runs out in a request
 
 
-CLIPS = bench.TINY / "clips"
-RECORD = json.loads((CLIPS / "EventGPT_Instruction_Subset.json").read_text())[0]
-ASKED = {"event_path": CLIPS / "event_npy" / RECORD["event_data"], "video_path": CLIPS / "mp4" / RECORD["mp4_data"],
-         "query": "What is there?", "max_new_tokens": 8}
-
-
-def short(*_, **__):
-    torch.empty(1 << 60, dtype=torch.uint8)                  # a real refusal of the CPU's allocator
-
-
-@pytest.mark.parametrize("side,method,stage", [
-    ("target", "encode", "encode"), ("target", "_prefill", "prefill"), ("target", "_round", "decode"),
+@pytest.mark.parametrize("side,kind,stage", [
+    ("target", "encode", "encode"), ("target", "prefill", "prefill"), ("target", "step", "decode"),
     ("target", "prefill_graph", "preparation"), ("drafter", "prefill_graph", "preparation"),
-    ("drafter", "encode", "encode"), ("drafter", "_round", "draft")])
-def test_memory_that_runs_out_names_the_stage_and_the_flag_and_the_next_request_works(side, method, stage, monkeypatch):
-    e = engine.load_engine(bench.TINY / "drafter", bench.TINY / "target", device="cpu", gate=False)
-    ids = e.generate(mode="target_only", **ASKED).output_ids
+    ("drafter", "encode", "encode"), ("drafter", "step", "draft")])
+def test_memory_that_runs_out_names_the_stage_and_the_flag_and_the_next_request_works(pair, side, kind, stage,
+                                                                                      monkeypatch):
+    def short(*_):
+        torch.empty(1 << 60, dtype=torch.uint8)              # a real refusal of the CPU's allocator
+
+    given, mode = asked(0, max_new_tokens=8), "target_only" if side == "target" else "speculative"
+    ids = pair.generate(mode="target_only", remember=False, **given).output_ids
     with monkeypatch.context() as patch:
-        patch.setattr(getattr(e, side), method, short)
+        if stage == "preparation":
+            patch.setattr(getattr(pair, side), kind, short)
+        else:
+            script(patch, getattr(pair, side), None, before=lambda of, number: of == kind and short())
         if side == "target" or stage == "preparation":
             with pytest.raises(InputError) as error:
-                e.generate(mode="target_only" if side == "target" else "speculative", **ASKED)
+                pair.generate(mode=mode, **given)
             line = str(error.value)
         else:                                                # a drafter without memory costs its drafts alone
-            result = e.generate(mode="speculative", **ASKED)
+            result = pair.generate(mode=mode, **given)
             line = result.drafter_error
             assert result.output_ids == ids
     assert f"ran out in the {side}'s {stage}" in line and "--cache-rows" in line and "\n" not in line
-    assert e.generate(mode="speculative", **ASKED).output_ids == ids
+    assert pair.generate(mode="speculative", **given).output_ids == ids

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from engine import Decoder, DecoderConfig, Drafter, Prompt, Target
 from kernels.rmsnorm import rmsnorm_ref
 from kernels.rope_store import rope_store_ref
+from kernels.round import State
 from kernels.swiglu import swiglu_ref
 from weights.load import open_checkpoint
 from weights.text import Text
@@ -26,7 +27,7 @@ def model(cls, folder, dtype=torch.float32, cache_rows=128):
         pytest.skip(f"{folder} is not here: no recorded numbers to compare")
     checkpoint = open_checkpoint(folder)
     with torch.inference_mode():
-        return cls(checkpoint.config, checkpoint.load(CPU, dtype), None, str(folder), cache_rows)
+        return cls(checkpoint.config, checkpoint.load(CPU, dtype), None, str(folder), (), cache_rows)
 
 
 def split(ids, placeholder):
@@ -37,12 +38,11 @@ def split(ids, placeholder):
 
 
 @torch.inference_mode()
-def greedy(m, hidden_SD, count, eos_id=-1, tail_id=0):
-    m.prefill(hidden_SD, count, eos_id, tail_id)
+def greedy(m, hidden_SD, count, stops=()):
+    m.prefill(hidden_SD, count, stops, 0)
     for _ in range(count - 1):
-        m.step(0)
-    state = m.state_W.tolist()
-    return state[8:8 + state[0]]
+        m.round()
+    return State(m.state_W.tolist()).ids
 
 
 def close(ours, theirs, tolerance):
@@ -72,9 +72,9 @@ def test_video_llava_equals_transformers(folder, expected):
     close_logits(m.decoder.forward(hidden_SD, torch.arange(len(hidden_SD))), want["prefill_logits"][0], 1e-4)
     assert greedy(m, hidden_SD, 32) == want["greedy_tokens"][0].tolist()
     logits = []
-    m.prefill(hidden_SD, 32, -1, 0)
+    m.prefill(hidden_SD, 32, (), 0)
     for _ in range(31):
-        logits.append(m.steps[0]().clone())
+        logits.append(m.round_graph(0)().clone())
     close_logits(torch.cat(logits), want["step_logits"][0, 1:], 1e-4)
 
 
@@ -170,8 +170,8 @@ def test_eventgpt_equals_the_original(case, count):
     close(m.decoder.k_cache_LNMK[2, :, :rows], want[f"{case}.kcache_layer2"][0], 1e-4)
     close(m.decoder.v_cache_LNMK[0, :, :rows], want[f"{case}.vcache_layer0"][0], 1e-4)
     assert greedy(m, hidden_SD, count) == meta[case]["generated_without_bos"]
-    m.prefill(hidden_SD, count, -1, 0)
-    logits = torch.cat([m.steps[0]().clone() for _ in range(count - 1)])
+    m.prefill(hidden_SD, count, (), 0)
+    logits = torch.cat([m.round_graph(0)().clone() for _ in range(count - 1)])
     close_logits(logits, want[f"{case}.step_logits"][1:], 1e-4)
 
 
@@ -181,7 +181,7 @@ def test_eventgpt_stops_at_its_end_of_sequence_and_keeps_it():
     m, meta = model(Drafter, EVENTS / "checkpoint"), json.loads((EVENTS / "meta.json").read_text())
     given = load_file(EVENTS / "inputs.safetensors")
     hidden_SD = m.splice(split(given["case_a.input_ids"], -200), m.encode(given["case_a.pixel_values"]))
-    assert greedy(m, hidden_SD, 16, meta["case_e"]["eos_token_id"]) == meta["case_e"]["generated_without_bos"]
+    assert greedy(m, hidden_SD, 16, (meta["case_e"]["eos_token_id"],)) == meta["case_e"]["generated_without_bos"]
 
 
 @needs_events

@@ -112,6 +112,15 @@ def test_drafts_and_accepted_drafts_are_counted_round_by_round(pair, monkeypatch
     assert result.output_ids == ANSWER and result.accept_lens == [2, 2, 2] and result.rounds == 3
     assert result.drafted == 3 + 3 + 2 and result.accepted_tokens == 6
     assert result.acceptance_rate == 6 / 8 and result.tokens_per_round == 3.0
+    assert result.round_log == [("fixed", [12, 13, 99], 2), ("fixed", [15, 16, 99], 2), ("fixed", [18, EOS], 2)]
+
+
+def test_a_forward_without_drafts_is_a_round_that_nobody_drafted(pair, monkeypatch):
+    script(monkeypatch, pair.target, ANSWER)
+    result = pair.generate(mode="speculative", draft_source=Fixed(ANSWER[:3]), draft_len=5, **asked(0))
+    assert result.output_ids == ANSWER and result.rounds == 6
+    assert result.round_log == [("fixed", [12, 13], 2), *[("", [], 0)] * 5]
+    assert (result.drafted, result.accepted_tokens, result.tokens_per_round) == (2, 2, 2 / 6 + 1)
 
 
 def test_the_first_rejected_draft_is_named(pair, monkeypatch):
@@ -164,37 +173,27 @@ def test_a_draft_is_priced_by_the_id(pair, clock, monkeypatch):
     e = gated(pair, monkeypatch)
     script(monkeypatch, e.drafter, ANSWER, clock, step=0.2)
     script(monkeypatch, e.target, ANSWER, clock, step=1.0)
-    results = [ask(e, clock, mode="speculative", overlap_len=0, draft_len=5) for _ in range(4)]
+    results = [ask(e, clock, draft_source="drafter", overlap_len=0, draft_len=5) for _ in range(4)]
     assert all(result.output_ids == ANSWER and result.drafter_error is None for result in results)
     assert [result.rounds for result in results] == [2] * 4 and results[-1].accepted_tokens == 7
 
 
-def test_reading_events_is_no_part_of_what_a_head_start_takes(pair, clock, monkeypatch):
-    """Events are there at 10 seconds, frames at 12, and the drafter needs one to begin: its useless drafts are free."""
-    e, begun = gated(pair, monkeypatch), threading.Event()
-    script(monkeypatch, e.drafter, [99] * 20, clock, lambda *_: begun.set(), prefill=1.0, step=0.5)
-    script(monkeypatch, e.target, ANSWER, clock, step=1.0)
-    timed_reads(monkeypatch, clock, video=12.0, events=10.0, wait=lambda: begun.wait(2))
-    for turn in range(3):
-        begun.clear()
-        result = ask(e, clock, mode="prefill_then_verify")
-        assert result.output_ids == ANSWER and "drafter" in result.prompt_rows, f"request {turn} was refused"
+@pytest.mark.parametrize("delay, runs", [(30.0, False), (1.0, True)])
+def test_a_head_start_is_priced_by_how_much_later_the_first_id_comes(pair, clock, monkeypatch, delay, runs):
+    """Three right drafts save three seconds. The drafter makes the target's prefill take `delay` seconds more."""
+    e, encoded = gated(pair, monkeypatch), threading.Event()
+    beside = dict(now=False)
 
-
-def test_frames_that_are_late_are_expected_now_and_not_in_the_past(pair, clock, monkeypatch):
-    """Frames are mostly there after 1 second. Where they are not after 50, right drafts still pay."""
-    e, drafted, steps = gated(pair, monkeypatch), threading.Event(), []
-
-    def drafting(kind, number):
-        steps.append(kind)
-        if steps.count("step") == 3:
-            drafted.set()
-    script(monkeypatch, e.drafter, ANSWER, clock, drafting, step=0.3)
-    script(monkeypatch, e.target, ANSWER, clock, step=1.0)
-    for events, video in ((0.0, 1.0), (0.0, 1.0), (0.0, 1.0), (50.0, 90.0)):
-        drafted.clear()
-        steps.clear()
-        with monkeypatch.context() as patch:
-            timed_reads(patch, clock, video, events, wait=lambda: drafted.wait(2))
-            result = ask(e, clock, mode="prefill_then_verify")
-        assert result.output_ids == ANSWER and "drafter" in result.prompt_rows, (events, video)
+    def answering(kind, number):
+        if kind == "prefill" and beside["now"]:
+            assert encoded.wait(20)
+            clock.spend(delay)
+    script(monkeypatch, e.drafter, [*ANSWER[:4], *[99] * 20], clock, lambda *_: encoded.set(), step=0.3)
+    script(monkeypatch, e.target, ANSWER, clock, answering, prefill=10.0, step=1.0)
+    assert ask(e, clock, mode="target_only").ttft == pytest.approx(10.0)
+    beside["now"] = True
+    for _ in range(2):
+        assert ask(e, clock, mode="prefill_then_verify").ttft == pytest.approx(10.0 + delay)
+    beside["now"] = runs
+    result = ask(e, clock, mode="prefill_then_verify")
+    assert result.output_ids == ANSWER and ("drafter" in result.prompt_rows) is runs

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from weights import InputError
+import engine
+from weights import InputError, rows
 from weights.rows import RowFile, merge, read_rows
 
 HEAD = {"schema": 2, "commit": "c", "weights": {"target": {"hash": "h"}}, "config": {"modes": ["a"], "samples": 3,
@@ -71,3 +72,16 @@ def test_what_is_no_file_of_rows_is_one_line(tmp_path, text):
     (tmp_path / "r.jsonl").write_text(text)
     with pytest.raises(InputError, match="a file of rows"):
         read_rows(tmp_path / "r.jsonl")
+
+
+def test_rounds_are_counted_and_timed_by_who_drafted():
+    """A prefill that ends at 1 s, then rounds of 2, 1 and 4 s by two sources; a step queued behind the end."""
+    line = [("target", "prefill", 0.5, 1.0, ""), ("target", "draft", 1.0, 2.0, ""), ("target", "verify", 2.0, 3.0, ""),
+            ("drafter", "draft", 2.0, 9.0, ""), ("target", "decode", 3.0, 4.0, ""), ("target", "verify", 4.5, 8.0, ""),
+            ("target", "decode", 8.0, 9.0, "")]
+    log = [engine.Round("self", [1, 2, 3], 2), engine.Round("", [], 0), engine.Round("self", [4], 1)]
+    found = rows.by_source(engine.Result(timeline=line, round_log=log))
+    assert found == {"self": {"rounds": 2, "drafts": 4, "accepted": 3, "ids": 5, "ms": pytest.approx(6000)},
+                     "none": {"rounds": 1, "drafts": 0, "accepted": 0, "ids": 1, "ms": pytest.approx(1000)}}
+    both = rows.added([found, {"self": found["self"]}, {}])
+    assert both["self"]["ms"] == pytest.approx(12000) and both["self"]["ids"] == 10 and both["none"]["rounds"] == 1

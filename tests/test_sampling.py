@@ -6,7 +6,8 @@ from common import TINY, asked
 from test_sample import CRITICAL, chi_square, cut_at
 
 import engine
-from engine import ACCEPT_LEN, NONFINITE, STATE, Fixed, InputError
+from engine import Fixed, InputError
+from kernels.round import STATE, State, new_state
 from kernels.sample import sampling_words
 
 HOT = [(2.5, 1.0), (4.0, 0.9)]                               # the embedded pair is sure of itself below
@@ -23,9 +24,8 @@ def small_model(V=9):
     weights = {f"text.layers.0.{name}": torch.randn(shape, generator=gen) / 4 for name, shape in shapes.items()}
     weights |= {"text.embed": torch.randn(V, 16, generator=gen), "text.norm": torch.ones(16),
                 "text.head": torch.randn(V, 16, generator=gen) / 4}
-    m = engine.Model(engine.Decoder(c, weights, 32), None, "random")
-    m.prepare(0)
-    m.prefill(m.decoder.embed_VD[:3].clone(), 20, -1, 2)
+    m = engine.Model(engine.Decoder(c, weights, 32), None, "random", ())
+    m.prefill(m.decoder.embed_VD[:3].clone(), 20, (), 2)
     m.decoder.forward = remembering(m.decoder.forward)
     return m
 
@@ -43,14 +43,13 @@ def remembering(forward):
 
 
 def after(m, seed, drafts, temperature=1.0, top_p=1.0):
-    """The state's words and ids after one round of these drafts that follows answer id 4."""
-    m.sampling = (temperature, top_p, seed)
-    m.state_W[:STATE + 1] = torch.tensor([1, 0, 0, 3, -1, 20, 0, 0, 4])
+    """The state after one round of these drafts that follows answer id 4."""
+    m.begin((temperature, top_p, seed), False)
+    m.state_W[:STATE + 1] = new_state(1, ids=[4], n_out=1, prompt_len=3, limit=20)
     m.sampling_3.copy_(sampling_words(*m.sampling))
-    m.prepare(len(drafts))
-    m.draft_ids[len(drafts)].copy_(torch.tensor(drafts, dtype=torch.long))
-    m.step(len(drafts))
-    return m.state_W[:STATE + 4].tolist()
+    m.put(list(drafts))
+    m.round(len(drafts))
+    return State(m.state_W.tolist())
 
 
 def exact(m, ids, temperature=1.0, top_p=1.0):
@@ -71,14 +70,14 @@ def test_ids_follow_the_target_and_a_draft_is_accepted_with_its_probability(temp
     for k, draft in enumerate(drafts):
         n = 600 if k else 2000
         states = [after(m, 2000 * k + seed, [draft, 5], temperature, top_p) for seed in range(n)]
-        ids = torch.tensor([state[STATE + 1] for state in states])
+        ids = torch.tensor([state.ids[1] for state in states])
         assert chi_square(ids, p_V) < CRITICAL[int((p_V > 0).sum()) - 1], f"draft {draft}"
-        accepted = sum(state[ACCEPT_LEN] > 0 for state in states)
+        accepted = sum(state.accept_len > 0 for state in states)
         p = float(p_V[draft]) if draft < 9 else 0.0
         assert abs(accepted - n * p) <= 3.9 * (n * p * (1 - p)) ** 0.5, f"draft {draft}: {accepted} of {n}, p {p}"
         if k == 0:                                           # and so does the id after an accepted draft
             q_V = exact(m, [4, draft], temperature, top_p)
-            second = torch.tensor([state[STATE + 2] for state in states if state[ACCEPT_LEN] > 0])
+            second = torch.tensor([state.ids[2] for state in states if state.accept_len > 0])
             assert chi_square(second, q_V) < CRITICAL[int((q_V > 0).sum()) - 1]
 
 
@@ -90,7 +89,7 @@ def test_a_second_draw_after_a_rejection_would_be_seen():
     draft, ids = int(p_V.argmax()), []
     for seed in range(n):
         state = after(m, seed, [draft])
-        ids.append(state[STATE + 1] if state[ACCEPT_LEN] else after(m, 10 ** 6 + seed, [])[STATE + 1])
+        ids.append((state if state.accept_len else after(m, 10 ** 6 + seed, [])).ids[1])
     assert chi_square(torch.tensor(ids), p_V) > 3 * CRITICAL[8]
 
 
@@ -101,23 +100,23 @@ def test_the_first_id_is_drawn_too():
     p_V = m.decoder.forward(hidden_SD, torch.arange(3))[-1].double().softmax(0)
     ids = []
     for seed in range(n):
-        m.sampling = (1.0, 1.0, seed)
-        m.prefill(hidden_SD, 20, -1, 2)
-        ids.append(int(m.state_W[STATE]))
+        m.begin((1.0, 1.0, seed), False)
+        m.prefill(hidden_SD, 20, (), 2)
+        ids += State(m.state_W.tolist()).ids
     assert chi_square(torch.tensor(ids), p_V) < CRITICAL[8]
 
 
 @torch.inference_mode()
 def test_nan_is_reported_and_a_replay_keeps_its_ids():
     m = small_model()
-    assert after(m, 0, [5, 5], 2.0, 0.5)[NONFINITE] == 0
+    assert after(m, 0, [5, 5], 2.0, 0.5).nonfinite == 0
     m = small_model()
     m.decoder.head_VD[7] = float("nan")
-    assert after(m, 0, [5, 5], 2.0, 0.5)[NONFINITE] == 1
+    assert after(m, 0, [5, 5], 2.0, 0.5).nonfinite == 1
     m = small_model()
-    m.recorded_2W = torch.zeros_like(m.state_W).repeat(2, 1)
-    m.recorded_2W[:, :4] = torch.tensor([4, 8, 1, 6])
-    assert all(after(m, seed, [8, 1], 100.0)[STATE:] == [4, 8, 1, 6] for seed in range(50))
+    m.step_graphs.clear()
+    m.replay([4, 8, 1, 6])
+    assert all(after(m, seed, [8, 1], 100.0).ids == [4, 8, 1, 6] for seed in range(50))
 
 
 # ---- one seed, one answer, on the embedded pair ------------------------------------------------------------------
@@ -169,7 +168,7 @@ def test_greedy_requests_keep_their_own_steps(monkeypatch):
         e.generate(temperature=temperature, **options)
         assert len(calls) == want
         calls.clear()
-    assert len(e.target.steps) == 5                          # one encode; prefill and step of either kind
+    assert len(e.target.step_graphs) == 5                    # one encode; prefill and step of either kind
 
 
 @pytest.mark.parametrize("options, word", [

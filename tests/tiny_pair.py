@@ -1,15 +1,13 @@
-"""evaluate: what the tiny pair gets right on held-out scenes, and how many drafts the target accepts.
+"""tiny_pair: what the embedded pair gets right on held-out scenes, and how many drafts its target accepts.
 
-    python -m weights.tiny.evaluate [--count 40] [--device cpu] [--packed] [--json PATH]
+    python -m tests.tiny_pair [--count 40] [--device cpu] [--packed] [--json PATH]
 
 Scenes that training never saw go the whole way: events through .npz, frames through H.264, Pillow's resize, the engine.
 Beside both models stand two controls that see nothing: `answer`, the text training saw most often for the same
 question, and `value`, each attribute's own most frequent value. An attribute is read back from a text by scenes.parse
-and counts where the true answer states it. The drafter's drafts stand beside as many a round of sources that see no
-scene: `answer`; `previous`, the last answer to the same question; `memory`, n-grams of the answers so far; `blend`,
-their votes; `taught`, a blend that knew 3,000 training answers before. `blend-text` and `taught-text` are these two
-that also heard the drafter's whole text, as they do where it has a device of its own: no forward a draft, then.
---packed: the acceptance of a drafter whose steps read 8 or 4 bit weights, 5 drafts a round.
+and counts where the true answer states it. Beside the drafter's drafts stand as many a round from what sees no scene:
+`answer`; `previous`, the last answer to the same question; `lookup`, of the answers so far; `taught`, a lookup that
+knew 3,000 training answers before. --packed: the drafter as loaded, then with each kind of packed weights.
 Exits 1 if a speculative answer differs from target_only's."""
 
 import argparse
@@ -22,33 +20,35 @@ from pathlib import Path
 
 import torch
 
-from engine import Blend, BlendText, DraftSource, Fixed, Memory, Previous, agreeing, load_engine
+from engine import Fixed, Lookup, agreeing, load_engine
 from kernels.quant import BITS
+from weights import replace_file
 from weights.tiny import make_clips, scenes
 
-HERE = Path(__file__).resolve().parent
+TINY = Path(scenes.__file__).resolve().parent
 MAX_NEW_TOKENS = 64                                 # the longest answer has 58 ids
 DRAFTS = 15                                         # a round, of the drafter and of every control alike
+TRAINED = range(24000)                              # scenes of training, by seed
 
 
-def most_frequent(question: int, count: int = 24000) -> str:
+def most_frequent(question: int) -> str:
     """The answer that training scenes give most often to QUESTIONS[question]."""
-    return Counter(scenes.answer(scenes.sample(seed), question) for seed in range(count)).most_common(1)[0][0]
+    return Counter(scenes.answer(scenes.sample(seed), question) for seed in TRAINED).most_common(1)[0][0]
 
 
-def most_frequent_values(count: int = 24000) -> dict:
+def most_frequent_values() -> dict:
     """Each attribute's most frequent value over training scenes that have it."""
     seen = {}
-    for seed in range(count):
+    for seed in TRAINED:
         for name, value in scenes.stated(scenes.sample(seed)).items():
             seen.setdefault(name, Counter())[value] += 1
     return {name: values.most_common(1)[0][0] for name, values in seen.items()}
 
 
-def attribute_rates(said: list[tuple[dict, str | dict]]) -> dict[str, float]:
+def attribute_rates(answers: list[tuple[dict, str | dict]]) -> dict[str, float]:
     """Share of texts (or of parsed ones) that state an attribute as the scene has it, where the true answer does."""
     right, asked = Counter(), Counter()
-    for scene, text in said:
+    for scene, text in answers:
         found = scenes.parse(text) if isinstance(text, str) else text
         for name, value in scenes.stated(scene).items():
             asked[name] += 1
@@ -56,92 +56,65 @@ def attribute_rates(said: list[tuple[dict, str | dict]]) -> dict[str, float]:
     return {name: right[name] / asked[name] for name in scenes.ATTRIBUTES if asked[name]}
 
 
-def blind_sources(text, end: int, taught: int = 300) -> dict[str, DraftSource]:
-    """Draft sources that see no scene and remember answers; the blend `taught` begins with those that so many training
-    scenes give to every question."""
-    return {"previous": Previous(), "memory": Memory(), "blend": Blend(),
-            "taught": taught_by(Blend(), text, end, taught)}
-
-
-def taught_by(source: DraftSource, text, end: int, count: int) -> DraftSource:
-    """The source, after the answers that `count` training scenes give to every question."""
-    for seed in range(count):
-        for q, question in enumerate(scenes.QUESTIONS):
-            source.begin(question)
-            source.learn(text.ids(scenes.answer(scenes.sample(seed), q)) + [end])
-    return source
-
-
-class Told(DraftSource):
-    """A source that hears, told all that the drafter says of this scene before it drafts."""
-
-    def __init__(self, source: DraftSource, text: list[int]):
-        self.source, self.text = source, text
-
-    def begin(self, question):
-        self.source.begin(question)
-        self.source.hear(self.text)
-
-    def propose(self, committed, limit):
-        return self.source.propose(committed, limit)
-
-    def learn(self, answer):
-        self.source.learn(answer)
+def taught_lookup(text, end: int, count: int = 300) -> Lookup:
+    """A lookup of the answers that `count` training scenes give to every question."""
+    lookup = Lookup()
+    for seed in TRAINED[:count]:
+        for q in range(len(scenes.QUESTIONS)):
+            lookup.learn(text.ids(scenes.answer(scenes.sample(seed), q)) + [end])
+    return lookup
 
 
 def evaluate(engine, count: int, folder: Path, progress=None, controls: bool = True) -> dict:
     """Figures over `count` held-out scenes written to `folder`; scene i asks question i modulo 10."""
     records = make_clips.make_scenes(folder, count)
-    values = most_frequent_values()
     common = [most_frequent(q) for q in range(min(count, len(scenes.QUESTIONS)))]
     texts = {"target": [], "drafter": [], "answer": []}
-    exact, accept, drafted, lens, first, unequal = Counter(), Counter(), Counter(), {}, [], []
-    eos = engine.target.config.eos_id
-    blind = blind_sources(engine.target.text, eos) if controls else {}
-    hearing = {"blend-text": BlendText(), "taught-text": taught_by(BlendText(), engine.target.text, eos, 300)
-               } if controls else {}
+    exact, accepted, drafted, lens, agreed, unequal, last = Counter(), Counter(), Counter(), {}, [], [], {}
+    text, end = engine.target.text, engine.target.config.eos_id
+    lookups = {"lookup": Lookup(), "taught": taught_lookup(text, end)} if controls else {}
     for i, record in enumerate(records):
         scene, q = scenes.sample(make_clips.HELD_OUT + i), i % len(scenes.QUESTIONS)
         truth = record["conversations"][1]["value"]
-        asked = dict(event_path=folder / "event_npy" / record["event_data"],
-                     video_path=folder / "mp4" / record["mp4_data"],
-                     query=scenes.QUESTIONS[q], max_new_tokens=MAX_NEW_TOKENS)
-        alone = engine.generate(mode="target_only", **asked)
-        drafter = engine.generate(mode="drafter_only", **asked)
-        for side, text in (("target", alone.output_text), ("drafter", drafter.output_text), ("answer", common[q])):
-            texts[side].append((scene, text))
-            exact[side] += text == truth
-        first.append(agreeing(drafter.output_ids, alone.output_ids))
-        if controls:
-            blind["answer"] = Fixed(engine.target.text.ids(common[q]) + [eos])
-        told = {name: Told(source, drafter.output_ids) for name, source in hearing.items()}
-        for source, kept in (("drafter", None), *told.items(), *blind.items()):
-            result = engine.generate(mode="speculative", draft_source=kept, draft_len=DRAFTS if controls else None,
-                                     **asked)
+        request = dict(event_path=folder / "event_npy" / record["event_data"],
+                       video_path=folder / "mp4" / record["mp4_data"],
+                       query=scenes.QUESTIONS[q], max_new_tokens=MAX_NEW_TOKENS)
+        alone = engine.generate(mode="target_only", **request)
+        preview = engine.generate(mode="drafter_only", **request)
+        for side, given in (("target", alone.output_text), ("drafter", preview.output_text), ("answer", common[q])):
+            texts[side].append((scene, given))
+            exact[side] += given == truth
+        agreed.append(agreeing(preview.output_ids, alone.output_ids))
+        blind = {"answer": Fixed(text.ids(common[q]) + [end]), "previous": Fixed(last.get(q, [])), **lookups}
+        for name, source in {"drafter": None, **(blind if controls else {})}.items():
+            result = engine.generate(mode="speculative", draft_source=source, draft_len=DRAFTS if controls else None,
+                                     **request)
             if result.output_ids != alone.output_ids:
-                unequal.append((i, source))
-            accept[source] += result.accepted_tokens
-            drafted[source] += result.drafted
-            lens.setdefault(source, []).append(result.accept_lens)
+                unequal.append((i, name))
+            accepted[name] += result.accepted_tokens
+            drafted[name] += result.drafted
+            lens.setdefault(name, []).append(result.accept_lens)
+        last[q] = alone.output_ids
         if progress:
             progress(i + 1)
+    values = most_frequent_values()
     return {
         "scenes": count,
         "exact": {side: exact[side] / count for side in texts},
-        "attributes": {side: attribute_rates(said) for side, said in texts.items()} | {
+        "attributes": {side: attribute_rates(given) for side, given in texts.items()} | {
             "value": attribute_rates([(scene, values) for scene, _ in texts["target"]])},
-        "drafter_agrees_for": sum(first) / count,
-        "accept_rate": {source: accept[source] / max(1, drafted[source]) for source in lens},
-        "tokens_per_round": {source: per_round(scenes_of) for source, scenes_of in lens.items()},
-        "interval": {source: interval(scenes_of) for source, scenes_of in lens.items()},
-        "accept_len": {source: dict(sorted(Counter(sum(scenes_of, [])).items())) for source, scenes_of in lens.items()},
+        "drafter_agrees_for": sum(agreed) / count,
+        "accept_rate": {name: accepted[name] / max(1, drafted[name]) for name in lens},
+        "tokens_per_round": {name: per_round(scenes_of) for name, scenes_of in lens.items()},
+        "interval": {name: interval(scenes_of) for name, scenes_of in lens.items()},
+        "accept_len": {name: dict(sorted(Counter(sum(scenes_of, [])).items())) for name, scenes_of in lens.items()},
         "unequal": unequal,
     }
 
 
 def per_round(accept_lens: list[list[int]]) -> float:
     """Tokens per round over some scenes' rounds."""
-    return sum(n + 1 for of in accept_lens for n in of) / sum(map(len, accept_lens))
+    return sum(n + 1 for of in accept_lens for n in of) / max(1, sum(map(len, accept_lens)))
 
 
 def interval(accept_lens: list[list[int]], resamples: int = 1000) -> tuple[float, float]:
@@ -163,13 +136,12 @@ def report(figures: dict) -> str:
         cells = (f"{values[side]:10.2f}" if side in values else " " * 10 for side in sides)
         lines.append(f"{name:14}" + "".join(cells) + seen.get(name, ""))
     lines += ["", f"drafter_only and target_only agree for {figures['drafter_agrees_for']:.1f} ids"]
-    for source in figures["accept_rate"]:
-        histogram = "  ".join(f"{n}: {times}" for n, times in figures["accept_len"][source].items())
-        low, high = figures["interval"][source]
-        lines.append(f"{source:11} accept_rate {figures['accept_rate'][source]:.2f}   tokens_per_round "
-                     f"{figures['tokens_per_round'][source]:.2f} [{low:.2f}, {high:.2f}]   accept_len {histogram}")
-    rivals = {source: rate for source, rate in figures["tokens_per_round"].items()
-              if source != "drafter" and not source.endswith("text")}
+    for name in figures["accept_rate"]:
+        histogram = "  ".join(f"{n}: {times}" for n, times in figures["accept_len"][name].items())
+        low, high = figures["interval"][name]
+        lines.append(f"{name:11} accept_rate {figures['accept_rate'][name]:.2f}   tokens_per_round "
+                     f"{figures['tokens_per_round'][name]:.2f} [{low:.2f}, {high:.2f}]   accept_len {histogram}")
+    rivals = {name: rate for name, rate in figures["tokens_per_round"].items() if name != "drafter"}
     if rivals:
         best = max(rivals, key=rivals.get)
         lines.append(f"tokens_per_round over scenes [95 %]; the drafter's over {best}'s, the best that sees no scene: "
@@ -192,13 +164,14 @@ def packed_report(figures: dict) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=40, help="held-out scenes (default %(default)s)")
-    parser.add_argument("--eventgpt", default=HERE / "drafter", help="drafter folder (default: the embedded one)")
-    parser.add_argument("--videollava", default=HERE / "target", help="target folder (default: the embedded one)")
+    parser.add_argument("--eventgpt", default=TINY / "drafter", help="drafter folder (default: the embedded one)")
+    parser.add_argument("--videollava", default=TINY / "target", help="target folder (default: the embedded one)")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for bf16 there (default %(default)s)")
     parser.add_argument("--packed", action="store_true", help="the drafter as loaded, then with packed weights")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     options = parser.parse_args()
     torch.set_num_threads(min(4, torch.get_num_threads()))
+
     def progress(done):
         print(f"\r{done}/{options.count}", end="" if done < options.count else "\n", file=sys.stderr, flush=True)
 
@@ -211,7 +184,7 @@ def main() -> int:
             figures[name] = evaluate(engine, options.count, Path(folder), progress, controls=not options.packed)
     where = torch.cuda.get_device_name(engine.target.device) if engine.target.on_gpu else "CPU"
     print(f"embedded trained toy pair, {where}, {str(engine.target.decoder.dtype).removeprefix('torch.')}, torch "
-          f"{torch.__version__}, python -m weights.tiny.evaluate --count {options.count}"
+          f"{torch.__version__}, python -m tests.tiny_pair --count {options.count}"
           f"{' --packed' if options.packed else ''}")
     unequal = any(f["unequal"] for f in figures.values())
     if options.packed:
@@ -220,7 +193,7 @@ def main() -> int:
         figures = figures["as loaded"]
         print(report(figures))
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        replace_file(options.json, json.dumps(figures, indent=1).encode() + b"\n")
     return 1 if unequal else 0
 
 

@@ -17,6 +17,7 @@ import ctypes
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import signal
@@ -90,9 +91,24 @@ def resolve(path_or_id, revision=None) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError):
+        found = cached_revisions(repo) if revision is None else []
+        if len(found) == 1:                                  # `hf download --revision` leaves no word of `main`
+            logging.getLogger(__name__).warning("%s: revision main is not in the hub cache; the one that is there is "
+                                                "taken, %s", repo, found[0].name)
+            return found[0]
+        if found:
+            raise refusal(repo, f"revision main is not in the hub cache, {listed(sorted(of.name for of in found))} are",
+                          f"name one, as {repo}@{found[0].name}") from None
         command = f"hf download {repo} --revision {revision or 'main'}"
         raise refusal(repo, f"no such folder, and revision {revision or 'main'} is not in the hub cache",
                       f"check the path, or download it with `{command}`") from None
+
+
+def cached_revisions(repo: str) -> list[Path]:
+    """The snapshots of a model that the hub cache holds, whatever their branches are called."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    folder = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
+    return [of for of in sorted(folder.glob("*")) if (of / "config.json").exists()]
 
 
 def reject_impostor(path, first_bytes):

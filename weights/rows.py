@@ -123,6 +123,29 @@ def forwards(ids: list[int], accepted: int, rounds: int) -> int:
     return rounds + max(0, len(ids) - 1 - accepted - rounds)
 
 
+def by_source(result) -> dict:
+    """{who drafted: {rounds, drafts, accepted, ids, ms}} of a `speculative` Result. A round takes from the end of the
+    target's forward before it to the end of its own; an id is one of the answer, the round's own one included."""
+    ends = sorted(end for row, stage, _, end, _ in result.timeline
+                  if row == "target" and stage in ("prefill", "decode", "verify"))
+    found = {}
+    for (source, drafts, accepted), begin, end in zip(result.round_log, ends, ends[1:], strict=False):
+        of = found.setdefault(source or "none", dict.fromkeys(("rounds", "drafts", "accepted", "ids", "ms"), 0))
+        for key, value in zip(of, (1, len(drafts), accepted, accepted + 1, (end - begin) * 1e3), strict=True):
+            of[key] += value
+    return found
+
+
+def added(tables: list[dict]) -> dict:
+    """The same over several answers."""
+    total = {}
+    for source, of in ((source, of) for table in tables for source, of in table.items()):
+        mine = total.setdefault(source, dict.fromkeys(of, 0))
+        for key, value in of.items():
+            mine[key] += value
+    return total
+
+
 def parting(ours, theirs) -> int | None:
     """Where two lists of ids part for the first time, None if they are equal."""
     return None if ours == theirs else agreeing(ours, theirs)
@@ -195,6 +218,7 @@ def mode_figures(rows, config: dict, identical: bool) -> dict:
             "accept_rate": sum(accept_lens) / drafted if drafted else None,
             "tokens_per_round": statistics.mean(accept_lens) + 1 if drafted else None,
             "histogram": dict(sorted(collections.Counter(accept_lens).items())) if drafted else {},
+            "by_source": added([of.get("by_source", {}) for of in have]),
             "why_not": "" if drafted else max(reasons, key=reasons.get)}
     return figures
 

@@ -7,6 +7,7 @@ Whatever is wrong with a file ends in InputError: one line with the path, what w
 `python -m weights.video FILE` says what a file holds."""
 
 import bisect
+import functools
 import itertools
 import os
 import struct
@@ -289,8 +290,12 @@ def whole_frames(container, stream):
 
 # The quick way, for the H.264 in mp4, mov and mkv. Reading packets is cheap and decoding them is not: the packets alone
 # say how many frames there are, which of them are wanted, and where a group of pictures begins that needs none before
-# it. A frame is known by its time stamp. Groups decode side by side, each up to its last wanted frame, and FFmpeg
-# leaves out pictures that no other refers to.
+# it. A frame is known by its time stamp. Groups decode side by side, each up to its last wanted frame, and pictures
+# that no other refers to are left out. 0.5, 5 and 20 s of 640 x 480, 16 cores: 14, 25 and 32 ms; decoding all of them
+# with FFmpeg's own threads 24, 35 and 145.
+
+KIND, PLAIN, IDR, REFERRED = 31, 1, 5, 0x60      # of an H.264 unit's first byte: mask, slices of two kinds, mask
+
 
 def planned_frames(packets, stream, num_frames, take, decoding):
     """Uniformly sampled frames as decoding them all gives them, or None wherever that cannot be shown beforehand."""
@@ -300,38 +305,44 @@ def planned_frames(packets, stream, num_frames, take, decoding):
     if max(map(len, runs)) * stream.width * stream.height > LONG_PIXELS:
         decoding()
     threads = max(1, min(cores() // min(len(runs), cores()), MAX_DECODE_THREADS))
-    parts = [pool().submit(decode_run, stream, run, set(order), take, threads)
-             for run in sorted(runs, key=len, reverse=True)]
-    wait(parts)                                  # the packets belong to a container that is closed next
+    decode = functools.partial(decode_run, stream, set(order), take, threads)
+    longest, *others = sorted(runs, key=len, reverse=True)
+    parts = [pool().submit(decode, run) for run in others]
     try:
-        kept = {pts: frame for part in parts for pts, frame in part.result().items()}
+        kept = decode(longest)
+        for part in parts:
+            kept |= part.result()
     except (Refused, *VIDEO_ERRORS):             # decoding them all meets the same, and knows how to say it
         return None
+    finally:
+        wait(parts)                              # the packets belong to a container that is closed next
     return [kept[pts] for pts in order] if kept.keys() >= set(order) else None
 
 
 def plan(packets, stream, num_frames):
-    """(runs, pts of each frame to take), or None in doubt. A run: packets from an IDR picture to a frame to take."""
+    """(runs, pts of each frame to take), or None in doubt. A run: packets from an IDR picture to a frame to take, less
+    those that neither are to be taken nor needed by another."""
     avcc, times = bytes(stream.codec_context.extradata or b""), [packet.pts for packet in packets]
     if len(avcc) < 5 or avcc[0] != 1 or stream.codec_context.name != "h264" or None in times or any(
             p.is_corrupt or p.is_discard or p.has_sidedata("new_extradata") for p in packets):
         return None
-    slices = [first_slice(packet, (avcc[4] & 3) + 1) for packet in packets]
-    if len(set(times)) < len(times) or 0 in slices or stream.frames not in (0, len(packets)):
+    heads = [slice_head(packet, (avcc[4] & 3) + 1) for packet in packets]
+    if len(set(times)) < len(times) or 0 in heads or stream.frames not in (0, len(packets)):
         return None                              # not one frame a packet, or a header that counts otherwise
     if reordering(times) > stream.codec_context.reorder_depth:
         return None                              # more than the decoder sets out to put right
     # A group stands alone if all that is sent before its IDR picture is shown before it, and all behind it later.
     shown, highest = sorted(times), itertools.accumulate(times, max)
-    begins = [at for at, high in enumerate(highest) if slices[at] == 5 and shown[at] == times[at] == high]
+    begins = [at for at, high in enumerate(highest) if heads[at] & KIND == IDR and shown[at] == times[at] == high]
     if begins[:1] != [0]:
         return None
     order = [shown[index] for index in sample_indices(len(packets), num_frames)]
     wanted, runs = set(order), []
     for begin, end in itertools.pairwise([*begins, len(packets)]):
-        inside = [at for at in range(begin, end) if times[at] in wanted]
-        if inside:
-            runs.append(packets[begin:inside[-1] + 1])
+        last = max((at for at in range(begin, end) if times[at] in wanted), default=-1)
+        needed = [at for at in range(begin, last + 1) if heads[at] & REFERRED or times[at] in wanted]
+        if needed:
+            runs.append([packets[at] for at in needed])
     return runs, order
 
 
@@ -345,22 +356,21 @@ def reordering(times):
     return most
 
 
-def first_slice(packet, length_bytes):
-    """Kind of the first slice in an H.264 packet: 5 of an IDR picture, 1 of another; 0 if there is none."""
+def slice_head(packet, length_bytes):
+    """First byte of the first slice in an H.264 packet; 0 if there is none."""
     data, at = memoryview(packet), 0
     while at + length_bytes < len(data):
-        kind = data[at + length_bytes] & 31
-        if kind in (1, 5):
-            return kind
+        head = data[at + length_bytes]
+        if head & KIND in (PLAIN, IDR):
+            return head
         at += length_bytes + int.from_bytes(data[at:at + length_bytes], "big")
     return 0
 
 
-def decode_run(stream, packets, wanted, take, threads):
+def decode_run(stream, wanted, take, threads, packets):
     """{pts: what `take` makes of that frame} of the packets from one IDR picture on; {} in doubt."""
     decoder, kept = decoder_like(stream, threads), {}
     for packet in (*packets, None):              # None: whatever is still on its way
-        decoder.skip_frame = "DEFAULT" if packet is None or packet.pts in wanted else "NONREF"
         for frame in decoder.decode(packet):
             if frame.pts in wanted:
                 if frame.pts in kept or frame.is_corrupt:
