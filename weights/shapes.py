@@ -22,7 +22,6 @@ class DecoderConfig:
     theta: float = 10000.0      # rotary base
     max_rows: int = 4096        # positions the model was trained for
     bos_id: int = 1
-    eos_id: int = 2
 
     def cache_bytes(self, rows: int, itemsize: int) -> int:
         """Keys and values, the rotary tables beside them, and the rows a prefill starts from."""
@@ -41,7 +40,7 @@ class DecoderConfig:
                    V=raw.get("vocab_size", 32000), eps=raw.get("rms_norm_eps", 1e-5),
                    theta=raw.get("rope_theta", rope.get("rope_theta", 10000.0)),
                    max_rows=raw.get("max_position_embeddings", 4096),
-                   bos_id=raw.get("bos_token_id", 1), eos_id=raw.get("eos_token_id", 2))
+                   bos_id=raw.get("bos_token_id", 1))
 
 
 @dataclass(frozen=True)
