@@ -4,8 +4,9 @@
     python -m tests.figures --generations 1008
 
 Random 7B weights: times are real. Rows: steps at five contexts beside what the measured bandwidth allows, verifies of
-16 and 32 rows, 4-bit forwards, vision + prefill of both models, a whole answer; then, which have to be 0 and all: elements whose bits
-differ between one row and any forward of 1..32 rows, and answers from forced drafts that equal plain decode.
+16 and 32 rows, 4-bit forwards, vision + prefill of both models, a whole answer; then, which have to be 0 and all:
+elements whose bits differ between one row and any forward of 1..32 rows, and answers from forced drafts that equal
+plain decode.
 Exit 1 if an answer or a bit differs."""
 
 import sys
