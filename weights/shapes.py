@@ -21,7 +21,6 @@ class DecoderConfig:
     theta: float = 10000.0      # rotary base
     max_rows: int = 4096        # positions the model was trained for
     bos_id: int = 1
-    eos_id: int = 2
 
     def cache_bytes(self, rows: int, itemsize: int) -> int:
         """Keys and values, the rotary tables beside them, and the rows a prefill starts from."""
@@ -31,13 +30,12 @@ class DecoderConfig:
     def read(cls, raw: dict) -> DecoderConfig:
         """From a Hugging Face LLaMA config that `plan` accepts; `rope_parameters` is the newer home of `rope_theta`."""
         raw = with_defaults(raw, TEXT_DEFAULTS)
-        H, D, eos = raw["num_attention_heads"], raw["hidden_size"], raw["eos_token_id"]
+        H, D = raw["num_attention_heads"], raw["hidden_size"]
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         return cls(D=D, L=raw["num_hidden_layers"], H=H, N=raw.get("num_key_value_heads") or H,
                    K=raw.get("head_dim") or D // H, F=raw["intermediate_size"], V=raw["vocab_size"],
                    eps=raw["rms_norm_eps"], theta=rope.get("rope_theta", raw["rope_theta"]),
-                   max_rows=raw["max_position_embeddings"], bos_id=raw["bos_token_id"],
-                   eos_id=eos[0] if isinstance(eos, list) else eos)
+                   max_rows=raw["max_position_embeddings"], bos_id=raw["bos_token_id"])
 
 
 @dataclass(frozen=True)
