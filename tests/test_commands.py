@@ -82,7 +82,7 @@ def recorded():
 
 
 def test_figures_of_the_recorded_answers_are_reproduced(recorded):
-    """Two of the twelve sequences; all of them: previous 13.45 of 21, lookup 13.54 and 5.70 ids a forward, cold 3.32."""
+    """Two of the twelve sequences; all: previous 13.45 of 21, lookup 13.54 and 5.70 ids a forward, cold 3.32."""
     some = [seq for seq, _ in collections.Counter(row["seq"] for row in recorded).most_common()[-2:]]
     warm, cold = (sources.replay(recorded, own, (15,), (21,), some) for own in (True, False))
     for name, shot, rate in (("previous", 13.104, 1.555), ("most frequent", 10.625, 1.978), ("n-grams", 10.604, 6.323),
