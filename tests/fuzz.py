@@ -191,7 +191,7 @@ def tokenizer(folder):
 
 
 def dataset(folder):
-    import bench
+    from weights.dataset import read_dataset
     for kind in ("event_npy", "mp4", "event_image"):
         (folder / kind / "a").mkdir(parents=True)
     for name in ("event_npy/a/0.npy", "mp4/a/0.mp4", "event_image/a/0.png"):
@@ -202,7 +202,7 @@ def dataset(folder):
     records += [{"id": "i", "event_image": ["a/0.png"] * 5, "mp4_data": "a/0.mp4", "conversations": turns}]
 
     def read(path):
-        samples, problems = bench.read_dataset(path.parent, None, -1)
+        samples, problems = read_dataset(path.parent, None, -1)
         assert samples and all(line.isprintable() for line in problems)
         for sample in samples:
             for file in (sample.video, *(sample.events if isinstance(sample.events, list) else [sample.events])):
@@ -211,20 +211,18 @@ def dataset(folder):
 
 
 def pairs(folder):
-    import sources
-
-    from weights.adapter import read_pairs
+    from weights import adapter, controls
     rows = [{"src": "s", "seq": f"q{i % 2}", "clip": f"{i:03}", "question": "q", "videollava_ids": [5, 6, 7 + i % 2, 2],
              "eventgpt_ids": [5, 9, 2]} for i in range(6)]
 
     def read(path):
-        found = read_pairs(path, "s")
-        assert found and sources.replay(found, lengths=(2,), shots=(5,))
+        found = adapter.read_pairs(path, "s")
+        assert found and controls.beside([[row["target"] for row in found]], 5, 2)
     return "p.jsonl", ["\n".join(map(json.dumps, rows)).encode()], read
 
 
-def saved(folder):
-    from engine import Lookup
+def lookup(folder):
+    from weights.sources import Lookup
     source = Lookup()
     for ids in ([1, 2, 3], [2, 3, 4, 5]):
         source.learn(ids)
@@ -238,29 +236,14 @@ def saved(folder):
 
 
 def rows(folder):
+    from test_bench import HEAD, three_samples
+
     import bench
-    of = {"raw": {"e2e_ms": [1.0], "ttft_ms": [1.0], "ttfp_ms": [None], "tpot_ms": [1.0]}, "ids": [5, 6], "text": "a",
-          "pieces": [["own", "a"], ["accepted", " b"]], "forwards": 1, "by_source": {}, "preview": "",
-          "finish_reason": "stop", "e2e_ms": 1.0, "ttft_ms": 1.0, "ttfp_ms": None, "tpot_ms": 1.0,
-          "stages_ms": {"target": {"decode": [1.0]}}, "drafted": 1, "accepted": 1, "rounds": 1, "accept_lens": [1],
-          "overlap_drafts": 0, "window_drafts": 0, "differs_at": None, "identical": True,
-          "prompt_rows": {"target": 5}, "peak_memory": 1, "drafter_error": None}
-    work = {"weight_bytes": 1, "kv_bytes_per_row": 1, "flop_per_row": 1, "flop_per_row_pair": 1, "flop_head": 1}
-    head = {"schema": 2, "commit": "a", "dirty": False, "command": "c", "time": "t", "seed": 0, "skipped": [],
-            "kind": "tiny",
-            "machine": {"gpu": None, "driver": None, "torch": "t", "triton": "t", "python": "p", "threads": 1,
-                        "cores": 1, "others_on_gpu": None},
-            "weights": {"target": {"path": "p", "dtype": "d", "bytes": 1, "hash": "h", "revision": None}},
-            "ceilings": {"read_bw": 1.0, "gemm_flops": 1.0, "target": work},
-            "config": {"modes": ["target_only"], "max_new_tokens": 2, "draft_len": 5, "overlap_len": 15,
-                       "draft_source": "drafter", "gate": "off", "ignore_eos": False, "frame_rule": "uniform",
-                       "warmup": 0, "repeats": 1, "samples": 2, "devices": {}}}
-    lines = [head] + [{"id": f"{i}", "at": i, "seq": "", "clip": "", "question": "q", "truth": None,
-                       "modes": {"target_only": of}} for i in range(2)]
+    lines = [HEAD, *three_samples()]
 
     def read(path):
         report = bench.merged([path])
-        assert report["samples"] and len(bench.screen(report)) <= 25 and bench.details(report)
+        assert report["samples"] and bench.screen(report) and bench.details(report)
     return "r.jsonl", ["\n".join(map(json.dumps, lines)).encode() + b"\n"], read
 
 
@@ -286,7 +269,7 @@ def pickled(folder):
 
 
 KINDS = {"npy": npy, "npz": npz, "png": png, "mp4": mp4, "safetensors": safetensors, "config": config,
-         "tokenizer": tokenizer, "dataset": dataset, "pairs": pairs, "lookup": saved, "rows": rows, "pickled": pickled}
+         "tokenizer": tokenizer, "dataset": dataset, "pairs": pairs, "lookup": lookup, "rows": rows, "pickled": pickled}
 
 
 # ---- the child -------------------------------------------------------------------------------------------------

@@ -243,15 +243,13 @@ def generations(count: int, seed: int, adapter=None) -> dict:
     import engine
     from weights import adapter as adapters
 
-    class Raises(engine.DraftSource):
-        """Proposes odd ids or breaks, in any of its methods, as chance has it."""
-        def propose(self, committed, limit):
-            return [chance.choice([2, -1, 10 ** 9, 5])] * chance.randrange(2 * limit + 1)
-
-        def __getattribute__(self, name):
-            if name in ("begin", "propose", "verdict", "learn") and chance.random() < 0.2:
+    def breaking(name):
+        def method(self, *given):
+            if chance.random() < 0.2:
                 raise RuntimeError("out of ideas")
-            return super().__getattribute__(name)
+            return [chance.choice([2, -1, 10 ** 9, 5])] * chance.randrange(40) if name == "propose" else None
+        return method
+    Raises = type("Raises", (), {name: breaking(name) for name in ("begin", "propose", "verdict", "learn")})
     e = engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", gate=False, self_draft=True)
     chance, truths, equal, accepted = random.Random(seed), {}, 0, dict.fromkeys(source_names(), 0)
     config = adapters.AdapterConfig("follower", vocab=576, rows=64, width=32, layers=1, heads=2, hidden=64)

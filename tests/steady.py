@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench
 import engine
 from engine import MODES
+from weights.dataset import read_dataset
 
 
 def resident() -> float:
@@ -54,7 +55,7 @@ def main(argv=None) -> int:
     budget = engine.memory_budget(*pair, **given)
     e = engine.load_engine(*pair, tokenizer=options.tokenizer, **given)
     device = e.target.device
-    samples, _ = bench.read_dataset(options.dataset_dir, None, 8)
+    samples, _ = read_dataset(options.dataset_dir, None, 8)
     cases = [(sample, mode) for sample in samples for mode in modes]
     run = argparse.Namespace(max_new_tokens=50, ignore_eos=bool(options.weights), frame_rule="uniform", source=None,
                              temperature=0.0, top_p=1.0, seed=0)

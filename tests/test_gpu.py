@@ -1,20 +1,18 @@
 """What only a GPU can show: graphs equal eager, no waiting inside a round, bf16 answers equal in every mode."""
 
 import gc
-import json
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from common import TINY, asked
 
 import bench
 import engine
-from engine import MODES, STATE, Fixed
+from engine import MODES, Fixed
 from kernels.check import differing
+from kernels.round import STATE, State
 
-TINY = Path(engine.__file__).resolve().parent / "weights" / "tiny"
-CLIPS = TINY / "clips"
 pytestmark = pytest.mark.gpu
 
 
@@ -23,10 +21,18 @@ def load(dtype=torch.bfloat16, graphs=True, **options):
                               **options)
 
 
-def asked(i, **options):
-    record = json.loads((CLIPS / "EventGPT_Instruction_Subset.json").read_text())[i]
-    return {"event_path": CLIPS / "event_npy" / record["event_data"], "video_path": CLIPS / "mp4" / record["mp4_data"],
-            "query": "What are the key elements in this scene?", "max_new_tokens": 40, **options}
+@torch.inference_mode()
+def one_round(target, G, sampling=None, searches=False):
+    """(logits of a round of G drafts behind a prompt of ones, the state after it)."""
+    target.begin(sampling, searches)
+    with target.on_stream():
+        round_graph = target.round_graph(G)
+        target.prefill_graph(40)
+        target.prefill(torch.ones(40, target.config.D, dtype=target.decoder.dtype, device="cuda"), 20, (), 3)
+        target.put([7] * G)
+        round_graph()
+    torch.cuda.synchronize()
+    return round_graph.out, target.state_W.clone()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -35,16 +41,9 @@ def test_graph_equals_eager(dtype):
     for mode in MODES:
         a, b = (e.generate(mode=mode, **asked(0)) for e in (graph, eager))
         assert a.output_ids == b.output_ids, mode
-    with torch.inference_mode():
-        for G in (0, 5, 15):
-            for e in (graph, eager):
-                e.target.prepare(G)
-                e.target.draft_ids[G].fill_(7)               # what the last request left there depends on timing
-                e.target.prefill(torch.ones(40, e.target.config.D, dtype=dtype, device="cuda"), 20, -1, 3)
-                e.target.step(G)
-            torch.cuda.synchronize()
-            assert torch.equal(graph.target.steps[G].out, eager.target.steps[G].out)
-            assert torch.equal(graph.target.state_W, eager.target.state_W)
+    for G in (0, 5, 15):
+        (ours, state), (plain, again) = (one_round(e.target, G, searches=True) for e in (graph, eager))
+        assert torch.equal(ours, plain) and torch.equal(state, again)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -56,21 +55,11 @@ def test_a_sampled_graph_equals_eager_and_serves_every_value(dtype):
             a, b = (e.generate(mode=mode, **sampling, **asked(0)) for e in (graph, eager))
             assert a.output_ids == b.output_ids and a.drafter_error is None, mode
         answers.add(tuple(a.output_ids))
-        held.append(set(graph.target.steps))
+        held.append(set(graph.target.step_graphs))
     assert len(answers) == 3 and held[0] < held[1] == held[2]            # other values, the same graphs
-    with torch.inference_mode():
-        for G in (0, 15):
-            for e in (graph, eager):
-                e.target.sampling = (3.0, 0.9, 5)
-                e.target.prepare(G)
-                e.target.prepare_prefill(40)
-                e.target.draft_ids[G].fill_(7)
-                e.target.prefill(torch.ones(40, e.target.config.D, dtype=dtype, device="cuda"), 20, -1, 3)
-                e.target.step(G)
-            torch.cuda.synchronize()
-            a, b = (e.target.steps["sampled", G].out for e in (graph, eager))
-            assert a.dtype == torch.float32 and differing(a, b) == 0
-            assert torch.equal(graph.target.state_W, eager.target.state_W)
+    for G in (0, 15):
+        (ours, state), (plain, again) = (one_round(e.target, G, (3.0, 0.9, 5)) for e in (graph, eager))
+        assert differing(ours, plain) == 0 and torch.equal(state, again)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -92,16 +81,18 @@ def test_sampled_answers_equal_target_only_under_forced_drafts_of_every_accepted
 def test_graph_equals_eager_at_7b_shapes():
     states = []
     for graphs in (True, False):
-        target = engine.load_engine(None, "random-7b", device="cuda", cache_rows=512, graphs=graphs).target
+        target = engine.load_engine(None, "random-7b", device="cuda", cache_rows=512, graphs=graphs,
+                                    self_draft=False).target
         with torch.inference_mode(), target.on_stream():
             hidden_SD = target.decoder.embed_VD[:200].clone()
             for G in (0, 15):
-                target.prepare(G)
-                target.draft_ids[G].fill_(7)
-                target.prefill(hidden_SD, 40, -1, 3)
+                round_graph = target.round_graph(G)
+                target.prefill(hidden_SD, 40, (), 3)
                 for _ in range(4):
-                    target.step(G)
-                states.append((target.state_W[:STATE + 40].tolist(), target.steps[G].out.clone()))
+                    target.put([7] * G)
+                    target.round(G)
+                torch.cuda.synchronize()
+                states.append((State(target.state_W.tolist()).ids, round_graph.out.clone()))
         del target
         torch.cuda.empty_cache()
     for (graph, logits), (eager, again) in zip(states[:2], states[2:], strict=True):
@@ -111,50 +102,64 @@ def test_graph_equals_eager_at_7b_shapes():
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 @pytest.mark.parametrize("weights", ["embedded", "random-7b"])
 def test_rounds_never_wait_for_the_gpu(weights, temperature):
-    e = load() if weights == "embedded" else engine.load_engine("random-7b", "random-7b", device="cuda", cache_rows=512)
-    e.target.sampling = (temperature, 0.9, 1) if temperature else None
+    e = (load(self_draft=True) if weights == "embedded" else
+         engine.load_engine("random-7b", "random-7b", device="cuda", cache_rows=512, self_draft=True))
+    target, drafter = e.target, e.drafter
+
+    def rounds():
+        target.round(0)
+        target.draft(first=True)
+        target.draft(first=False)
+        target.round(3)
+        drafter.resume([5, 6, 7], 2)
+        drafter.round()
+        target.put(drafter.written(3, 2))
+        target.round(3)
+        target.put([5, 6, 7])
+        target.round(3)
+        target.snapshot(STATE + 20)
+
     with torch.inference_mode():
         for model in e.models:
-            model.prepare(0, 5)
-            model.prefill(model.decoder.embed_VD[:200].clone(), 100, -1, 3)
-        for G in (0, 5):                                     # captures, warms up
-            e.target.step(G)
-        e.drafter.follow(e.target.state_W, 5)
+            model.begin((temperature, 0.9, 1) if temperature and model is target else None, model is target)
+            for G in (0, 3):
+                model.round_graph(G)
+        drafter.graph("resume", 2)
+        for first in (True, False):
+            target.graph("draft", first, bool(temperature))
+        for model in e.models:
+            model.prefill(model.decoder.embed_VD[:200].clone(), 200, (), 3)
+        rounds()                                             # warms up
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(4):
-                e.target.step(0)
-                drafts_G = e.drafter.follow(e.target.state_W, 5)
-                e.target.draft_ids[5].copy_(drafts_G)
-                e.target.step(5)
-                e.target.snapshot(64)
+                rounds()
             with pytest.raises(RuntimeError, match="synchroniz"):
-                e.target.state_W[0].item()                   # the guard itself is on
+                target.state_W[0].item()                     # the guard itself is on
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert e.target.state_W[0].item() >= 11              # ids were made: 3 before the loop, 2 in each turn
+        assert State(target.state_W.tolist()).n_out >= 20    # ids were made: four or more in each turn
 
 
 @pytest.mark.parametrize("drafter_device", ["cuda:0", "cuda:1"])
 @pytest.mark.parametrize("drafter_dtype", ["bf16", "int4"])
 def test_a_drafter_on_a_gpu_of_its_own_gives_the_targets_ids(drafter_dtype, drafter_device):
-    """cuda:0: the same code, both models on one GPU. Second guesses count as likely, so that branches are drafted."""
+    """cuda:0: the same code, both models on one GPU."""
     if torch.cuda.device_count() <= int(drafter_device[-1]):
         pytest.skip("needs two GPUs")
-    e = load(drafter_device=drafter_device, drafter_dtype=drafter_dtype, recall_len=0)     # else answers are recalled
-    e.apart, step, step_recalled, notes = True, e.target.step, e.target.step_recalled, []
-    e.target.step = lambda G=0: (time.sleep(0.01), step(G))  # a target this small is done before a drafter begins
-    e.target.step_recalled = lambda G: (time.sleep(0.01), step_recalled(G))
+    e, accepted = load(drafter_device=drafter_device, drafter_dtype=drafter_dtype), 0
+    e.apart, plain = True, e.target.round
+    e.target.round = lambda G=0: (time.sleep(0.01), plain(G))        # one this small is done before a drafter begins
     for i in range(4):
         ids = e.generate(mode="target_only", ignore_eos=True, **asked(i)).output_ids
         for mode in ("prefill_only", "prefill_then_verify", "speculative"):
-            e.shares = [0.4, 0.3, 0.2, 0.1]
-            result = e.generate(mode=mode, ignore_eos=True, **asked(i))
+            source = "drafter" if mode != "prefill_only" else None
+            result = e.generate(mode=mode, ignore_eos=True, draft_source=source, **asked(i))
             assert result.output_ids == ids and result.drafter_error is None, mode
-        assert result.drafts and result.stages["drafter"]["draft"] > 0
-        notes += [note for *_, note in result.timeline]
-    assert notes.count("resume") > 10 and notes.count("ahead") > 10
+        assert result.draft_log and result.stages["drafter"]["draft"] > 0
+        accepted += sum(of.accepted for of in result.round_log if of.source == "drafter")
+    assert accepted > 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -192,7 +197,7 @@ def forget():
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("drafter_dtype", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("drafter_dtype", ["bf16", "int4"])
 def test_what_is_allocated_is_within_5_percent_of_the_printed_budget(monkeypatch, drafter_dtype):
     forget()
     before = torch.cuda.memory_allocated()
@@ -235,46 +240,16 @@ def test_memory_that_really_runs_out_in_a_request_is_one_line_and_the_next_reque
     assert len(e.generate(mode="speculative", ignore_eos=True, **longer).output_ids) == 40
 
 
-@pytest.mark.parametrize("packed", ["bf16", "int8", "int4", "fp8+int4"])
-def test_a_drafter_recalls_its_text_in_fewer_forwards(packed):
-    """What it writes of a clip, first one id after the other, then with that text in mind. After a prompt of noise the
-    two part: near-ties, which rows that are added up in another order break the other way."""
-    e = load(drafter_dtype=packed)
-    drafter, texts, forwards = e.drafter, [], []
-    alone = e.generate(mode="drafter_only", **asked(0)).output_ids
-    drafter.forget()
-    rows = drafter.prompt_rows
-    with torch.inference_mode(), drafter.on_stream():
-        hidden_SD = drafter.hidden_MD[:rows].clone()         # the prompt of that request
-        drafter.recalls = True
-        drafter.prepare(0)
-        drafter.prepare(drafter.recall_len, recalled=True)
-        for G in (0, drafter.recall_len):
-            drafter.prepare_prefill(rows, G)
-        for _ in range(2):
-            drafter.prefill(hidden_SD, 40, drafter.config.eos_id, drafter.prompt("").after[-1])
-            state, count = drafter.snapshot(STATE + 60).read(), 0
-            while not state[1]:
-                G = drafter.next_len()
-                drafter.step_recalled(G) if G else drafter.step(0)
-                state, count = drafter.snapshot(STATE + 60).read(), count + 1
-            texts.append(state[STATE:STATE + state[0]])
-            forwards.append(count)
-            drafter.remember(texts[0])
-    assert texts == [alone, alone] and forwards[0] == len(alone) - 1 > 10 and forwards[1] <= 2
-    truth = e.generate(mode="target_only", **asked(0)).output_ids
-    for mode in ("prefill_only", "prefill_then_verify", "speculative") * 2:
-        result = e.generate(mode=mode, **asked(0))
-        assert result.output_ids == truth and result.drafter_error is None
-
-
-@pytest.mark.parametrize("draft_len", [7, 15, 31])
-def test_a_target_that_recalls_its_answers_says_the_same(draft_len):
-    e, source = load(), engine.Recalled()
+@pytest.mark.parametrize("drafter_dtype", ["bf16", "int4", "fp8+int4"])
+def test_every_source_gives_the_targets_ids(drafter_dtype):
+    """Asked twice: the second time earlier answers draft too."""
+    e = load(drafter_dtype=drafter_dtype, self_draft=True)
     for i in (0, 1, 0, 1):
         for options in (dict(), dict(temperature=3.0, seed=2)):
-            given = asked(i, ignore_eos=True, **options)
-            truth = e.generate(mode="target_only", **given).output_ids
-            result = e.generate(mode="speculative", draft_source=source, draft_len=draft_len, **given)
-            assert result.output_ids == truth
-    assert result.accepted_tokens > 20
+            given, drafted = asked(i, ignore_eos=True, **options), 0
+            truth = e.generate(mode="target_only", remember=False, **given).output_ids
+            for source in ("lookup", "drafter", "self", ["lookup", "drafter", "self"], None):
+                result = e.generate(mode="speculative", draft_source=source, **given)
+                assert result.output_ids == truth and result.drafter_error is None, source
+                drafted += result.accepted_tokens
+            assert drafted > 20

@@ -56,7 +56,7 @@ def test_the_command_line_refuses_in_one_line_or_counts_the_sample(name, tmp_pat
         case.patch(monkeypatch)
     before, saved = sorted(tmp_path.rglob("*")), tmp_path / "report.json"
     began = time.process_time()
-    code = bench.main([*case.flags, "--json", str(saved)])
+    code = bench.main([*case.flags, "--details", "--json", str(saved)])
     seconds = time.process_time() - began
     out, err = capsys.readouterr()
     assert code == case.exit, (code, err, out[-400:])

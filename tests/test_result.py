@@ -134,7 +134,11 @@ def test_the_first_rejected_draft_is_named(pair, monkeypatch):
 
 
 def test_drafts_behind_the_last_id_are_not_counted(pair, monkeypatch):
+    """Behind its end-of-sequence the scripted target would go on just as these drafts do."""
     script(monkeypatch, pair.target, ANSWER)
+    result = pair.generate(mode="speculative", draft_source=Fixed([*ANSWER, EOS, EOS]), draft_len=15, **asked(0))
+    assert result.output_ids == ANSWER and (result.drafted, result.accepted_tokens, result.accept_lens) == (8, 8, [8])
+    assert result.round_log == [("fixed", ANSWER[1:], 8)]
     result = pair.generate(mode="speculative", draft_source=Fixed(ANSWER), draft_len=7,
                            **asked(0, max_new_tokens=4))
     assert result.output_ids == ANSWER[:4] and result.finish_reason == "length"
