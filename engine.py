@@ -15,8 +15,8 @@ target's own, token for token: greedy, or with a temperature the one that it alo
         +-- cache_len += accept_len + 1, pending_id = bonus_id <---- accept <----------+
 
 Every mode is this loop with another source of drafts: `Engine._rounds`. Read the file in the order of the picture:
-configs, prompts, decoder, vision, drafter and target, step graphs, who drafts, the request, the engine, loading.
-Kernels are in kernels/; weights/ reads files and holds what of a source needs no model (weights/sources.py).
+prompts, decoder, vision, drafter and target, step graphs, the request, the engine, loading. Kernels are in kernels/;
+who drafts and whether it pays in weights/drafting.py, which needs no torch; what reads files in the rest of weights/.
 `python engine.py` shows the claim on the embedded tiny pair.
 
 Shapes are written into names, one letter a dimension; batch is one and carries none:
@@ -38,6 +38,7 @@ import functools
 import hashlib
 import inspect
 import queue
+import statistics
 import sys
 import threading
 import time
@@ -57,7 +58,7 @@ from kernels.fp8 import norm8, product8, rows8, weight8
 from kernels.frames import clip_pixels, draw_events, to_device
 from kernels.lookup import AFTER, FIRST, ONLY, Ring, lookup
 from kernels.products import product
-from kernels.quant import BITS, MAX_PACKED_ROWS, NotPackable, Packed, packed_bytes, quantise
+from kernels.quant import BITS, MAX_PACKED_ROWS, NotPackable, Packed, packed_bytes, quantise, turned, uneven
 from kernels.rmsnorm import add_rmsnorm, rmsnorm, row_sums
 from kernels.rope_store import rope_store
 from kernels.round import (
@@ -79,6 +80,26 @@ from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 from kernels.tower import add_layernorm, layernorm, quick_gelu
 from weights import InputError, describe
+from weights.drafting import (
+    ENOUGH,
+    PLAIN,
+    WIDTHS,
+    Cascade,
+    DrafterRounds,
+    Found,
+    Gate,
+    HeadStart,
+    HostSource,
+    Line,
+    NonFinite,
+    OwnText,
+    Proposal,
+    SelfRounds,
+    Tenant,
+    name_of,
+    noting,
+    smoothed,
+)
 from weights.events import Events, read_events
 from weights.files import insist_file
 from weights.load import (
@@ -87,22 +108,19 @@ from weights.load import (
     open_checkpoint,
     random_weights,
 )
-from weights.memory import free_bytes, insist_on_room, no_room, peak_memory, ran_out
-from weights.shapes import DecoderConfig, VisionConfig, frames_of, memory_needs, text_config
-from weights.sources import (
-    SOURCES,
-    Adapted,
-    DraftSource,
-    Fixed,
-    Gate,
-    Line,
-    Lookup,
-    agreeing,
-    noting,
-    smoothed,
-    source_named,
+from weights.memory import (
+    as_dtype,
+    default_dtype,
+    free_bytes,
+    insist_on_room,
+    no_room,
+    peak_memory,
+    pick_device,
+    ran_out,
 )
-from weights.text import Text, TextStream
+from weights.shapes import DecoderConfig, VisionConfig, frames_of, memory_needs, text_config
+from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named
+from weights.text import Text, TextStream, check_question, check_sampling
 from weights.video import VIDEO_RULES, read_images, read_video
 
 __all__ = ["MODES", "SOURCES", "Adapted", "DraftSource", "Engine", "Event", "Fixed", "Gate", "InputError", "Lookup",
@@ -113,7 +131,6 @@ VERSION = "0.1.0"
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
-WIDTHS = (3, 7, 15, 31)                          # numbers of drafts that a captured verify has rows for
 LOOKUP_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of earlier answers that are searched, on a GPU and on a CPU
 
 # ---- prompts ---------------------------------------------------------------------------------------------------
@@ -129,28 +146,6 @@ class Prompt:
         return len(self.before) + visual_rows + len(self.after)
 
 
-def check_question(question) -> str:
-    if not isinstance(question, str):
-        raise InputError(f"question: wanted text, got {type(question).__name__}; pass a str")
-    try:
-        question.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError("question: holds half a surrogate pair, not valid text; decode it as UTF-8 first") from None
-    if len(question) > 100_000:
-        raise InputError(f"question: {len(question)} characters, at most 100000; shorten it")
-    return question
-
-
-def check_sampling(temperature, top_p, seed, names=("temperature", "top_p", "seed")) -> None:
-    """InputError unless temperature is 0..100, top_p above 0 and up to 1, and seed a whole number 0..2**63 - 1."""
-    for name, value, kinds, fits, wanted in (
-            (names[0], temperature, (int, float), lambda x: 0 <= x <= 100, "a number 0..100"),
-            (names[1], top_p, (int, float), lambda x: 0 < x <= 1, "a number above 0 and up to 1"),
-            (names[2], seed, int, lambda x: 0 <= x < 2 ** 63, "a whole number 0..2**63 - 1")):
-        if not isinstance(value, kinds) or isinstance(value, bool) or not fits(value):
-            raise InputError(f"{name}: wanted {wanted}, got {value!r}; change it")
-
-
 # ---- decoder ---------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +158,7 @@ class Steps:
     rows: int                               # of a forward, at most
     work: Workspace
     packed: str | None = None               # one of BITS
+    turned: bool = False                    # the rows between these weights are `turned`
 
 
 NORMS = {"qkv": "attn_norm", "o": None, "gate_up": "mlp_norm", "down": None}     # a layer's products, and what precedes
@@ -203,12 +199,15 @@ class Decoder:
         return Workspace(self.device, self.config.D, self.config.H, self.config.K, self.cache_rows, drafts=drafts)
 
     def packed(self, name: str) -> Steps:
-        """A copy of the weights in 4 bits, one of BITS, for steps that draft. NotPackable if their shapes forbid it."""
+        """A copy of the weights in 4 bits, one of BITS, for steps that draft. NotPackable if their shapes forbid it.
+        Where weights are uneven the stream between the copies is `turned`; queries, keys, values and logits stay."""
         of_layers, of_head = BITS[name]
-        layers = [layer | {of: quantise(layer[of], of_layers, norm_D=layer.get(norm)) for of, norm in NORMS.items()}
+        turn = statistics.mean(uneven(layer[of], layer[norm]) for layer in self.layers
+                               for of, norm in NORMS.items() if norm) > 3.5
+        layers = [layer | {of: quantise(layer[of], of_layers, layer.get(norm), turn) for of, norm in NORMS.items()}
                   for layer in self.layers]
-        head = quantise(self.head_VD, of_head, norm_D=self.w["text.norm"])
-        return Steps(layers, head, MAX_PACKED_ROWS, self._workspace(True), name)
+        head = quantise(self.head_VD, of_head, self.w["text.norm"], turn)
+        return Steps(layers, head, MAX_PACKED_ROWS, self._workspace(True), name, turn)
 
     def pack(self, name: str) -> None:
         """For a drafter: its steps read 4-bit weights from now on. `int4` keeps the full weights beside them for
@@ -228,6 +227,7 @@ class Decoder:
         """
         c, rows, steps = self.config, len(pos_ids_S), steps or self.steps
         if rows <= steps.rows:
+            hidden_SD = turned(hidden_SD) if steps.turned else hidden_SD
             if not steps.packed:                             # packed products take their own
                 row_sums(hidden_SD, steps.work)
             for layer in range(c.L):
@@ -375,6 +375,13 @@ class Model:
     def on_stream(self):
         """Context in which this model's work is queued on its own stream; nothing on the CPU."""
         return torch.cuda.stream(self.stream) if self.on_gpu else contextlib.nullcontext()
+
+    def wait_for(self, earlier: Model) -> None:
+        """What this model queues from here on starts after what `earlier` has queued so far."""
+        if self.on_gpu and earlier.on_gpu:
+            self.stream.wait_stream(earlier.stream)
+        elif earlier.on_gpu:
+            earlier.stream.synchronize()
 
     def begin(self, sampling: tuple | None, searches: bool) -> None:
         """A request starts. sampling: (temperature, top_p, seed), None: greedy. searches: each forward ends with a
@@ -708,331 +715,6 @@ class Snapshot:
         if self.ready is not None:
             self.ready.synchronize()
         return State(self.host.tolist())
-
-
-# ---- who drafts ------------------------------------------------------------------------------------------------
-
-
-class Proposal(NamedTuple):
-    """Drafts for one forward; they are in the request's state, or will be when it runs."""
-    source: str = ""                        # who drafted; none: a plain step
-    rows: int = 0                           # drafts that the forward has rows for
-    tenant: Tenant | None = None
-
-
-class Tenant:
-    """Who drafts, bound to one request. `Engine._rounds` asks it before each forward and tells it what came of it."""
-    needs_host = False                      # False: the next forward is queued before the last one was looked at
-
-    def propose(self, state: State | None) -> Proposal | None:
-        """Drafts behind `state`, None for a plain step. state: as the last forward left it; None where the host has not
-        seen that yet, which only happens if not needs_host."""
-
-    def cost(self, state: State) -> float | None:
-        """Expected seconds an id; None where there is no record."""
-
-    def saw(self, proposal: Proposal | None, before: State | None, state: State) -> None:
-        """The host sees the state behind a forward with this proposal (None: the prefill); before it was `before`."""
-
-
-PLAIN = Tenant()                            # drafts nothing: the target alone
-
-
-class OwnText(Tenant):
-    """A drafter's own loop, for a preview or a head start: goes on until it is stopped or the gate says that one more
-    draft would cost the target more than it brings."""
-
-    def __init__(self, req: Request, gate: Gate | None):
-        self.req, self.gate, self.n_out = req, gate, 0
-
-    @property
-    def needs_host(self):
-        return not self.n_out
-
-    def propose(self, state):
-        req = self.req
-        req.host_free.wait()
-        if req.stop_drafting.is_set() or self.gate and req.frames_ready.is_set() and not self.gate.another(
-                req.question, self.n_out):
-            return ENOUGH
-        return None
-
-    def saw(self, proposal, before, state):
-        self.n_out = state.n_out
-
-
-ENOUGH = Proposal("enough")                 # of a drafter's own loop: it ends here
-
-
-class Found(Tenant):
-    """Drafts that the target finds on its own device, at the end of each forward: in earlier answers (`lookup`), and in
-    the line of a drafter on another device (`drafter`)."""
-
-    def __init__(self, req: Request, target: Target, earlier: Lookup | None, line: Line | None):
-        self.req, self.target, self.earlier, self.line = req, target, earlier, line
-
-    def propose(self, state):
-        if state is None:
-            rows = max(self._lookup_len(), self._line_len())
-        else:                                                # the host knows what was found
-            rows, pace = self._best(state)
-            if pace and pace >= self.req.gate.step and not self.req.gate.trial("lookup"):
-                return None
-        if not rows:
-            return None
-        return Proposal("drafter" if self.line and not self.earlier else "lookup", self.target.rows_for(rows), self)
-
-    def _lookup_len(self) -> int:
-        if not self.earlier or not self.earlier.learnt:
-            return 0
-        return self.req.gate.best_len("lookup", self.req.question, WIDTHS) if self.req.gate else WIDTHS[-1]
-
-    def _line_len(self) -> int:
-        """Rows for what the line holds now, and a few more: it may grow before the forward runs."""
-        if not self.line or (self.req.drafter_done.is_set() and not self.line.tail()[1]) or self.line.right < 0.1:
-            return 0
-        return min(self.req.overlap_len, max(WIDTHS[1], self.line.tail()[1]) if self.line.spoke else STEP_ROWS)
-
-    def cost(self, state):
-        return self._best(state)[1]
-
-    def _best(self, state: State) -> tuple[int, float | None]:
-        """(drafts of those found that are best looked at, seconds an id then; None where nobody knows)."""
-        gate, found = self.req.gate, len(state.slots)
-        if not gate or not found or state.ahead or gate.step is None:
-            return found, None
-        alive = gate.alive(f"lookup behind {fit_class(state.fit)}", self.req.question, found)
-        return min(((G, gate.verify(G) / (1 + sum(alive[:G]))) for G in {min(of, found) for of in WIDTHS}),
-                   key=lambda best: best[1])
-
-    def saw(self, proposal, before, state):
-        if self.line:
-            self.line.commit(state.ids, self.req.timeline.now())
-        if proposal and proposal.tenant is self and self.req.gate and not (state.drafted and before.ahead):
-            self.req.gate.accepted("lookup", self.req.question, proposal.rows, state.accept_len)
-            if state.drafted:
-                self.req.gate.accepted(f"lookup behind {fit_class(before.fit)}", self.req.question, state.drafted,
-                                       state.accept_len)
-
-
-def fit_class(fit: int) -> str:
-    """How long a context fitted: drafts behind long ones are right more often."""
-    return "1" if fit < 2 else "2 to 3" if fit < 4 else "4 to 7" if fit < 8 else "8 or more"
-
-
-class HostTenant(Tenant):
-    """A tenant that has to see each state. While the gate refuses it, the host is left out of the rounds."""
-
-    def __init__(self, req: Request, target: Target):
-        self.req, self.target = req, target
-        self.ended, self.resting, self.granted = False, False, 0
-
-    @property
-    def needs_host(self):
-        return not (self.ended or self.resting)
-
-    def propose(self, state):
-        if not self.ended and not self.granted:
-            self.granted = self.allowed()
-        if self.ended or not self.granted or state is None:
-            self.resting = not self.granted
-            return None
-        granted, self.granted, drafts = self.granted, 0, None
-        with noting(self.req.errors):
-            drafts = self.drafted(state, granted)
-        return drafts
-
-    def allowed(self) -> int:
-        """Drafts that the gate allows now."""
-        raise NotImplementedError
-
-    def drafted(self, state: State, limit: int) -> Proposal | None:
-        raise NotImplementedError
-
-
-class HeadStart(HostTenant):
-    """What the drafter wrote before the target's prefill ended, for as long as the answer is the same."""
-
-    @property
-    def needs_host(self):
-        return super().needs_host and not (self.req.drafter_done.is_set() and not self.req.preview)
-
-    def allowed(self):
-        return self.req.overlap_len
-
-    def drafted(self, state, limit):
-        preview = [i for i, _ in list(self.req.preview)]
-        span = preview[state.n_out:state.n_out + limit] if preview[:state.n_out] == state.ids else []
-        self.ended = not span
-        if not span:
-            return None
-        self.target.put(span)
-        return Proposal("head start", self.target.rows_for(len(span)), self)
-
-    def cost(self, state):
-        gate, left = self.req.gate, len(self.req.preview) - state.n_out
-        if not gate or self.ended or gate.step is None or left < 1:
-            return None
-        alive = gate.alive("head start", self.req.question, state.n_out + left)[state.n_out:]
-        return gate.verify(left) / (1 + sum(alive))
-
-    def saw(self, proposal, before, state):
-        self.req.stop_drafting.set()                         # the target's prefill has ended
-
-
-class DrafterRounds(HostTenant):
-    """draft -> verify -> accept with both models on one device. Ends with the drafter, or if it breaks."""
-
-    def __init__(self, req: Request, target: Target, drafter: Drafter):
-        super().__init__(req, target)
-        self.drafter, self.began = drafter, 0.0
-
-    @property
-    def needs_host(self):
-        return super().needs_host and not (self.req.drafter_done.is_set() and "drafter" not in self.req.prompt_rows)
-
-    def allowed(self):
-        req = self.req
-        if not req.gate or not req.draft_len:
-            return req.draft_len
-        return req.gate.best_len("drafter", req.question, range(1, req.draft_len + 1), req.gate.draft)
-
-    def drafted(self, state, limit):
-        req, drafter, target = self.req, self.drafter, self.target
-        req.drafter_done.wait()
-        self.began, self.ended = req.timeline.now(), True    # unless all goes well
-        if "drafter" not in req.prompt_rows or req.errors:
-            return None
-        with drafter.on_stream():
-            wait_for(drafter, target)
-            for i in range(limit):
-                with req.timeline.stage("draft", drafter):
-                    drafter.round() if i else drafter.resume(state.ids, min(2, state.n_out + 1))
-            drafts_G = drafter.written(state.n_out, limit)
-        wait_for(target, drafter)
-        target.put(drafts_G.to(target.device))
-        self.ended = False
-        return Proposal("drafter", target.rows_for(limit), self)
-
-    def cost(self, state):
-        gate = self.req.gate
-        return gate.pace("drafter") if gate and not self.ended else None
-
-    def saw(self, proposal, before, state):
-        if proposal and proposal.tenant is self and self.req.gate:
-            self.req.gate.accepted("drafter", self.req.question, state.drafted, state.accept_len)
-            self.req.gate.round("drafter", self.req.timeline.now() - self.began, state.accept_len + 1)
-
-
-class SelfRounds(HostTenant):
-    """The target's own 4-bit copy drafts on the target's cache, an id at a time, until a draft is so unsure that the
-    next one is not expected to pay. The host reads each draft's probability before it queues the next draft: that takes
-    some 2 % of a draft."""
-
-    def __init__(self, req: Request, target: Target):
-        super().__init__(req, target)
-        self.gate, self.sures, self.began = req.gate or Gate(), [], 0.0
-        self.resting = req.gate is not None and req.gate.refuses("self")
-
-    def allowed(self):
-        most = WIDTHS[-2] if self.target.on_gpu else WIDTHS[1]
-        return most if not self.req.gate or self.gate.pays("self") else 0
-
-    def drafted(self, state, limit):
-        req, target, gate, clock = self.req, self.target, self.gate, self.req.timeline.now
-        self.sures, alive = [], 1.0
-        limit = min(limit, req.max_new_tokens - state.n_out - 1)
-        if limit < 1:
-            return None
-        self.began = now = clock()
-        with req.timeline.stage("draft", target) as entry:
-            while len(self.sures) < limit:
-                target.draft(first=not self.sures)
-                req.tell_now()                               # with the GPU at work
-                sure = target.draft_sure()
-                if sure < 0:
-                    self.ended = True
-                    raise NonFinite(f"{target.path}: the 4-bit copy's logits hold NaN; drafting without it")
-                began, now = now, clock()
-                gate.timed("self draft", now - began)
-                self.sures.append(sure)
-                alive *= gate.right(sure)
-                draft = gate.seconds("self draft")
-                if not gate.next_draft(alive, draft, gate.step or 2 * draft):
-                    break
-            entry["drafts"] = len(self.sures)
-        return Proposal("self", target.rows_for(len(self.sures)), self)
-
-    def cost(self, state):
-        return None if self.ended or not self.gate.step else self.gate.pace("self") or 0.6 * self.gate.step
-
-    def saw(self, proposal, before, state):
-        if proposal and proposal.tenant is self:
-            self.gate.judged(self.sures, state.accept_len)
-            self.gate.round("self", self.req.timeline.now() - self.began, state.accept_len + 1)
-
-
-class HostSource(HostTenant):
-    """A DraftSource, or any object with `propose`."""
-
-    def __init__(self, req: Request, target: Target, source, name: str):
-        super().__init__(req, target)
-        self.source, self.name, self.began = source, name, 0.0
-        self.resting = req.gate is not None and req.gate.refuses(name)
-
-    def allowed(self):
-        limit = self.req.draft_len if self.req.mode == "speculative" else self.req.overlap_len
-        return limit if not self.req.gate or self.req.gate.pays(self.name) else 0
-
-    def drafted(self, state, limit):
-        self.began = self.req.timeline.now()
-        if self.req.preview and hasattr(self.source, "read"):
-            self.source.read([i for i, _ in list(self.req.preview)])
-        limit = min(limit, self.req.max_new_tokens - state.n_out)
-        drafts = [int(i) for i in self.source.propose(list(state.ids), limit)][:limit]
-        if not drafts:
-            return None
-        self.target.put(drafts)
-        return Proposal(self.name, self.target.rows_for(len(drafts)), self)
-
-    def cost(self, state):
-        return self.req.gate.pace(self.name) if self.req.gate else None
-
-    def saw(self, proposal, before, state):
-        if proposal and proposal.tenant is self:
-            if self.req.gate:
-                self.req.gate.round(self.name, self.req.timeline.now() - self.began, state.accept_len + 1)
-            with noting(self.req.errors):
-                getattr(self.source, "verdict", lambda *_: None)(state.drafted, state.accept_len)
-
-
-class Cascade(Tenant):
-    """Several tenants, asked in this order; one whose ids are expected to cost more than what comes after is skipped.
-    once: only for the first forward."""
-
-    def __init__(self, tenants: list[Tenant], once: bool = False):
-        self.tenants, self.once, self.over = tenants, once, False
-
-    @property
-    def needs_host(self):
-        return not self.over and any(tenant.needs_host for tenant in self.tenants)
-
-    def propose(self, state):
-        if self.over:
-            return None
-        self.over = self.once
-        costs = [tenant.cost(state) if state is not None else None for tenant in self.tenants]
-        for i, tenant in enumerate(self.tenants):
-            later = [cost for cost in costs[i + 1:] if cost is not None]
-            if costs[i] is not None and later and costs[i] > min(later):
-                continue
-            if proposal := tenant.propose(state):
-                return proposal
-        return None
-
-    def saw(self, proposal, before, state):
-        for tenant in self.tenants:
-            tenant.saw(proposal, before, state)
 
 
 # ---- the request -----------------------------------------------------------------------------------------------
@@ -1740,11 +1422,6 @@ class Engine:
                           agreeing(result.preview_ids, result.output_ids))
 
 
-def name_of(source) -> str:
-    name = getattr(source, "name", None)
-    return name if isinstance(name, str) else type(source).__name__
-
-
 @torch.inference_mode()
 def explain(model: Model, result: Result) -> list[Verdict]:
     """What the deciding model looked at and how clearly it decided, for the request that it answered last: one more
@@ -1802,18 +1479,6 @@ def encode_and_prefill(model: Model, loaded, limit: int, req: Request) -> None:
     req.prompt_rows[model.side] = model.prompt_rows
 
 
-def wait_for(later: Model, earlier: Model) -> None:
-    """What `later` queues from here on starts after what `earlier` has queued so far."""
-    if later.on_gpu and earlier.on_gpu:
-        later.stream.wait_stream(earlier.stream)
-    elif earlier.on_gpu:
-        earlier.stream.synchronize()
-
-
-class NonFinite(InputError):
-    """A model computed NaN. Ends the request for the target; only ends the drafting for the drafter."""
-
-
 class OutOfMemory(NonFinite):
     """Memory ran out inside a stage. Ends the same as NaN does."""
 
@@ -1840,24 +1505,6 @@ def check_finite(state: State, model: Model, stage: str) -> None:
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------
-
-
-def pick_device(name) -> torch.device:
-    """A device that is really there, or an InputError that says which are."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device {name!r}: not a device name; use cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise InputError(f"device {name}: {count} CUDA devices here; use cpu, a lower number, or check the driver")
-        device = torch.device("cuda", device.index or 0)
-    elif device.type != "cpu":
-        raise InputError(f"device {name}: only cpu and cuda are supported; use one of these")
-    return device
 
 
 def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, graphs=True, seed=0, packed=None,
@@ -1895,19 +1542,6 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
         if not ran_out(error):
             raise
         raise no_room(path, device, needs_of(cls, config, device, dtype, cache_rows, packed)) from None
-
-
-def as_dtype(dtype) -> torch.dtype | None:
-    known = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if dtype is None or dtype in known.values():
-        return dtype
-    if not isinstance(dtype, str) or dtype not in known:
-        raise InputError(f"dtype: {dtype!r} is not one of {', '.join(known)}; pick from these")
-    return known[dtype]
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def open_model(cls, path):

@@ -17,13 +17,14 @@ at 32, and two code paths); splits of 128 or 256 rows without a pipelined loop (
 rows (21 to 23); the last split to arrive combining its head (a launch less, but serial: 20 to 23, 49 to 74 for 16
 rows).
 
-A drafter's step of one or two rows, whose bits may follow their number, takes 64 cache rows a program into registers
-before the query is there, and adds without tensor cores. In a step at context 700 with 4-bit weights that saves 7
-microseconds a layer: 2.072 -> 1.844 ms (8 bits 3.352 -> 3.073). Slower: 4 warps 1.906, 8 warps 1.935, splits of 32 rows
-2.001, of 128 with 4 warps 1.867; loading after the wait costs 0.1 %.
+A drafter's step of one row takes 64 cache rows a program into registers before the query is there, and adds without
+tensor cores. In a step at context 700 with 4-bit weights that saved 7 microseconds a layer on an H100 (2.072 -> 1.844
+ms). Slower: 4 warps 1.906, 8 warps 1.935, splits of 32 rows 2.001, of 128 with 4 warps 1.867; loading after the wait
+costs 0.1 %. On an H200 at context 2,100, 2 warps 1.822 ms, 4 warps 1.873, splits of 32 1.830, of 128 1.842.
 
-3 to 16 rows of a drafter: the few rows' way with 16 columns and splits of 128 cache rows. A step of 16 rows at context
-700 with 4-bit weights took 3.83 ms with splits of 128 on an H200, 3.91 with 64, 3.85 with 256.
+2 to 16 rows of a drafter: the few rows' way with 16 columns and splits of 128 cache rows. A step of 16 rows at context
+700 with 4-bit weights took 3.83 ms with splits of 128 on an H200, 3.91 with 64, 3.85 with 256. Two rows by registers,
+as one row, took 2.06 ms at context 2,100, where four rows this way took 1.88.
 
 Towers without positions stay with torch: 8 x 257 rows of width 64 took 18.8 microseconds in SDPA and 15.8 here, 1 x
 577 11.7 and 11.9, 5 x 577 32.9 and 31.8, at most 0.07 ms of a request."""
@@ -40,8 +41,7 @@ LOG2E = 1.4426950408889634
 NEVER = tl.constexpr(-1e30)          # a masked score: finite, so that a row which sees nothing keeps a finite pivot
 MAX_ROWS = 32                        # rows of a step
 SPLIT = 512                          # cache rows a program of a step looks at; part of the order of addition
-PAIR = 2                             # rows of a drafter's step
-PAIR_SPLIT = 64                      # cache rows a program of it holds in registers
+SINGLE_SPLIT = 64                    # cache rows that a program of a drafter's step of one row holds in registers
 FEW = 16                             # rows of a drafter's step that checks several ids
 FEW_SPLIT = 128                      # cache rows a program of it looks at
 
@@ -60,7 +60,7 @@ class SplitWork:
 
     @staticmethod
     def room(cache_rows, drafts=False) -> int:
-        """Rows of splits; pairs of rows with smaller splits need less than either."""
+        """Rows of splits; a single row with smaller splits needs less than either."""
         return max(triton.cdiv(cache_rows, SPLIT) * MAX_ROWS, triton.cdiv(cache_rows, FEW_SPLIT) * FEW * drafts)
 
 
@@ -267,17 +267,15 @@ def step_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr, mixed_ptr,
 
 
 @triton.jit
-def pair_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr, mixed_ptr, top_ptr, total_ptr, qkv_stride,
-                k_head_stride, v_head_stride, M, scale,
-                H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, T: tl.constexpr, BLOCK_K: tl.constexpr,
-                SPLIT: tl.constexpr, MAX_ROWS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
-                PDL: tl.constexpr):
-    """step_kernel for ROWS = 1 or 2 rows of a drafter: SPLIT cache rows of one head wait in registers for the query.
-
-    Plain multiply-add, the older rows first, then the step's own: a row's bits follow ROWS."""
+def single_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr, mixed_ptr, top_ptr, total_ptr,
+                  k_head_stride, v_head_stride, M, scale,
+                  H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, T: tl.constexpr, BLOCK_K: tl.constexpr,
+                  SPLIT: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
+    """step_kernel for one row of a drafter: SPLIT cache rows of one head wait in registers for the query. Plain
+    multiply-add, the older rows first, then the step's own."""
     head = tl.program_id(0)
     first = tl.load(pos_ids_ptr).to(tl.int32)
-    visible = tl.minimum(first + ROWS, M)
+    visible = tl.minimum(first + 1, M)
     split = (visible + SPLIT - 1) // SPLIT - 1 - tl.program_id(1)
     if split < 0:
         return
@@ -285,54 +283,42 @@ def pair_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr, mixed_ptr,
     k_ptr += (head // GROUP).to(tl.int64) * k_head_stride
     v_ptr += (head // GROUP).to(tl.int64) * v_head_stride
     col, at = tl.arange(0, BLOCK_K), begin + tl.arange(0, SPLIT)
+    inside = col < K
     turned_col = tl.where(col < K // 2, col + K // 2, col - K // 2)
     older = at < tl.minimum(first, M)
-    held = older[:, None] & (col < K)[None, :]
+    held = older[:, None] & inside[None, :]
     k = tl.load(k_ptr + at[:, None] * K + col[None, :], mask=held, other=0.0)                      # [SPLIT, BLOCK_K]
     v = tl.load(v_ptr + at[:, None] * K + col[None, :], mask=held, other=0.0)
+    angle = tl.minimum(first, M - 1) * K + col
+    cos = tl.load(cos_ptr + angle, mask=inside, other=0.0).to(tl.float32)                          # [BLOCK_K]
+    sin = tl.load(sin_ptr + angle, mask=inside, other=0.0).to(tl.float32)
+    sin = tl.where(col < K // 2, -sin, sin)
     if EARLY:
         loads_before()                                           # older rows wait for nobody
     if PDL:
         gdc_wait()
-    key = H + head // GROUP
-    for row in tl.static_range(ROWS):
-        angle = tl.minimum(first + row, M - 1) * K + col
-        cos = tl.load(cos_ptr + angle, mask=col < K, other=0.0).to(tl.float32)                     # [BLOCK_K]
-        sin = tl.load(sin_ptr + angle, mask=col < K, other=0.0).to(tl.float32)
-        sin = tl.where(col < K // 2, -sin, sin)
-        q_ptr = qkv_ptr + row * qkv_stride + head * K
-        q = tl.load(q_ptr + col, mask=col < K, other=0.0)
-        q = rotate(q, tl.load(q_ptr + turned_col, mask=col < K, other=0.0), cos, sin, q.dtype).to(tl.float32)
-        score = tl.where(older, tl.sum(k.to(tl.float32) * q[None, :], 1) * scale, NEVER)           # [SPLIT]
-        top = tl.max(score, 0)
-        prob = tl.where(older, tl.exp2(score - top), 0.0)
-        total = tl.sum(prob, 0)
-        acc = tl.sum(prob[:, None] * v.to(tl.float32), 0)                                          # [BLOCK_K]
-        for other in tl.static_range(row + 1):
-            pos = first + other
-            mine = (pos // SPLIT == split) & (pos < M)
-            angle = tl.minimum(pos, M - 1) * K + col
-            cos = tl.load(cos_ptr + angle, mask=col < K, other=0.0).to(tl.float32)
-            sin = tl.load(sin_ptr + angle, mask=col < K, other=0.0).to(tl.float32)
-            sin = tl.where(col < K // 2, -sin, sin)
-            new_ptr = qkv_ptr + other * qkv_stride + key * K
-            fresh = tl.load(new_ptr + col, mask=mine & (col < K), other=0.0)
-            turned = tl.load(new_ptr + turned_col, mask=mine & (col < K), other=0.0)
-            fresh = rotate(fresh, turned, cos, sin, fresh.dtype)
-            value = tl.load(new_ptr + (H // GROUP) * K + col, mask=mine & (col < K), other=0.0)
-            if other == row:                                     # heads that share a key head write the same bits
-                tl.store(k_ptr + pos * K + col, fresh, mask=mine & (col < K))
-                tl.store(v_ptr + pos * K + col, value, mask=mine & (col < K))
-            one = tl.where(mine, tl.sum(fresh.to(tl.float32) * q, 0) * scale, NEVER)
-            new_top = tl.maximum(top, one)
-            shrink, weight = tl.exp2(top - new_top), tl.where(mine, tl.exp2(one - new_top), 0.0)
-            total = total * shrink + weight
-            acc = acc * shrink + weight * value.to(tl.float32)
-            top = new_top
-        place = (head * T + split) * MAX_ROWS + row
-        tl.store(top_ptr + place, top)
-        tl.store(total_ptr + place, total)
-        tl.store(mixed_ptr + place.to(tl.int64) * K + col, acc, mask=col < K)
+    q_ptr, new_ptr = qkv_ptr + head * K, qkv_ptr + (H + head // GROUP) * K
+    q = tl.load(q_ptr + col, mask=inside, other=0.0)
+    q = rotate(q, tl.load(q_ptr + turned_col, mask=inside, other=0.0), cos, sin, q.dtype).to(tl.float32)
+    score = tl.where(older, tl.sum(k.to(tl.float32) * q[None, :], 1) * scale, NEVER)               # [SPLIT]
+    top = tl.max(score, 0)
+    prob = tl.where(older, tl.exp2(score - top), 0.0)
+    total = tl.sum(prob, 0)
+    acc = tl.sum(prob[:, None] * v.to(tl.float32), 0)                                              # [BLOCK_K]
+    mine = (first // SPLIT == split) & (first < M)
+    fresh = tl.load(new_ptr + col, mask=mine & inside, other=0.0)
+    turned = tl.load(new_ptr + turned_col, mask=mine & inside, other=0.0)
+    fresh = rotate(fresh, turned, cos, sin, fresh.dtype)
+    value = tl.load(new_ptr + (H // GROUP) * K + col, mask=mine & inside, other=0.0)
+    tl.store(k_ptr + first * K + col, fresh, mask=mine & inside)         # heads that share a key head write the same
+    tl.store(v_ptr + first * K + col, value, mask=mine & inside)
+    own = tl.where(mine, tl.sum(fresh.to(tl.float32) * q, 0) * scale, NEVER)
+    new_top = tl.maximum(top, own)
+    shrink, weight = tl.exp2(top - new_top), tl.where(mine, tl.exp2(own - new_top), 0.0)
+    place = head * T + split
+    tl.store(top_ptr + place, new_top)
+    tl.store(total_ptr + place, total * shrink + weight)
+    tl.store(mixed_ptr + place.to(tl.int64) * K + col, acc * shrink + weight * value.to(tl.float32), mask=inside)
     if PDL:
         gdc_launch_dependents()
 
@@ -382,24 +368,25 @@ def split_attention(q_SHK, k_NMK, v_NMK, pos_ids_S, cos_sin, work, **override):
     H = E if cos_sin is None else E - 2 * N
     assert work.cache_rows >= M, f"attention: scratch for {work.cache_rows} cache rows, the cache has {M}"
     drafts = work.drafts and cos_sin is not None
-    pair, few = drafts and S <= PAIR, drafts and PAIR < S <= FEW
-    split, rows = (PAIR_SPLIT, PAIR) if pair else (FEW_SPLIT, FEW) if few else (SPLIT, MAX_ROWS)
+    single, few = drafts and S == 1, drafts and 1 < S <= FEW
+    split, rows = (SINGLE_SPLIT, 1) if single else (FEW_SPLIT, FEW) if few else (SPLIT, MAX_ROWS)
     T = triton.cdiv(M, split)
     out_SHK = torch.empty((S, H, K), dtype=q_SHK.dtype, device=q_SHK.device)
     cos_MK, sin_MK = cos_sin or (q_SHK, q_SHK)
-    shape = dict(H=H, K=K, T=T, BLOCK_K=max(16, triton.next_power_of_2(K)), SPLIT=split, MAX_ROWS=rows, PDL=work.pdl,
+    shape = dict(H=H, K=K, T=T, BLOCK_K=max(16, triton.next_power_of_2(K)), SPLIT=split, PDL=work.pdl,
                  launch_pdl=work.pdl, enable_fp_fusion=False)
-    given = (q_SHK, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK, work.mixed, work.top, work.total, q_SHK.stride(0),
-             k_NMK.stride(0), v_NMK.stride(0))
-    if pair:
+    given, scratch = (q_SHK, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK), (work.mixed, work.top, work.total)
+    strides, scale = (k_NMK.stride(0), v_NMK.stride(0)), K ** -0.5 * LOG2E
+    if single:
         config = {**dict(EARLY=not INTERPRETED, num_warps=2), **override}
-        pair_kernel[(H, T)](*given, M, K ** -0.5 * LOG2E, GROUP=H // N, ROWS=S, **shape, **config)
+        single_kernel[(H, T)](*given, *scratch, *strides, M, scale, GROUP=H // N, **shape, **config)
     else:
         config = {**step_config(K, q_SHK.element_size(), work.pdl, q_SHK.device), **override}
         assert split % config["BLOCK_M"] == 0, f"attention: tiles of {config['BLOCK_M']} rows overlap splits of {split}"
-        step_kernel[(H, T)](*given, S, M, K ** -0.5 * LOG2E, GROUP=H // N, FUSED=cos_sin is not None, **shape, **config)
-    combine_kernel[(H, S)](pos_ids_S, work.mixed, work.top, work.total, out_SHK, S, M,
-                           CHUNK=min(32, triton.next_power_of_2(T)), num_warps=4, **shape)
+        step_kernel[(H, T)](*given, *scratch, q_SHK.stride(0), *strides, S, M, scale, GROUP=H // N, MAX_ROWS=rows,
+                            FUSED=cos_sin is not None, **shape, **config)
+    combine_kernel[(H, S)](pos_ids_S, *scratch, out_SHK, S, M, CHUNK=min(32, triton.next_power_of_2(T)), MAX_ROWS=rows,
+                           num_warps=4, **shape)
     return out_SHK
 
 

@@ -106,20 +106,29 @@ def step_ms(chain, work, S, context, **override):
     return time_ms(lambda: chain.step(x_SD, pos_ids_S, work, **override))[1]
 
 
-PLAIN_TUNE = dict(
+def tiles(*choices):
+    """Launch choices of kernels/quant.py."""
+    return [dict(zip(("TILES", "num_warps", "AHEAD"), choice, strict=True)) for choice in choices]
+
+
+TUNE = dict(plain=dict(
     qkv=[dict(num_stages=3), dict(PREFETCH=0), dict(PREFETCH=4), dict(LATE=2), dict(LATE=8)],
     o=[dict(num_stages=4), dict(num_stages=8), dict(PREFETCH=8), dict(LATE=2), dict(LATE=8)],
     gate_up=[dict(num_stages=4), dict(PREFETCH=0), dict(PREFETCH=4), dict(LATE=2), dict(LATE=8)],
     down=[dict(num_stages=4), dict(num_stages=8), dict(PREFETCH=8), dict(LATE=2), dict(LATE=8)],
-    attention=[dict(BLOCK_M=32), dict(num_stages=2), dict(PREFETCH=0), dict(PREFETCH=128)])
-TUNE = dict(plain=PLAIN_TUNE)
+    attention=[dict(BLOCK_M=32), dict(num_stages=2), dict(PREFETCH=0), dict(PREFETCH=128)]), int4=dict(
+    qkv=tiles((1, 8, 4), (2, 4, 2), (2, 4, 4), (2, 8, 2), (4, 4, 2)),
+    o=tiles((1, 8, 4), (1, 16, 2), (2, 4, 4), (2, 8, 2)),
+    gate_up=tiles((2, 4, 2), (2, 4, 3), (2, 8, 2), (4, 4, 2)),
+    down=tiles((1, 8, 4), (1, 16, 2), (2, 8, 2), (2, 16, 1)),
+    head=tiles((1, 4, 3), (2, 4, 2), (2, 8, 1))))
 
 
 def tune(chain, work):
     """One launch choice at a time, in a whole step."""
     few, many = ROWS[chain.kind][0], ROWS[chain.kind][-1]
     rows = [("as it is", *(step_ms(chain, work, S, 2100) for S in (few, many)))]
-    for name, choices in TUNE.get(chain.kind, {}).items():
+    for name, choices in TUNE[chain.kind].items():
         for choice in choices:
             rows.append((f"{name} {choice}", *(step_ms(chain, work, S, 2100, **{name: choice}) for S in (few, many))))
     table(f"{chain.kind}: one launch choice at a time, p50 ms at context 2,100",

@@ -1,22 +1,34 @@
-"""quant: y = x @ w.T with weights packed to 8 or 4 bits, for a drafter's steps of one or two rows; the same call and
-the same folds (norm, SwiGLU, residual) as kernels/skinny.py; kernels/products.py chooses between them.
+"""quant: y = x @ w.T with weights packed to 4 or 8 bits, for steps of 1 to 16 rows that only drafts hang on; the same
+call and the same folds (norm, SwiGLU, residual) as kernels/skinny.py. kernels/products.py chooses between them.
 
-A weight is scale * (u - 2^(bits-1)), u unsigned. One fp16 scale stands over a group of 128 inner columns of one output.
-A group fills 128 * bits / 32 words: value i of word j is column i * words + j, so that value i of consecutive words
-meets consecutive columns of x. Unpacking costs an and-or and a subtraction: the bits land in the mantissa of
-2^(23 - place), which makes that float the integer plus a constant.
-
-One program sums BLOCK_O outputs by plain multiply-add, its threads along the inner columns,
-16 bytes of words each, the next words on their way while these are used; the first are asked for before the wait on
-the kernel ahead. The scale meets the sum of 4 words, never a weight. The norm's weight is folded into the packed one,
-its factor meets the result, its sum of squares is taken along the way. HALF: two 4-bit weights at a time in fp16, 4
-products a chain, fp32 from there on.
-A row's bits may depend on the row count; only drafts hang on them, never an answer. Steps of 3 to 16 rows go to
-kernels/quant_rows.py, by tensor cores.
+A weight is scale * (u - 2^(bits-1)), u unsigned; one fp16 scale stands over 128 inner columns of one output. The tensor
+cores' instruction of 16 outputs, 16 inner columns and 8 rows of x (m16n8k16, the weights its tall operand, as Marlin
+does) is written in PTX: weights are packed in the order in which threads want them in registers, so that a warp loads
+512 contiguous bytes at a time and a 4-bit value becomes half a register by a shift and an and-or: its bits land in a
+mantissa, as u + 128 in bf16, u + 1024 in fp16. A product of x with a constant takes away what that is too much. Each
+thread copies its words to shared memory ahead of time (cp.async) and reads only what it has copied itself: a queue
+without barriers, filled before the wait on the kernel ahead. A program's warps have inner columns of their own, and
+their sums meet once, at the end. A norm's weight is folded into the packed one, its sums of squares are the diagonal of
+x @ x.T, its factor meets the result. A row's bits may depend on the row count, and on nothing else.
 
 Bytes: O*D*bits/8 + O*D/64 of scales. LLaMA-7B, a layer at 4 bits: qkv 26.0 MB, o 8.7, gate-up 46.5, down 23.2; with an
-8-bit head of 133 MB 3.47 GB a step, 1.12 ms at 3.1 TB/s; all at 8 bits 6.71 GB, 2.16 ms."""
+8-bit head of 133 MB 3.47 GB a step, 0.79 ms at the 4.4 TB/s that an H200 reads.
 
+One H200, bf16 x, target shapes, context 2,100, ms a step of 1 / 2 / 4 / 8 / 16 rows: 1.82 / 1.88 / 1.88 / 1.98 / 2.49.
+Before, multiply-add for one row or two and Triton's own dot for more: 1.92 / 3.04 / 3.35 / 3.39 / 3.43. Products one
+after the other over all layers, microseconds for 1 row (16 rows), beside their bytes at 4.35 TB/s: qkv 9.3 (14.8) 6.0,
+o 4.1 (6.9) 2.0, gate-up 15.5 (19.8) 10.7, down 8.4 (13.4) 5.4, head 36 (44) 31.
+What made a difference, 1 row, microseconds:
+- two tiles of outputs a program, so that all programs of a product are resident at once: qkv 8.6, with one tile 13.3;
+- words on their way in shared memory in place of registers, which then let in more programs: gate-up 15.5 of 19.5;
+- plain loads and not `ld.global.nc`, which ptxas moves behind the wait on the kernel ahead.
+Tried and dropped: a head of 4 bits (24 in place of 36: 0.6 % of a step, for worse drafts); releasing the next kernel
+before the wait (0.6 % slower at 1 row, 1 % faster at 16); two warps a program (gate-up 20 to 26, qkv 15.8); all rounds
+unrolled (no faster, ten times the compile time); weights of bf16 by this kernel (a step of 4.27 ms, skinny 3.98)."""
+
+# mypy: disable-error-code="assignment"
+import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -24,39 +36,38 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention import FEW, PAIR, loads_before
-from kernels.check import INTERPRETED, self_check
+from kernels.attention import FEW, loads_before
+from kernels.check import self_check
 from kernels.rmsnorm import rmsnorm_ref
 from kernels.swiglu import silu_times, swiglu_ref
 
 BITS = {"int4": (4, 8), "fp8+int4": (4, 8)}                  # bits of a packed model's layers, and of its head
 MAX_PACKED_ROWS = FEW                # rows of a step with packed weights
-PACK_ROWS = 1024                     # packed at a time
+PACK_ROWS = 1024                     # packed at a time; whole tiles
+TURNED = 64                          # columns of a stream that are turned into each other
 RATIOS = {8: (1.0,), 4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)}  # of the widest scale, tried for the least squared error
+SHARED = 48 * 1024                   # bytes that a program may declare
+TILE = 16                            # outputs of one matrix instruction; 16 in the kernel's code
+BLOCK = 64                           # inner columns of a tile, four such instructions; 64 there
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A weight [O, D] in few bits."""
-    words_OW: torch.Tensor      # int32, W = D * bits / 32
-    scale_OG: torch.Tensor      # fp16, G = D / group
-    scale_GO: torch.Tensor      # the same once more, as kernels/quant_rows.py reads it
+    """A weight [O, D] in few bits, in tiles of 16 outputs by 64 inner columns."""
+    words: torch.Tensor         # int32 [tiles, D / 64, bits / 4, 32 threads, 4]; see `places`
+    scales: torch.Tensor        # fp16 [tiles, D / group, 8, 2]: outputs g and g + 8
+    O: int
     bits: int                   # 4 or 8
-    group: int                  # inner columns under one scale
+    group: int                  # inner columns under one scale: 128, or 64
     normed: bool = False        # the weight of the norm in front is folded in
 
     @property
     def shape(self):
-        return torch.Size((self.words_OW.shape[0], self.words_OW.shape[1] * 32 // self.bits))
+        return torch.Size((self.O, self.words.shape[1] * BLOCK))
 
     @property
     def nbytes(self) -> int:
-        """Of what one product reads."""
-        return self.words_OW.nbytes + self.scale_OG.nbytes
-
-    @property
-    def held_bytes(self) -> int:
-        return self.nbytes + self.scale_GO.nbytes
+        return self.words.nbytes + self.scales.nbytes
 
 
 class NotPackable(ValueError):
@@ -64,31 +75,84 @@ class NotPackable(ValueError):
 
 
 def group_of(D: int) -> int:
-    """Inner columns under one scale: 128, or the largest power of two below it that divides them."""
-    return min(128, D & -D)
+    if D % BLOCK:
+        raise NotPackable(f"{D} inner columns; wants a multiple of {BLOCK}")
+    return 128 if D % 128 == 0 else 64
 
 
-def packed_bytes(O: int, D: int, bits: int, group: int | None = None) -> int:
+def packed_bytes(O: int, D: int, bits: int) -> int:
     """Bytes of a Packed weight [O, D]."""
-    return O * D * bits // 8 + 4 * O * D // (group or group_of(D))
+    rows = triton.cdiv(O, TILE) * TILE
+    return rows * D * bits // 8 + 2 * rows * D // group_of(D)
 
 
-def quantise(w_OD, bits, group=None, norm_D=None) -> Packed:
+@functools.cache
+def places(bits):
+    """int64 [16 * 64]: which weight of a tile, counted by output and column, stands at [quad of words, thread, word,
+    value]. Thread 4 g + t of a warp has outputs g and g + 8 and columns 8 t .. 8 t + 7 of every 32, so that it loads 16
+    bytes of x at a time; any order of the columns does, if x has the same."""
+    per = 32 // bits
+    at = torch.empty(bits // 4, 32, 4, per, dtype=torch.int64)
+    for quad, thread, word, value in itertools.product(*map(range, at.shape)):
+        number = 4 * quad + word                             # of this thread's words
+        instruction, register = (number, value % 4) if bits == 4 else (number // 2, number % 2 * 2 + value % 2)
+        half = value // (per // 2)                           # of a register: two 16-bit floats
+        g, t = thread // 4, thread % 4
+        row = g + 8 * (register % 2)
+        column = instruction // 2 * 32 + 8 * t + instruction % 2 * 4 + register // 2 * 2 + half
+        at[quad, thread, word, value] = row * BLOCK + column
+    return at.flatten()
+
+
+@functools.cache
+def hadamard(B: int, dtype, device):
+    """[B, B] of 1 and -1 over the root of B, a power of two: symmetric, and its own inverse."""
+    H = torch.ones(1, 1)
+    while len(H) < B:
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    return (H * B ** -0.5).to(device, dtype)
+
+
+def turned(x_SD):
+    """Rows with every 64 columns (fewer if D asks for it) turned into each other; twice turned is as it was.
+
+    A model whose stream is turned computes the same: `quantise` turns what reads the stream and what writes it, and a
+    norm without a weight sees no difference. But what sticks out in a column, of weights or of their inputs, is shared
+    by 64, and 4 bits lose less. Drafts that are right, of SmolLM2-135M's own text: 0.779 -> 0.846 of 1,380 ids
+    (tests/agreement.py). Source of the idea: QuaRot, arXiv 2404.00456."""
+    D = x_SD.shape[1]
+    B = min(TURNED, D & -D)
+    return (x_SD.unflatten(1, (-1, B)) @ hadamard(B, x_SD.dtype, x_SD.device)).flatten(1)
+
+
+def uneven(w_OD, norm_D) -> float:
+    """Whether a weight behind a norm gains by `turned`: its fourth moment over the second squared. Turned weights have
+    3, as normal ones, whose groups are even. SmolLM2-135M: 28 (qkv) and 7 (gate-up); stories260K: 12; the embedded
+    pair: 2.7, and turned it would lose more."""
+    square = (w_OD.float() * norm_D.float()).square_()
+    return (square.square().mean() / square.mean().square()).item()
+
+
+def quantise(w_OD, bits, norm_D=None, turn=False) -> Packed:
     """Rounds to the nearest of 2^bits steps. The largest weight of a group, with its sign, is the lowest step, which
     has no counterpart above; at 4 bits narrower scales are tried too: a few clipped weights can pay for finer steps.
-    norm_D: the weight of an RMSNorm in front, folded in: programs would read it as often as x. Rows are independent,
-    and go PACK_ROWS at a time: one takes a dozen times its own size meanwhile."""
+    norm_D: the weight of an RMSNorm in front, folded in: programs would read it as often as x. turn: for a stream that
+    is `turned`, which a weight behind a norm reads and any other writes. Rows are independent, and go PACK_ROWS at a
+    time: one takes a dozen times its own size meanwhile.
+    Tried and dropped, share of right drafts of SmolLM2-135M beside 0.833 (turned densely, groups of 64): zero points
+    0.830, half-quadratic fitting 0.840 (both one more fp16 a group), a finer search of scales 0.836, groups of 32
+    0.849 (twice the scales), a 4-bit head 0.776."""
+    if turn and norm_D is None:
+        return quantise(turned(w_OD.float().T).T, bits)
     if len(w_OD) > PACK_ROWS:
-        parts = [quantise(part, bits, group, norm_D) for part in w_OD.split(PACK_ROWS)]
-        return Packed(torch.cat([p.words_OW for p in parts]), torch.cat([p.scale_OG for p in parts]),
-                      torch.cat([p.scale_GO for p in parts], 1), bits, parts[0].group, parts[0].normed)
+        parts = [quantise(part, bits, norm_D, turn) for part in w_OD.split(PACK_ROWS)]
+        return Packed(torch.cat([p.words for p in parts]), torch.cat([p.scales for p in parts]), len(w_OD), bits,
+                      parts[0].group, parts[0].normed)
     (O, D), half, per = w_OD.shape, 1 << bits - 1, 32 // bits
-    group = group or group_of(D)
-    span = group // per                                      # words of a group
-    if D % group or span < 4 or span & (span - 1):
-        raise NotPackable(f"{D} inner columns in groups of {group}; wants whole groups, a power of two from "
-                         f"{4 * per} up")
-    w = (w_OD.float() if norm_D is None else w_OD.float() * norm_D.float()).reshape(O, D // group, group)
+    group, tiles = group_of(D), triton.cdiv(O, TILE)
+    w = w_OD.float() if norm_D is None else w_OD.float() * norm_D.float()
+    w = turned(w) if turn else w
+    w = torch.nn.functional.pad(w, (0, 0, 0, tiles * TILE - O)).view(-1, D // group, group)
     widest = w.gather(2, w.abs().argmax(2, keepdim=True)) / -half
     best = scale = q = None
     for ratio in RATIOS[bits]:
@@ -100,22 +164,23 @@ def quantise(w_OD, bits, group=None, norm_D=None) -> Packed:
         else:
             better = err < best
             best, scale, q = err.minimum(best), torch.where(better, s, scale), torch.where(better, steps, q)
-    u = (q + half).to(torch.int32).view(O, D // group, per, span)
-    words = u[:, :, 0].clone()
+    u = (q + half).to(torch.int32).view(tiles, TILE, D // BLOCK, BLOCK).transpose(1, 2).flatten(2)
+    u = u[:, :, places(bits).to(u.device)].view(tiles, D // BLOCK, bits // 4, 32, 4, per)
+    words = u[..., 0].clone()
     for i in range(1, per):
-        words |= u[:, :, i] << bits * i
-    scale_OG = scale.view(O, D // group)
-    return Packed(words.view(O, D // per), scale_OG, scale_OG.t().contiguous(), bits, group, norm_D is not None)
+        words |= u[..., i] << bits * i
+    scales = scale.view(tiles, 2, 8, D // group).permute(0, 3, 2, 1).contiguous()
+    return Packed(words, scales, O, bits, group, norm_D is not None)
 
 
 def dequantise(w: Packed, dtype=torch.float32):
     """[O, D]; exact in fp32."""
-    (O, D), per = w.shape, 32 // w.bits
-    words = w.words_OW.view(O, D // w.group, 1, w.group // per)
-    shift = torch.arange(0, 32, w.bits, dtype=torch.int32, device=words.device).view(1, 1, per, 1)
-    u = (words >> shift) & (1 << w.bits) - 1
-    scaled = (u - (1 << w.bits - 1)).to(dtype).flatten(2) * w.scale_OG.to(dtype)[:, :, None]
-    return scaled.view(O, D)
+    (O, D), tiles = w.shape, len(w.words)
+    shift = torch.arange(0, 32, w.bits, dtype=torch.int32, device=w.words.device)
+    u = ((w.words[..., None] >> shift) & (1 << w.bits) - 1).view(tiles, D // BLOCK, -1)
+    u = u[:, :, places(w.bits).argsort().to(u.device)].view(tiles, -1, TILE, BLOCK).transpose(1, 2)
+    scale = w.scales.to(dtype).permute(0, 3, 2, 1).reshape(tiles * TILE, -1, 1)
+    return ((u - (1 << w.bits - 1)).to(dtype).reshape(len(scale), -1, w.group) * scale).reshape(-1, D)[:O]
 
 
 def quant_ref(x_SD, w: Packed, norm=None, residual=None, gated=False):
@@ -125,209 +190,367 @@ def quant_ref(x_SD, w: Packed, norm=None, residual=None, gated=False):
     return y_SO if residual is None else residual + y_SO
 
 
-@triton.jit
-def unpack(words, I: tl.constexpr, BITS: tl.constexpr):
-    """Value I of each word as fp32, exact, in -2^(BITS-1) .. 2^(BITS-1) - 1."""
-    FIT: tl.constexpr = 23 // BITS                           # values whose place lies inside a mantissa
-    PLACE: tl.constexpr = I % FIT * BITS
-    moved = words if I < FIT else words >> I // FIT * FIT * BITS
-    MASK: tl.constexpr = ((1 << BITS) - 1) << PLACE
-    MAGIC: tl.constexpr = (150 - PLACE) << 23                # 2^(23 - PLACE): its last place is worth 2^-PLACE
-    OFFSET: tl.constexpr = (1 << 23 - PLACE) + (1 << BITS - 1)
-    return ((moved & MASK) | MAGIC).to(tl.float32, bitcast=True) - OFFSET
+@triton.constexpr_function
+def unpacking(bits, bf16):
+    """PTX that turns a thread's weights for one matrix instruction, a word of 4-bit or two of 8-bit ones, into its four
+    registers, pairs of 16-bit floats. 4 bits: u + 128 or 1024, which `excess` puts right; 8 bits: u - 128, exact."""
+    if bits == 4:
+        magic = 0x43004300 if bf16 else 0x64006400
+        lines = [f"shr.u32 v, $4, {4 * i}; lop3.b32 ${i}, v, 0x000f000f, {magic}, 0xea;" for i in range(4)]
+        return f"{{.reg .b32 v; {' '.join(lines)}}}"
+    pick = [f"shr.u32 v, ${4 + i // 2}, {8 * (i % 2)};" for i in range(4)]      # bytes 0 and 2; others are masked out
+    if bf16:                                                 # 128 + the low 7 bits, less 128 if bit 7 is set, else 256
+        one, fma, mask, magic = 0x3f803f80, "fma.rn.bf16x2", 0x007f007f, 0x43004300
+        pick = [line + "lop3.b32 less, v, 0x00800080, 0xc380c380, 0x6a;" for line in pick]
+    else:                                                    # 1024 + u, less 1152
+        one, fma, mask, magic = 0x3c003c00, "fma.rn.f16x2", 0x00ff00ff, 0x64006400
+        pick = [line + "mov.b32 less, 0xe480e480;" for line in pick]
+    lines = [f"{line} lop3.b32 v, v, {mask}, {magic}, 0xea; {fma} ${i}, v, one, less;" for i, line in enumerate(pick)]
+    return f"{{.reg .b32 v, one, less; mov.b32 one, {one}; {' '.join(lines)}}}"
+
+
+@triton.constexpr_function
+def excess(bf16):
+    """-136 or -1032, twice: what the middle of 4 bits, 8, and `unpacking` add to a weight."""
+    return f"mov.b32 $0, {0xc308c308 if bf16 else 0xe408e408};"
+
+
+@triton.constexpr_function
+def squaring(bf16):
+    kind = "bf16" if bf16 else "f16"
+    return (f"mma.sync.aligned.m16n8k8.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{$4, $5}}, {{$6}}, "
+            "{$7, $8, $9, $10};")
+
+
+@triton.constexpr_function
+def multiplying(bf16):
+    kind = "bf16" if bf16 else "f16"
+    return (f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, "
+            "{$8, $9}, {$10, $11, $12, $13};")
 
 
 @triton.jit
-def half_pair(low, high):
-    """Two fp32 as fp16 in one word."""
-    return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32,
-                                     is_pure=True, pack=1)
+def multiplied(a, b0, b1, c0, c1, c2, c3, BF16: tl.constexpr):
+    """c + a @ b of a warp, [16, 8], in the registers of its threads."""
+    return tl.inline_asm_elementwise(
+        multiplying(BF16), "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [a[0], a[1], a[2], a[3], b0, b1, c0, c1, c2, c3],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1)
+
+
+@triton.constexpr_function
+def queue_of(size):
+    return f"{{.shared .align 16 .b8 queue[{size}]; mov.u32 $0, queue; add.u32 $0, $0, $1;}}"
+
+
+@triton.constexpr_function
+def copying(size):
+    how = "cg" if size == 16 else "ca"
+    return f"cp.async.{how}.shared.global [$1], [$2], {size}, $3; mov.u32 $0, 0;"
+
+
+@triton.constexpr_function
+def waiting(left):
+    return f"cp.async.wait_group {left}; mov.u32 $0, 0;"
 
 
 @triton.jit
-def dot_of_nibbles(words, x04, x15, x26, x37):
-    """A sixteenth of the sum of a word's eight weights times eight x, fp32. Values n and n + 4 share an instruction:
-    0x6400 + u is 1024 + u in fp16, 0x6400 + 16 u is 1024 + 16 u; (u - 8) / 16 is exact, and a chain of four products
-    fits fp16 up to |x| = 32,000. Adding the last two in fp16, one instruction less, was no faster (qkv 12.8 against
-    12.3 microseconds, down 11.5 against 11.0)."""
-    return tl.inline_asm_elementwise("""{
-        .reg .b32 w, a, b, c, d, s, by16, by256, less64, less4; .reg .f16 low, high; .reg .f32 f, g;
-        mov.b32 by16, 0x2c002c00;
-        mov.b32 by256, 0x1c001c00;
-        mov.b32 less64, 0xd408d408;
-        mov.b32 less4, 0xc480c480;
-        shr.u32 w, $1, 8;
-        lop3.b32 a, $1, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 b, $1, 0x00f000f0, 0x64006400, 0xea;
-        lop3.b32 c, w, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 d, w, 0x00f000f0, 0x64006400, 0xea;
-        fma.rn.f16x2 a, a, by16, less64;
-        fma.rn.f16x2 b, b, by256, less4;
-        fma.rn.f16x2 c, c, by16, less64;
-        fma.rn.f16x2 d, d, by256, less4;
-        mul.rn.f16x2 s, a, $2;
-        fma.rn.f16x2 s, b, $3, s;
-        fma.rn.f16x2 s, c, $4, s;
-        fma.rn.f16x2 s, d, $5, s;
-        mov.b32 {low, high}, s;
-        cvt.f32.f16 f, low;
-        cvt.f32.f16 g, high;
-        add.f32 $0, f, g;
-        }""", "=f,r,r,r,r,r", [words, x04, x15, x26, x37], dtype=tl.float32, is_pure=True, pack=1)
+def enqueue(queue, w_ptrs, scale_ptrs, group, thread, G: tl.constexpr, TILES: tl.constexpr, QUADS: tl.constexpr,
+            THREADS: tl.constexpr):
+    """Starts to copy one group's words and scales, zeros where it is none, to a thread's own places of shared memory,
+    from `queue` on: nobody else reads them, so nobody has to be waited for."""
+    there = (group < G).to(tl.int32)
+    group = tl.minimum(group, G - 1)
+    for i in tl.static_range(TILES):
+        for quad in tl.static_range(QUADS):
+            tl.inline_asm_elementwise(copying(16), "=r,r,l,r", [queue + ((i * QUADS + quad) * THREADS + thread) * 16,
+                                                                w_ptrs[i] + (group * QUADS + quad) * 128, there * 16],
+                                      dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(copying(4), "=r,r,l,r", [queue + (TILES * QUADS * 4 + i) * THREADS * 4 + thread * 4,
+                                                         scale_ptrs[i] + group * 8, there * 4],
+                                  dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise("cp.async.commit_group; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def scales(ptrs, BY_HAND: tl.constexpr):
-    """The fp16 at these addresses as fp32. BY_HAND: in whatever layout the sums have. tl.load would choose one of its
-    own, and Triton 3.6 then sends the sums through shared memory in every round."""
-    if BY_HAND:
-        return tl.inline_asm_elementwise("{.reg .f16 h; ld.global.nc.b16 h, [$1]; cvt.f32.f16 $0, h;}", "=f,l", [ptrs],
-                                         dtype=tl.float32, is_pure=False, pack=1)
-    return tl.load(ptrs).to(tl.float32)
+def dequeued(queue, block, thread, TILES: tl.constexpr, QUADS: tl.constexpr, BITS: tl.constexpr, THREADS: tl.constexpr):
+    """The words of a block of each tile."""
+    words = ()
+    for i in tl.static_range(TILES):
+        for quad in tl.static_range(BITS // 4):
+            place = (i * QUADS + block * (BITS // 4) + quad) * THREADS + thread
+            words = words + tl.inline_asm_elementwise(
+                "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [queue + place * 16],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1)
+    return words
 
 
 @triton.jit
-def held_columns(x_ptrs, held):
-    """x at the columns of one value of each word, fp32 [BLOCK_W]."""
-    return tl.load(x_ptrs, mask=held, other=0.0).to(tl.float32)
+def rows_at(ptrs):
+    """Eight 16-bit floats in four words."""
+    return tl.inline_asm_elementwise("ld.global.v4.u32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [ptrs],
+                                     dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1)
 
 
 @triton.jit
-def row_times_words(acc, square, w, scale, x_ptrs, held, BITS: tl.constexpr, SPAN: tl.constexpr, HALF: tl.constexpr,
-                    NORM: tl.constexpr):
-    """(acc, square) with a round of words [BLOCK_O, BLOCK_W] times one row of x added; acc [BLOCK_O, BLOCK_W / 4]."""
-    if HALF:
-        x0, x4 = held_columns(x_ptrs, held), held_columns(x_ptrs + 4 * SPAN, held)
-        x1, x5 = held_columns(x_ptrs + SPAN, held), held_columns(x_ptrs + 5 * SPAN, held)
-        x2, x6 = held_columns(x_ptrs + 2 * SPAN, held), held_columns(x_ptrs + 6 * SPAN, held)
-        x3, x7 = held_columns(x_ptrs + 3 * SPAN, held), held_columns(x_ptrs + 7 * SPAN, held)
-        if NORM:
-            square += x0 * x0
-            square += x1 * x1
-            square += x2 * x2
-            square += x3 * x3
-            square += x4 * x4
-            square += x5 * x5
-            square += x6 * x6
-            square += x7 * x7
-        part = dot_of_nibbles(w, half_pair(x0, x4)[None, :], half_pair(x1, x5)[None, :], half_pair(x2, x6)[None, :],
-                              half_pair(x3, x7)[None, :])
-    else:
-        part = tl.zeros(w.shape, dtype=tl.float32)
-        for i in tl.static_range(32 // BITS):
-            x = held_columns(x_ptrs + i * SPAN, held)
-            if NORM:
-                square += x * x
-            part += unpack(w, i, BITS) * x[None, :]
-    four = tl.sum(tl.reshape(part, (w.shape[0], w.shape[1] // 4, 4)), 2)
-    return acc + four * scale, square
+def fetch_rows(x_ptrs, block, there, COLUMNS: tl.constexpr, MASKED: tl.constexpr):
+    """x at a block of 64 inner columns, 0 where it is not there: 8 words of a thread for every eight rows."""
+    x = ()
+    for part in tl.static_range(2):
+        for j in tl.static_range(COLUMNS):
+            x = x + rows_at(x_ptrs[j] + block * 64 + part * 32)
+    if MASKED:
+        kept = ()
+        for k in tl.static_range(8 * COLUMNS):
+            kept = kept + (tl.where(there, x[k], 0),)
+        x = kept
+    return x
 
 
 @triton.jit
-def gemv_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residual_stride, O, eps,
-                D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-                BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr, UNROLL: tl.constexpr, HALF: tl.constexpr,
-                BY_HAND: tl.constexpr, LATE: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-                GATED: tl.constexpr, PDL: tl.constexpr):
-    """BLOCK_O outputs of one row or two; GATED, half of them are gates and half are ups.
+def columns_of(x, m: tl.constexpr, COLUMNS: tl.constexpr):
+    """x as the narrow operand of instruction m: two words of each eight rows."""
+    b = ()
+    for j in tl.static_range(COLUMNS):
+        b = b + (x[(m // 2 * COLUMNS + j) * 4 + m % 2 * 2], x[(m // 2 * COLUMNS + j) * 4 + m % 2 * 2 + 1])
+    return b
 
-    BLOCK_W is 128 words a warp: then words and x, each loaded in its own best layout, meet in one layout, and nothing
-    passes through shared memory before the last sum. UNROLL: rounds a loop; more of them keep more words on their way
-    and take more registers."""
-    tile = tl.program_id(0)
-    PER: tl.constexpr = 32 // BITS                                   # values of a word
-    WORDS: tl.constexpr = D // PER
-    SPAN: tl.constexpr = GROUP // PER                                # words of a group
-    WIDE: tl.constexpr = BLOCK_O // 2 if GATED else BLOCK_O          # outputs that are stored
+
+@triton.jit
+def squares(gram, b, COLUMNS: tl.constexpr, BF16: tl.constexpr):
+    """gram + x @ x.T, whose diagonal are sums of squares. The tall operand is two neighbouring words of x, as they are:
+    of eight registers for every eight rows the first two have the one's sums, the last two the other's."""
+    total = ()
+    for j in tl.static_range(COLUMNS):
+        for i in tl.static_range(2):
+            total = total + tl.inline_asm_elementwise(
+                squaring(BF16), "=f,=f,=f,=f,r,r,r,f,f,f,f",
+                [b[2 * j], b[2 * j + 1], b[2 * j + i], gram[j * 8 + i * 4], gram[j * 8 + i * 4 + 1],
+                 gram[j * 8 + i * 4 + 2], gram[j * 8 + i * 4 + 3]],
+                dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1)
+    return total
+
+
+@triton.jit
+def products_of(part, words, b, m: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr,
+                BF16: tl.constexpr):
+    """part + the products of instruction m of a block."""
+    made = ()
+    for i in tl.static_range(TILES):
+        a = tl.inline_asm_elementwise(unpacking(BITS, BF16), "=&r,=&r,=&r,=&r,r,r",
+                                      [words[i * BITS + m * (BITS // 4)],
+                                       words[i * BITS + m * (BITS // 4) + BITS // 4 - 1]],
+                                      dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1)
+        for j in tl.static_range(COLUMNS):
+            made = made + multiplied(a, b[2 * j], b[2 * j + 1], part[(i * COLUMNS + j) * 4],
+                                     part[(i * COLUMNS + j) * 4 + 1], part[(i * COLUMNS + j) * 4 + 2],
+                                     part[(i * COLUMNS + j) * 4 + 3], BF16)
+    return made
+
+
+@triton.jit
+def corrected(over, b, COLUMNS: tl.constexpr, BF16: tl.constexpr):
+    """over + the excess times x."""
+    a = tl.inline_asm_elementwise(excess(BF16), "=r,r", [b[0]], dtype=tl.int32, is_pure=True, pack=1)
+    total = ()
+    for j in tl.static_range(COLUMNS):
+        total = total + multiplied((a, a, a, a), b[2 * j], b[2 * j + 1], over[4 * j], over[4 * j + 1], over[4 * j + 2],
+                                   over[4 * j + 3], BF16)
+    return total
+
+
+@triton.jit
+def scaled(acc, part, over, queue, thread, TILES: tl.constexpr, COLUMNS: tl.constexpr, QUADS: tl.constexpr,
+           THREADS: tl.constexpr):
+    """acc + (part + over) * scales."""
+    total = ()
+    for i in tl.static_range(TILES):
+        low, high = tl.inline_asm_elementwise(
+            "{.reg .b32 v; .reg .f16 l, h; ld.shared.u32 v, [$2]; mov.b32 {l, h}, v; cvt.f32.f16 $0, l; "
+            "cvt.f32.f16 $1, h;}", "=&f,=&f,r", [queue + (TILES * QUADS * 4 + i) * THREADS * 4 + thread * 4],
+            dtype=(tl.float32, tl.float32), is_pure=False, pack=1)
+        for k in tl.static_range(COLUMNS * 4):
+            fresh = (part[i * COLUMNS * 4 + k] + over[k]) * (low if k % 4 < 2 else high)
+            total = total + (acc[i * COLUMNS * 4 + k] + fresh,)
+    return total
+
+
+@triton.jit
+def leave(queue, c, thread, CELLS: tl.constexpr, THREADS: tl.constexpr):
+    """Puts four values of this thread into each of its cells of shared memory."""
+    for k in tl.static_range(CELLS):
+        tl.inline_asm_elementwise("st.shared.v4.f32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;", "=r,r,f,f,f,f",
+                                  [queue + (k * THREADS + thread) * 16, c[4 * k], c[4 * k + 1], c[4 * k + 2],
+                                   c[4 * k + 3]], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def over_warps(queue, cell, lane, WARPS: tl.constexpr):
+    """The sums over the warps of what their threads in this lane left in a cell, always in the same order."""
+    total = ((lane * 0).to(tl.float32),) * 4
+    for warp in tl.static_range(WARPS):
+        place = queue + ((cell * WARPS + warp) * 32 + lane) * 16
+        c = tl.inline_asm_elementwise("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r", [place],
+                                      dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1)
+        total = (total[0] + c[0], total[1] + c[1], total[2] + c[2], total[3] + c[3])
+    return total
+
+
+@triton.jit
+def of_lane(x, lane):
+    """x of another thread of the warp."""
+    return tl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, lane],
+                                     dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def result_of(cell, lane, k: tl.constexpr, first, S, width, STORED: tl.constexpr, COLUMNS: tl.constexpr):
+    """(row, output, whether there is such a one) of a thread's k-th value of four in a cell, a tile and eight rows."""
+    row = lane % 4 * 2 + k % 2 + cell % COLUMNS * 8
+    out = first + cell // COLUMNS * 16 + lane // 4 + k // 2 * 8
+    return row, out, (row < S) & (out < width) & (cell < STORED * COLUMNS)
+
+
+@triton.jit(do_not_specialize=["S"])
+def quant_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residual_stride, S, O, eps,
+                 D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
+                 WARPS: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+                 GATED: tl.constexpr, PDL: tl.constexpr):
+    """TILES * 16 outputs of all rows, at most COLUMNS * 8; GATED, half of the tiles are gates and half are ups. Each
+    warp has groups of inner columns of its own.
+
+    A vector has one element for every thread: what a thread holds in registers is known, and written down in PTX."""
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    BF16: tl.constexpr = dtype == tl.bfloat16
+    THREADS: tl.constexpr = 32 * WARPS
+    G: tl.constexpr = D // GROUP
+    BLOCKS: tl.constexpr = GROUP // 64
+    QUADS: tl.constexpr = BLOCKS * (BITS // 4)                       # of words, of a thread, a tile and a group
+    ROUNDS: tl.constexpr = (G + WARPS - 1) // WARPS
+    DEPTH: tl.constexpr = AHEAD if AHEAD < ROUNDS else ROUNDS
+    SLOT: tl.constexpr = TILES * (QUADS * 16 + 4) * THREADS          # bytes of a round's words and scales
+    STORED: tl.constexpr = TILES // 2 if GATED else TILES            # tiles of results
+    pid = tl.program_id(0)
+    thread = tl.arange(0, THREADS)
+    warp, lane = thread // 32, thread % 32
     width = O // 2 if GATED else O
-    local, word, quad = tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_W // 4) * 4
-    w_row = tl.minimum(tile * WIDE + local % WIDE, width - 1) + local // WIDE * width   # past the edge any row will do
-    w_ptrs = w_ptr + w_row.to(tl.int64)[:, None] * WORDS + word[None, :]
-    scale_ptrs = scale_ptr + w_row[:, None] * (D // GROUP)
-    LAST: tl.constexpr = D // GROUP - 1                              # past the edge x is 0, and any scale will do
-    w = tl.load(w_ptrs, mask=(word < WORDS)[None, :], other=0, eviction_policy="evict_first")      # [BLOCK_O, BLOCK_W]
-    scale = scales(scale_ptrs + tl.minimum(quad // SPAN, LAST)[None, :], BY_HAND)              # [BLOCK_O, BLOCK_W / 4]
+    TURNS: tl.constexpr = (STORED * COLUMNS + WARPS - 1) // WARPS    # a warp's share of them
+    CELLS: tl.constexpr = (TILES + NORM) * COLUMNS * THREADS * 16    # bytes of what the warps leave each other
+    queue = tl.inline_asm_elementwise(queue_of(max(DEPTH * SLOT, CELLS)), "=r,r", [thread * 0], dtype=tl.int32,
+                                      is_pure=False, pack=1)
+    w_ptrs, scale_ptrs, x_ptrs = (), (), ()
+    for i in tl.static_range(TILES):
+        at = tl.minimum(pid * STORED + i % STORED, (width - 1) // 16) + i // STORED * (width // 16)
+        w_ptrs = w_ptrs + (w_ptr + at.to(tl.int64) * (D // 64 * (BITS // 4) * 128) + lane * 4,)
+        scale_ptrs = scale_ptrs + (scale_ptr + at.to(tl.int64) * (G * 8) + lane // 4,)
+    for r in tl.static_range(DEPTH):
+        enqueue(queue + r * SLOT, w_ptrs, scale_ptrs, warp + r * WARPS, thread, G, TILES, QUADS, THREADS)
     if PDL:                                                          # weights depend on nobody: on their way already
         gdc_wait()
-        if LATE == 0:
-            gdc_launch_dependents()
-    col = word // SPAN * GROUP + word % SPAN
-    acc0 = tl.zeros((BLOCK_O, BLOCK_W // 4), dtype=tl.float32)
-    acc1 = acc0
-    square0 = tl.zeros((BLOCK_W,), dtype=tl.float32)
-    square1 = square0
-    for start in tl.range(0, WORDS, BLOCK_W, loop_unroll_factor=UNROLL):
-        ahead = start + BLOCK_W
-        next_w = tl.load(w_ptrs + ahead, mask=(ahead + word < WORDS)[None, :], other=0, eviction_policy="evict_first")
-        next_scale = scales(scale_ptrs + tl.minimum((ahead + quad) // SPAN, LAST)[None, :], BY_HAND)
-        if BY_HAND:
-            loads_before()                                           # ptxas would put them last, to save registers
-        held = start + word < WORDS                                  # the last words need not fill a round
-        at = start * PER + col
-        acc0, square0 = row_times_words(acc0, square0, w, scale, x_ptr + at, held, BITS, SPAN, HALF, NORM)
-        if ROWS == 2:
-            acc1, square1 = row_times_words(acc1, square1, w, scale, x_ptr + x_stride + at, held, BITS, SPAN, HALF,
-                                            NORM)
-        w, scale = next_w, next_scale
-    if PDL and LATE == 1:
         gdc_launch_dependents()
-    out = tile * WIDE + tl.arange(0, WIDE)
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
-    for row in tl.static_range(ROWS):
-        y = tl.sum(acc0 if row == 0 else acc1, 1)                                                           # [BLOCK_O]
-        if HALF:
-            y *= 16.0
-        if NORM:
-            y *= tl.rsqrt(tl.sum(square0 if row == 0 else square1) / D + eps)
-        if GATED:                                                    # gates stand before ups
-            gate, up = tl.split(tl.permute(tl.reshape(y, (2, WIDE)), (1, 0)))
-            rounded = silu_times(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), dtype)
-        else:
-            rounded = y.to(dtype)
-        if RESIDUAL:
-            kept = tl.load(residual_ptr + row * residual_stride + out, mask=out < width, other=0.0)
-            rounded = (kept.to(tl.float32) + rounded.to(tl.float32)).to(dtype)
-        tl.store(y_ptr + row * width + out, rounded, mask=out < width)
+    zero = tl.zeros((THREADS,), dtype=tl.float32)
+    for j in tl.static_range(COLUMNS):
+        row = tl.minimum(lane // 4 + j * 8, S - 1)                   # a column that is not there may hold any row
+        x_ptrs = x_ptrs + (x_ptr + row.to(tl.int64) * x_stride + lane % 4 * 8,)
+    x = fetch_rows(x_ptrs, tl.minimum(warp, G - 1) * BLOCKS, warp < G, COLUMNS, NORM and G % WARPS > 0)
+    kept = ()
+    if RESIDUAL:
+        for turn in tl.static_range(TURNS):
+            for k in tl.static_range(4):
+                row, out, held = result_of(warp + turn * WARPS, lane, k, pid * STORED * 16, S, width, STORED, COLUMNS)
+                kept = kept + (tl.load(residual_ptr + row.to(tl.int64) * residual_stride + out, mask=held, other=0.0),)
+    acc, gram = (zero,) * (TILES * COLUMNS * 4), (zero,) * (COLUMNS * 8)
+    for r in range(ROUNDS):
+        slot, group = queue + r % DEPTH * SLOT, warp + r * WARPS
+        tl.inline_asm_elementwise(waiting(DEPTH - 1), "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        part, over = (zero,) * (TILES * COLUMNS * 4), (zero,) * (COLUMNS * 4)
+        for block in tl.static_range(BLOCKS):
+            words, now = dequeued(slot, block, thread, TILES, QUADS, BITS, THREADS), x
+            next_group = group + (block + 1) // BLOCKS * WARPS       # the last round's last are fetched in vain
+            x = fetch_rows(x_ptrs, tl.minimum(next_group, G - 1) * BLOCKS + (block + 1) % BLOCKS, next_group < G,
+                           COLUMNS, NORM and G % WARPS > 0)
+            loads_before()                                           # ptxas would put them last, to save registers
+            for m in tl.static_range(4):
+                b = columns_of(now, m, COLUMNS)
+                if NORM:
+                    gram = squares(gram, b, COLUMNS, BF16)
+                if BITS == 4:
+                    over = corrected(over, b, COLUMNS, BF16)
+                part = products_of(part, words, b, m, TILES, COLUMNS, BITS, BF16)
+        acc = scaled(acc, part, over, slot, thread, TILES, COLUMNS, QUADS, THREADS)
+        enqueue(slot, w_ptrs, scale_ptrs, group + DEPTH * WARPS, thread, G, TILES, QUADS, THREADS)
+    tl.inline_asm_elementwise(waiting(0), "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()                                               # nobody reads the queue any more
+    leave(queue, acc, thread, TILES * COLUMNS, THREADS)
+    if NORM:
+        for j in tl.static_range(COLUMNS):
+            leave(queue + (TILES * COLUMNS + j) * THREADS * 16, (gram[j * 8], gram[j * 8 + 1], gram[j * 8 + 6],
+                                                                 gram[j * 8 + 7]), thread, 1, THREADS)
+    tl.debug_barrier()
+    t = lane % 4
+    for turn in tl.static_range(TURNS):
+        cell = warp + turn * WARPS
+        mine = tl.minimum(cell, STORED * COLUMNS - 1)
+        y = over_warps(queue, mine, lane, WARPS)
+        if GATED:
+            up = over_warps(queue, mine + STORED * COLUMNS, lane, WARPS)
+        if NORM:                                                     # on the diagonal of x @ x.T
+            s0, s1, s2, s3 = over_warps(queue, TILES * COLUMNS + mine % COLUMNS, lane, WARPS)
+            even, odd = of_lane(s0 + s2, 9 * t), of_lane(s1 + s3, 9 * t + 4)
+            even, odd = tl.rsqrt(even / D + eps), tl.rsqrt(odd / D + eps)
+        for k in tl.static_range(4):
+            factor = (even if k % 2 == 0 else odd) if NORM else 1.0
+            value = (y[k] * factor).to(dtype)
+            if GATED:
+                value = silu_times(value.to(tl.float32), (up[k] * factor).to(dtype).to(tl.float32), dtype)
+            if RESIDUAL:
+                value = (kept[turn * 4 + k].to(tl.float32) + value.to(tl.float32)).to(dtype)
+            row, out, held = result_of(cell, lane, k, pid * STORED * 16, S, width, STORED, COLUMNS)
+            tl.store(y_ptr + row.to(tl.int64) * width + out, value, mask=held)
 
 
-def launch_config(O, D, bits):
-    """Tile and warps: the best of `--tune` on an H100, one row, bf16 x, at the shapes of LLaMA-7B.
-
-    Microseconds and TB/s at 4 bits: qkv 12.3 and 2.10, o 5.2 and 1.66, gate-up 19.6 and 2.38, down 11.0 and 2.11. One
-    warp and 4 outputs, the first guess, took 14.1, 6.4, 24.5 and 12.4; without HALF gate-up takes 25.9. At 8 bits: qkv
-    20.1 and 2.54, o 7.6 and 2.25, gate-up 32.9 and 2.78, down 17.6 and 2.60, head 46.5 and 2.87. A second row costs a
-    third to a half more at 4 bits: the instructions are the limit, not the bytes. Released late (LATE) a step is 3 to
-    4 % slower."""
-    wide, long = O > 4096, D > 4096
-    if bits == 4:
-        outputs, warps = (8, 4) if wide else (4, 2) if long else (4, 4)
+def launch_config(S, O, D, gated):
+    """Tiles and warps of a program, and rounds of words on their way."""
+    few = S <= 8
+    if gated:
+        tiles, warps, ahead = (2, 4, 3) if few else (4, 4, 2)
+    elif O <= 4096:
+        tiles, warps, ahead = (2, 8, 2) if not few else (1, 8, 4) if D <= O else (1, 16, 2)
     else:
-        outputs, warps = (2, 1) if O >= 20000 else (4, 2) if long else (2, 2)
-    return dict(BLOCK_O=outputs, BLOCK_W=128 * warps, num_warps=warps, UNROLL=1 if bits == 4 and not wide | long else 2,
-                HALF=bits == 4 and not INTERPRETED, BY_HAND=not INTERPRETED, LATE=0)
+        tiles, warps, ahead = (2, 8, 2) if few and O <= 16384 else (2, 4, 2)
+    return dict(TILES=tiles, num_warps=warps, AHEAD=ahead)
 
 
-def quant_skinny(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **override):
-    """x @ dequantise(w).T, [S, O] for one or two rows. Arguments as those of `skinny`; work says whether to start
-    early and is otherwise not used; of `norm` only the epsilon is, for w holds its weight."""
-    (S, D), O = x_SD.shape, w.shape[0]
-    assert 1 <= S <= PAIR, f"quant_skinny: {S} rows, wanted 1..{PAIR}"
+def quant(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **override):
+    """x @ dequantise(w).T, [S, O] for 1 to 16 rows. Arguments as those of `skinny`; of work only whether to start early
+    is used, and of `norm` only the epsilon, for w holds its weight. Rows of bf16 or fp16 that begin at multiples of 16
+    bytes go through the kernel, others through plain torch."""
+    (S, D), O = x_SD.shape, w.O
+    assert 1 <= S <= MAX_PACKED_ROWS, f"quant: {S} rows, wanted 1..{MAX_PACKED_ROWS}"
     assert w.shape[1] == D and x_SD.stride(1) == 1, \
-        f"quant_skinny: weight {tuple(w.shape)} for rows of {D}, strides {x_SD.stride()}"
-    assert w.normed == (norm is not None), f"quant_skinny: norm {norm is not None}, folded into the weight {w.normed}"
+        f"quant: weight {tuple(w.shape)} for rows of {D}, strides {x_SD.stride()}"
+    assert w.normed == (norm is not None), f"quant: norm {norm is not None}, folded into the weight {w.normed}"
     width = O // 2 if gated else O
     assert residual is None or residual.shape == (S, width) and residual.stride(1) == 1, \
-        f"quant_skinny: residual {tuple(residual.shape)} beside a result of {(S, width)}"
-    if x_SD.device.type == "cpu" and not INTERPRETED:
+        f"quant: residual {tuple(residual.shape)} beside a result of {(S, width)}"
+    assert not gated or width % TILE == 0, f"quant: {width} gates, wanted a multiple of {TILE}"
+    if not by_hand(x_SD):
         return quant_ref(x_SD, w, norm, residual, gated)
     y_SO = torch.empty((S, width), dtype=x_SD.dtype, device=x_SD.device)
-    pdl, config = work is not None and work.pdl, {**launch_config(O, D, w.bits), **override}
-    gemv_kernel[(triton.cdiv(O, config["BLOCK_O"]),)](
-        x_SD, w.words_OW, w.scale_OG, y_SO, residual if residual is not None else x_SD, x_SD.stride(0),
-        residual.stride(0) if residual is not None else 0, O=O, eps=norm[1] if norm else 0.0, D=D, BITS=w.bits,
-        GROUP=w.group, ROWS=S, NORM=norm is not None, RESIDUAL=residual is not None, GATED=gated, PDL=pdl,
-        launch_pdl=pdl, **config)
+    pdl, config = work is not None and work.pdl, {**launch_config(S, O, D, gated), **override}
+    slot = config["TILES"] * config["num_warps"] * (w.group * 2 * w.bits + 128)       # bytes of a round
+    config["AHEAD"] = max(1, min(config["AHEAD"], SHARED // slot))
+    quant_kernel[(triton.cdiv(width, config["TILES"] * TILE // (2 if gated else 1)),)](
+        x_SD, w.words, w.scales.view(torch.int32), y_SO, residual if residual is not None else x_SD, x_SD.stride(0),
+        residual.stride(0) if residual is not None else 0, S, O, norm[1] if norm else 0.0, D=D, BITS=w.bits,
+        GROUP=w.group, COLUMNS=1 if S <= 8 else 2, WARPS=config["num_warps"], NORM=norm is not None,
+        RESIDUAL=residual is not None, GATED=gated, PDL=pdl, launch_pdl=pdl, **config)
     return y_SO
+
+
+def by_hand(x_SD):
+    """Whether the kernel takes these rows."""
+    return x_SD.device.type != "cpu" and x_SD.element_size() == 2 and x_SD.stride(0) % 8 == 0 and \
+        x_SD.data_ptr() % 16 == 0
 
 
 def main():

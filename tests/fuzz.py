@@ -78,7 +78,7 @@ def damaged_lines(raw: bytes, chance) -> bytes:
 
 def damaged(kind, raw, chance):
     from test_media import damaged as damaged_bytes
-    if kind in ("config", "tokenizer", "dataset", "memory") and chance.random() < 0.6:
+    if kind in ("config", "tokenizer", "dataset", "lookup") and chance.random() < 0.6:
         return damaged_json(raw, chance)
     if kind in ("pairs", "rows") and chance.random() < 0.6:
         return damaged_lines(raw, chance)
@@ -211,25 +211,27 @@ def dataset(folder):
 
 
 def pairs(folder):
-    import bench
+    import sources
+
+    from weights.adapter import read_pairs
     rows = [{"src": "s", "seq": f"q{i % 2}", "clip": f"{i:03}", "question": "q", "videollava_ids": [5, 6, 7 + i % 2, 2],
              "eventgpt_ids": [5, 9, 2]} for i in range(6)]
 
     def read(path):
-        found = bench.read_pairs(path, "s")
-        assert found and bench.one_shot_controls(found, 5) and bench.memory_controls(found, 8, [2])
+        found = read_pairs(path, "s")
+        assert found and sources.replay(found, lengths=(2,), shots=(5,))
     return "p.jsonl", ["\n".join(map(json.dumps, rows)).encode()], read
 
 
-def memory(folder):
-    from engine import Memory
-    source = Memory(order=4, most=10)
+def saved(folder):
+    from engine import Lookup
+    source = Lookup()
     for ids in ([1, 2, 3], [2, 3, 4, 5]):
         source.learn(ids)
     source.save(folder / "sound.json")
 
     def read(path):
-        loaded = Memory.load(path)
+        loaded = Lookup.load(path)
         loaded.learn([1, 2, 3])
         assert all(isinstance(i, int) for i in loaded.propose([1, 2], 5)), "proposes what is no id"
     return "m.json", [(folder / "sound.json").read_bytes()], read
@@ -238,25 +240,27 @@ def memory(folder):
 def rows(folder):
     import bench
     of = {"raw": {"e2e_ms": [1.0], "ttft_ms": [1.0], "ttfp_ms": [None], "tpot_ms": [1.0]}, "ids": [5, 6], "text": "a",
-          "preview": "", "finish_reason": "stop", "e2e_ms": 1.0, "ttft_ms": 1.0, "ttfp_ms": None, "tpot_ms": 1.0,
+          "pieces": [["own", "a"], ["accepted", " b"]], "forwards": 1, "by_source": {}, "preview": "",
+          "finish_reason": "stop", "e2e_ms": 1.0, "ttft_ms": 1.0, "ttfp_ms": None, "tpot_ms": 1.0,
           "stages_ms": {"target": {"decode": [1.0]}}, "drafted": 1, "accepted": 1, "rounds": 1, "accept_lens": [1],
           "overlap_drafts": 0, "window_drafts": 0, "differs_at": None, "identical": True,
           "prompt_rows": {"target": 5}, "peak_memory": 1, "drafter_error": None}
     work = {"weight_bytes": 1, "kv_bytes_per_row": 1, "flop_per_row": 1, "flop_per_row_pair": 1, "flop_head": 1}
-    head = {"schema": 1, "commit": "a", "dirty": False, "command": "c", "time": "t", "seed": 0, "skipped": [],
+    head = {"schema": 2, "commit": "a", "dirty": False, "command": "c", "time": "t", "seed": 0, "skipped": [],
+            "kind": "tiny",
             "machine": {"gpu": None, "driver": None, "torch": "t", "triton": "t", "python": "p", "threads": 1,
                         "cores": 1, "others_on_gpu": None},
-            "weights": {"kind": "tiny", "target": {"path": "p", "dtype": "d", "bytes": 1}},
+            "weights": {"target": {"path": "p", "dtype": "d", "bytes": 1, "hash": "h", "revision": None}},
             "ceilings": {"read_bw": 1.0, "gemm_flops": 1.0, "target": work},
             "config": {"modes": ["target_only"], "max_new_tokens": 2, "draft_len": 5, "overlap_len": 15,
-                       "draft_source": "drafter", "ignore_eos": False, "frame_rule": "uniform", "graphs": True,
+                       "draft_source": "drafter", "gate": "off", "ignore_eos": False, "frame_rule": "uniform",
                        "warmup": 0, "repeats": 1, "samples": 2, "devices": {}}}
     lines = [head] + [{"id": f"{i}", "at": i, "seq": "", "clip": "", "question": "q", "truth": None,
                        "modes": {"target_only": of}} for i in range(2)]
 
     def read(path):
         report = bench.merged([path])
-        assert report["samples"] and bench.render(report)
+        assert report["samples"] and len(bench.screen(report)) <= 25 and bench.details(report)
     return "r.jsonl", ["\n".join(map(json.dumps, lines)).encode() + b"\n"], read
 
 
@@ -282,7 +286,7 @@ def pickled(folder):
 
 
 KINDS = {"npy": npy, "npz": npz, "png": png, "mp4": mp4, "safetensors": safetensors, "config": config,
-         "tokenizer": tokenizer, "dataset": dataset, "pairs": pairs, "memory": memory, "rows": rows, "pickled": pickled}
+         "tokenizer": tokenizer, "dataset": dataset, "pairs": pairs, "lookup": saved, "rows": rows, "pickled": pickled}
 
 
 # ---- the child -------------------------------------------------------------------------------------------------

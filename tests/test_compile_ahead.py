@@ -37,8 +37,8 @@ def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 def packed(O, D, bits, normed=False):
-    return Packed(meta(O, D * bits // 32, dtype=torch.int32), meta(O, D // 128, dtype=torch.float16),
-                  meta(D // 128, O, dtype=torch.float16), bits, 128, normed)
+    return Packed(meta(O // 16, D // 64, bits // 4, 32, 4, dtype=torch.int32),
+                  meta(O // 16, D // 128, 8, 2, dtype=torch.float16), O, bits, 128, normed)
 
 arch = int(sys.argv[1])
 D, F, H, K, V, M = 4096, 11008, 32, 128, 32064, 4096
@@ -114,8 +114,8 @@ for S in map(int, sys.argv[2:]):
 """
 STEP = {"open_round_kernel", "row_sums_kernel", "skinny_kernel", "step_kernel", "combine_kernel", "close_round_kernel",
         "top_p_kernel", "scores_kernel", "lookup_kernel"}
-DRAFTS = {1: {"gemv_kernel", "pair_kernel", "close_draft_kernel"}, 2: {"gemv_kernel", "pair_kernel"},
-          8: {"rows_kernel"}, 16: {"rows_kernel"}}           # by rows
+DRAFTS = {1: {"quant_kernel", "single_kernel", "close_draft_kernel"},
+          **{rows: {"quant_kernel"} for rows in (2, 8, 16)}}
 PREFILL = {"rmsnorm_kernel", "rope_store_kernel", "prefill_kernel", "swiglu_kernel", "layernorm_kernel",
            "quick_gelu_kernel", "last_event_kernel", "paint_kernel"}
 FP8 = {"norm8_kernel", "rows8_kernel"}

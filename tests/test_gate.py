@@ -6,7 +6,8 @@ import sys
 import pytest
 from common import ROOT
 
-from weights.sources import Gate, Line, agreeing
+from weights.drafting import Gate, Line
+from weights.sources import agreeing
 
 
 def priced(step=5.0, draft=5.0, verify=5.3, late=0.0):

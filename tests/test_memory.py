@@ -109,7 +109,7 @@ def test_the_budget_is_within_5_percent_of_what_is_allocated(name, packed, kerne
     assert needs["weights"] == sum(t.nbytes for t in d.w.values())
     if packed:
         copies = [t for layer in steps.layers for t in layer.values() if hasattr(t, "bits")] + [steps.head_VD]
-        assert needs["packed"] == sum(t.held_bytes for t in copies)
+        assert needs["packed"] == sum(t.nbytes for t in copies)
     assert counted.peak == pytest.approx(sum(needs.values()), rel=0.05), needs
 
 
@@ -118,7 +118,7 @@ def test_packing_by_and_by_gives_the_same_bits(monkeypatch):
     whole = quant.quantise(w_OD, 4)
     monkeypatch.setattr(quant, "PACK_ROWS", 128)
     parts = quant.quantise(w_OD, 4)
-    assert torch.equal(whole.words_OW, parts.words_OW) and torch.equal(whole.scale_OG, parts.scale_OG)
+    assert torch.equal(whole.words, parts.words) and torch.equal(whole.scales, parts.scales)
 
 
 # ---- what does not fit

@@ -152,7 +152,7 @@ def read_bytes(path, wanted: str, most: int = MAX_SMALL) -> bytes:
             if size > most:
                 raise Refused(f"{size} bytes, wanted {wanted} of at most {most}", "is it the right file?")
             try:
-                content = file.read(most + 1)    # it may grow meanwhile
+                content = file.read(size + 1)    # Python sets that many bytes aside beforehand
             except (OSError, MemoryError) as error:
                 raise Refused(f"cannot be read ({reason_of(error)})", "check the disk and the free memory") from None
         if (found := look_alike(content[:64])) and found[1]:

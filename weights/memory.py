@@ -1,4 +1,4 @@
-"""memory: what a device has left, who holds the rest, and the one line that says so when it is not enough."""
+"""memory: devices by name, what one has left, who holds the rest, and the line that says so when it is not enough."""
 
 from __future__ import annotations
 
@@ -10,6 +10,37 @@ from pathlib import Path
 import torch
 
 from weights.files import InputError, refusal
+
+
+def pick_device(name) -> torch.device:
+    """A device that is really there, or an InputError that says which are."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name!r}: not a device name; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise InputError(f"device {name}: {count} CUDA devices here; use cpu, a lower number, or check the driver")
+        device = torch.device("cuda", device.index or 0)
+    elif device.type != "cpu":
+        raise InputError(f"device {name}: only cpu and cuda are supported; use one of these")
+    return device
+
+
+def as_dtype(dtype) -> torch.dtype | None:
+    known = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if dtype is None or dtype in known.values():
+        return dtype
+    if not isinstance(dtype, str) or dtype not in known:
+        raise InputError(f"dtype: {dtype!r} is not one of {', '.join(known)}; pick from these")
+    return known[dtype]
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def free_bytes(device: torch.device) -> tuple[int, int]:

@@ -90,7 +90,7 @@ _COUNT = ("a whole number above 0", lambda v: type(v) is int and 0 < v < 2 ** 31
 _ID = ("an id of the vocabulary", lambda v: type(v) is int and 0 <= v < 2 ** 31)
 _FLAG = ("true or false", lambda v: type(v) is bool)
 VALUES = {"rms_norm_eps": _POSITIVE, "layer_norm_eps": _POSITIVE, "rope_theta": _POSITIVE,
-          "max_position_embeddings": _COUNT, "video_seq_length": _COUNT, "bos_token_id": _ID, "eos_token_id": _ID,
+          "max_position_embeddings": _COUNT, "video_seq_length": _COUNT, "bos_token_id": _ID,
           **dict.fromkeys(("event_feature_adaptor", "mm_use_im_patch_token", "mm_use_im_start_end",
                            "tie_word_embeddings"), _FLAG),
           "vision_feature_select_strategy": ("default or full", lambda v: v in ("default", "full"))}

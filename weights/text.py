@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from weights.files import read_json, reason_of, refusal
+from weights.files import InputError, read_json, reason_of, refusal
 
 # EventGPT's prompt begins with it.
 DRAFTER_SYSTEM = ("A chat between a curious human and an artificial intelligence assistant. "
@@ -87,3 +87,25 @@ class TextStream:
         delta = whole[len(self.out):]
         self.out += delta
         return delta
+
+
+def check_question(question) -> str:
+    if not isinstance(question, str):
+        raise InputError(f"question: wanted text, got {type(question).__name__}; pass a str")
+    try:
+        question.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError("question: holds half a surrogate pair, not valid text; decode it as UTF-8 first") from None
+    if len(question) > 100_000:
+        raise InputError(f"question: {len(question)} characters, at most 100000; shorten it")
+    return question
+
+
+def check_sampling(temperature, top_p, seed, names=("temperature", "top_p", "seed")) -> None:
+    """InputError unless temperature is 0..100, top_p above 0 and up to 1, and seed a whole number 0..2**63 - 1."""
+    for name, value, kinds, fits, wanted in (
+            (names[0], temperature, (int, float), lambda x: 0 <= x <= 100, "a number 0..100"),
+            (names[1], top_p, (int, float), lambda x: 0 < x <= 1, "a number above 0 and up to 1"),
+            (names[2], seed, int, lambda x: 0 <= x < 2 ** 63, "a whole number 0..2**63 - 1")):
+        if not isinstance(value, kinds) or isinstance(value, bool) or not fits(value):
+            raise InputError(f"{name}: wanted {wanted}, got {value!r}; change it")

@@ -1,0 +1,607 @@
+"""drafting: who drafts in a request, whether that pays, and what a drafter on a device of its own expects. Nothing here
+imports torch: models are asked by their methods, so policy is tested with plain numbers and scripted models.
+
+`Tenant` is the interface that the engine's loop knows: `propose` before each forward of the target, `saw` behind it.
+
+    Found           earlier answers, and the line of a drafter elsewhere: found on the target's device
+    HeadStart       what the drafter wrote before the target's prefill ended
+    DrafterRounds   rounds with the drafter on the target's device
+    SelfRounds      the target's own 4-bit copy
+    HostSource      a DraftSource of weights/sources.py, or yours
+    Cascade         several of them, the cheapest ids first
+    OwnText         a drafter's own loop, for its preview and its head start
+
+Gate decides by prices in seconds and counts of drafts; Line is the run-ahead of a drafter. Times of any one clock."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+from typing import NamedTuple
+
+from weights.files import InputError, describe
+from weights.sources import Lookup, agreeing
+
+WIDTHS = (3, 7, 15, 31)                 # numbers of drafts that a captured verify has rows for
+
+
+class NonFinite(InputError):
+    """A model computed NaN. Ends the request for the target; only ends the drafting for a drafter."""
+
+
+# ---- tenants ----------------------------------------------------------------------------------------------------
+
+
+class Proposal(NamedTuple):
+    """Drafts for one forward; they are in the request's state, or will be when it runs."""
+    source: str = ""                        # who drafted; none: a plain step
+    rows: int = 0                           # drafts that the forward has rows for
+    tenant: Tenant | None = None
+
+
+class Tenant:
+    """Who drafts, bound to one request. `Engine._rounds` asks it before each forward and tells it what came of it."""
+    needs_host = False                      # False: the next forward is queued before the last one was looked at
+
+    def propose(self, state) -> Proposal | None:
+        """Drafts behind `state`, None for a plain step. state: as the last forward left it; None where the host has not
+        seen that yet, which only happens if not needs_host."""
+
+    def cost(self, state) -> float | None:
+        """Expected seconds an id; None where there is no record."""
+
+    def saw(self, proposal: Proposal | None, before, state) -> None:
+        """The host sees the state behind a forward with this proposal (None: the prefill); before it was `before`."""
+
+
+PLAIN = Tenant()                            # drafts nothing: the target alone
+
+
+class OwnText(Tenant):
+    """A drafter's own loop, for a preview or a head start: goes on until it is stopped or the gate says that one more
+    draft would cost the target more than it brings."""
+
+    def __init__(self, req, gate: Gate | None):
+        self.req, self.gate, self.n_out = req, gate, 0
+
+    @property
+    def needs_host(self):
+        return not self.n_out
+
+    def propose(self, state):
+        req = self.req
+        req.host_free.wait()
+        if req.stop_drafting.is_set() or self.gate and req.frames_ready.is_set() and not self.gate.another(
+                req.question, self.n_out):
+            return ENOUGH
+        return None
+
+    def saw(self, proposal, before, state):
+        self.n_out = state.n_out
+
+
+ENOUGH = Proposal("enough")                 # of a drafter's own loop: it ends here
+
+
+class Found(Tenant):
+    """Drafts that the target finds on its own device, at the end of each forward: in earlier answers (`lookup`), and in
+    the line of a drafter on another device (`drafter`)."""
+
+    def __init__(self, req, target, earlier: Lookup | None, line: Line | None):
+        self.req, self.target, self.earlier, self.line = req, target, earlier, line
+
+    def propose(self, state):
+        if state is None:
+            rows = max(self._lookup_len(), self._line_len())
+        else:                                                # the host knows what was found
+            rows, pace = self._best(state)
+            if pace and pace >= self.req.gate.step and not self.req.gate.trial("lookup"):
+                return None
+        if not rows:
+            return None
+        return Proposal("drafter" if self.line and not self.earlier else "lookup", self.target.rows_for(rows), self)
+
+    def _lookup_len(self) -> int:
+        if not self.earlier or not self.earlier.learnt:
+            return 0
+        return self.req.gate.best_len("lookup", self.req.question, WIDTHS) if self.req.gate else WIDTHS[-1]
+
+    def _line_len(self) -> int:
+        """Rows for what the line holds now, and a few more: it may grow before the forward runs."""
+        if not self.line or (self.req.drafter_done.is_set() and not self.line.tail()[1]) or self.line.right < 0.1:
+            return 0
+        return min(self.req.overlap_len, max(WIDTHS[1], self.line.tail()[1]) if self.line.spoke else WIDTHS[-1])
+
+    def cost(self, state):
+        return self._best(state)[1]
+
+    def _best(self, state) -> tuple[int, float | None]:
+        """(drafts of those found that are best looked at, seconds an id then; None where nobody knows)."""
+        gate, found = self.req.gate, len(state.slots)
+        if not gate or not found or state.ahead or gate.step is None:
+            return found, None
+        alive = gate.alive(f"lookup behind {fit_class(state.fit)}", self.req.question, found)
+        return min(((G, gate.verify(G) / (1 + sum(alive[:G]))) for G in {min(of, found) for of in WIDTHS}),
+                   key=lambda best: best[1])
+
+    def saw(self, proposal, before, state):
+        if self.line:
+            self.line.commit(state.ids, self.req.timeline.now())
+        if proposal and proposal.tenant is self and self.req.gate and not (state.drafted and before.ahead):
+            self.req.gate.accepted("lookup", self.req.question, proposal.rows, state.accept_len)
+            if state.drafted:
+                self.req.gate.accepted(f"lookup behind {fit_class(before.fit)}", self.req.question, state.drafted,
+                                       state.accept_len)
+
+
+def fit_class(fit: int) -> str:
+    """How long a context fitted: drafts behind long ones are right more often."""
+    return "1" if fit < 2 else "2 to 3" if fit < 4 else "4 to 7" if fit < 8 else "8 or more"
+
+
+class HostTenant(Tenant):
+    """A tenant that has to see each state. While the gate refuses it, the host is left out of the rounds."""
+
+    def __init__(self, req, target):
+        self.req, self.target = req, target
+        self.ended, self.resting, self.granted = False, False, 0
+
+    @property
+    def needs_host(self):
+        return not (self.ended or self.resting)
+
+    def propose(self, state):
+        if not self.ended and not self.granted:
+            self.granted = self.allowed()
+        if self.ended or not self.granted or state is None:
+            self.resting = not self.granted
+            return None
+        granted, self.granted, drafts = self.granted, 0, None
+        with noting(self.req.errors):
+            drafts = self.drafted(state, granted)
+        return drafts
+
+    def allowed(self) -> int:
+        """Drafts that the gate allows now."""
+        raise NotImplementedError
+
+    def drafted(self, state, limit: int) -> Proposal | None:
+        raise NotImplementedError
+
+
+class HeadStart(HostTenant):
+    """What the drafter wrote before the target's prefill ended, for as long as the answer is the same."""
+
+    @property
+    def needs_host(self):
+        return super().needs_host and not (self.req.drafter_done.is_set() and not self.req.preview)
+
+    def allowed(self):
+        return self.req.overlap_len
+
+    def drafted(self, state, limit):
+        preview = [i for i, _ in list(self.req.preview)]
+        span = preview[state.n_out:state.n_out + limit] if preview[:state.n_out] == state.ids else []
+        self.ended = not span
+        if not span:
+            return None
+        self.target.put(span)
+        return Proposal("head start", self.target.rows_for(len(span)), self)
+
+    def cost(self, state):
+        gate, left = self.req.gate, len(self.req.preview) - state.n_out
+        if not gate or self.ended or gate.step is None or left < 1:
+            return None
+        alive = gate.alive("head start", self.req.question, state.n_out + left)[state.n_out:]
+        return gate.verify(left) / (1 + sum(alive))
+
+    def saw(self, proposal, before, state):
+        self.req.stop_drafting.set()                         # the target's prefill has ended
+
+
+class DrafterRounds(HostTenant):
+    """draft -> verify -> accept with both models on one device. Ends with the drafter, or if it breaks."""
+
+    def __init__(self, req, target, drafter):
+        super().__init__(req, target)
+        self.drafter, self.began = drafter, 0.0
+
+    @property
+    def needs_host(self):
+        return super().needs_host and not (self.req.drafter_done.is_set() and "drafter" not in self.req.prompt_rows)
+
+    def allowed(self):
+        req = self.req
+        if not req.gate or not req.draft_len:
+            return req.draft_len
+        return req.gate.best_len("drafter", req.question, range(1, req.draft_len + 1), req.gate.draft)
+
+    def drafted(self, state, limit):
+        req, drafter, target = self.req, self.drafter, self.target
+        req.drafter_done.wait()
+        self.began, self.ended = req.timeline.now(), True    # unless all goes well
+        if "drafter" not in req.prompt_rows or req.errors:
+            return None
+        with drafter.on_stream():
+            drafter.wait_for(target)
+            for i in range(limit):
+                with req.timeline.stage("draft", drafter):
+                    drafter.round() if i else drafter.resume(state.ids, min(2, state.n_out + 1))
+            drafts_G = drafter.written(state.n_out, limit)
+        target.wait_for(drafter)
+        target.put(drafts_G.to(target.device))
+        self.ended = False
+        return Proposal("drafter", target.rows_for(limit), self)
+
+    def cost(self, state):
+        gate = self.req.gate
+        return gate.pace("drafter") if gate and not self.ended else None
+
+    def saw(self, proposal, before, state):
+        if proposal and proposal.tenant is self and self.req.gate:
+            self.req.gate.accepted("drafter", self.req.question, state.drafted, state.accept_len)
+            self.req.gate.round("drafter", self.req.timeline.now() - self.began, state.accept_len + 1)
+
+
+class SelfRounds(HostTenant):
+    """The target's own 4-bit copy drafts on the target's cache, an id at a time, until a draft is so unsure that the
+    next one is not expected to pay. The host reads each draft's probability before it queues the next draft: that takes
+    some 2 % of a draft."""
+
+    def __init__(self, req, target):
+        super().__init__(req, target)
+        self.gate, self.sures, self.began = req.gate or Gate(), [], 0.0
+        self.resting = req.gate is not None and req.gate.refuses("self")
+
+    def allowed(self):
+        most = WIDTHS[-2] if self.target.on_gpu else WIDTHS[1]
+        return most if not self.req.gate or self.gate.pays("self") else 0
+
+    def drafted(self, state, limit):
+        req, target, gate, clock = self.req, self.target, self.gate, self.req.timeline.now
+        self.sures, alive = [], 1.0
+        limit = min(limit, req.max_new_tokens - state.n_out - 1)
+        if limit < 1:
+            return None
+        self.began = now = clock()
+        with req.timeline.stage("draft", target) as entry:
+            while len(self.sures) < limit:
+                target.draft(first=not self.sures)
+                req.tell_now()                               # with the GPU at work
+                sure = target.draft_sure()
+                if sure < 0:
+                    self.ended = True
+                    raise NonFinite(f"{target.path}: the 4-bit copy's logits hold NaN; drafting without it")
+                began, now = now, clock()
+                gate.timed("self draft", now - began)
+                self.sures.append(sure)
+                alive *= gate.right(sure)
+                draft = gate.seconds("self draft")
+                if not gate.next_draft(alive, draft, gate.step or 2 * draft):
+                    break
+            entry["drafts"] = len(self.sures)
+        return Proposal("self", target.rows_for(len(self.sures)), self)
+
+    def cost(self, state):
+        return None if self.ended or not self.gate.step else self.gate.pace("self") or 0.6 * self.gate.step
+
+    def saw(self, proposal, before, state):
+        if proposal and proposal.tenant is self:
+            self.gate.judged(self.sures, state.accept_len)
+            self.gate.round("self", self.req.timeline.now() - self.began, state.accept_len + 1)
+
+
+class HostSource(HostTenant):
+    """A DraftSource, or any object with `propose`."""
+
+    def __init__(self, req, target, source, name: str):
+        super().__init__(req, target)
+        self.source, self.name, self.began = source, name, 0.0
+        self.resting = req.gate is not None and req.gate.refuses(name)
+
+    def allowed(self):
+        limit = self.req.draft_len if self.req.mode == "speculative" else self.req.overlap_len
+        return limit if not self.req.gate or self.req.gate.pays(self.name) else 0
+
+    def drafted(self, state, limit):
+        self.began = self.req.timeline.now()
+        if self.req.preview and hasattr(self.source, "read"):
+            self.source.read([i for i, _ in list(self.req.preview)])
+        limit = min(limit, self.req.max_new_tokens - state.n_out)
+        drafts = [int(i) for i in self.source.propose(list(state.ids), limit)][:limit]
+        if not drafts:
+            return None
+        self.target.put(drafts)
+        return Proposal(self.name, self.target.rows_for(len(drafts)), self)
+
+    def cost(self, state):
+        return self.req.gate.pace(self.name) if self.req.gate else None
+
+    def saw(self, proposal, before, state):
+        if proposal and proposal.tenant is self:
+            if self.req.gate:
+                self.req.gate.round(self.name, self.req.timeline.now() - self.began, state.accept_len + 1)
+            with noting(self.req.errors):
+                getattr(self.source, "verdict", lambda *_: None)(state.drafted, state.accept_len)
+
+
+class Cascade(Tenant):
+    """Several tenants, asked in this order; one whose ids are expected to cost more than what comes after is skipped.
+    once: only for the first forward."""
+
+    def __init__(self, tenants: list[Tenant], once: bool = False):
+        self.tenants, self.once, self.over = tenants, once, False
+
+    @property
+    def needs_host(self):
+        return not self.over and any(tenant.needs_host for tenant in self.tenants)
+
+    def propose(self, state):
+        if self.over:
+            return None
+        self.over = self.once
+        costs = [tenant.cost(state) if state is not None else None for tenant in self.tenants]
+        for i, tenant in enumerate(self.tenants):
+            later = [cost for cost in costs[i + 1:] if cost is not None]
+            if costs[i] is not None and later and costs[i] > min(later):
+                continue
+            if proposal := tenant.propose(state):
+                return proposal
+        return None
+
+    def saw(self, proposal, before, state):
+        for tenant in self.tenants:
+            tenant.saw(proposal, before, state)
+
+
+def name_of(source) -> str:
+    name = getattr(source, "name", None)
+    return name if isinstance(name, str) else type(source).__name__
+
+
+# ---- whether it pays -------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """Decides from prices (seconds) and counts (drafted, accepted) whether drafts are expected to end an answer sooner.
+
+    Acceptance is the share of tries that agreed, per kind of draft, question and depth, recent ones counting more; a
+    question without a record takes the pool's. Whatever has no record is tried. What is refused is tried again after
+    `probe` refusals, then after twice as many, and so on, so that drafts that got better are noticed.
+    """
+    MOST_REFUSALS = 4096
+    # P(right) of a 4-bit copy's draft by its probability, until there is experience; SubSpec's raw traces.
+    SURE = ((0.5, 0.66), (0.6, 0.79), (0.7, 0.85), (0.8, 0.90), (0.9, 0.95), (1.01, 0.999))
+
+    def __init__(self, decay: float = 0.95, probe: int = 40):
+        self.decay, self.probe = decay, probe
+        self.times = {}                     # what -> its last few durations, seconds
+        self.tries = {}                     # (kind, question) -> [tried, agreed] for depth 1, 2, ...
+        self.waits = {}                     # kind -> [refusals so far, refusals before the next trial]
+        self.paces = {}                     # kind -> seconds and ids of a round, recent ones counting more
+        self.rights = [[8.0, 8.0 * share] for _, share in self.SURE]        # tried and right, by sureness
+
+    # -- records
+
+    def timed(self, what, seconds: float) -> None:
+        self.times.setdefault(what, collections.deque(maxlen=9)).append(seconds)
+
+    def seconds(self, what):
+        """The undisturbed duration of `what`, None if it was never seen."""
+        return min(self.times[what]) if what in self.times else None
+
+    @property
+    def step(self):
+        """Seconds of a plain step, or of the cheapest verify where none was ever seen: that costs about the same."""
+        return self.seconds("step") or min((min(of) for what, of in self.times.items() if what[0] == "verify"),
+                                           default=None)
+
+    def verify(self, drafts: int):
+        """Seconds of a forward that looks at so many drafts: of the width seen that is nearest."""
+        seen = [what[1] for what in self.times if what[0] == "verify"]
+        return self.seconds(("verify", min(seen, key=lambda width: abs(width - drafts)))) if seen else self.step
+
+    @property
+    def draft(self):
+        """Seconds of a drafter's draft in a round, or in a head start; the target's step where none was seen."""
+        return self.seconds("draft") or self.seconds("head draft") or self.step
+
+    def accepted(self, kind: str, question: str, drafted: int, agreed: int) -> None:
+        for key in ((kind, question), (kind, None)):
+            depths = self.tries[key] = self.tries.pop(key, [])            # asked last, forgotten last
+            for k in range(min(drafted, agreed + 1)):        # nothing is learnt behind the first rejection
+                if k == len(depths):
+                    depths.append([0.0, 0.0])
+                depths[k] = [self.decay * depths[k][0] + 1, self.decay * depths[k][1] + (k < agreed)]
+        while len(self.tries) > 1000:
+            del self.tries[next(iter(self.tries))]
+
+    def alive(self, kind: str, question: str, depth: int) -> list[float]:
+        """P(accepted >= k) for k = 1..depth. A depth never reached takes the share of the one before."""
+        depths = self.tries.get((kind, question)) or self.tries.get((kind, None)) or []
+        share, product_of_shares, found = 1.0, 1.0, []
+        for k in range(depth):
+            if k < len(depths):
+                share = (depths[k][1] + 0.2 * share) / (depths[k][0] + 0.2)
+            product_of_shares *= share
+            found.append(product_of_shares)
+        return found
+
+    def round(self, kind: str, seconds: float, ids: int) -> None:
+        """A round of this kind took so long, drafts and verify together, and gave so many ids."""
+        old = self.paces.setdefault(kind, [0.0, 0.0])
+        self.paces[kind] = [self.decay * old[0] + seconds, self.decay * old[1] + ids]
+
+    def pace(self, kind: str):
+        """Seconds an id of late in rounds of this kind; None where there was none."""
+        return self.paces[kind][0] / self.paces[kind][1] if kind in self.paces else None
+
+    # -- decisions
+
+    def trial(self, kind: str) -> bool:
+        """Whether something refused should be tried all the same."""
+        count, every = self.waits.setdefault(kind, [0, self.probe])
+        tried = count + 1 >= every
+        self.waits[kind] = [0, min(2 * every, self.MOST_REFUSALS)] if tried else [count + 1, every]
+        return tried
+
+    def best_len(self, kind: str, question: str, lens, draft: float | None = 0.0) -> int:
+        """Drafts of the round that is expected to end an answer soonest, one of `lens`; 0: a plain step. draft: seconds
+        that each draft costs besides the verify; None: not known, try as many as possible."""
+        step = self.step
+        if step is None or draft is None:
+            return max(lens)
+        alive = self.alive(kind, question, max(lens))
+        best = min((0, *lens), key=lambda G: (G * draft + self.verify(G)) / (1 + sum(alive[:G])) if G else step)
+        if best:
+            self.waits.pop(kind, None)
+            return best
+        return max(lens) if self.trial(kind) else 0
+
+    def refuses(self, kind: str) -> bool:
+        """Whether rounds of a source that waits for the host gave ids later than plain steps, of late."""
+        pace, step = self.pace(kind), self.step
+        return pace is not None and step is not None and pace >= step
+
+    def pays(self, kind: str) -> bool:
+        """Whether to ask it: it is not refused, or it is tried again."""
+        if self.refuses(kind):
+            return self.trial(kind)
+        self.waits.pop(kind, None)
+        return True
+
+    def head_start(self, question: str, most: int, size, rest: int = 0, draft_len: int = 0) -> bool:
+        """Whether the drafter should run on the target's device before the target needs it: whether the ids that are
+        expected to be accepted are worth more than the time by which it makes the target's first id later.
+
+        most: drafts of a head start; size: of the clip, whose first ids are `timed` as ("first id", size, whether the
+        drafter ran); rest: ids that rounds of draft_len drafts may bring then."""
+        step, draft = self.step, self.draft
+        if step is None or draft is None or ("head start", None) not in self.tries:
+            return True
+        beside, alone = (self.seconds(("first id", size, ran)) for ran in (True, False))
+        late = beside - alone if beside and alone else 0.0
+        gain = sum(self.alive("head start", question, most + 1)[1:]) * step           # the first id comes for free
+        if rest and draft_len:
+            alive = self.alive("drafter", question, draft_len)
+            paces = [(G * draft + self.verify(G)) / (1 + sum(alive[:G])) for G in range(1, draft_len + 1)]
+            gain += max(0.0, step - min(paces)) * rest
+        if gain > max(late, 0.1 * step):
+            self.waits.pop("head start", None)
+            return True
+        return self.trial("head start")
+
+    def another(self, question: str, drafted: int) -> bool:
+        """Whether a head start of `drafted` ids should grow although the target is ready for the device."""
+        step, draft = self.step, self.draft
+        return bool(step and draft) and self.alive("head start", question, drafted + 1)[-1] * step > draft
+
+    # -- drafts of the target's 4-bit copy, which says how sure it is
+
+    def right(self, sure: float) -> float:
+        """P(a draft of this probability is right)."""
+        tried, right = self.rights[next(i for i, (end, _) in enumerate(self.SURE) if sure < end)]
+        return right / tried
+
+    def judged(self, sures: list[float], accepted: int) -> None:
+        """Drafts of these probabilities, of which so many were right; nothing is learnt behind the first wrong one."""
+        for k, sure in enumerate(sures[:accepted + 1]):
+            counts = self.rights[next(i for i, (end, _) in enumerate(self.SURE) if sure < end)]
+            counts[:] = 0.99 * counts[0] + 1, 0.99 * counts[1] + (k < accepted)
+
+    def next_draft(self, alive: float, draft: float, step: float) -> bool:
+        """Whether one more draft pays. alive: P(all drafts so far are right); draft: its seconds. It brings an id with
+        the chance that it and all before it are right, and an id is worth what it costs now."""
+        tried, right = map(sum, zip(*self.rights, strict=True))
+        return alive * right / tried * (self.pace("self") or 0.6 * step) > draft
+
+
+class Line:
+    """What a drafter on a device of its own expects the answer to become: one line of ids. Everything in it is assumed
+    to be accepted; what the target rejects is dropped, and the drafter's cache rows with it, by length.
+
+    Each side looks when it likes and the target never waits. stops: ids behind which nothing follows; limit: most ids.
+
+    What this can bring: a run of right drafts ends with a wrong one, which costs a target's forward; each draft costs
+    one of the drafter's, since what follows a wrong draft is not known before. If drafts are right with p and one takes
+    c of a target's forward, no order of the two makes more than 1 / (1 - p + p c) ids a forward.
+    Tried and dropped: second guesses with their cache rows put aside, so that what follows them is ready when the
+    target says one of them: 1.380 against 1.382 of target_only.
+    """
+
+    def __init__(self, stops, limit: int):
+        self.stops, self.limit = set(stops), limit
+        self.ids: list[int] = []                             # the answer so far, and what is expected behind it
+        self.committed = 0                                   # of them the target's
+        self.rows = 0                                        # of them, how many have a row in the drafter's cache
+        self.broken = False                                  # the target has rejected something
+        self.right = 0.5                                     # how often the next id was as expected, of late
+        self.spoke: float | None = None                      # when the target last committed ids
+        self.step: float | None = None                       # seconds from one such moment to the next, of late
+        self.forward: float | None = None                    # seconds of a drafter's forward, of late
+        self.news, self.taken, self.lock = threading.Event(), threading.Event(), threading.Lock()
+
+    def extend(self, behind: list[int], ids: list[int]) -> None:
+        """The drafter: behind the text `behind`, whose rows its cache holds now, comes `ids`."""
+        with self.lock:
+            kept = agreeing(self.ids, behind)
+            if kept == len(behind) == len(self.ids):
+                self.ids = [*behind, *ids]
+            self.rows = min(kept, len(self.ids))
+
+    def commit(self, ids: list[int], now: float) -> None:
+        """The target has committed these ids, the whole answer so far."""
+        with self.lock:
+            kept = agreeing(self.ids, ids)
+            for place in range(self.committed, min(len(ids), len(self.ids))):
+                self.right += 0.02 * ((place < kept) - self.right)
+                if place >= kept:
+                    break                                    # nothing was expected behind a wrong id
+            if kept < len(ids):
+                self.broken = self.broken or kept < len(self.ids)
+                self.ids, self.rows = list(ids), min(self.rows, kept)
+            self.committed = len(ids)
+            if self.spoke is not None:
+                self.step = smoothed(self.step, now - self.spoke)
+            self.spoke = now
+            self.taken.clear()
+            self.news.set()
+
+    def next(self, now: float) -> tuple[list[int], int] | None:
+        """The drafter: (the text to go on from, how many of its last ids have no row yet), None for now. A forward that
+        would finish after the target's next step is skipped unless it will probably be needed: if that step rejects
+        the line, what comes instead has to wait. Nobody waits for a target that is overdue."""
+        with self.lock:
+            ids, ahead = self.ids, len(self.ids) - self.committed
+            if len(ids) >= self.limit or (ids and ids[-1] in self.stops):
+                return None
+            if self.spoke is not None and self.forward and self.step and not self.overdue(now):
+                late = now + self.forward - self.spoke - self.step
+                if late > self.right ** ahead * self.forward:
+                    return None
+            return list(ids), len(ids) - self.rows
+
+    def overdue(self, now: float) -> bool:
+        """Whether the target has committed nothing for two of its steps."""
+        return self.spoke is not None and self.step is not None and now > self.spoke + 2 * self.step
+
+    def tail(self) -> tuple[list[int], int, float]:
+        """(the line from the last ids of the answer on, how many of them are drafts, expected right ones of them)."""
+        with self.lock:
+            drafts = len(self.ids) - self.committed
+            return (self.ids[max(0, self.committed - Lookup.ORDER):], drafts,
+                    sum(self.right ** k for k in range(1, drafts + 1)))
+
+
+def smoothed(old: float | None, new: float) -> float:
+    return new if old is None else old + 0.2 * (new - old)
+
+
+@contextlib.contextmanager
+def noting(errors: list):
+    """Runs what a source or a drafter does; if it breaks, says so in `errors`: that must not cost the answer."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        errors.append(describe(error))
