@@ -107,6 +107,7 @@ from weights.load import (
     TARGET_7B,
     open_checkpoint,
     random_weights,
+    stop_ids,
 )
 from weights.memory import (
     as_dtype,
@@ -520,7 +521,7 @@ class Model:
         if self.recorded_W is None:
             assert not self.step_graphs, "replay: graphs without it exist already"
             self.recorded_W = torch.zeros(3, words, dtype=torch.long, device=self.device)
-        rows = [[*ids] + [self.config.eos_id] * words, [*drafts] + [self.config.eos_id] * words,
+        rows = [[*ids] + [self.stops[0]] * words, [*drafts] + [self.stops[0]] * words,
                 [int(1e6 * sure) for sure in sures] + [999_999] * words]
         self.recorded_W.copy_(torch.tensor([row[:words] for row in rows]))
 
@@ -1522,7 +1523,7 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
     if text.size > V:
         raise InputError(f"{text.path}: has {text.size} pieces, the {cls.side} {path} embeds {V}; take the "
                          f"tokenizer.json of this checkpoint")
-    stops = (text_config(config).eos_id,)
+    stops = stop_ids(folder, config) if checkpoint else (2,)
     try:
         weights = (checkpoint.load(device, dtype, progress and functools.partial(progress, cls.side)) if checkpoint
                    else random_weights(config, device, dtype, seed))

@@ -144,7 +144,7 @@ def tiny(count: int):
         frames = list(film[torch.linspace(0, scenes.FRAMES - 1, 8).long()])
         rows_AD = target.visual_rows(clip_pixels(frames, target.vision.image))
         prompt = target.prompt(scenes.QUESTIONS[i % len(scenes.QUESTIONS)])
-        answers.append(answered(w, c, target.splice(prompt, rows_AD), 64, c.eos_id))
+        answers.append(answered(w, c, target.splice(prompt, rows_AD), 64, 2))
     return w, c, answers
 
 
@@ -204,7 +204,7 @@ def smollm2(path: Path, count: int, moved: bool, most: int = 128):
         "embedding_length", "block_count", "attention.head_count", "attention.head_count_kv", "feed_forward_length",
         "vocab_size", "rope.freq_base", "attention.layer_norm_rms_epsilon")}
     D, L, H, N, FF, V, theta, eps = sizes.values()
-    c = DecoderConfig(D=D, L=L, H=H, N=N, K=D // H, F=FF, V=V, theta=theta, eps=eps, eos_id=2)
+    c = DecoderConfig(D=D, L=L, H=H, N=N, K=D // H, F=FF, V=V, theta=theta, eps=eps)
     w = {"text.embed": tensors["token_embd.weight"], "text.norm": tensors["output_norm.weight"]}
     w["text.head"] = w["text.embed"]
     for i in range(L):
@@ -225,7 +225,7 @@ def smollm2(path: Path, count: int, moved: bool, most: int = 128):
     for prompt in PROMPTS[:count]:
         ids = tokenizer.encode("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
                                f"Face<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n").ids
-        answers.append(answered(w, c, w["text.embed"][ids], most, c.eos_id))
+        answers.append(answered(w, c, w["text.embed"][ids], most, 2))
         print(f"    {prompt} {tokenizer.decode(answers[-1].ids)[:80]!r}", file=sys.stderr, flush=True)
     return w, c, answers
 

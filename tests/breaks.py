@@ -106,7 +106,7 @@ BREAKS = [
         ('"self_attn.q_proj.weight", "self_attn.k_proj.weight"', '"self_attn.k_proj.weight", "self_attn.q_proj.weight"',
          "queries and keys change places")),
     # whether drafts pay
-    *of("weights/sources.py", "test_gate.py",
+    *of("weights/drafting.py", "test_gate.py",
         ("for k in range(min(drafted, agreed + 1)):", "for k in range(drafted):",
          "what stood behind a rejected draft counts as wrong"),
         ("+ (k < agreed)]", "+ (k <= agreed)]", "a rejected draft counts as right"),
@@ -119,7 +119,8 @@ BREAKS = [
         ("min(2 * every, self.MOST_REFUSALS)", "every", "a refused source is tried as often as at first"),
         ("if place >= kept:", "if False:", "ids behind a rejected one count as wrong drafts"),
         ("self.ids, self.rows = list(ids), min(self.rows, kept)", "self.ids = list(ids)",
-         "rows of rejected ids are taken for right ones"),
+         "rows of rejected ids are taken for right ones")),
+    *of("weights/sources.py", "test_gate.py",
         ("(a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))",
          "(a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))",
          "a longer list agrees with a shorter one beyond its end")),
@@ -184,9 +185,10 @@ BREAKS = [
     *of("engine.py", "test_request.py -k 'continuation or behind or stale or limit or any_drafts'",
         ("if end - begin <= 2 else most", "if end - begin <= 2 else 2", "a drafter left behind runs too few rows"),
         ("replayed()\n\n    def _resume", "pass\n\n    def _resume", "a drafter goes on from its own text")),
-    *of("engine.py", "test_drafting.py",
+    *of("weights/drafting.py", "test_drafting.py",
         ("        if self.line:\n            self.line.commit(", "        if False:\n            self.line.commit(",
-         "a drafter apart does not hear of rejected drafts"),
+         "a drafter apart does not hear of rejected drafts")),
+    *of("engine.py", "test_drafting.py",
         ("self.target.ring.set_line([])", "pass", "a request drafts what the last one expected"),
         ("if owner is not earlier:", "if False:", "a lookup finds another source's answers")),
     # what the report prints
@@ -254,9 +256,10 @@ def run_tests(tree: Path, tests: str) -> tuple[int, str]:
     return done.returncode, done.stdout[-2000:] + done.stderr[-500:]
 
 
-def verdict(entry: Break, tree: Path, root: Path = ROOT) -> tuple[str, str]:
+def verdict(entry: Break, tree: Path) -> tuple[str, str]:
     """("caught", "UNCAUGHT" or "NO TEST", the end of what pytest printed) of one break in a copy of the tree."""
-    path, sound = tree / entry.file, (root / entry.file).read_text(encoding="utf-8")
+    path = tree / entry.file
+    sound = path.read_text(encoding="utf-8")
     path.write_text(sound.replace(entry.old, entry.new), encoding="utf-8")
     try:
         code, printed = run_tests(tree, entry.tests)
@@ -290,7 +293,7 @@ def run(breaks, workers: int = 1, root: Path = ROOT, show=print) -> int:
 
         def tried(entry):
             began = time.monotonic()
-            return *within(lambda entry, tree: verdict(entry, tree, root), entry), time.monotonic() - began
+            return *within(verdict, entry), time.monotonic() - began
         for entry, (word, printed, seconds) in zip(fresh, pool.map(tried, fresh), strict=True):
             show(f"{word:9} {seconds:6.1f} s  {entry.file}: {entry.why}"
                  + ("" if word == "caught" else f"\n    {entry.old!r}\n    by {entry.tests}")

@@ -322,8 +322,14 @@ BAD = {     # name: (kind, shards, what goes wrong with the folder, what the lin
     "a billion layers": ("llama", 0, lambda d: edit_config(d, num_hidden_layers=10 ** 9), ["from 1 to 999"]),
     "head groups": ("llama", 0, lambda d: edit_config(d, num_key_value_heads=3), ["4 is not a multiple"]),
     "biases": ("llama", 0, lambda d: edit_config(d, attention_bias=True), ["attention_bias is 'True'"]),
+    "sliding window": ("llama", 0, lambda d: edit_config(d, sliding_window=512), ["sliding_window is '512'"]),
+    "two rotary bases": ("llama", 0, lambda d: edit_config(d, rope_theta=1e4, rope_parameters={"rope_theta": 1e6}),
+                         ["rope_theta is 10000.0 and, among the rope parameters, 1000000.0"]),
+    "odd head width": ("llama", 0, lambda d: edit_config(d, head_dim=3), ["head_dim is 3"]),
+    "rows that fill no frame": ("video_llava", 0, lambda d: edit_config(d, video_seq_length=41),
+                                ["video_seq_length is 41, no multiple of the 5 rows"]),
     "rope scaling": ("llama", 0, lambda d: edit_config(d, rope_scaling={"type": "linear", "factor": 2.0}),
-                     ["type is 'linear'", "only 'default'"]),
+                     ["rope scaling of type 'linear'", "plain rotary"]),
     "gelu": ("llama", 0, lambda d: edit_config(d, hidden_act="gelu"), ["hidden_act is 'gelu'"]),
     "section a list": ("video_llava", 0, lambda d: edit_config(d, vision_config=[1]), ["vision_config is '[1]'"]),
     "list of layers": ("video_llava", 0, lambda d: edit_config(d, vision_feature_layer=[-2, -1]),
@@ -397,6 +403,12 @@ BAD = {     # name: (kind, shards, what goes wrong with the folder, what the lin
     "target as drafter": ("EventChat_llama", 0, lambda d: (d / "config.json").write_text(json.dumps(
         CONFIGS["video_llava"])), ["says video_llava, the keys look like EventGPT"]),
 }
+
+
+def test_swish_is_another_name_of_silu(tmp_path):
+    folder = make(tmp_path / "checkpoint", "llama")
+    edit_config(folder, hidden_act="swish", sliding_window=None, rope_parameters={"rope_theta": 1e4}, rope_theta=1e4)
+    open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("case", BAD)

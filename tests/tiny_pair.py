@@ -71,7 +71,7 @@ def evaluate(engine, count: int, folder: Path, progress=None, controls: bool = T
     common = [most_frequent(q) for q in range(min(count, len(scenes.QUESTIONS)))]
     texts = {"target": [], "drafter": [], "answer": []}
     exact, accepted, drafted, lens, agreed, unequal, last = Counter(), Counter(), Counter(), {}, [], [], {}
-    text, end = engine.target.text, engine.target.config.eos_id
+    text, end = engine.target.text, engine.target.stops[0]
     lookups = {"lookup": Lookup(), "taught": taught_lookup(text, end)} if controls else {}
     for i, record in enumerate(records):
         scene, q = scenes.sample(make_clips.HELD_OUT + i), i % len(scenes.QUESTIONS)

@@ -463,8 +463,8 @@ def stop_ids(folder, config: dict) -> tuple[int, ...]:
     where, stops = next(((path, of["eos_token_id"]) for path, of in places if of.get("eos_token_id") is not None),
                         (None, TEXT_DEFAULTS["eos_token_id"]))
     stops, V = stops if isinstance(stops, list) else [stops], rows_of_table(config)
-    if not 0 < len(stops) <= 64 or not all(type(i) is int and 0 <= i < V for i in stops):
-        raise refusal(where, f"eos_token_id is {brief(stops, 60)}, wanted one or some ids of the vocabulary, 0 to "
+    if not 0 < len(stops) <= 16 or not all(type(i) is int and 0 <= i < V for i in stops):
+        raise refusal(where, f"eos_token_id is {brief(stops, 60)}, wanted 1 to 16 ids of the vocabulary, 0 to "
                       f"{V - 1}", "copy it from the checkpoint again")
     return tuple(dict.fromkeys(stops))
 
