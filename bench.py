@@ -693,9 +693,10 @@ def parse(argv):
 
 
 def insist_writable(path, flag: str) -> None:
-    """A long run must not end in a path that was wrong from the start."""
-    folder = Path(path or ".").resolve().parent
-    if path and str(path) != "-" and not (os.access(folder, os.W_OK) and folder.is_dir() and not Path(path).is_dir()):
+    """A long run must not end in a path that was wrong from the start. A device is written to, a file is replaced."""
+    place = Path(path or ".").resolve()
+    holds = place if place.exists() and not place.is_file() else place.parent
+    if path and str(path) != "-" and (place.is_dir() or not holds.exists() or not os.access(holds, os.W_OK)):
         raise InputError(f"{path}: cannot be written (is a folder, or in none that one may write to); choose another "
                          f"--{flag}")
 

@@ -325,6 +325,11 @@ def test_json_goes_where_it_was_asked_for_alone(run, user_env):
     assert done.returncode == 0 and json.loads(done.stdout)["schema"] == bench.SCHEMA and done.stderr == ""
 
 
+def test_json_may_go_to_a_device(capsys, quick_ceilings):
+    assert bench.main([*QUICK, "--modes", "target_only", "--max-samples", "1", "--json", "/dev/null"]) == 0
+    assert capsys.readouterr().err == "" and Path("/dev/null").is_char_device()
+
+
 def test_a_sampled_run_compares_under_one_seed_and_says_so(run, tmp_path, capsys, quick_ceilings):
     flags = [*QUICK, "--temperature", "4", "--top-p", "0.95", "--seed", "3", "--rows", str(tmp_path / "rows.jsonl")]
     report = report_of(*flags, "--details")
