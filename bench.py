@@ -239,11 +239,13 @@ def progress(items, unit: str):
 
 def loading():
     """Bytes of a checkpoint read, and how fast, on stderr where somebody watches."""
-    bars = collections.defaultdict(lambda: tqdm(unit="B", unit_scale=True, disable=None))
+    bars = collections.defaultdict(lambda: tqdm(unit="B", unit_scale=True, disable=None, leave=False))
 
     def read(side: str, done: int, total: int) -> None:
         bars[side].desc, bars[side].total = side, total
         bars[side].update(done - bars[side].n)
+        if done >= total:
+            bars[side].close()
     return read
 
 
@@ -394,7 +396,8 @@ def screen(report, colour: bool = False) -> list[str]:
         of = row["modes"].get("speculative") or next(iter(row["modes"].values()))
         lines += block("question", f"{row['question']}   (clip {row['at'] + 1} of {config['samples']}, "
                                    f"{row['id'][:8]})", 2)
-        lines += block("video", row["modes"].get("target_only", of)["text"], 3)
+        who = "events" if set(modes) == {"drafter_only"} else "video"
+        lines += block(who, row["modes"].get("target_only", of)["text"], 3)
         if of["drafted"]:
             lines += block("events" if config["draft_source"] == "drafter" else "drafts", show.marked(*of["pieces"]), 4)
             lines.append(" " * 10 + show.marked(("accepted", "accepted"), ("rejected", " rejected"))
@@ -440,8 +443,9 @@ def verdict(report) -> str:
             "no difference shown": "no gain shown on this machine"}.get(found, found)
     if not of["drafted"]:
         said += f": nothing was drafted, {of['why_not']}"
-    elif found != "faster" and draft and step and report["config"]["draft_source"] == "drafter":
-        said += f": a draft costs {draft / step:.1f} of a target step"
+    elif found in ("slower", "no difference shown"):
+        said += (f": a draft costs {draft / step:.1f} of a target step" if draft and step and report["config"][
+            "draft_source"] == "drafter" else f": {of['accept_rate']:.0%} of the drafts are right")
     again = modes.get(AGAIN, {}).get("ratio")
     return said + (f"; asked again, with lookup: {again['p50']:.2f} times as fast" if again else "")
 
@@ -690,9 +694,10 @@ def parse(argv):
 
 
 def insist_writable(path, flag: str) -> None:
-    """A long run must not end in a path that was wrong from the start."""
-    folder = Path(path or ".").resolve().parent
-    if path and str(path) != "-" and not (os.access(folder, os.W_OK) and folder.is_dir() and not Path(path).is_dir()):
+    """A long run must not end in a path that was wrong from the start. A device is written to, a file is replaced."""
+    place = Path(path or ".").resolve()
+    holds = place if place.exists() and not place.is_file() else place.parent
+    if path and str(path) != "-" and (place.is_dir() or not holds.exists() or not os.access(holds, os.W_OK)):
         raise InputError(f"{path}: cannot be written (is a folder, or in none that one may write to); choose another "
                          f"--{flag}")
 

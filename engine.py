@@ -27,15 +27,19 @@ Shapes are written into names, one letter a dimension; batch is one and carries 
 
 from __future__ import annotations
 
+import argparse
 import collections
 import collections.abc
 import concurrent.futures
 import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
-import json
+import inspect
 import queue
+import statistics
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +58,7 @@ from kernels.fp8 import norm8, product8, rows8, weight8
 from kernels.frames import clip_pixels, draw_events, to_device
 from kernels.lookup import AFTER, FIRST, ONLY, Ring, lookup
 from kernels.products import product
-from kernels.quant import BITS, MAX_PACKED_ROWS, NotPackable, Packed, packed_bytes, quantise
+from kernels.quant import BITS, MAX_PACKED_ROWS, NotPackable, Packed, packed_bytes, quantise, turned, uneven
 from kernels.rmsnorm import add_rmsnorm, rmsnorm, row_sums
 from kernels.rope_store import rope_store
 from kernels.round import (
@@ -103,6 +107,7 @@ from weights.load import (
     TARGET_7B,
     open_checkpoint,
     random_weights,
+    stop_ids,
 )
 from weights.memory import (
     as_dtype,
@@ -123,6 +128,8 @@ __all__ = ["MODES", "SOURCES", "Adapted", "DraftSource", "Engine", "Event", "Fix
            "PrefillOnlyInference", "Result", "Round", "Verdict", "agreeing", "explain", "load_engine", "model_name",
            "source_named"]
 
+VERSION = "0.1.0"
+TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
 LOOKUP_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of earlier answers that are searched, on a GPU and on a CPU
@@ -152,6 +159,7 @@ class Steps:
     rows: int                               # of a forward, at most
     work: Workspace
     packed: str | None = None               # one of BITS
+    turned: bool = False                    # the rows between these weights are `turned`
 
 
 NORMS = {"qkv": "attn_norm", "o": None, "gate_up": "mlp_norm", "down": None}     # a layer's products, and what precedes
@@ -192,12 +200,15 @@ class Decoder:
         return Workspace(self.device, self.config.D, self.config.H, self.config.K, self.cache_rows, drafts=drafts)
 
     def packed(self, name: str) -> Steps:
-        """A copy of the weights in 4 bits, one of BITS, for steps that draft. NotPackable if their shapes forbid it."""
+        """A copy of the weights in 4 bits, one of BITS, for steps that draft. NotPackable if their shapes forbid it.
+        Where weights are uneven the stream between the copies is `turned`; queries, keys, values and logits stay."""
         of_layers, of_head = BITS[name]
-        layers = [layer | {of: quantise(layer[of], of_layers, norm_D=layer.get(norm)) for of, norm in NORMS.items()}
+        turn = statistics.mean(uneven(layer[of], layer[norm]) for layer in self.layers
+                               for of, norm in NORMS.items() if norm) > 3.5
+        layers = [layer | {of: quantise(layer[of], of_layers, layer.get(norm), turn) for of, norm in NORMS.items()}
                   for layer in self.layers]
-        head = quantise(self.head_VD, of_head, norm_D=self.w["text.norm"])
-        return Steps(layers, head, MAX_PACKED_ROWS, self._workspace(True), name)
+        head = quantise(self.head_VD, of_head, self.w["text.norm"], turn)
+        return Steps(layers, head, MAX_PACKED_ROWS, self._workspace(True), name, turn)
 
     def pack(self, name: str) -> None:
         """For a drafter: its steps read 4-bit weights from now on. `int4` keeps the full weights beside them for
@@ -217,6 +228,7 @@ class Decoder:
         """
         c, rows, steps = self.config, len(pos_ids_S), steps or self.steps
         if rows <= steps.rows:
+            hidden_SD = turned(hidden_SD) if steps.turned else hidden_SD
             if not steps.packed:                             # packed products take their own
                 row_sums(hidden_SD, steps.work)
             for layer in range(c.L):
@@ -509,7 +521,7 @@ class Model:
         if self.recorded_W is None:
             assert not self.step_graphs, "replay: graphs without it exist already"
             self.recorded_W = torch.zeros(3, words, dtype=torch.long, device=self.device)
-        rows = [[*ids] + [self.config.eos_id] * words, [*drafts] + [self.config.eos_id] * words,
+        rows = [[*ids] + [self.stops[0]] * words, [*drafts] + [self.stops[0]] * words,
                 [int(1e6 * sure) for sure in sures] + [999_999] * words]
         self.recorded_W.copy_(torch.tensor([row[:words] for row in rows]))
 
@@ -1511,7 +1523,7 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
     if text.size > V:
         raise InputError(f"{text.path}: has {text.size} pieces, the {cls.side} {path} embeds {V}; take the "
                          f"tokenizer.json of this checkpoint")
-    stops = (text_config(config).eos_id,)
+    stops = stop_ids(folder, config) if checkpoint else (2,)
     try:
         weights = (checkpoint.load(device, dtype, progress and functools.partial(progress, cls.side)) if checkpoint
                    else random_weights(config, device, dtype, seed))
@@ -1640,15 +1652,23 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
 
 
 class PrefillOnlyInference:
-    """The library API of the research code this engine grew from; models load on the first call.
-
-    >>> inference = PrefillOnlyInference(eventgpt_path=..., videollava_model_id="LanguageBind/Video-LLaVA-7B-hf")
-    >>> inference.generate(event_image_path=..., video_path=..., query="...")["output_text"]
-    """
+    """The library API of egpt_prefill_only, which this engine grew from; models load on the first call. mode: one of
+    MODES, or `prefill_with_alignment`: the adapter's drafts, verified once. adapter_path: a folder of `python -m
+    weights.adapter train`; it drafts in the drafter's place unless use_adapter is False. use_4bit: the drafter's steps
+    read 4-bit weights, the target's never do. Other options: those of `load_engine`."""
+    OPTIONS = frozenset(inspect.signature(load_engine).parameters) - {"eventgpt", "videollava"}
 
     def __init__(self, eventgpt_path=None, videollava_model_id="LanguageBind/Video-LLaVA-7B-hf", device=None,
-                 mode="prefill_then_verify", **options):
-        self.arguments = dict(eventgpt=eventgpt_path, videollava=videollava_model_id, device=device, **options)
+                 mode="prefill_then_verify", adapter_path=None, use_adapter=None, use_4bit=False, **options):
+        known = [*inspect.signature(type(self)).parameters][:-1] + sorted(self.OPTIONS)
+        for name in options.keys() - self.OPTIONS:
+            raise InputError(f"{name}: not an option of PrefillOnlyInference; did you mean "
+                             f"{difflib.get_close_matches(name, known, 1, 0.0)[0]}?")
+        if adapter_path is None and (use_adapter or mode == "prefill_with_alignment"):
+            raise InputError("adapter_path: wanted the adapter's folder, got none; pass it, or leave the adapter out")
+        self.source = source_named(f"adapter:{adapter_path}") if adapter_path and use_adapter is not False else None
+        self.arguments = dict(eventgpt=eventgpt_path, videollava=videollava_model_id, device=device,
+                              **{"drafter_dtype": "int4"} | options if use_4bit else options)
         self.mode, self.engine, self.lock = mode, None, threading.Lock()
 
     def load(self) -> Engine:
@@ -1657,33 +1677,81 @@ class PrefillOnlyInference:
                 self.engine = load_engine(**self.arguments)
             return self.engine
 
-    def generate(self, event_image_path=None, video_path=None, query="", max_new_tokens=50, **options) -> Result:
-        return self.load().generate(event_image_path=event_image_path, video_path=video_path, query=query,
-                                    max_new_tokens=max_new_tokens, **{"mode": self.mode, **options})
+    def generate(self, event_image_path=None, video_path=None, query="", max_new_tokens=50, max_draft_tokens=None, *,
+                 event_path=None, image_path=None, mode=None, draft_len=None, draft_source=None, ignore_eos=False,
+                 frame_rule="uniform", event_frames=5, canvas=None, temperature=0.0, top_p=1.0, seed=0) -> Result:
+        """The finished Result, which also answers to the research code's words (`in_old_words`). max_draft_tokens:
+        drafts of the head start, 0..31; mode: in place of the constructor's; all others as in `Engine.stream`."""
+        asked = {name: value for name, value in locals().items() if name != "self"}
+        return collections.deque(self.stream(**asked), 1)[0].result
 
-    def stream(self, event_image_path=None, video_path=None, query="", max_new_tokens=50, **options):
-        return self.load().stream(event_image_path=event_image_path, video_path=video_path, query=query,
-                                  max_new_tokens=max_new_tokens, **{"mode": self.mode, **options})
+    def stream(self, *args, mode=None, max_draft_tokens=None, **options) -> collections.abc.Iterator[Event]:
+        """Yields the preview and the answer as they form; arguments as `generate`. The last event has the Result."""
+        asked = dict(zip(("event_image_path", "video_path", "query", "max_new_tokens"), args, strict=False)) | options
+        asked |= {"mode": mode or self.mode, "draft_source": options.get("draft_source") or self.source}
+        if asked["mode"] == "prefill_with_alignment" and self.source:
+            asked |= {"mode": "prefill_then_verify", "draft_source": self.source}
+        for event in self.load().stream(overlap_len=max_draft_tokens, **asked):
+            yield dataclasses.replace(event, result=event.result and self.in_old_words(event.result))
+
+    @staticmethod
+    def in_old_words(result: Result) -> Result:
+        """Adds the research code's words. Times in seconds; a prefill has the vision encoder in it, not the files."""
+        egpt, vl = (collections.Counter(result.stages.get(side, {})) for side in ("drafter", "target"))
+        vars(result).update(
+            output_tokens=result.output_ids, draft_tokens=[i for of in result.round_log for i in of.drafts],
+            num_draft_tokens=result.drafted, overlap_window=max(0.0, (result.ttft or 0) - (result.ttfp or 1e9)),
+            egpt_prefill_time=egpt["encode"] + egpt["prefill"], egpt_draft_time=egpt["draft"],
+            vl_prefill_time=vl["encode"] + vl["prefill"], vl_verify_time=vl["verify"], vl_decode_time=vl["decode"])
+        return result
 
 
-# ---- demo ------------------------------------------------------------------------------------------------------
+# ---- demo and command line -------------------------------------------------------------------------------------
 
 
-def demo() -> None:
-    """One question about an embedded clip, the preview as it forms, and the claim: both modes, the same ids."""
-    tiny = Path(__file__).resolve().parent / "weights" / "tiny"
-    engine = load_engine(tiny / "drafter", tiny / "target", device="cpu")
-    record = json.loads((tiny / "clips" / "EventGPT_Instruction_Subset.json").read_text())[0]
-    asked = dict(event_path=tiny / "clips" / "event_npy" / record["event_data"],
-                 video_path=tiny / "clips" / "mp4" / record["mp4_data"],
-                 query="What are the key elements in this scene?")
-    for event in engine.stream(mode="speculative", **asked):
-        print(f"{event.t_ms:7.1f} ms  {event.kind:7}  {event.delta}")
-    speculative, alone = event.result, engine.generate(mode="target_only", **asked)
-    print(f"\npreview  {speculative.preview_text}\nanswer   {speculative.output_text}")
-    print(f"accepted {speculative.accepted_tokens} of {speculative.drafted} drafts in {speculative.rounds} rounds; "
-          f"identical to target_only: {speculative.output_ids == alone.output_ids}")
+def main(argv=None) -> None:
+    """One question about one clip, answered as it forms. Without any flag: a demo on the embedded pair."""
+    parser = argparse.ArgumentParser(prog="python engine.py", description=main.__doc__, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"{message}; --help lists all flags\n")     # type: ignore
+    parser.add_argument("--version", action="version", version=f"headstart {VERSION}")
+    for flag, metavar, default, text in (
+            ("events", "F", None, "an .npy or .npz of events, or an event picture"),
+            ("video", "F", None, "mp4, mov, mkv, webm or avi"), ("image", "F", None, "a picture in place of the video"),
+            ("query", "Q", None, "the question"), ("device", "D", None, "cpu, cuda or cuda:N (default: cuda if there)"),
+            ("eventgpt", "DIR|ID", None, "drafter (neither model: the embedded pair)"),
+            ("videollava", "DIR|ID", None, "target: a folder, or ORG/NAME[@REVISION] of the hub cache"),
+            ("mode", "M", "speculative", f"{', '.join(MODES)} (default: %(default)s)"),
+            ("draft-source", "S", None, "drafter, self, lookup, adapter:DIR, or several with commas")):
+        parser.add_argument(f"--{flag}", metavar=metavar, default=default, help=text)
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=50, help="default %(default)s")
+    clips, argv = TINY / "clips", sys.argv[1:] if argv is None else argv
+    of = parser.parse_args(argv or [
+        "--device", "cpu", "--query", "What are the key elements in this scene?", "--events",
+        f"{clips}/event_npy/scenes/000000.npz", "--video", f"{clips}/mp4/scenes/000000.mp4"])
+    of.query or parser.error("--query: the question is missing")
+    if not of.eventgpt and not of.videollava:
+        of.eventgpt, of.videollava = TINY / "drafter", TINY / "target"
+    source, recorded = of.draft_source and of.draft_source.split(","), str(of.events).endswith((".npy", ".npz"))
+    asked = {"event_path" if recorded else "event_image_path": of.events, "video_path": of.video,
+             "image_path": of.image, "query": of.query, "max_new_tokens": of.max_new_tokens}
+    try:
+        engine = load_engine(of.eventgpt, of.videollava, of.device, self_draft="self" in source if source else None)
+        kind = ""
+        for event in engine.stream(mode=of.mode, draft_source=source, **asked):
+            if event.delta and (event.kind, kind) != ("preview", "final"):     # a preview that goes on comes at the end
+                start = f"{kind and chr(10)}{event.t_ms:7.1f} ms  {event.kind:7}  " * (event.kind != kind)
+                print(start + event.delta, end="", flush=True)
+                kind = event.kind
+    except InputError as error:
+        parser.exit(2, f"{error}\n")
+    r = event.result
+    print(f"\n{(r.preview_end or 0) * 1e3:7.1f} ms  preview  {r.preview_text}" * (r.mode == "prefill_only"), end="")
+    by = ", ".join(dict.fromkeys(of.source for of in r.round_log if of.drafts)) or r.drafter_error or "nobody drafted"
+    print(f"\n{len(r.output_ids)} ids in {r.wall_clock_time * 1e3:.1f} ms, {len(r.output_ids) - r.accepted_tokens} "
+          f"forwards; accepted {r.accepted_tokens} of {r.drafted} drafts ({by})")
+    if not argv:
+        print("identical to target_only:", engine.generate(mode="target_only", **asked).output_ids == r.output_ids)
 
 
 if __name__ == "__main__":
-    demo()
+    main()

@@ -18,13 +18,13 @@ rows (21 to 23); the last split to arrive combining its head (a launch less, but
 rows).
 
 A drafter's step of one row takes 64 cache rows a program into registers before the query is there, and adds without
-tensor cores. In a step at context 700 with 4-bit weights that saves 7
-microseconds a layer: 2.072 -> 1.844 ms (8 bits 3.352 -> 3.073). Slower: 4 warps 1.906, 8 warps 1.935, splits of 32 rows
-2.001, of 128 with 4 warps 1.867; loading after the wait costs 0.1 %.
+tensor cores. In a step at context 700 with 4-bit weights that saved 7 microseconds a layer on an H100 (2.072 -> 1.844
+ms). Slower: 4 warps 1.906, 8 warps 1.935, splits of 32 rows 2.001, of 128 with 4 warps 1.867; loading after the wait
+costs 0.1 %. On an H200 at context 2,100, 2 warps 1.822 ms, 4 warps 1.873, splits of 32 1.830, of 128 1.842.
 
-2 to 16 rows of a drafter: the few rows' way with 16 columns and splits of 128 cache rows (2 rows by registers: a step
-at context 2,100 2.06 ms, 4 rows this way 1.88). A step of 16 rows at context
-700 with 4-bit weights took 3.83 ms with splits of 128 on an H200, 3.91 with 64, 3.85 with 256.
+2 to 16 rows of a drafter: the few rows' way with 16 columns and splits of 128 cache rows. A step of 16 rows at context
+700 with 4-bit weights took 3.83 ms with splits of 128 on an H200, 3.91 with 64, 3.85 with 256. Two rows by registers,
+as one row, took 2.06 ms at context 2,100, where four rows this way took 1.88.
 
 Towers without positions stay with torch: 8 x 257 rows of width 64 took 18.8 microseconds in SDPA and 15.8 here, 1 x
 577 11.7 and 11.9, 5 x 577 32.9 and 31.8, at most 0.07 ms of a request."""

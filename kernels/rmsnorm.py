@@ -73,7 +73,7 @@ def add_rmsnorm(x_SD, residual_SD, w_D, eps=1e-5):
 
 
 @triton.jit
-def row_sums_kernel(x_ptr, sums_ptr, x_stride, x_step, D: tl.constexpr, BLOCK_T: tl.constexpr, T: tl.constexpr,
+def row_sums_kernel(x_ptr, sums_ptr, x_stride, D: tl.constexpr, BLOCK_T: tl.constexpr, T: tl.constexpr,
                     SUM_COLS: tl.constexpr, PDL: tl.constexpr):
     """Sums of squares of one row, one for every SUM_COLS columns."""
     row = tl.program_id(0).to(tl.int64)
@@ -82,7 +82,7 @@ def row_sums_kernel(x_ptr, sums_ptr, x_stride, x_step, D: tl.constexpr, BLOCK_T:
         gdc_launch_dependents()
     t = tl.arange(0, BLOCK_T)
     col = t[:, None] * SUM_COLS + tl.arange(0, SUM_COLS)[None, :]
-    x = tl.load(x_ptr + row * x_stride + col * x_step, mask=col < D, other=0.0).to(tl.float32)    # [BLOCK_T, SUM_COLS]
+    x = tl.load(x_ptr + row * x_stride + col, mask=col < D, other=0.0).to(tl.float32)    # [BLOCK_T, SUM_COLS]
     tl.store(sums_ptr + row * T + t, tl.sum(x * x, 1), mask=t < T)
 
 
@@ -93,8 +93,9 @@ def row_sums(x_SD, work):
     T = triton.cdiv(D, SUM_COLS)
     if x_SD.device.type == "cpu" and not INTERPRETED:
         return
+    assert x_SD.stride(1) == 1, f"row_sums: rows must be contiguous, got strides {x_SD.stride()}"
     assert work.sums_ST.shape[1] == T, f"row_sums: rows of {D}, a Workspace for {work.sums_ST.shape[1] * SUM_COLS}"
-    row_sums_kernel[(S,)](x_SD, work.sums_ST, *x_SD.stride(), D=D, BLOCK_T=triton.next_power_of_2(T), T=T,
+    row_sums_kernel[(S,)](x_SD, work.sums_ST, x_SD.stride(0), D=D, BLOCK_T=triton.next_power_of_2(T), T=T,
                           SUM_COLS=SUM_COLS, PDL=work.pdl, launch_pdl=work.pdl, enable_fp_fusion=False, num_warps=4)
 
 

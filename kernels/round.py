@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.check import INTERPRETED, self_check
 
 FIELDS = ("n_out", "done", "accept_len", "drafted", "prompt_len", "limit", "nonfinite", "ahead", "fit", "sure")
-STOPS, DRAFTS = 5, 32
+STOPS, DRAFTS = 16, 32
 (N_OUT, DONE, ACCEPT_LEN, DRAFTED, PROMPT_LEN, LIMIT, NONFINITE, AHEAD, FIT, SURE) = map(tl.constexpr, range(10))
 STOP, FOUND = tl.constexpr(len(FIELDS)), tl.constexpr(len(FIELDS) + STOPS)
 SLOTS = tl.constexpr(FOUND.value + 1)                # where the drafts begin

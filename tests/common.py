@@ -111,7 +111,7 @@ def script(monkeypatch, model, ids, clock=None, before=None, **seconds):
             logits_SV = torch.zeros(len(at_S), c.V)
             for row, at in enumerate(at_S):
                 place = at - prompt[0]
-                logits_SV[row, ids[place] if 0 <= place < len(ids) else c.eos_id] = 1.0
+                logits_SV[row, ids[place] if 0 <= place < len(ids) else 2] = 1.0
         return logits_SV.fill_(filled) if isinstance(filled, float) else logits_SV
 
     monkeypatch.setattr(model, "encode", encode)

@@ -4,8 +4,9 @@
     python -m tests.figures --generations 1008
 
 Random 7B weights: times are real. Rows: steps at five contexts beside what the measured bandwidth allows, verifies of
-16 and 32 rows, vision + prefill of both models, a whole answer; then, which have to be 0 and all: elements whose bits
-differ between one row and any forward of 1..32 rows, and answers from forced drafts that equal plain decode.
+16 and 32 rows, 4-bit forwards, vision + prefill of both models, a whole answer; then, which have to be 0 and all:
+elements whose bits differ between one row and any forward of 1..32 rows, and answers from forced drafts that equal
+plain decode.
 Exit 1 if an answer or a bit differs."""
 
 import sys
@@ -31,7 +32,7 @@ def main(argv=None) -> int:
     device = engine.pick_device(options.device)
     if device.type != "cuda":
         raise engine.InputError("figures: measures 7B models on a GPU; run it where torch sees one")
-    e = engine.load_engine("random-7b", "random-7b", device=device, cache_rows=4352, seed=0)
+    e = engine.load_engine("random-7b", "random-7b", device=device, cache_rows=4352, seed=0, self_draft=True)
     target, drafter = e.target, e.drafter
     bandwidth, flops = read_tbps() * 1e12, gemm_tflops() * 1e12
     lines = [f"figures, RANDOM 7B WEIGHTS bf16, {measure.devices([target])}, {measure.versions()}",
@@ -56,6 +57,12 @@ def main(argv=None) -> int:
         for G in (15, 31):
             mid = line(f"verify of {G + 1} rows at context 2100, ms", measure.step_times(target, G, 2100))
             lines[-1] += f"{mid / one[2100]:.3f} of a step"
+        for rows in (1, 2, 8, 16):
+            mid = line(f"4-bit forward of {rows} rows at context 2100, chained, ms", copy_times(target, rows, 2100))
+            lines[-1] += f"{mid / one[2100]:.3f} of a step"
+        measure.at_context(target, 2100)
+        mid = line("one draft of the 4-bit copy, ms", measure.device_times(target, lambda: target.draft(True)))
+        lines[-1] += f"{mid / one[2100]:.3f} of a step"
         slope, floor = (one[4000] - one[256]) / 3744 * 1e6, kv_bytes(target) / bandwidth * 1e9
         lines.append(f"slope of the step over cache rows 256..4000: {slope:.1f} ns a row, keys and values at the "
                      f"measured bandwidth {floor:.1f} ns ({slope / floor - 1:+.0%})")
@@ -79,6 +86,21 @@ def main(argv=None) -> int:
                      f"{total} generations")
     measure.publish(lines, options.out)
     return int(bool(bits) or equal < total)
+
+
+def copy_times(model, rows: int, context: int, chained: int = 4) -> list[float]:
+    """Forwards of so many rows with the 4-bit weights; a few in one graph, each on the rows that the last one made."""
+    d = model.decoder
+    hidden_SD, pos_ids_S = torch.randn_like(model.hidden_MD[:rows]), context + torch.arange(rows, device=model.device)
+
+    def chain():
+        x_SD = hidden_SD
+        for _ in range(chained):
+            logits_SV = d.forward(x_SD, pos_ids_S, steps=model.copy)
+            x_SD = d.embed_VD.index_select(0, logits_SV.argmax(1))
+
+    replayed = engine.StepGraph(chain, model)
+    return [ms / chained for ms in measure.device_times(model, replayed)]
 
 
 def bits_differing(model, context: int, seed: int) -> int:

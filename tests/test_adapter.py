@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from engine import InputError
 from weights import adapter
@@ -179,7 +180,7 @@ def test_an_adapter_of_whole_numbers_is_refused(tmp_path):
     config = AdapterConfig(**SMALL)
     adapter.save(tmp_path, TokenAdapter(config).to(torch.float64), config)
     assert next(adapter.load(tmp_path)[0].parameters()).dtype == torch.float32
-    adapter.save_file({name: value.to(torch.int8) for name, value in TokenAdapter(config).state_dict().items()},
+    save_file({name: value.to(torch.int8) for name, value in TokenAdapter(config).state_dict().items()},
                       tmp_path / adapter.WEIGHTS)
     with pytest.raises(InputError, match="holds no floating point numbers"):
         adapter.load(tmp_path)

@@ -1,6 +1,7 @@
 """The benchmark: figures one can recompute, a screen one can read, runs that resume and merge, refusals in one line."""
 
 import copy
+import fcntl
 import hashlib
 import json
 import os
@@ -8,8 +9,10 @@ import random
 import re
 import shutil
 import statistics
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -275,6 +278,9 @@ def test_the_verdict_is_one_sentence_in_words(e2e, words):
                                             stages_ms={"drafter": {"draft": [2.0]}}, prompt_rows={"drafter": 9})
     head = {**HEAD, "ceilings": {**HEAD["ceilings"], "drafter": WORK}}
     assert bench.verdict(bench.assemble(head, rows)).startswith(words)
+    if "draft costs" in words:
+        other = bench.verdict(bench.assemble({**head, "config": {**CONFIG, "draft_source": "lookup"}}, rows))
+        assert other == words.partition(":")[0] + ": 67% of the drafts are right"
     for row in rows:
         row["modes"]["speculative"].update(drafted=0, accept_lens=[], accepted=0, rounds=0)
     shut = bench.assemble({**head, "config": {**CONFIG, "gate": "on"}}, rows)
@@ -317,6 +323,11 @@ def test_json_goes_where_it_was_asked_for_alone(run, user_env):
     done = subprocess.run([sys.executable, "bench.py", *QUICK, "--modes", "target_only", "--json", "-"], cwd=ROOT,
                           capture_output=True, text=True, timeout=120, env=user_env)
     assert done.returncode == 0 and json.loads(done.stdout)["schema"] == bench.SCHEMA and done.stderr == ""
+
+
+def test_json_may_go_to_a_device(capsys, quick_ceilings):
+    assert bench.main([*QUICK, "--modes", "target_only", "--max-samples", "1", "--json", "/dev/null"]) == 0
+    assert capsys.readouterr().err == "" and Path("/dev/null").is_char_device()
 
 
 def test_a_sampled_run_compares_under_one_seed_and_says_so(run, tmp_path, capsys, quick_ceilings):
@@ -768,3 +779,15 @@ def test_random_weights_answer_at_a_fixed_length_and_the_embedded_pair_drafts_un
     options = bench.parse([*words.split(), "--device", "cpu"])
     bench.check(options)
     assert options.ignore_eos is fixed and options.gate == gate
+
+
+def test_on_a_terminal_progress_tells_the_time_left(user_env):
+    """In a pipe nothing of it is printed: every other test of this file insists on that."""
+    parent, child = os.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    done = subprocess.run([sys.executable, "bench.py", *QUICK, "--modes", "target_only"], cwd=ROOT, stderr=child,
+                          stdout=subprocess.PIPE, text=True, timeout=120, env=user_env)
+    os.close(child)
+    shown = os.read(parent, 1 << 16).decode()
+    assert "0/2" in shown and "samples" in shown and re.search(r"\d\d:\d\d<", shown)
+    assert done.returncode == 0 and "\x1b" not in done.stdout and done.stdout.startswith("question")

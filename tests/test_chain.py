@@ -12,7 +12,8 @@ class Small(Chain):
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_a_chain_agrees_steps_and_counts_its_bytes(kind):
+def test_a_chain_agrees_steps_and_counts_its_bytes(kind, monkeypatch):
+    monkeypatch.setitem(ROWS, kind, (1, 3))
     chain = Small(kind, L=2, dtype=torch.float32, device="cpu")
     work = chain.work()
     assert work.drafts == (kind != "plain")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from weights import InputError, files, replace_file
-from weights.adapter import read_pairs
+from weights import InputError, adapter, files, replace_file
+from weights.adapter import AdapterConfig, read_pairs
 from weights.dataset import bare, read_dataset
 from weights.files import MAX_SMALL, describe, json_lines, read_json, read_text
 from weights.load import open_checkpoint, read_header, weight_files
@@ -20,6 +20,7 @@ from weights.text import Text
 
 CLIPS = Path(__file__).resolve().parents[1] / "weights" / "tiny" / "clips"
 LIST = "EventGPT_Instruction_Subset.json"
+SMALL = AdapterConfig("follower", vocab=40, rows=16, width=8, layers=1, heads=2, hidden=8)
 
 
 def refused(call, path, *words):
@@ -118,6 +119,17 @@ def test_every_message_is_one_printable_line():
     assert str(InputError("a\nb\x1b[31m\ud800")) == "a\\nb\\x1b[31m\\ud800"
     assert describe(ValueError("one\ntwo")) == "ValueError: one" and describe(KeyError()) == "KeyError: "
     assert files.brief(10 ** 5000) == "a huge int" and len(files.brief("x" * 1000)) < 90
+
+
+@pytest.mark.parametrize("change", [{"kind": []}, {"sees": 5}, {"layers": 1_000_000}, {"layers": "4"}, {"heads": 0},
+                                    {"width": None}, {"no_such_size": 1}])
+def test_an_adapters_config_that_fits_no_network_is_refused(tmp_path, change):
+    adapter.save(tmp_path, adapter.Follower(SMALL), SMALL)
+    assert adapter.load(tmp_path)[1] == SMALL and sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "config.json"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError):
+        adapter.load(tmp_path)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------

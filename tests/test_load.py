@@ -25,6 +25,7 @@ from weights.load import (
     read_config,
     read_header,
     resolve,
+    stop_ids,
 )
 from weights.names import on_disk, plan
 
@@ -321,8 +322,14 @@ BAD = {     # name: (kind, shards, what goes wrong with the folder, what the lin
     "a billion layers": ("llama", 0, lambda d: edit_config(d, num_hidden_layers=10 ** 9), ["from 1 to 999"]),
     "head groups": ("llama", 0, lambda d: edit_config(d, num_key_value_heads=3), ["4 is not a multiple"]),
     "biases": ("llama", 0, lambda d: edit_config(d, attention_bias=True), ["attention_bias is 'True'"]),
+    "sliding window": ("llama", 0, lambda d: edit_config(d, sliding_window=512), ["sliding_window is '512'"]),
+    "two rotary bases": ("llama", 0, lambda d: edit_config(d, rope_theta=1e4, rope_parameters={"rope_theta": 1e6}),
+                         ["rope_theta is 10000.0 and, among the rope parameters, 1000000.0"]),
+    "odd head width": ("llama", 0, lambda d: edit_config(d, head_dim=3), ["head_dim is 3"]),
+    "rows that fill no frame": ("video_llava", 0, lambda d: edit_config(d, video_seq_length=41),
+                                ["video_seq_length is 41, no multiple of the 5 rows"]),
     "rope scaling": ("llama", 0, lambda d: edit_config(d, rope_scaling={"type": "linear", "factor": 2.0}),
-                     ["type is 'linear'", "only 'default'"]),
+                     ["rope scaling of type 'linear'", "plain rotary"]),
     "gelu": ("llama", 0, lambda d: edit_config(d, hidden_act="gelu"), ["hidden_act is 'gelu'"]),
     "section a list": ("video_llava", 0, lambda d: edit_config(d, vision_config=[1]), ["vision_config is '[1]'"]),
     "list of layers": ("video_llava", 0, lambda d: edit_config(d, vision_feature_layer=[-2, -1]),
@@ -398,6 +405,12 @@ BAD = {     # name: (kind, shards, what goes wrong with the folder, what the lin
 }
 
 
+def test_swish_is_another_name_of_silu(tmp_path):
+    folder = make(tmp_path / "checkpoint", "llama")
+    edit_config(folder, hidden_act="swish", sliding_window=None, rope_parameters={"rope_theta": 1e4}, rope_theta=1e4)
+    open_checkpoint(folder)
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_checkpoint_is_one_line_with_path_reason_and_way_out(case, tmp_path, monkeypatch, capsys):
     kind, shards, spoil, said = BAD[case]
@@ -409,6 +422,84 @@ def test_a_bad_checkpoint_is_one_line_with_path_reason_and_way_out(case, tmp_pat
     out, line = capsys.readouterr()
     assert out == "" and line.count("\n") == 1 and line.startswith(str(folder)) and "; " in line, line
     assert all(part in line for part in said), line
+
+
+# ---- the small files beside config.json ------------------------------------------------------------------------
+
+
+def write_json(folder, name, value):
+    (folder / name).write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("generation, config, text, stops", [
+    (None, {}, {}, (2,)), (None, {}, {"eos_token_id": 5}, (5,)), (None, {"eos_token_id": 7}, {"eos_token_id": 5}, (7,)),
+    (None, {}, {"eos_token_id": [2, 7, 2]}, (2, 7)), ({}, {}, {"eos_token_id": 5}, (5,)),
+    ({"eos_token_id": 9}, {"eos_token_id": 7}, {"eos_token_id": 5}, (9,)),
+    ({"eos_token_id": [2, 39]}, {}, {}, (2, 39)), ({"eos_token_id": None, "num_beams": 1}, {}, {}, (2,)),
+    ({"do_sample": True, "temperature": 0.9, "top_p": 0.6, "max_length": 4096, "repetition_penalty": 1.0,
+      "bos_token_id": 1, "pad_token_id": 0, "transformers_version": "4.31.0", "no_such_key": 5}, {}, {}, (2,))])
+def test_an_answer_ends_where_transformers_ends_it(tmp_path, generation, config, text, stops):
+    folder = make(tmp_path / "checkpoint", "video_llava")
+    raw = json.loads((folder / "config.json").read_text())
+    raw["text_config"].update(text)
+    write_json(folder, "config.json", raw | config)
+    if generation is not None:
+        write_json(folder, "generation_config.json", generation)
+    assert stop_ids(folder, open_checkpoint(folder).config) == stops
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("generation_config.json", {"eos_token_id": 40}, "eos_token_id is [40], wanted"),
+    ("generation_config.json", {"eos_token_id": []}, "eos_token_id is []"),
+    ("generation_config.json", {"eos_token_id": [2, -1]}, "eos_token_id is [2, -1]"),
+    ("generation_config.json", {"eos_token_id": True}, "eos_token_id is [True]"),
+    ("generation_config.json", {"eos_token_id": "</s>"}, "eos_token_id is ['</s>']"),
+    ("generation_config.json", {"repetition_penalty": 1.2}, "repetition_penalty is 1.2, which changes answers"),
+    ("generation_config.json", {"num_beams": 4}, "num_beams is 4"),
+    ("generation_config.json", {"suppress_tokens": [3]}, "suppress_tokens is [3]"),
+    ("generation_config.json", {"forced_eos_token_id": 2}, "forced_eos_token_id is 2"),
+    ("generation_config.json", [], "JSON list"),
+    ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}, "image_mean is [0.5, 0.5, 0.5], and this engine"),
+    ("preprocessor_config.json", {"image_std": 0.5}, "image_std is 0.5"),
+    ("preprocessor_config.json", {"do_normalize": False}, "do_normalize is False"),
+    ("preprocessor_config.json", {"resample": 2}, "resample is 2"),
+    ("preprocessor_config.json", {"size": {"height": 8, "width": 12}}, "size is {"),
+    ("preprocessor_config.json", {"crop_size": 336}, "crop_size is 336"),
+    ("video_preprocessor_config.json", {"rescale_factor": 1}, "rescale_factor is 1"),
+    ("processor_config.json", {"image_processor": {"do_resize": False}}, "do_resize is False"),
+    ("config.json", {"bos_token_id": 40}, "bos_token_id is 40, the embedding table has 40 rows"),
+    ("config.json", {"eos_token_id": 100_000}, "eos_token_id is [100000]")])
+@pytest.mark.parametrize("kind", ["video_llava", "EventChat_llama"])
+def test_a_small_file_that_asks_for_something_else_is_refused_by_name(tmp_path, kind, name, content, said):
+    folder = make(tmp_path / "checkpoint", kind)
+    place = folder
+    if kind == "EventChat_llama" and "processor" in name:
+        place = folder / "clip"
+        place.mkdir()
+        write_json(place, "config.json", CONFIGS["EventChat_llama"]["vision_config"])
+        edit_config(folder, mm_visual_tower="clip")
+    if name == "config.json":
+        raw = json.loads((folder / name).read_text())
+        (raw["text_config"] if kind == "video_llava" else raw).update(content)
+        content = raw
+    write_json(place, name, content)
+    with pytest.raises(InputError) as error:
+        open_checkpoint(folder)
+    assert str(error.value).startswith(f"{place / name}: ") and said in str(error.value), error.value
+
+
+@pytest.mark.parametrize("content", [
+    {"do_resize": True, "size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "do_center_crop": True,
+     "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+     "image_std": [0.26862954, 0.26130258, 0.27577711], "do_rescale": True, "do_convert_rgb": True,
+     "image_processor_type": "VideoLlavaImageProcessor", "feature_extractor_type": "CLIPFeatureExtractor"},
+    {"size": 28, "crop_size": 28}, {"size": {"height": 28, "width": 28, "longest_edge": None}}, {},
+    {"crop_size": None}])
+def test_clips_own_processor_is_accepted_in_every_spelling(tmp_path, content):
+    folder = make(tmp_path / "checkpoint", "video_llava")
+    write_json(folder, "preprocessor_config.json", content)
+    write_json(folder, "processor_config.json", {"image_processor": content, "patch_size": 4})
+    open_checkpoint(folder)
 
 
 def test_at_most_ten_names_are_listed(tmp_path):

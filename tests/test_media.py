@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from weights import InputError, video
+from weights import InputError, events, video
 from weights.events import read_events
 from weights.tiny.make_clips import write_film
 
@@ -151,10 +151,58 @@ def test_every_integer_type_and_byte_order_is_read(tmp_path, kind):
     assert_same(read_events(saved(tmp_path, npz_of(**content), "e.npz")), content)
 
 
-@pytest.mark.parametrize("kind, p", [("u1", [0, 1, 255]), ("i1", [-1, 1, 0]), ("?", [True, False, True])])
-def test_polarity_zero_is_negative_and_anything_else_positive(tmp_path, kind, p):
+@pytest.mark.parametrize("kind, p, wanted", [
+    ("u1", [0, 1, 1], [0, 1, 1]), ("?", [True, False, True], [1, 0, 1]), ("i8", [-1, 1, -1], [0, 1, 0]),
+    ("i1", [-1, -1, -1], [0, 0, 0]), ("i1", [1, 1, 1], [1, 1, 1]), (">i2", [1, -1, 1], [1, 0, 1])])
+def test_polarity_is_told_by_the_codes_that_occur(tmp_path, kind, p, wanted):
     content = small_events(3) | {"p": numpy.array(p, kind)}
-    assert_same(read_events(saved(tmp_path, npy_of_dict(content))), content)
+    assert read_events(saved(tmp_path, npy_of_dict(content))).p.tolist() == wanted
+    assert read_events(saved(tmp_path, npz_of(**content), "e.npz")).p.tolist() == wanted
+
+
+@pytest.mark.parametrize("kind, p, words", [
+    ("u1", [1, 2, 1], "from 1 to 2"), ("u1", [1, 255, 1], "from 1 to 255"), ("i1", [-1, 0, 1], "-1, 0 and 1"),
+    ("i4", [0, 1, -2], "from -2 to 1"), ("u1", [0, 1, 255], "from 0 to 255")])
+def test_polarity_of_other_codes_is_refused_by_them(tmp_path, kind, p, words):
+    refused(read_events, saved(tmp_path, npz_of(**small_events(3) | {"p": numpy.array(p, kind)})), [words, "0 and 1"])
+
+
+@pytest.mark.parametrize("header", [
+    "{{'shape': ({n},), 'fortran_order': False, 'descr': '{t}'}}", '{{"descr": "{t}", "fortran_order": False, '
+    '"shape": ({n},), }}', "{{ 'fortran_order':False,'descr' :'{t}','shape':\n({n} , )}}"])
+def test_headers_of_other_writers_are_read(tmp_path, header):
+    content, path = small_events(30), tmp_path / "e.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, values in content.items():
+            text = header.format(n=30, t=values.dtype.str).encode()
+            archive.writestr(f"{name}.npy", b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text + values.tobytes())
+    assert_same(read_events(path), content)
+    rows = npy_of_array(numpy.rec.fromarrays(list(content.values()), names=list(content)))
+    size = struct.unpack_from("<H", rows, 8)[0]
+    assert_same(read_events(saved(tmp_path, rows[:10] + rows[10:10 + size].replace(b"'", b'"') + rows[10 + size:])),
+                content)
+
+
+@pytest.mark.parametrize("header", [
+    "__import__('os')", "{'descr': '<u2', 'shape': (-1,)}", "{'descr': '<u2', 'shape': 3}", "(" * 4000,
+    "{'descr': '<u2', 'shape': (1.5,)}", "-" * 9000 + "1", "'\\d'", "9" * 5000, "{'shape': (3,), 'descr': ['x']}",
+    "{'shape': (True,), 'descr': '<u2'}", "{'shape': (9" + "9" * 4000 + ",), 'descr': '<u2'}"])
+def test_headers_that_are_no_numpys_are_refused(tmp_path, header):
+    blob = b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header.encode() + bytes(100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused(read_events, saved(tmp_path, blob))
+
+
+def test_a_small_npz_does_not_unpack_to_gigabytes(tmp_path):
+    path = tmp_path / "e.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, kind in (("x", "<u2"), ("y", "<u2"), ("t", "<i8"), ("p", "|u1")):
+            count = 2_000_000
+            text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': ({count},), }}".encode()
+            archive.writestr(f"{name}.npy", b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text
+                             + bytes(count * int(kind[-1])))
+    refused(read_events, path, ["unpacks to more than"])
 
 
 @pytest.mark.parametrize("align", [False, True])
@@ -1070,14 +1118,11 @@ def test_everything_works_without_numpy(tmp_path, user_env):
 
 
 @pytest.mark.parametrize("module, name, words", [
-    ("events", "e.npy", "50 events"), ("video", "a.mkv", "64 x 48, 9 frames"), ("video", "a.png", "image of 31 x 17")])
-def test_command_line_describes_a_file_and_exits_2_on_a_bad_one(tmp_path, module, name, words):
+    (events, "e.npy", "50 events"), (video, "a.mkv", "64 x 48, 9 frames"), (video, "a.png", "image of 31 x 17")])
+def test_the_command_line_describes_a_file_and_exits_2_on_a_bad_one(tmp_path, capsys, module, name, words):
     made = {"e.npy": lambda: npy_of_dict(small_events(50)), "a.mkv": lambda: clip_bytes(tmp_path, "b.mkv", 9),
             "a.png": lambda: image_bytes(some_image("RGB"))}
     path = saved(tmp_path, made[name](), name)
-    command = [sys.executable, "-m", f"weights.{module}"]
-    done = subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and words in done.stdout, done
+    assert module.main([str(path)]) == 0 and words in capsys.readouterr().out
     path.write_bytes(b"text")
-    done = subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
+    assert module.main([str(path)]) == 2 and capsys.readouterr().out.count("\n") == 1

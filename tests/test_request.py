@@ -412,3 +412,12 @@ def test_a_video_that_cannot_be_read_keeps_no_drafter_waiting(pair, monkeypatch)
     monkeypatch.setattr(pair, "target_first", True)
     with pytest.raises(engine.InputError, match="unreadable"):
         pair.generate(mode="speculative", **asked(0))
+
+
+def test_any_of_several_stop_ids_ends_an_answer(pair, monkeypatch):
+    """As generation_config.json may list them: in plain decode and inside a verified span alike."""
+    ids = truth(pair, 0, 0)
+    monkeypatch.setattr(pair.target, "stops", (2, ids[4]))
+    for options in (dict(mode="target_only"), dict(mode="speculative", draft_source=Fixed(ids), draft_len=15)):
+        result = pair.generate(**options, **asked(0))
+        assert result.output_ids == ids[:5] and result.finish_reason == "stop"

@@ -97,17 +97,15 @@ def test_a_round_stops_at_the_first_unsure_draft(target, monkeypatch):
 
 def test_a_copy_with_nan_is_left_and_the_answer_stays(target, eager):
     plain = target.generate(mode="target_only", **asked(1))
-    scales = target.target.copy.head_VD.scale_OG, target.target.copy.head_VD.scale_GO
+    scales = target.target.copy.head_VD.scales
     with torch.inference_mode():
-        kept = [scale.clone() for scale in scales]
-        for scale in scales:
-            scale.fill_(float("nan"))
+        kept = scales.clone()
+        scales.fill_(float("nan"))
     try:
         broken = target.generate(mode="speculative", draft_source="self", **asked(1))
     finally:
         with torch.inference_mode():
-            for scale, before in zip(scales, kept, strict=True):
-                scale.copy_(before)
+            scales.copy_(kept)
     assert broken.output_ids == plain.output_ids and broken.accepted_tokens == 0
     assert "4-bit copy's logits hold NaN" in broken.drafter_error and broken.drafter_error.count("\n") == 0
 

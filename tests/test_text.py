@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from weights import InputError
 from weights.text import Text, TextStream
@@ -55,6 +56,86 @@ def test_the_embedded_tokenizer_keeps_special_names_text_and_gives_text_back(que
     ids = text.ids("x" + question, first=False)
     assert not {0, 1, 2, 512, 513, 514} & set(ids)
     assert text.decode(ids) == ("x" + question).replace("\u2581", " ")
+
+
+def changed(folder, change):
+    """The embedded tokenizer.json after `change(raw)`."""
+    raw = json.loads(TINY.read_text())
+    change(raw)
+    (folder / "tokenizer.json").write_text(json.dumps(raw, ensure_ascii=False))
+    return folder / "tokenizer.json"
+
+
+def test_nothing_random_is_left_in_a_tokenizer(tmp_path):
+    text = Text(changed(tmp_path, lambda raw: raw["model"].update(dropout=0.5)))
+    assert {tuple(text.ids("What is in this scene?")) for _ in range(30)} == {tuple(Text(TINY).ids(
+        "What is in this scene?"))}
+
+
+FAMILIES = {
+    "WordPiece": (models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"), pre_tokenizers.BertPreTokenizer(),
+                  decoders.WordPiece()),
+    "WordLevel": (models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"), pre_tokenizers.Whitespace(), None),
+    "byte-level BPE": (models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []),
+                       pre_tokenizers.ByteLevel(), decoders.ByteLevel()),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_tokenizer_of_another_family_is_refused(tmp_path, name):
+    model, pre_tokenizer, decoder = FAMILIES[name]
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizer
+    if decoder:
+        tokenizer.decoder = decoder
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="not a LLaMA-style tokenizer|not a usable tokenizer"):
+        Text(tmp_path / "tokenizer.json")
+
+
+def added(content, i, special=False):
+    return {"id": i, "content": content, "special": special, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False}
+
+
+def test_every_id_that_a_text_can_make_is_below_its_size(tmp_path):
+    assert Text(TINY).size == 512                            # <image>, <video>, <pad> are beyond and never come up
+    text = Text(changed(tmp_path, lambda raw: raw["added_tokens"].append(added("zebra", 515))))
+    assert text.ids("a zebra")[-1] == 515 and text.size == 516 and text.decode([515]) == "zebra"
+
+
+def test_typed_markers_stay_text_whether_or_not_the_file_calls_them_special(tmp_path):
+    def plain(raw):
+        for token in raw["added_tokens"]:
+            token["special"] = False
+    text, question = Text(changed(tmp_path, plain)), "<video> and </s> or <image>?"
+    assert text.size == 512 and not {0, 1, 2, 512, 513, 514} & set(text.ids(question, first=False))
+    assert text.decode(text.ids(question, first=False)) == question
+
+
+def test_a_text_is_a_function_of_its_ids_however_they_come():
+    """Random ids with long runs of bytes, valid and not, cut anywhere: what a stream showed is never taken back."""
+    text, chance = Text(TINY), random.Random(0)
+    byte = {b: text.head.token_to_id(f"<0x{b:02X}>") for b in range(256)}
+    for _ in range(400):
+        ids = []
+        while len(ids) < 24:
+            ids += chance.choice([[chance.randrange(576)], [byte[b] for b in "\u6f22\U0001f697".encode()],
+                                  [byte[chance.randrange(256)] for _ in range(chance.randrange(4))],
+                                  [byte[b] for b in "\u6f22".encode()[:chance.randrange(4)]], [2], text.ids("a car")])
+        for cut in (len(ids), chance.randrange(len(ids))):
+            for step in (1, 3, cut or 1):
+                stream, seen = TextStream(text), ""
+                for at in range(0, cut, step):
+                    seen += stream.push(ids[at:min(at + step, cut)])
+                    assert text.decode(ids[:cut]).startswith(seen)
+                assert seen + stream.push([], end=True) == text.decode(ids[:cut]) == stream.out
+
+
+def test_words_are_shown_at_once():
+    text = Text(TINY)
+    stream = TextStream(text)
+    assert "".join(stream.push([i]) for i in text.ids("A red car.")) == "A red car."
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "<!DOCTYPE html>", '{"model": {"type": "BPE"}}', "version"])

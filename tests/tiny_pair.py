@@ -12,7 +12,6 @@ Exits 1 if a speculative answer differs from target_only's."""
 
 import argparse
 import json
-import random
 import sys
 import tempfile
 from collections import Counter
@@ -23,6 +22,7 @@ import torch
 from engine import Fixed, Lookup, agreeing, load_engine
 from kernels.quant import BITS
 from weights import replace_file
+from weights.controls import interval
 from weights.tiny import make_clips, scenes
 
 TINY = Path(scenes.__file__).resolve().parent
@@ -71,7 +71,7 @@ def evaluate(engine, count: int, folder: Path, progress=None, controls: bool = T
     common = [most_frequent(q) for q in range(min(count, len(scenes.QUESTIONS)))]
     texts = {"target": [], "drafter": [], "answer": []}
     exact, accepted, drafted, lens, agreed, unequal, last = Counter(), Counter(), Counter(), {}, [], [], {}
-    text, end = engine.target.text, engine.target.config.eos_id
+    text, end = engine.target.text, engine.target.stops[0]
     lookups = {"lookup": Lookup(), "taught": taught_lookup(text, end)} if controls else {}
     for i, record in enumerate(records):
         scene, q = scenes.sample(make_clips.HELD_OUT + i), i % len(scenes.QUESTIONS)
@@ -86,7 +86,7 @@ def evaluate(engine, count: int, folder: Path, progress=None, controls: bool = T
             exact[side] += given == truth
         agreed.append(agreeing(preview.output_ids, alone.output_ids))
         blind = {"answer": Fixed(text.ids(common[q]) + [end]), "previous": Fixed(last.get(q, [])), **lookups}
-        for name, source in {"drafter": None, **(blind if controls else {})}.items():
+        for name, source in {"drafter": "drafter", **(blind if controls else {})}.items():
             result = engine.generate(mode="speculative", draft_source=source, draft_len=DRAFTS if controls else None,
                                      **request)
             if result.output_ids != alone.output_ids:
@@ -106,7 +106,7 @@ def evaluate(engine, count: int, folder: Path, progress=None, controls: bool = T
         "drafter_agrees_for": sum(agreed) / count,
         "accept_rate": {name: accepted[name] / max(1, drafted[name]) for name in lens},
         "tokens_per_round": {name: per_round(scenes_of) for name, scenes_of in lens.items()},
-        "interval": {name: interval(scenes_of) for name, scenes_of in lens.items()},
+        "interval": {name: interval(scenes_of, per_round) for name, scenes_of in lens.items()},
         "accept_len": {name: dict(sorted(Counter(sum(scenes_of, [])).items())) for name, scenes_of in lens.items()},
         "unequal": unequal,
     }
@@ -115,13 +115,6 @@ def evaluate(engine, count: int, folder: Path, progress=None, controls: bool = T
 def per_round(accept_lens: list[list[int]]) -> float:
     """Tokens per round over some scenes' rounds."""
     return sum(n + 1 for of in accept_lens for n in of) / max(1, sum(map(len, accept_lens)))
-
-
-def interval(accept_lens: list[list[int]], resamples: int = 1000) -> tuple[float, float]:
-    """95 % of `per_round` over scenes drawn with replacement."""
-    chance = random.Random(0)
-    rates = sorted(per_round(chance.choices(accept_lens, k=len(accept_lens))) for _ in range(resamples))
-    return rates[int(0.025 * resamples)], rates[int(0.975 * resamples)]
 
 
 def report(figures: dict) -> str:
@@ -138,9 +131,9 @@ def report(figures: dict) -> str:
     lines += ["", f"drafter_only and target_only agree for {figures['drafter_agrees_for']:.1f} ids"]
     for name in figures["accept_rate"]:
         histogram = "  ".join(f"{n}: {times}" for n, times in figures["accept_len"][name].items())
-        low, high = figures["interval"][name]
+        around = " [{:.2f}, {:.2f}]".format(*figures["interval"][name]) if figures["interval"][name] else ""
         lines.append(f"{name:11} accept_rate {figures['accept_rate'][name]:.2f}   tokens_per_round "
-                     f"{figures['tokens_per_round'][name]:.2f} [{low:.2f}, {high:.2f}]   accept_len {histogram}")
+                     f"{figures['tokens_per_round'][name]:.2f}{around}   accept_len {histogram}")
     rivals = {name: rate for name, rate in figures["tokens_per_round"].items() if name != "drafter"}
     if rivals:
         best = max(rivals, key=rivals.get)

@@ -37,7 +37,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 from weights import controls
 from weights import sources as draft_sources
@@ -241,22 +242,12 @@ def guess(network, config: AdapterConfig, drafter, previous, committed, limit: i
 
 
 def save(folder, network, config: AdapterConfig) -> None:
-    """config.json and the weights, each renamed into place when whole; the weights last."""
+    """config.json and then the weights, each in place only when whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write = {"config.json": lambda path: path.write_text(json.dumps(asdict(config), indent=2) + "\n"),
-             WEIGHTS: lambda path: save_file({k: v.detach().cpu().contiguous()
-                                              for k, v in network.state_dict().items()}, path)}
-    for name, put in write.items():
-        partial = folder / f".{name}.{os.getpid()}.partial"
-        try:
-            put(partial)
-            os.replace(partial, folder / name)
-        except OSError as error:
-            raise refusal(folder / name, f"cannot be written ({error.strerror or brief(error)})",
-                          "check the path, its permissions and the disk") from None
-        finally:
-            partial.unlink(missing_ok=True)
+    replace_file(folder / "config.json", (json.dumps(asdict(config), indent=2) + "\n").encode())
+    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    replace_file(folder / WEIGHTS, to_bytes(tensors))
 
 
 def load(folder, device="cpu"):

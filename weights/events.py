@@ -6,11 +6,13 @@ nothing is unpickled.
 Whatever is wrong with a file ends in InputError: one line with the path, what was wanted, what came, what to try.
 `python -m weights.events FILE` says what a file holds."""
 
+import ast
 import io
 import pickletools
 import re
 import struct
 import sys
+import warnings
 import zipfile
 import zlib
 from typing import NamedTuple
@@ -32,7 +34,7 @@ class Events(NamedTuple):
     x: torch.Tensor    # int32, column, 0 on the left
     y: torch.Tensor    # int32, row, 0 on top
     t: torch.Tensor    # int64, microseconds, any origin; nothing but the caller's own checks uses it
-    p: torch.Tensor    # uint8, 0 negative, 1 positive. In a file anything but 0 is positive, -1 too: upstream's rule
+    p: torch.Tensor    # uint8, 0 negative, 1 positive; in a file also false and true, or -1 and 1
 
 
 def read_events(path, max_canvas=MAX_CANVAS):
@@ -83,8 +85,18 @@ def events_of(columns, max_canvas):
         if high >= limit:
             raise Refused(f"largest {key} is {high}, outside the {max_canvas[1]} x {max_canvas[0]} canvas allowed",
                           "drop stray events, or pass a larger max_canvas")
-    return Events(as_type(x, torch.int32), as_type(y, torch.int32), as_type(t, torch.int64),
-                  as_type(p, torch.bool).view(torch.uint8))
+    return Events(as_type(x, torch.int32), as_type(y, torch.int32), as_type(t, torch.int64), polarity(p))
+
+
+def polarity(codes):
+    """uint8 [N], 0 negative and 1 positive, of codes 0 and 1 or -1 and 1, told apart by those that occur. Upstream
+    takes anything but 0 as positive, -1 too."""
+    low, high = extent(codes)
+    signed = low == -1
+    if low < -1 or high > 1 or signed and bool((codes == 0).any()):
+        found = "-1, 0 and 1" if (low, high) == (-1, 1) else f"from {low} to {high}"
+        raise Refused(f"p holds codes {found}, wanted 0 and 1, or -1 and 1", "write 1 for brighter, 0 for darker")
+    return as_type(codes > 0 if signed else codes, torch.bool).view(torch.uint8)
 
 
 def as_type(values, dtype):
@@ -143,21 +155,15 @@ def short_shape(shape):
     return "(" + ", ".join(map(str, shape)) + ")"
 
 
-# ---- .npy and .npz: header by pattern, bytes by slice ----------------------------------------------------------------
-
-HEADER_TYPE = re.compile(r"'descr'\s*:\s*'([<>|=]?)([A-Za-z?]\d*)'\s*,")
-HEADER_FIELDS = re.compile(r"'descr'\s*:\s*\[((?:\s*\('[^'\\()]*',\s*'[^'\\()]*'\)\s*,?)+)\s*\]")
-HEADER_FIELD = re.compile(r"\('([^'\\()]*)',\s*'([<>|=]?)([A-Za-z?])(\d*)'\)")
-HEADER_SHAPE = re.compile(r"'shape'\s*:\s*\(([\d,\s]{0,200})\)")
-
+# ---- .npy and .npz: header as a literal, bytes by slice --------------------------------------------------------------
 
 def parse_header(file):
-    """(header text, shape) at the start of an .npy file or zip member; leaves the file at the first byte of data."""
+    """(type, shape) at the start of an .npy file or zip member; leaves the file at the first byte of data. The type is
+    a string, or [(name, string), ...] of a structured array."""
     magic = file.read(8)
     if len(magic) < 8 or magic[:6] != b"\x93NUMPY" or magic[6] not in (1, 2, 3):
         raise Refused("not an .npy file of version 1 to 3", "save it again with numpy.save or numpy.savez")
-    width = 2 if magic[6] == 1 else 4
-    announced = int.from_bytes(file.read(width), "little")
+    announced = int.from_bytes(file.read(2 if magic[6] == 1 else 4), "little")
     if announced > MAX_HEADER_BYTES:
         raise Refused(f"announces a header of {announced} bytes, the limit is {MAX_HEADER_BYTES}",
                       "a damaged file: fetch it again")
@@ -165,36 +171,44 @@ def parse_header(file):
     if len(header) < announced:
         raise Refused(f"announces a header of {announced} bytes, the file has {len(header)}",
                       "an incomplete copy: fetch it again")
-    header = re.sub(r"\s+", " ", header.decode("latin-1"))    # short runs keep the patterns below linear
-    shape = HEADER_SHAPE.search(header)
-    if not shape:
-        raise Refused("its .npy header names no shape", "a damaged file: fetch it again")
-    numbers = re.findall(r"\d+", shape[1])
-    if any(len(n) > 18 for n in numbers):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                  # about odd literals; a header's are plain
+            fields = ast.literal_eval(header.decode("latin-1").strip())
+        descr, shape = fields["descr"], fields["shape"]
+    except (SyntaxError, ValueError, LookupError, TypeError, MemoryError, RecursionError):
+        raise Refused("its .npy header names no shape or type", "a damaged file: fetch it again") from None
+    if type(shape) is not tuple or not all(type(n) is int and 0 <= n < 2**60 for n in shape):
         raise Refused("its .npy header announces an impossible shape", "a damaged file: fetch it again")
-    return header, tuple(int(n) for n in numbers)
+    return descr, shape
+
+
+def plain_type(descr):
+    """(byte order, kind and width) of numpy's spelling of one plain type, "<u2" for example; else ("|", "unknown")."""
+    found = re.fullmatch(r"([<>|=]?)([A-Za-z?]\d{0,6})", descr) if isinstance(descr, str) else None
+    return (found[1], found[2]) if found else ("|", "unknown")
 
 
 def columns_of_npy(blob):
     """{name: RawArray} of an .npy file: a pickled dict of arrays, or a structured array."""
     file = io.BytesIO(blob)
-    header, shape = parse_header(file)
-    if re.search(r"'descr'\s*:\s*'\|?O8?'", header):
+    descr, shape = parse_header(file)
+    if plain_type(descr)[1] in ("O", "O8"):
         return columns_of_pickle(file, len(blob))
-    fields = HEADER_FIELDS.search(header)
-    if not fields:
-        kind = HEADER_TYPE.search(header)
-        raise Refused(f"one plain array of type {kind[2] if kind else 'unknown'} and shape {short_shape(shape)}, "
-                      "wanted a dict or fields x, y, t, p", "save four arrays with numpy.savez(x=, y=, t=, p=)")
+    fields = descr if isinstance(descr, list) else []
+    if not fields or not all(type(f) is tuple and len(f) == 2 and type(f[0]) is str for f in fields):
+        raise Refused(f"one plain array of type {plain_type(descr)[1]} and shape {short_shape(shape)}, "
+                      f"wanted a dict or fields x, y, t, p", "save four arrays with numpy.savez(x=, y=, t=, p=)")
     if len(shape) != 1:
         raise Refused(f"a structured array of shape {short_shape(shape)}, wanted one dimension", "save a flat array")
     columns, offset = {}, 0
-    for name, order, kind, width in HEADER_FIELD.findall(fields[1]):
+    for name, spelling in fields:
+        order, kind = plain_type(spelling)
         # V is padding of an aligned struct; U counts 4-byte characters.
-        size = 1 if kind == "?" else int(width[:6] or 0) * (4 if kind == "U" else 1)
-        columns[name] = (order, kind + width, offset, size)
+        size = 1 if kind == "?" else int(kind[1:] if kind[1:].isdecimal() else 0) * (4 if kind[0] == "U" else 1)
+        columns[name] = (order, kind, offset, size)
         offset += size
-    if len(HEADER_FIELD.findall(fields[1])) != fields[1].count("(") or offset == 0:
+    if any(kind == "unknown" for _, kind, _, _ in columns.values()) or offset == 0:
         raise Refused("its fields are not all plain numbers", "save four arrays with numpy.savez(x=, y=, t=, p=)")
     data = memoryview(blob)[file.tell():]
     if len(data) < shape[0] * offset:
@@ -236,11 +250,11 @@ def columns_of_npz(file, size):
                 if unpacked > most:
                     raise Refused(f"unpacks to more than {most} bytes", "cut it into shorter windows")
                 with archive.open(info) as member:
-                    header, shape = parse_header(member)
-                    kind = HEADER_TYPE.search(header)
-                    if not kind:
+                    descr, shape = parse_header(member)
+                    order, kind = plain_type(descr)
+                    if kind == "unknown":
                         raise Refused(f"{name} is not a plain array", f"save {name} as flat integers")
-                    columns[name] = RawArray(kind[2], shape, member.read(info.file_size), kind[1])
+                    columns[name] = RawArray(kind, shape, member.read(info.file_size), order)
     except ZIP_ERRORS as error:
         raise Refused(f"damaged .npz ({reason_of(error)})", "fetch or save it again") from None
     return columns

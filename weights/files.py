@@ -185,7 +185,7 @@ def read_json(path, wanted: str, most: int = MAX_SMALL, kind: type = dict):
     """The value of a JSON file, an object unless another `kind` is given."""
     value = parse_json(path, read_text(path, wanted, most), wanted)
     if not isinstance(value, kind):
-        names = {dict: "object", list: "list"}
+        names: dict[type, str] = {dict: "object", list: "list"}
         raise refusal(path, f"holds a JSON {names.get(type(value), type(value).__name__)}, wanted {wanted}: "
                       f"{names[kind]}", "fetch it again")
     return value

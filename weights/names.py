@@ -72,7 +72,7 @@ TOWER_LAYER = {                                         # each comes as .weight 
 LINEAR = {"w": "weight", "b": "bias"}
 
 # What the engine computes and no other; a config that asks for something else is refused before a byte is read.
-TEXT_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+TEXT_FIXED = {"hidden_act": ("silu", "swish"), "attention_bias": False, "mlp_bias": False, "sliding_window": None}
 VISION_FIXED = {"hidden_act": "quick_gelu", "num_channels": 3}
 VIDEO_LLAVA_FIXED = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
 EVENTGPT_FIXED = {"use_event_qformer": False}           # its weights were never published
@@ -90,7 +90,7 @@ _COUNT = ("a whole number above 0", lambda v: type(v) is int and 0 < v < 2 ** 31
 _ID = ("an id of the vocabulary", lambda v: type(v) is int and 0 <= v < 2 ** 31)
 _FLAG = ("true or false", lambda v: type(v) is bool)
 VALUES = {"rms_norm_eps": _POSITIVE, "layer_norm_eps": _POSITIVE, "rope_theta": _POSITIVE,
-          "max_position_embeddings": _COUNT, "video_seq_length": _COUNT, "bos_token_id": _ID, "eos_token_id": _ID,
+          "max_position_embeddings": _COUNT, "video_seq_length": _COUNT, "bos_token_id": _ID,
           **dict.fromkeys(("event_feature_adaptor", "mm_use_im_patch_token", "mm_use_im_start_end",
                            "tie_word_embeddings"), _FLAG),
           "vision_feature_select_strategy": ("default or full", lambda v: v in ("default", "full"))}
@@ -168,6 +168,11 @@ def plan(config: dict, where="config.json") -> Plan:
         check_values(config, where)
         check_values(vision, where)
         D, C = size(text, "hidden_size", where), size(vision, "hidden_size", where, VISION_DEFAULTS)
+        image, patch = (size(vision, name, where, VISION_DEFAULTS) for name in ("image_size", "patch_size"))
+        rows = (image // patch) ** 2 + 1
+        if kind == "video_llava" and (config.get("video_seq_length") or 0) % rows:
+            raise InputError(f"{where}: video_seq_length is {config['video_seq_length']}, no multiple of the {rows} "
+                             f"rows that a frame gives; copy config.json from the checkpoint again")
         for tower in ("video", "image") if kind == "video_llava" else ("events",):
             layer = config.get("vision_feature_layer", -2) if kind == "video_llava" else -1
             tower_plan(tower, vision, layer, where, wanted, unused)
@@ -184,7 +189,13 @@ def text_plan(text, where, wanted, unused):
     insist(text, TEXT_FIXED, where)
     rope = section(text, "rope_parameters", where) or section(text, "rope_scaling", where)
     check_values(rope, where)
-    insist(rope, {"rope_type": "default", "type": "default"}, where)
+    for name in ("rope_type", "type"):
+        if rope.get(name) not in (None, "default"):
+            raise InputError(f"{where}: rope scaling of {name} {str(rope[name])[:60]!r}, and this engine computes only "
+                             f"plain rotary positions; use a checkpoint of the published architecture")
+    if None not in (rope.get("rope_theta"), text.get("rope_theta")) and rope["rope_theta"] != text["rope_theta"]:
+        raise InputError(f"{where}: rope_theta is {text['rope_theta']} and, among the rope parameters, "
+                         f"{rope['rope_theta']}; remove the wrong one")
     D, F, V, H, L = (size(text, name, where) for name in
                      ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_hidden_layers"))
     N = size(text, "num_key_value_heads", where, {"num_key_value_heads": H})
@@ -192,6 +203,9 @@ def text_plan(text, where, wanted, unused):
         raise InputError(f"{where}: num_attention_heads {H} is not a multiple of num_key_value_heads {N}; "
                          f"copy config.json from the checkpoint again")
     K = size(text, "head_dim", where, {"head_dim": max(1, D // H)})
+    if K % 2:
+        raise InputError(f"{where}: head_dim is {K}, and rotary positions turn pairs; copy config.json from the "
+                         f"checkpoint again")
     rows = {"attn_norm": [D], "qkv": [H * K, N * K, N * K], "o": [D], "mlp_norm": [D], "gate_up": [F, F], "down": [D]}
     columns = {"qkv": D, "o": H * K, "gate_up": D, "down": F}       # the norms have none
     wanted.append(stack("text.embed", ["language_model.embed_tokens.weight"], [V], D))
@@ -277,9 +291,10 @@ def size(config, name, where, defaults=TEXT_DEFAULTS) -> int:
 def insist(config, fixed, where):
     """Refuses a config that asks for something the engine does not compute. Absent and null mean the default."""
     for name, value in fixed.items():
-        if config.get(name) is not None and config[name] != value:
+        values = value if isinstance(value, tuple) else (value,)
+        if config.get(name) is not None and config[name] not in values:
             raise InputError(f"{where}: {name} is {str(config[name])[:60]!r}, and this engine computes only "
-                             f"{value!r}; use a checkpoint of the published architecture")
+                             f"{values[0]!r}; use a checkpoint of the published architecture")
 
 
 def check_values(config, where):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weights import InputError
-from weights.names import plan
+from weights.names import CLIP_MEAN, CLIP_STD, TEXT_DEFAULTS, VISION_DEFAULTS, plan, with_defaults
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,6 @@ class DecoderConfig:
     theta: float = 10000.0      # rotary base
     max_rows: int = 4096        # positions the model was trained for
     bos_id: int = 1
-    eos_id: int = 2
 
     def cache_bytes(self, rows: int, itemsize: int) -> int:
         """Keys and values, the rotary tables beside them, and the rows a prefill starts from."""
@@ -30,18 +28,14 @@ class DecoderConfig:
 
     @classmethod
     def read(cls, raw: dict) -> DecoderConfig:
-        """From a Hugging Face LLaMA config; `rope_parameters` is the newer home of `rope_theta`. null is no value."""
-        raw = {name: value for name, value in raw.items() if value is not None}
-        H, D = raw.get("num_attention_heads", 32), raw.get("hidden_size", 4096)
+        """From a Hugging Face LLaMA config that `plan` accepts; `rope_parameters` is the newer home of `rope_theta`."""
+        raw = with_defaults(raw, TEXT_DEFAULTS)
+        H, D = raw["num_attention_heads"], raw["hidden_size"]
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise InputError(f"config.json: rope scaling {rope} is not supported; use a model with plain rotary")
-        return cls(D=D, L=raw.get("num_hidden_layers", 32), H=H, N=raw.get("num_key_value_heads") or H,
-                   K=raw.get("head_dim") or D // H, F=raw.get("intermediate_size", 11008),
-                   V=raw.get("vocab_size", 32000), eps=raw.get("rms_norm_eps", 1e-5),
-                   theta=raw.get("rope_theta", rope.get("rope_theta", 10000.0)),
-                   max_rows=raw.get("max_position_embeddings", 4096),
-                   bos_id=raw.get("bos_token_id", 1), eos_id=raw.get("eos_token_id", 2))
+        return cls(D=D, L=raw["num_hidden_layers"], H=H, N=raw.get("num_key_value_heads") or H,
+                   K=raw.get("head_dim") or D // H, F=raw["intermediate_size"], V=raw["vocab_size"],
+                   eps=raw["rms_norm_eps"], theta=rope.get("rope_theta", raw["rope_theta"]),
+                   max_rows=raw["max_position_embeddings"], bos_id=raw["bos_token_id"])
 
 
 @dataclass(frozen=True)
@@ -53,8 +47,8 @@ class VisionConfig:
     image: int = 224            # side of the square it sees, pixels
     patch: int = 14             # side of a patch, pixels
     eps: float = 1e-5
-    mean: tuple = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple = CLIP_MEAN
+    std: tuple = CLIP_STD
 
     @property
     def P(self) -> int:
@@ -62,12 +56,9 @@ class VisionConfig:
 
     @classmethod
     def read(cls, raw: dict) -> VisionConfig:
-        raw = {name: value for name, value in raw.items() if value is not None}
-        if raw.get("hidden_act", "quick_gelu") != "quick_gelu":
-            raise InputError(f"config.json: vision activation {raw['hidden_act']}, only quick_gelu is supported")
-        return cls(C=raw.get("hidden_size", 1024), layers=raw.get("num_hidden_layers", 24),
-                   heads=raw.get("num_attention_heads", 16), image=raw.get("image_size", 224),
-                   patch=raw.get("patch_size", 14), eps=raw.get("layer_norm_eps", 1e-5))
+        raw = with_defaults(raw, VISION_DEFAULTS)
+        return cls(C=raw["hidden_size"], layers=raw["num_hidden_layers"], heads=raw["num_attention_heads"],
+                   image=raw["image_size"], patch=raw["patch_size"], eps=raw["layer_norm_eps"])
 
 
 def text_config(config: dict) -> DecoderConfig:

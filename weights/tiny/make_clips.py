@@ -20,6 +20,8 @@ from pathlib import Path
 import av
 import torch
 
+from weights import replace_file
+from weights.dataset import LIST
 from weights.events import read_events
 from weights.tiny import scenes
 
@@ -175,7 +177,7 @@ def main():
     records = make_films(options.out, films) if films else make_scenes(options.out, options.count)
     if options.davis:
         records += make_davis(options.out, options.davis)
-    (options.out / "EventGPT_Instruction_Subset.json").write_text(json.dumps(records, indent=1) + "\n")
+    replace_file(options.out / LIST, (json.dumps(records, indent=1) + "\n").encode())
     print(f"{len(records)} clips in {options.out}")
 
 

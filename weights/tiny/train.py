@@ -17,6 +17,7 @@ from safetensors import TensorSpec, serialize_file
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from weights import replace_file
 from weights.names import CLIP_MEAN, CLIP_STD
 from weights.text import DRAFTER_SYSTEM, Text
 from weights.tiny import scenes
@@ -59,7 +60,7 @@ def train_tokenizer(path, pieces=512):
     raw["added_tokens"] = [{"id": i, "content": s, **plain} for i, s in enumerate(("<unk>", "<s>", "</s>"))]
     raw["added_tokens"] += [{"id": len(vocab) + i, "content": s, **plain}
                             for i, s in enumerate(("<image>", "<video>", "<pad>"))]
-    Path(path).write_text(json.dumps(raw, ensure_ascii=False))
+    replace_file(path, json.dumps(raw, ensure_ascii=False).encode())
     return len(vocab)
 
 
@@ -221,7 +222,7 @@ def save(pair, folder, tokenizer, vocab, image_id):
 
     def write(path, value):
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(value, indent=1) + "\n")
+        replace_file(path, (json.dumps(value, indent=1) + "\n").encode())
 
     if pair.side == "target":
         rows = (SIDE // PATCH) ** 2
@@ -240,7 +241,7 @@ def save(pair, folder, tokenizer, vocab, image_id):
         write(folder / "clip" / "config.json", VISION)
         write(folder / "clip" / "preprocessor_config.json", processor)
     write(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
-    (folder / "tokenizer.json").write_bytes(Path(tokenizer).read_bytes())
+    replace_file(folder / "tokenizer.json", Path(tokenizer).read_bytes())
 
 
 # ---- data and training -----------------------------------------------------------------------------------------

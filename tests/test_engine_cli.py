@@ -1,0 +1,142 @@
+"""`python engine.py`, and the words of the research code: PrefillOnlyInference."""
+
+import subprocess
+import sys
+
+import pytest
+from common import NEW, QUESTIONS, ROOT, TINY, asked, truth
+
+import engine
+from engine import InputError, PrefillOnlyInference
+
+CLIP = ["--events", str(TINY / "clips/event_npy/scenes/000001.npz"), "--device", "cpu",
+        "--video", str(TINY / "clips/mp4/scenes/000001.mp4"), "--query", QUESTIONS[0]]
+
+
+# ---- the command line
+
+
+@pytest.fixture
+def line(pair, monkeypatch, capsys):
+    """Runs a command line on the shared pair: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(engine, "load_engine", lambda *models, **options: pair)
+
+    def run(*words):
+        try:
+            code = engine.main(list(words)) or 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+    return run
+
+
+def test_without_flags_it_shows_the_claim(user_env):
+    done = subprocess.run([sys.executable, "engine.py"], cwd=ROOT, capture_output=True, text=True, env=user_env)
+    assert done.returncode == 0 and done.stdout.endswith("\nidentical to target_only: True\n"), done.stderr
+    assert "preview" in done.stdout and "a yellow circle moving quickly upwards" in done.stdout
+
+
+@pytest.mark.parametrize("mode", engine.MODES)
+def test_one_question_ends_in_a_line_of_figures(line, pair, mode):
+    code, out, err = line(*CLIP, "--mode", mode, "--max-new-tokens", "12")
+    lines = out.splitlines()
+    assert code == 0 and not err and lines[-1].startswith("12 ids in ") and " forwards; accepted " in lines[-1]
+    if mode != "drafter_only":
+        answer = next(text for text in lines if " final " in text)
+        assert answer.endswith(pair.target.text.decode(truth(pair, 1)[:12]))
+    assert (" preview " in lines[-2]) == (mode in ("prefill_only", "drafter_only"))
+
+
+def test_the_line_of_figures_says_who_drafted_and_in_how_many_forwards(line, pair, monkeypatch):
+    result = pair.generate(mode="target_only", **asked(1))
+    ids = result.output_ids = result.output_ids[:9]
+    result.round_log = [engine.Round("drafter", ids[1:4], 3), engine.Round("", [], 0), engine.Round("lookup", [1], 0)]
+    result.count()
+    monkeypatch.setattr(pair, "stream", lambda **_: iter([engine.Event("final", "x", "x", ids, 1.0, "stop", result)]))
+    assert line(*CLIP)[1].endswith("6 forwards; accepted 3 of 4 drafts (drafter, lookup)\n")
+
+
+@pytest.mark.parametrize("words,said", [
+    (["--nope"], "--nope"), (["--max-new-tokens"], "--max-new-tokens"), ([*CLIP, "--mode", "fast"], "mode 'fast'"),
+    (["--video", "x.mp4"], "--query"), (["--query", "Q"], "video_path"), ([*CLIP, "--max-new-tokens", "0"], "max_new"),
+    (["--query", "Q", "--video", "no.mp4", "--events", "no.npz"], "no.mp4"),
+    ([*CLIP, "--draft-source", "magic"], "magic"),
+])
+def test_bad_input_is_one_line_and_exit_2(line, words, said):
+    code, out, err = line(*words)
+    assert code == 2 and not out and err.count("\n") == 1 and said in err
+
+
+def test_the_version_is_the_one_to_cite(line):
+    assert line("--version")[1] == f"headstart {engine.VERSION}\n"
+    assert f"\nversion: {engine.VERSION}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+# ---- the research code's words
+
+
+@pytest.fixture
+def api(pair):
+    inference = PrefillOnlyInference()
+    inference.engine = pair
+    return inference
+
+
+@pytest.mark.parametrize("option,near", [("use_4bits", "use_4bit"), ("adapterpath", "adapter_path"), ("gates", "gate"),
+                                         ("cache_row", "cache_rows"), ("videollava", "videollava_model_id"),
+                                         ("eventgpt", "eventgpt_path")])
+def test_an_unknown_option_is_refused_at_once_with_the_nearest_word(option, near):
+    with pytest.raises(InputError, match=rf"^{option}: not an option .*; did you mean {near}\?$"):
+        PrefillOnlyInference(**{option: 1})
+
+
+def test_every_option_of_load_engine_is_one(monkeypatch):
+    given = {}
+    monkeypatch.setattr(engine, "load_engine", lambda **options: given.update(options))
+    PrefillOnlyInference("e", "v", "cpu", use_4bit=True, gate=False, cache_rows=7).load()
+    assert given == dict(eventgpt="e", videollava="v", device="cpu", drafter_dtype="int4", gate=False, cache_rows=7)
+    PrefillOnlyInference(use_4bit=True, drafter_dtype="fp8+int4").load()
+    assert given["drafter_dtype"] == "fp8+int4"
+
+
+@pytest.mark.parametrize("options", [{"use_adapter": True}, {"mode": "prefill_with_alignment"}])
+def test_an_adapter_needs_its_folder(options):
+    with pytest.raises(InputError, match="^adapter_path: "):
+        PrefillOnlyInference(**options)
+
+
+def test_the_adapter_drafts_and_is_verified_once(api, pair, monkeypatch):
+    ids = truth(pair, 1)
+
+    class Guess:
+        name = "adapter"
+
+        def propose(self, committed, limit):
+            return ids[len(committed):len(committed) + min(limit, 4)] + [1]
+    monkeypatch.setattr(engine, "source_named", lambda name: Guess())
+    aligned = PrefillOnlyInference(adapter_path="DIR", mode="prefill_with_alignment")
+    aligned.engine = pair
+    result = aligned.generate(**asked(1), max_draft_tokens=7)
+    assert result.output_ids == ids and result.mode == "prefill_then_verify"
+    assert [of.source for of in result.round_log] == ["adapter"] and result["draft_tokens"] == [*ids[1:5], 1]
+    assert PrefillOnlyInference(adapter_path="DIR", use_adapter=False).source is None
+    with pytest.raises(InputError, match="prefill_with_alignment"):
+        api.generate(**asked(1), mode="prefill_with_alignment")
+
+
+def test_the_result_answers_to_the_old_words(api, pair):
+    result = api.generate(**asked(0), mode="speculative", max_draft_tokens=3)
+    assert result["output_tokens"] == result.output_ids == truth(pair, 0)
+    assert result["num_draft_tokens"] == len(result["draft_tokens"]) == result.drafted > 0
+    target, drafter = result.stages["target"], result.stages["drafter"]
+    assert result["vl_prefill_time"] == target["encode"] + target["prefill"]
+    assert result["egpt_prefill_time"] == drafter["encode"] + drafter["prefill"]
+    assert result["vl_verify_time"] == target["verify"] and result["egpt_draft_time"] == drafter["draft"]
+    assert result["vl_decode_time"] == target.get("decode", 0)
+    assert result["overlap_window"] == max(0, result.ttft - result.ttfp) and len(result.preview_ids) <= NEW
+    alone = api.generate(**asked(0), mode="target_only")
+    assert alone["overlap_window"] == alone["egpt_prefill_time"] == alone["num_draft_tokens"] == 0
+    events = list(api.stream(**asked(0)))
+    assert events[-1].result["output_tokens"] == result.output_ids and events[0].result is None
+    with pytest.raises(TypeError, match="gate"):
+        api.generate(**asked(0), gate=False)
