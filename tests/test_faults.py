@@ -160,7 +160,8 @@ def test_a_source_that_wants_to_leave_the_program_costs_its_drafts(pair):
     assert result.output_ids == truth(pair, 0) and "SystemExit" in result.drafter_error
 
 
-@pytest.mark.parametrize("source", ["no such source", object(), 5, ["drafter", None], "self"], ids=repr)
+@pytest.mark.parametrize("source", ["no such source", object(), 5, ["drafter", None], "self"],
+                         ids=lambda of: type(of).__name__)
 def test_a_source_that_is_none_is_refused(pair, source):
     with pytest.raises(InputError, match="draft_source[^\n]*; ") as error:
         pair.generate(**asked(draft_source=source))

@@ -449,7 +449,7 @@ def test_an_answer_ends_where_transformers_ends_it(tmp_path, generation, config,
 
 
 @pytest.mark.parametrize("name, content, said", [
-    ("generation_config.json", {"eos_token_id": 40}, "eos_token_id is [40], wanted one or some ids"),
+    ("generation_config.json", {"eos_token_id": 40}, "eos_token_id is [40], wanted"),
     ("generation_config.json", {"eos_token_id": []}, "eos_token_id is []"),
     ("generation_config.json", {"eos_token_id": [2, -1]}, "eos_token_id is [2, -1]"),
     ("generation_config.json", {"eos_token_id": True}, "eos_token_id is [True]"),

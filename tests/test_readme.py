@@ -137,6 +137,7 @@ class Parsed(BaseException):
     """A program has read its flags; it goes no further."""
 
 
+@pytest.mark.filterwarnings("ignore:'weights")
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_readme_is_one_that_its_program_knows(command, monkeypatch):
     words = shlex.split(command)[1:]
@@ -178,6 +179,24 @@ def test_the_examples_run_as_printed_and_the_data_set_is_one(tmp_path, user_env)
         timeout=200, env=user_env)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["identical"] == {"compared": 1, "equal": 1, "differing": []}
+
+
+def test_the_command_for_the_published_checkpoints_runs_on_a_hub_cache(tmp_path, user_env):
+    """As `hf download --revision` leaves it, without a word of main; tiny weights stand under the real names."""
+    command = next(command for command in commands() if "LanguageBind/Video-LLaVA-7B-hf@4cf9d8c" in command)
+    hub = tmp_path / "hub" / "models--LanguageBind--Video-LLaVA-7B-hf"
+    for folder in (hub / "refs", hub / "snapshots", tmp_path / "checkpoints", tmp_path / "data"):
+        folder.mkdir(parents=True)
+    (hub / "refs" / "4cf9d8c").write_text("4cf9d8c" + "0" * 33)
+    for link, to in ((hub / "snapshots" / ("4cf9d8c" + "0" * 33), "target"), (tmp_path / "data" / "clips", "clips"),
+                     (tmp_path / "checkpoints" / "EventGPT-7b", "drafter")):
+        link.symlink_to(ROOT / "weights" / "tiny" / to)
+    words = shlex.split(command.replace("--max-samples 10", "--max-samples 1"))[1:]
+    small = "--device cpu --repeats 1 --warmup 0 --max-new-tokens 4".split()
+    done = subprocess.run([sys.executable, ROOT / words[0], *words[1:], *small], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=200, env=user_env | {"HF_HUB_CACHE": str(tmp_path / "hub")})
+    assert done.returncode == 0 and "identical to the video model alone" in done.stdout, done.stderr[-800:]
+    assert json.loads((tmp_path / "out.json").read_text())["identical"]["differing"] == []
 
 
 def fix():
