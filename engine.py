@@ -974,7 +974,9 @@ class Engine:
 
         On a GPU a source that does not need the host has its next round queued before the last one was looked at. What
         the host does with a state, telling the caller above all, it does with the GPU's next work queued."""
-        words, left, state, untold = STATE + limit + STEP_ROWS, limit - 1, None, None
+        words, left = STATE + limit + STEP_ROWS, limit - 1
+        state: State | None = None                           # the newest that the host has seen
+        untold: State | None = None                          # the same, until the caller has it
         waiting: collections.deque = collections.deque([(model.snapshot(words), None)])      # on their way to the host
 
         def tell_now():
