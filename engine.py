@@ -45,7 +45,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import kernels  # noqa: F401  first: it keeps torch quiet where numpy is absent
 
@@ -363,7 +363,8 @@ class Model:
         self.host_read, self.sure_read = (torch.cuda.Event() if self.on_gpu else None for _ in range(2))
         self.tail_id = torch.zeros(1, dtype=torch.long, device=self.device)     # the prompt's last id
         self.ring: Ring | None = None                        # earlier answers, and what a drafter elsewhere expects
-        self.searches, self.sampling = False, None           # of this request, see `begin`
+        self.searches = False                                # of this request, as is the next: see `begin`
+        self.sampling: tuple | None = None
         self.sampling_3 = torch.zeros(3, dtype=torch.long, device=self.device)
         self.recorded_W: torch.Tensor | None = None          # see `replay`
         self.pixels, self.step_graphs, self.prompt_rows = {}, {}, 0
@@ -811,8 +812,8 @@ class Entry(NamedTuple):
     row: str
     side: str
     stage: str
-    start: object
-    end: object
+    start: Any
+    end: Any
     note: str
     device: torch.device
     drafts: int                             # that a forward looked at, or made
@@ -890,6 +891,7 @@ class Request:
     gate: Gate | None                       # None: draft whatever it costs
     size: int                               # of the video file, in doublings: clips of a size take alike to decode
     line: Line | None                       # of a drafter on a device of its own
+    earlier: Lookup | None = None           # the answers that are looked up
     tenant: Tenant = PLAIN                  # who drafts for the target
     out: queue.Queue = field(default_factory=queue.Queue)
     stop_drafting: threading.Event = field(default_factory=threading.Event)
@@ -972,8 +974,10 @@ class Engine:
 
         On a GPU a source that does not need the host has its next round queued before the last one was looked at. What
         the host does with a state, telling the caller above all, it does with the GPU's next work queued."""
-        words, left, state, untold = STATE + limit + STEP_ROWS, limit - 1, None, None
-        waiting = collections.deque([(model.snapshot(words), None)])      # states on their way to the host
+        words, left = STATE + limit + STEP_ROWS, limit - 1
+        state: State | None = None                           # the newest that the host has seen
+        untold: State | None = None                          # the same, until the caller has it
+        waiting: collections.deque = collections.deque([(model.snapshot(words), None)])      # on their way to the host
 
         def tell_now():
             nonlocal untold
@@ -1096,8 +1100,7 @@ class Engine:
 
     def _rank(self, req: Request, right: float) -> int:
         """Whether a drafter's line, with so many right drafts expected, goes before earlier answers."""
-        found = next((of for of in req.tenant.tenants if isinstance(of, Found)), None)
-        if not found or not found.earlier or not found.earlier.learnt:
+        if not req.earlier or not req.earlier.learnt:
             return ONLY.value
         alive = req.gate.alive("lookup", req.question, WIDTHS[-2]) if req.gate else [0.0]
         return FIRST.value if right > sum(alive) else AFTER.value
@@ -1144,9 +1147,8 @@ class Engine:
         if req.mode not in ("prefill_then_verify", "speculative"):
             return PLAIN
         tenants: list[Tenant] = []
-        earlier = next((of for of in sources if isinstance(of, Lookup)), None)
-        if earlier or req.line:
-            tenants.append(Found(req, self.target, earlier, req.line))
+        if req.earlier or req.line:
+            tenants.append(Found(req, self.target, req.earlier, req.line))
         for source in sources:
             if source == "self":
                 tenants.append(SelfRounds(req, self.target))
@@ -1268,10 +1270,10 @@ class Engine:
                 line = Line(() if ignore_eos else self.drafter.stops, max_new_tokens) if runs_ahead else None
                 req = Request(mode, question, frames, events, paths, image_path is not None, event_frames, canvas,
                               max_new_tokens, draft_len, overlap_len, ignore_eos, Timeline(active), gate, size, line)
+                req.earlier = next((of for of in sources if isinstance(of, Lookup)), None)
                 req.tenant = self._tenant(req, sources)
-                earlier = next((of for of in sources if isinstance(of, Lookup)), None)
                 self.learners = [of for of in sources if hasattr(of, "learn")]
-                searches = req.tenant is not PLAIN and bool(earlier or line)
+                searches = req.tenant is not PLAIN and bool(req.earlier or line)
                 for model in active:                         # drafts stay greedy, whoever judges them
                     model.begin((temperature, top_p, seed) if temperature and model is active[0] else None,
                                 searches and model is self.target)
@@ -1283,7 +1285,7 @@ class Engine:
                     self._prepare(req, active, len(images) if event_path is None and uses_drafter else event_frames,
                                   searches)
                     if searches:
-                        self._fill_ring(earlier or Lookup())
+                        self._fill_ring(req.earlier or Lookup())
                         self.target.ring.set_line([])
                 for source in sources:
                     with noting(req.errors):

@@ -221,8 +221,8 @@ BREAKS = [
          "the control is a place too late"),
         ("count(ways, answer, weight=-1)", "count(ways, answer, weight=0)",
          "a control has seen the answer it is asked for"),
-        ("at += sources.agreeing(propose(answer[:at], limit)[:limit], answer[at:]) + 1",
-         "at += sources.agreeing(propose(answer[:at], limit)[:limit], answer[at:])", "a control's round gives no id")),
+        ("at += agreeing(propose(answer[:at], limit)[:limit], answer[at:]) + 1",
+         "at += agreeing(propose(answer[:at], limit)[:limit], answer[at:])", "a control's round gives no id")),
 ]
 
 

@@ -41,9 +41,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from weights import controls
-from weights import sources as draft_sources
 from weights.files import InputError, brief, json_lines, read_json, refusal, replace_file
 from weights.load import listed, read_header
+from weights.sources import agreeing
 
 END = 2                              # end of sequence
 WEIGHTS = "adapter.safetensors"
@@ -322,7 +322,7 @@ def judge(network, config: AdapterConfig, rows, device, limit: int = LIMIT) -> d
             hits = hit_BSK[b, span, 0].tolist()
             right += hits
             top5 += hit_BSK[b, span].any(-1).tolist()
-            prefixes.append(draft_sources.agreeing(hits, [True] * limit))
+            prefixes.append(agreeing(hits, [True] * limit))
     mean = lambda values: sum(values) / max(1, len(values))          # noqa: E731
     return {"position": 100 * mean(right), "top5": 100 * mean(top5), "prefix": mean(prefixes)}
 
@@ -346,7 +346,7 @@ def beside(train, rows, limit: int = LIMIT) -> dict:
                              ("most frequent", controls.follow(ways[r["question"]], ids[:1], len(ids) - 1)),
                              ("previous", r["previous"][1:])):
             right[name] += sum(draft == i for draft, i in zip(drafts, ids[1:], strict=False))
-            accepted[name].append(draft_sources.agreeing(drafts[:limit], ids[1:]))
+            accepted[name].append(agreeing(drafts[:limit], ids[1:]))
     drafted = max(1, sum(len(r["target"]) - 1 for r in rows))
     return {name: {"position": 100 * right[name] / drafted, "prefix": sum(of) / len(of)}
             for name, of in accepted.items()}

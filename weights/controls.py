@@ -13,7 +13,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 
-from weights import sources
+from weights.sources import agreeing
 
 ORDER = 16              # ids of an n-gram's context
 OWN = 20                # an answer of the same stream counts as much as this many from elsewhere
@@ -75,14 +75,14 @@ def stream(answers: list[list[int]], others: Iterable[list[int]] = (), own: bool
 
 def one_shot(propose: Callable, answer: list[int], limit: int) -> int:
     """How many of at most `limit` drafts behind the answer's first id are right, up to the first that is not."""
-    return sources.agreeing(propose(answer[:1], limit)[:limit], answer[1:])
+    return agreeing(propose(answer[:1], limit)[:limit], answer[1:])
 
 
 def forwards(propose: Callable, answer: list[int], limit: int) -> int:
     """Target forwards after the prefill that make the answer in rounds of at most `limit` drafts."""
     at, taken = 1, 0
     while at < len(answer):
-        at += sources.agreeing(propose(answer[:at], limit)[:limit], answer[at:]) + 1
+        at += agreeing(propose(answer[:at], limit)[:limit], answer[at:]) + 1
         taken += 1
     return taken
 
