@@ -6,10 +6,12 @@ import threading
 import time
 
 import pytest
+import torch
 from common import EOS, asked, script, truth
 
 import engine
 from engine import DraftSource, Fixed, InputError, Lookup
+from weights import adapter
 
 ANSWER = [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, EOS]
 
@@ -222,3 +224,24 @@ def test_a_hopeless_source_rests_and_one_that_got_better_is_noticed(pair, clock,
         drafted.append(result.drafted)
     assert drafted[2] <= 3 * 7 and accepted[2] == 0, "it was asked now and then"
     assert accepted[-1] > 90, "it was noticed"
+
+
+# ---- the token adapter's places
+
+
+class Places(torch.nn.Module):
+    """A network whose entry i says 100 + i."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, ids_BS):
+        return torch.nn.functional.one_hot(100 + torch.arange(ids_BS.shape[1]), 200)[None].float()
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2])
+def test_entry_i_of_the_token_adapter_drafts_the_id_at_i_plus_shift(shift):
+    config = adapter.AdapterConfig("token", vocab=200, rows=32, width=8, layers=1, heads=2, hidden=8, shift=shift)
+    drafts = adapter.guess(Places(), config, [5] * 6, [], [7] * 3, 2)
+    assert drafts == [100 + 3 - shift, 101 + 3 - shift][:6 - 3 + shift]
