@@ -65,7 +65,8 @@ SHARED = {("target", "verify"), ("target", "draft")}         # those that a side
 def git(*words) -> str:
     """What git says, or nothing if it is not there."""
     try:
-        return subprocess.run(("git", *words), capture_output=True, text=True, timeout=5, cwd=HERE).stdout.strip()
+        command = "git", "--no-optional-locks", *words       # a full disk must not leave its index locked
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, cwd=HERE).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 

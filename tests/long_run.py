@@ -9,7 +9,9 @@
 All on the embedded pair, on the CPU; small forms of the four run with the tests."""
 
 import argparse
+import contextlib
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -42,30 +44,42 @@ def make_dataset(folder: Path, rows: int) -> Path:
 # ---- rows that survive kill -9 ---------------------------------------------------------------------------------
 
 
-def start(clips: Path, rows: Path, shard: str, *more) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "bench.py"), "--dataset-dir", str(clips), "--rows", str(rows), "--device",
-               "cpu", "--shard", shard, "--modes", "target_only,speculative", "--repeats", "1", "--warmup", "0",
-               "--max-new-tokens", "6", "--json", "-", *more]
+def flags(clips: Path, rows: Path, shard: str, *more) -> list[str]:
+    return ["--dataset-dir", str(clips), "--rows", str(rows), "--device", "cpu", "--shard", shard, "--modes",
+            "target_only,speculative", "--repeats", "1", "--warmup", "0", "--max-new-tokens", "6", "--json", "-", *more]
+
+
+def start(*of) -> subprocess.Popen:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
+    return subprocess.Popen([sys.executable, str(ROOT / "bench.py"), *flags(*of)], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, env=env)
 
 
-def finished(process) -> None:
-    _, err = process.communicate(timeout=3600)
-    if process.returncode:
-        raise SystemExit(f"long_run: a run ended with {process.returncode}: {err.decode()[-300:]}")
+def finish(here: bool, *of) -> None:
+    """A run to its end, in this process or in one of its own."""
+    if here:
+        import bench
+        with contextlib.redirect_stdout(io.StringIO()):
+            code, err = bench.main(flags(*of)), "see above"
+    else:
+        process = start(*of)
+        err = process.communicate(timeout=3600)[1].decode()
+        code = process.returncode
+    if code:
+        raise SystemExit(f"long_run: a run ended with {code}: {err[-300:]}")
 
 
 def lines_in(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def killed_rows(folder: Path, rows: int, shards: int, kills: int, seed: int) -> dict:
-    """A run in shards, each killed at random moments `kills` times in all and resumed, against one run left alone."""
+def killed_rows(folder: Path, rows: int, shards: int, kills: int, seed: int, here: bool = False) -> dict:
+    """A run in shards, each killed at random moments `kills` times in all and resumed, against one run left alone.
+    here: what is not killed runs in this process."""
     import bench
     chance, clips = random.Random(seed), make_dataset(folder / "clips", rows)
-    whole, began = start(clips, folder / "whole.jsonl", "0/1"), time.monotonic()
-    finished(whole)
+    began = time.monotonic()
+    finish(here, clips, folder / "whole.jsonl", "0/1")
     alone = time.monotonic() - began
     names = [f"rows.{i:05}-of-{shards:05}.jsonl" if shards > 1 else "rows.jsonl" for i in range(shards)]
     # When to strike: after so many of a shard's lines, and a little later; 0 lines is during the start or the header.
@@ -82,7 +96,7 @@ def killed_rows(folder: Path, rows: int, shards: int, kills: int, seed: int) -> 
             process.kill()
             process.wait()
             cut += (folder / names[shard]).exists() and not (folder / names[shard]).read_bytes().endswith(b"\n")
-        finished(start(clips, folder / "rows.jsonl", f"{shard}/{shards}", "--resume"))
+        finish(here, clips, folder / "rows.jsonl", f"{shard}/{shards}", "--resume")
     ours = bench.merged([folder / name for name in names])["samples"]
     theirs = bench.merged([folder / "whole.jsonl"])["samples"]
 

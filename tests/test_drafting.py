@@ -90,9 +90,13 @@ def test_a_drafter_that_ends_too_early_goes_on_where_the_target_does(apart, monk
 
 
 def test_what_one_request_expected_is_nothing_to_the_next(apart, monkeypatch):
+    """The same earlier answers in both, and none of them fits."""
+    source = Lookup()
+    source.learn([300, 301, 302])
     in_step(monkeypatch, apart, ANSWER, ANSWER)
-    assert apart.generate(mode="speculative", **asked(1)).accepted_tokens > 0
-    result = apart.generate(mode="speculative", draft_source=Lookup(), draft_len=15, **asked(1))
+    result = apart.generate(draft_source=[source, "drafter"], remember=False, **asked(1))
+    assert result.output_ids == ANSWER and result.accepted_tokens > 0
+    result = apart.generate(draft_source=source, draft_len=15, **asked(1))
     assert result.output_ids == ANSWER and result.drafted == 0
 
 

@@ -75,4 +75,5 @@ def test_frames_that_are_called_corrupt_are_never_taken_from_a_group_that_was_de
         stream = container.streams.video[0]
         packets = [packet for packet in container.demux(stream) if packet.size]
         begin = max(i for i, packet in enumerate(packets) if packet.is_keyframe and packet.pts <= corrupt[0])
-        assert video.decode_run(stream, packets[begin:begin + 10], set(corrupt), video.rgb_tensor, 1) == {}
+        assert video.decode_run(stream=stream, packets=packets[begin:begin + 10], wanted=set(corrupt),
+                                take=video.rgb_tensor, threads=1) == {}

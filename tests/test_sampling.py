@@ -24,7 +24,7 @@ def small_model(V=9):
     weights = {f"text.layers.0.{name}": torch.randn(shape, generator=gen) / 4 for name, shape in shapes.items()}
     weights |= {"text.embed": torch.randn(V, 16, generator=gen), "text.norm": torch.ones(16),
                 "text.head": torch.randn(V, 16, generator=gen) / 4}
-    m = engine.Model(engine.Decoder(c, weights, 32), None, "random", ())
+    m = engine.Model(engine.Decoder(c, weights, 32), None, "random", (2,))
     m.prefill(m.decoder.embed_VD[:3].clone(), 20, (), 2)
     m.decoder.forward = remembering(m.decoder.forward)
     return m
