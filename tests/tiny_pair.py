@@ -6,8 +6,9 @@ Scenes that training never saw go the whole way: events through .npz, frames thr
 Beside both models stand two controls that see nothing: `answer`, the text training saw most often for the same
 question, and `value`, each attribute's own most frequent value. An attribute is read back from a text by scenes.parse
 and counts where the true answer states it. The target's own 4-bit copy drafts as `self`. Beside the drafter's drafts
-stand as many a round from what sees no scene: `answer`; `previous`, the last answer to the same question; `lookup`, of the answers so far; `taught`, a lookup that
-knew 3,000 training answers before. --packed: the drafter as loaded, then with each kind of packed weights.
+stand as many a round from what sees no scene: `answer`; `previous`, the last answer to the same question; `lookup`, of
+the answers so far; `taught`, a lookup that knew 3,000 training answers before. --packed: the drafter as loaded, then
+with each kind of packed weights.
 Exits 1 if a speculative answer differs from target_only's."""
 
 import argparse
