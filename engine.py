@@ -1057,9 +1057,9 @@ class Engine:
             self._rounds(model, req, OwnText(req, gate), limit, "draft", req.show_preview)
 
     def _draft_line(self, req: Request, limit: int) -> None:
-        """On a device of its own: drafts for as long as the answer grows, as if the target accepted everything. The line
-        of drafts lies in the target's ring. The target searches it behind each forward and takes what fits its ids at
-        that moment, so neither side waits for the other."""
+        """On a device of its own: drafts for as long as the answer grows, as if the target accepted everything. Its
+        line of drafts lies in the target's ring. The target searches it behind each forward and takes what fits its
+        ids at that moment, so neither side waits for the other."""
         model, line, clock, words = self.drafter, req.line, req.timeline.now, STATE + limit + STEP_ROWS
         line.right, behind, tip, began = self.right, [], [], None
         while True:
