@@ -39,6 +39,7 @@ import hashlib
 import inspect
 import queue
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -1488,11 +1489,14 @@ class OutOfMemory(NonFinite):
 
 @contextlib.contextmanager
 def naming_stage(model: Model, stage: str):
-    """Turns memory that runs out in the block into one line with the stage."""
+    """Turns memory that runs out in the block, and a compiler that Triton misses, into one line."""
     try:
         yield
         return
     except Exception as error:
+        if isinstance(error, subprocess.CalledProcessError) or "C compiler" in str(error):
+            raise InputError(f"{model.device}: Triton cannot compile its driver ({describe(error)[:200]}); install gcc "
+                             f"or clang and Python's headers (python3-dev), or set CC to a compiler") from None
         if not ran_out(error):
             raise
         reason = describe(error).partition(". ")[0]
