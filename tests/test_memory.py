@@ -186,16 +186,14 @@ def test_memory_that_runs_out_names_the_stage_and_the_flag_and_the_next_request_
     assert pair.generate(mode="speculative", **given).output_ids == ids
 
 
-@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
-                                   subprocess.CalledProcessError(1, ["gcc", "main.c"])])
-def test_a_compiler_that_triton_misses_is_named_in_one_line(error, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler. Please specify via CC environment"),
+                                   subprocess.CalledProcessError(1, ["gcc", "main.c"])], ids=["missing", "fails"])
+def test_a_compiler_that_triton_misses_is_named_in_one_line(pair, error, monkeypatch):
     """As on a machine with a GPU, an empty Triton cache and no gcc on the path."""
-    e = engine.load_engine(bench.TINY / "drafter", bench.TINY / "target", device="cpu", gate=False)
-
     def failing(*_):
         raise error
 
-    monkeypatch.setattr(e.target, "prefill_graph", failing)
+    monkeypatch.setattr(pair.target, "prefill_graph", failing)
     with pytest.raises(InputError, match="install gcc or clang") as told:
-        e.generate(mode="target_only", **ASKED)
+        pair.generate(mode="target_only", **asked(0))
     assert "\n" not in str(told.value) and not isinstance(told.value, engine.OutOfMemory)
