@@ -39,6 +39,7 @@ import hashlib
 import inspect
 import queue
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -152,8 +153,8 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """What forwards of few rows read: plain weights, or packed ones, whose ids may be wrong now and then: for drafts.
-    """
+    """The weights of a step, a forward of few rows: the plain ones, or a copy in 4 bits, whose ids are sometimes wrong.
+    Only drafts come from a copy."""
     layers: list                            # of {"attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down"}
     head_VD: torch.Tensor | Packed
     rows: int                               # of a forward, at most
@@ -956,8 +957,8 @@ class Engine:
         self.in_ring: tuple = (None, 0)                      # whose answers the target's ring holds, and how many
         self.right = 0.5                                     # see Line; it outlives the request
         self.learners: list = []                             # what the last request left to `remember`
-        self.apart = bool(target and drafter) and target.device != drafter.device   # two devices: drafts cost nothing
-        self.target_first = bool(target and target.on_gpu)   # in the interpreter; what a CPU computes holds no lock
+        self.apart = bool(target and drafter) and target.device != drafter.device   # the drafter has its own device
+        self.target_first = bool(target and target.on_gpu)   # at the interpreter's lock, see `_drafter_side`
         self.lock = threading.Lock()
         self.owner: int | None = None                        # the thread whose request runs
         # One lasting thread a model: cuDNN keeps its plans per thread, and a new thread pays 70 ms to make them again.
@@ -972,8 +973,8 @@ class Engine:
     def _rounds(self, model: Model, req: Request, source: Tenant, limit: int, name: str, tell) -> None:
         """propose -> verify -> accept, from the prefill to the end. tell: called with each state that the host sees.
 
-        On a GPU a source that does not need the host has its next round queued before the last one was looked at. What
-        the host does with a state, telling the caller above all, it does with the GPU's next work queued."""
+        On a GPU, if the source does not need the host, the next round is queued before the last one was read. The
+        caller is told only when the GPU's next work is queued, so that the GPU does not wait for it."""
         words, left = STATE + limit + STEP_ROWS, limit - 1
         state: State | None = None                           # the newest that the host has seen
         untold: State | None = None                          # the same, until the caller has it
@@ -1017,12 +1018,12 @@ class Engine:
 
     def _target_side(self, req: Request) -> None:
         """Video to answer. Everything it sends is the target's own id."""
-        model, line = self.target, req.timeline
-        with line.stage("load", model, host=True):
+        model, timeline = self.target, req.timeline
+        with timeline.stage("load", model, host=True):
             frames = req.video(req.host_free.set)            # from here on FFmpeg's threads work
         if self.target_first:
             req.host_free.clear()
-        req.frames_at = line.now()
+        req.frames_at = timeline.now()
         req.frames_ready.set()
         with model.on_stream():
             encode_and_prefill(model, frames, req.max_new_tokens, req)
@@ -1030,22 +1031,22 @@ class Engine:
             self._rounds(model, req, req.tenant, req.max_new_tokens, "decode", req.show_answer)
 
     def _drafter_side(self, req: Request) -> None:
-        """Events to drafts. Runs ahead of the target and stops when told, at its limit, at its own end, or when the
-        gate says that another draft would cost the target more than it brings.
+        """Events to drafts. It stops when the target is ready, at its limit, at the end of its own text, or when the
+        gate expects another draft to cost the target more than it brings.
 
-        Beside a target on a GPU the interpreter's lock is the target's first: the drafter waits while the target reads
-        packets, and from its last frame until its prefill is queued; where frames are there within some ms it starts
-        after that. Side by side they made the frames of a 20 s clip 6.8 ms later on 16 cores, now it is 0.5; the
-        preview comes 3.5 ms later for it. Dropped, no gain beyond the noise of 1 ms: waiting for a draft asleep instead
-        of spinning, a lower priority for this thread, a shorter turn of the lock."""
-        model, line = self.drafter, req.timeline
+        Both sides need Python's interpreter lock. Beside a target on a GPU the drafter leaves it to the target while
+        that reads packets, and from its last frame until its prefill is queued (`host_free`). Without this the frames
+        of a 20 s clip came 6.8 ms later on 16 cores; now it is 0.5, and the preview comes 3.5 ms later. Dropped, no
+        gain beyond the noise of 1 ms: waiting for a draft asleep instead of spinning, a lower priority for this thread,
+        a shorter turn of the lock."""
+        model = self.drafter
         alone = req.mode in ("drafter_only", "prefill_only")
         gate = None if alone or self.apart else req.gate     # on a device of its own it disturbs nobody
         rest = req.max_new_tokens if req.mode == "speculative" else 0
         if gate and not gate.head_start(req.question, req.overlap_len, req.size, rest, req.draft_len):
             return
         req.host_free.wait()
-        with line.stage("load", model, host=True):
+        with req.timeline.stage("load", model, host=True):
             loaded = req.events()
         endless = alone or self.apart and req.mode == "speculative"
         limit = req.max_new_tokens if endless else min(req.overlap_len + 1, req.max_new_tokens)
@@ -1057,8 +1058,9 @@ class Engine:
             self._rounds(model, req, OwnText(req, gate), limit, "draft", req.show_preview)
 
     def _draft_line(self, req: Request, limit: int) -> None:
-        """Drafts for as long as the answer grows, on the assumption that the target accepts all. The line lies in the
-        target's memory, where the search behind each forward finds what fits the ids of that moment; nobody waits."""
+        """On a device of its own: drafts for as long as the answer grows, as if the target accepted everything. Its
+        line of drafts lies in the target's ring. The target searches it behind each forward and takes what fits its
+        ids at that moment, so neither side waits for the other."""
         model, line, clock, words = self.drafter, req.line, req.timeline.now, STATE + limit + STEP_ROWS
         line.right, behind, tip, began = self.right, [], [], None
         while True:
@@ -1115,7 +1117,7 @@ class Engine:
                              f"{req.max_new_tokens} + drafts {spare + 2} needs {need}: raise --cache-rows, ask for "
                              f"fewer --max-new-tokens or shorten the question")
 
-    def _prepare(self, req: Request, active, frames: int, searches: bool) -> None:
+    def _prepare(self, req: Request, active, frames: int) -> None:
         """Checks that the request fits the caches, and captures every graph it needs before anything runs: a capture
         writes cache rows. `frames`: event frames of the drafter."""
         drafts = req.tenant is not PLAIN
@@ -1282,8 +1284,7 @@ class Engine:
                 if not (uses_target and self.target_first):
                     req.host_free.set()
                 with torch.inference_mode():                 # not around the yields: it would leak to the caller
-                    self._prepare(req, active, len(images) if event_path is None and uses_drafter else event_frames,
-                                  searches)
+                    self._prepare(req, active, len(images) if event_path is None and uses_drafter else event_frames)
                     if searches:
                         self._fill_ring(req.earlier or Lookup())
                         self.target.ring.set_line([])
@@ -1488,11 +1489,14 @@ class OutOfMemory(NonFinite):
 
 @contextlib.contextmanager
 def naming_stage(model: Model, stage: str):
-    """Turns memory that runs out in the block into one line with the stage."""
+    """Turns memory that runs out in the block, and a compiler that Triton misses, into one line."""
     try:
         yield
         return
     except Exception as error:
+        if isinstance(error, subprocess.CalledProcessError) or "C compiler" in str(error):
+            raise InputError(f"{model.device}: Triton cannot compile its driver ({describe(error)[:200]}); install gcc "
+                             f"or clang and Python's headers (python3-dev), or set CC to a compiler") from None
         if not ran_out(error):
             raise
         reason = describe(error).partition(". ")[0]

@@ -87,7 +87,7 @@ def packed_bytes(O: int, D: int, bits: int) -> int:
 
 
 @functools.cache
-def places(bits):
+def places(bits, device="cpu"):
     """int64 [16 * 64]: which weight of a tile, counted by output and column, stands at [quad of words, thread, word,
     value]. Thread 4 g + t of a warp has outputs g and g + 8 and columns 8 t .. 8 t + 7 of every 32, so that it loads 16
     bytes of x at a time; any order of the columns does, if x has the same."""
@@ -101,7 +101,7 @@ def places(bits):
         row = g + 8 * (register % 2)
         column = instruction // 2 * 32 + 8 * t + instruction % 2 * 4 + register // 2 * 2 + half
         at[quad, thread, word, value] = row * BLOCK + column
-    return at.flatten()
+    return at.flatten().to(device)
 
 
 @functools.cache
@@ -165,7 +165,7 @@ def quantise(w_OD, bits, norm_D=None, turn=False) -> Packed:
             better = err < best
             best, scale, q = err.minimum(best), torch.where(better, s, scale), torch.where(better, steps, q)
     u = (q + half).to(torch.int32).view(tiles, TILE, D // BLOCK, BLOCK).transpose(1, 2).flatten(2)
-    u = u[:, :, places(bits).to(u.device)].view(tiles, D // BLOCK, bits // 4, 32, 4, per)
+    u = u[:, :, places(bits, u.device)].view(tiles, D // BLOCK, bits // 4, 32, 4, per)
     words = u[..., 0].clone()
     for i in range(1, per):
         words |= u[..., i] << bits * i
@@ -178,7 +178,7 @@ def dequantise(w: Packed, dtype=torch.float32):
     (O, D), tiles = w.shape, len(w.words)
     shift = torch.arange(0, 32, w.bits, dtype=torch.int32, device=w.words.device)
     u = ((w.words[..., None] >> shift) & (1 << w.bits) - 1).view(tiles, D // BLOCK, -1)
-    u = u[:, :, places(w.bits).argsort().to(u.device)].view(tiles, -1, TILE, BLOCK).transpose(1, 2)
+    u = u[:, :, places(w.bits, u.device).argsort()].view(tiles, -1, TILE, BLOCK).transpose(1, 2)
     scale = w.scales.to(dtype).permute(0, 3, 2, 1).reshape(tiles * TILE, -1, 1)
     return ((u - (1 << w.bits - 1)).to(dtype).reshape(len(scale), -1, w.group) * scale).reshape(-1, D)[:O]
 

@@ -50,20 +50,21 @@ def plain():
 
 def test_the_drafters_steps_read_packed_weights_and_nothing_else_does(pair):
     drafter, target = pair.drafter.decoder, pair.target.decoder
-    of_layers, of_head = BITS[drafter.packed]
-    for layer, full in zip(drafter.step_layers, plain().layers, strict=True):
+    of_layers, of_head = BITS[drafter.steps.packed]
+    for layer, full in zip(drafter.steps.layers, plain().layers, strict=True):
         for name in ("qkv", "o", "gate_up", "down"):
             assert isinstance(layer[name], Packed) and layer[name].bits == of_layers
             meant = full[name] * {"qkv": full["attn_norm"], "gate_up": full["mlp_norm"]}.get(name, 1.0)
             off = (dequantise(layer[name]) - meant).norm() / meant.norm()
             assert 0 < off <= 0.2, "0.1 for normal weights at 4 bits; trained ones have longer tails"
-    assert drafter.step_head_VD.bits == of_head
-    assert target.packed is None and target.step_layers is target.layers and target.step_head_VD is target.head_VD
+    assert drafter.steps.head_VD.bits == of_head
+    assert target.steps.packed is None and target.steps.layers is target.layers
+    assert target.steps.head_VD is target.head_VD
 
 
 def test_fp8_prefill_reads_e4m3_weights_in_place_of_the_full_ones(pair):
     drafter = pair.drafter.decoder
-    assert drafter.fp8 == drafter.packed.startswith("fp8")
+    assert drafter.fp8 == drafter.steps.packed.startswith("fp8")
     for layer in drafter.layers:
         assert all(isinstance(layer[name], Fp8) == drafter.fp8 for name in ("qkv", "o", "gate_up", "down"))
     assert drafter.fp8 != any(name.endswith("gate_up") for name in drafter.w)
@@ -97,7 +98,7 @@ def test_the_last_row_alone_gives_the_same_logits(pair):
 
 def test_the_header_names_the_dtype_and_counts_the_copies(pair):
     drafter, full = pair.drafter.decoder, sum(t.nbytes for t in plain().w.values())
-    assert dtype_of(drafter) == f"float32 with {drafter.packed} steps"
+    assert dtype_of(drafter) == f"float32 with {drafter.steps.packed} steps"
     assert (0.3 if drafter.fp8 else 1) * full < all_bytes(drafter) < (1 if drafter.fp8 else 1.5) * full
     assert dtype_of(pair.target.decoder) == "float32"
     assert all_bytes(pair.target.decoder) == sum(t.nbytes for t in pair.target.decoder.w.values())

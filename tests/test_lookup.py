@@ -165,7 +165,7 @@ def test_of_a_line_that_repeats_all_that_is_ready_is_drafted(which, period):
 @pytest.mark.parametrize("rank", RANKS)
 def test_kernel_equals_definition_on_answers_of_few_ids(rank):
     generator, counts = torch.Generator().manual_seed(rank + 9), [0, 0]
-    for turn in range(40):
+    for turn in range(16):
         ring, _ = filled(generator, 70, 4)
         ids = torch.randint(0, 4, (int(torch.randint(0, 40, (1,), generator=generator)),), generator=generator).tolist()
         ring.set_line([*ids[-ORDER:], *torch.randint(0, 4, (turn % 5,), generator=generator).tolist()], rank)
@@ -174,7 +174,7 @@ def test_kernel_equals_definition_on_answers_of_few_ids(rank):
         assert (state.slots, state.ahead, state.fit) == (drafts, ahead, fit)
         assert int(ring.arrived) == 0                                    # at rest for the next call
         counts[ahead] += bool(drafts)
-    assert counts[1] > 20 if rank != AFTER.value else counts[0] > 20
+    assert counts[1] > 8 if rank != AFTER.value else counts[0] > 8
 
 
 @pytest.mark.parametrize("G", [3, 15])

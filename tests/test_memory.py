@@ -3,6 +3,7 @@ counted; in place of kernels stands what their launchers allocate. tests/test_gp
 
 import os
 import re
+import subprocess
 
 import pytest
 import torch
@@ -183,3 +184,16 @@ def test_memory_that_runs_out_names_the_stage_and_the_flag_and_the_next_request_
             assert result.output_ids == ids
     assert f"ran out in the {side}'s {stage}" in line and "--cache-rows" in line and "\n" not in line
     assert pair.generate(mode="speculative", **given).output_ids == ids
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler. Please specify via CC environment"),
+                                   subprocess.CalledProcessError(1, ["gcc", "main.c"])], ids=["missing", "fails"])
+def test_a_compiler_that_triton_misses_is_named_in_one_line(pair, error, monkeypatch):
+    """As on a machine with a GPU, an empty Triton cache and no gcc on the path."""
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(pair.target, "prefill_graph", failing)
+    with pytest.raises(InputError, match="install gcc or clang") as told:
+        pair.generate(mode="target_only", **asked(0))
+    assert "\n" not in str(told.value) and not isinstance(told.value, engine.OutOfMemory)

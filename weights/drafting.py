@@ -128,11 +128,16 @@ class Found(Tenant):
     def saw(self, proposal, before, state):
         if self.line:
             self.line.commit(state.ids, self.req.timeline.now())
-        if proposal and proposal.tenant is self and self.req.gate and not (state.drafted and before.ahead):
-            self.req.gate.accepted("lookup", self.req.question, proposal.rows, state.accept_len)
-            if state.drafted:
-                self.req.gate.accepted(f"lookup behind {fit_class(before.fit)}", self.req.question, state.drafted,
-                                       state.accept_len)
+        gate = self.req.gate
+        if not proposal or not gate or before.ahead:
+            return
+        if proposal.tenant is self:
+            gate.accepted("lookup", self.req.question, proposal.rows, state.accept_len)
+        if before.slots:                                     # judged also where another source drafted in its place
+            fresh = state.ids[before.n_out:]
+            found = before.slots[:len(fresh)]
+            gate.accepted(f"lookup behind {fit_class(before.fit)}", self.req.question, len(found),
+                          agreeing(found, fresh))
 
 
 def fit_class(fit: int) -> str:
@@ -284,7 +289,7 @@ class SelfRounds(HostTenant):
         return Proposal("self", target.rows_for(len(self.sures)), self)
 
     def cost(self, state):
-        return None if self.ended or not self.gate.step else self.gate.pace("self") or 0.6 * self.gate.step
+        return None if self.ended else self.gate.pace("self")
 
     def saw(self, proposal, before, state):
         if proposal and proposal.tenant is self:
@@ -371,6 +376,7 @@ class Gate:
     `probe` refusals, then after twice as many, and so on, so that drafts that got better are noticed.
     """
     MOST_REFUSALS = 4096
+    PRIOR = 8                               # ids, see `pace`
     # P(right) of a 4-bit copy's draft by its probability, until there is experience; SubSpec's raw traces.
     SURE = ((0.5, 0.66), (0.6, 0.79), (0.7, 0.85), (0.8, 0.90), (0.9, 0.95), (1.01, 0.999))
 
@@ -434,8 +440,12 @@ class Gate:
         self.paces[kind] = [self.decay * old[0] + seconds, self.decay * old[1] + ids]
 
     def pace(self, kind: str):
-        """Seconds an id of late in rounds of this kind; None where there was none."""
-        return self.paces[kind][0] / self.paces[kind][1] if kind in self.paces else None
+        """Seconds an id of late in rounds of this kind; None where there was none. The 4-bit copy, whose rounds are
+        long, begins with PRIOR ids at 0.6 of a step each: one bad round must not shut it out."""
+        seconds, ids = self.paces.get(kind, (0.0, 0.0))
+        if kind == "self" and self.step:
+            seconds, ids = seconds + self.PRIOR * 0.6 * self.step, ids + self.PRIOR
+        return seconds / ids if ids else None
 
     # -- decisions
 
