@@ -14,17 +14,21 @@ x @ x.T, its factor meets the result. A row's bits may depend on the row count, 
 Bytes: O*D*bits/8 + O*D/64 of scales. LLaMA-7B, a layer at 4 bits: qkv 26.0 MB, o 8.7, gate-up 46.5, down 23.2; with an
 8-bit head of 133 MB 3.47 GB a step, 0.79 ms at the 4.4 TB/s that an H200 reads.
 
-One H200, bf16 x, target shapes, context 2,100, ms a step of 1 / 2 / 4 / 8 / 16 rows: 1.82 / 1.88 / 1.88 / 1.98 / 2.49.
-Before, multiply-add for one row or two and Triton's own dot for more: 1.92 / 3.04 / 3.35 / 3.39 / 3.43. Products one
-after the other over all layers, microseconds for 1 row (16 rows), beside their bytes at 4.35 TB/s: qkv 9.3 (14.8) 6.0,
-o 4.1 (6.9) 2.0, gate-up 15.5 (19.8) 10.7, down 8.4 (13.4) 5.4, head 36 (44) 31.
+One H200, bf16 x, target shapes, context 2,100, ms a step of 1 / 2 / 8 / 16 rows: 1.91 / 1.94 / 2.09 / 2.71
+(tests/results/h200.txt). Before, multiply-add for one row or two and Triton's own dot for more: 1.92 / 3.04 / 3.39 /
+3.43. An earlier form of this kernel took 1.82 / 2.06 / 1.98 / 2.49 on another H200: it subtracted u's excess from each
+weight in place of one more product, and summed its warps by 26 barriers in place of two. It is worth going back to.
+Its products one after the other over all layers, microseconds for 1 row (16 rows), beside their bytes at 4.35 TB/s:
+qkv 9.3 (14.8) 6.0, o 4.1 (6.9) 2.0, gate-up 15.5 (19.8) 10.7, down 8.4 (13.4) 5.4, head 36 (44) 31.
 What made a difference, 1 row, microseconds:
 - two tiles of outputs a program, so that all programs of a product are resident at once: qkv 8.6, with one tile 13.3;
 - words on their way in shared memory in place of registers, which then let in more programs: gate-up 15.5 of 19.5;
 - plain loads and not `ld.global.nc`, which ptxas moves behind the wait on the kernel ahead.
 Tried and dropped: a head of 4 bits (24 in place of 36: 0.6 % of a step, for worse drafts); releasing the next kernel
 before the wait (0.6 % slower at 1 row, 1 % faster at 16); two warps a program (gate-up 20 to 26, qkv 15.8); all rounds
-unrolled (no faster, ten times the compile time); weights of bf16 by this kernel (a step of 4.27 ms, skinny 3.98)."""
+unrolled (no faster, ten times the compile time); weights of bf16 by this kernel (a step of 4.27 ms, skinny 3.98); one
+split of L1 and shared memory for all kernels of a step (cuFuncSetAttribute, carve-out 100 %: 1.90 and 1.91 of 1.90 and
+1.89 ms, a plain step 3.97 of 3.96 and 3.99)."""
 
 # mypy: disable-error-code="assignment"
 import functools
