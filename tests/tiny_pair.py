@@ -87,7 +87,7 @@ def evaluate(engine, count: int, folder: Path, progress=None, controls: bool = T
             exact[side] += given == truth
         agreed.append(agreeing(preview.output_ids, alone.output_ids))
         blind = {"answer": Fixed(text.ids(common[q]) + [end]), "previous": Fixed(last.get(q, [])), **lookups}
-        own = {"drafter": "drafter", **({"self": "self"} if controls else {})}
+        own = {"drafter": "drafter", **({"self": "self"} if controls and engine.target.copy else {})}
         for name, source in {**own, **(blind if controls else {})}.items():
             result = engine.generate(mode="speculative", draft_source=source, draft_len=DRAFTS if controls else None,
                                      **request)
