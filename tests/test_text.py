@@ -2,16 +2,19 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import engine
 from weights import InputError
 from weights.text import Text, TextStream
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / "weights" / "tiny" / "target" / "tokenizer.json"
+PAIR = ROOT / "weights" / "tiny"
+TINY = PAIR / "target" / "tokenizer.json"
 TOKENIZER = ROOT.parent / "shared" / "data" / "tokenizer"
 needs_llama = pytest.mark.skipif(not TOKENIZER.exists(), reason=f"{TOKENIZER} is not here: no recorded ids to compare")
 
@@ -168,3 +171,18 @@ def test_damaged_tokenizers_raise_nothing_else(tmp_path):
 def test_a_missing_tokenizer_says_where_to_get_one(tmp_path):
     with pytest.raises(InputError, match="as the Video-LLaVA checkpoint has"):
         Text(tmp_path / "tokenizer.json")
+
+
+def test_a_pair_whose_tokenizers_number_pieces_otherwise_is_told_in_one_line(tmp_path, caplog):
+    """The drafter's drafts are then another text's ids: 0 accepted is also what an honest pair may show."""
+    raw = json.loads((PAIR / "drafter" / "tokenizer.json").read_text())
+    a, b = "\u2581circle", "\u2581moving"
+    vocab = raw["model"]["vocab"]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    shutil.copytree(PAIR / "drafter", tmp_path / "d")
+    engine.load_engine(PAIR / "drafter", PAIR / "target", device="cpu")
+    assert not caplog.records, "equal ones are nothing to speak of"
+    (tmp_path / "d" / "tokenizer.json").write_text(json.dumps(raw))
+    engine.load_engine(tmp_path / "d", PAIR / "target", device="cpu")
+    (told,) = caplog.records
+    assert "2 pieces" in told.getMessage() and "\n" not in told.getMessage()

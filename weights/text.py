@@ -1,5 +1,7 @@
 """text: a tokenizer.json turned into ids and back. What a user types never becomes a special id."""
 
+from __future__ import annotations
+
 import json
 import re
 from pathlib import Path
@@ -52,6 +54,10 @@ class Text:
              "padding": None, "added_tokens": added, "model": {**raw["model"], "dropout": None}}))
         tokenizer.encode_special_tokens = True               # '</s>' or '<video>' in a question stay plain text
         return tokenizer
+
+    def differing(self, other: Text) -> int:
+        """How many ids that both know stand for another piece there."""
+        return sum(self.token(i) != other.token(i) for i in range(min(self.size, other.size)))
 
     def ids(self, text: str, first: bool = True) -> list[int]:
         return (self.head if first else self.rest).encode(text, add_special_tokens=False).ids
