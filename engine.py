@@ -1656,7 +1656,7 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
         drafter = load_model(Drafter, eventgpt, drafter_device or device, tokenizer=tokenizer or shared, seed=seed + 1,
                              packed=None if drafter_dtype == "bf16" else drafter_dtype, **options)
     if target and drafter and (apart := target.text.differing(drafter.text)):
-        told = "%s: %d pieces of its tokenizer have other ids than in %s, so drafts are seldom right; take both own files"
+        told = "%s: %d pieces have other ids than in %s, so drafts are seldom right; take the checkpoints' own files"
         logging.getLogger(__name__).warning(told, drafter.text.path, apart, target.text.path)
     return Engine(target, drafter, draft_len, overlap_len, gate)
 
