@@ -92,8 +92,9 @@ def one_request(model, frames):
                 model.draft(first)
 
 
-@pytest.mark.parametrize("name,packed", [*((name, None) for name in CONFIGS), ("drafter", "int4"), ("target", "int4")])
-@pytest.mark.parametrize("kernels", ["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize("kernels,name,packed", [
+    *((kernels, *of) for kernels in ("as on a CPU", "as on a GPU")
+      for of in (*((name, None) for name in CONFIGS), ("drafter", "int4"))), ("as on a CPU", "target", "int4")])
 def test_the_budget_is_within_5_percent_of_what_is_allocated(name, packed, kernels, monkeypatch):
     cls, config = CONFIGS[name]
     monkeypatch.setattr(engine, "TARGET_7B" if cls is Target else "DRAFTER_7B", config)
