@@ -222,8 +222,8 @@ BREAKS = [
          "the control is a place too late"),
         ("count(ways, answer, weight=-1)", "count(ways, answer, weight=0)",
          "a control has seen the answer it is asked for"),
-        ("at += agreeing(propose(answer[:at], limit)[:limit], answer[at:]) + 1",
-         "at += agreeing(propose(answer[:at], limit)[:limit], answer[at:]) + 2",
+        ("at += agreeing(propose(answer[:at], most)[:most], answer[at:]) + 1",
+         "at += agreeing(propose(answer[:at], most)[:most], answer[at:]) + 2",
          "a control's round gives two ids of its own")),
 ]
 

@@ -67,3 +67,15 @@ def test_an_interval_needs_three_values_and_is_the_bootstraps():
     assert controls.interval(values) == (medians[25], medians[975])
     low, high = controls.interval(values, figure=lambda some: sum(some))
     assert low < sum(values) < high
+
+
+def test_a_limit_beyond_the_answers_asks_for_no_more_than_they_have():
+    """A header may name any number of drafts; a control that repeats itself would fill memory with them."""
+    asked = []
+
+    def propose(ids, limit):
+        asked.append(limit)
+        return [7] * limit
+
+    assert controls.one_shot(propose, [7, 7, 7, 8], 10 ** 12) == 2 and max(asked) == 3
+    assert controls.forwards(propose, [7, 7, 7, 8], 10 ** 12) == 1 and max(asked) == 3

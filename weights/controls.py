@@ -75,6 +75,7 @@ def stream(answers: list[list[int]], others: Iterable[list[int]] = (), own: bool
 
 def one_shot(propose: Callable, answer: list[int], limit: int) -> int:
     """How many of at most `limit` drafts behind the answer's first id are right, up to the first that is not."""
+    limit = min(limit, len(answer) - 1)                      # no draft behind the end is right
     return agreeing(propose(answer[:1], limit)[:limit], answer[1:])
 
 
@@ -82,7 +83,8 @@ def forwards(propose: Callable, answer: list[int], limit: int) -> int:
     """Target forwards after the prefill that make the answer in rounds of at most `limit` drafts."""
     at, taken = 1, 0
     while at < len(answer):
-        at += agreeing(propose(answer[:at], limit)[:limit], answer[at:]) + 1
+        most = min(limit, len(answer) - at)
+        at += agreeing(propose(answer[:at], most)[:most], answer[at:]) + 1
         taken += 1
     return taken
 
