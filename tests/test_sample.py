@@ -70,7 +70,7 @@ def test_words_of_other_counters_and_keys_share_nothing():
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 1e-9])
-@pytest.mark.parametrize("S, V", [(1, 7), (3, 9001), (32, 577)])
+@pytest.mark.parametrize("S, V", [(1, 7), (3, 9001), (12, 577)])
 def test_scores_are_the_definitions_and_the_sets_equal(S, V, top_p, dtype, device, nan_empty):
     logits_SV, words_3 = (3 * torch.randn(S, V)).to(dtype), sampling_words(0.8, top_p, (1 << 40) + V)
     plain_SV = sample_ref(logits_SV, state(5), words_3)
