@@ -136,7 +136,7 @@ def all_bytes(decoder) -> int:
     """Weights a model holds, towers included, and packed copies."""
     packed = [t for layer in (*decoder.steps.layers, *decoder.layers) for t in layer.values()]
     held = {id(t): t for t in [*decoder.w.values(), *packed, decoder.steps.head_VD]}     # most are the model's own
-    return sum(getattr(t, "held_bytes", t.nbytes) for t in held.values())
+    return sum(t.nbytes for t in held.values())
 
 
 # ---- the measured run ------------------------------------------------------------------------------------------
