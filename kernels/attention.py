@@ -167,7 +167,7 @@ def combine_kernel(pos_ids_ptr, mixed_ptr, top_ptr, total_ptr, out_ptr, S, M, H:
     pos = tl.load(pos_ids_ptr + s, mask=s < S, other=-1).to(tl.int32)
     splits = (tl.minimum(tl.max(pos) + 1, M) + SPLIT - 1) // SPLIT
     head, row = tl.program_id(0), tl.program_id(1)
-    col = tl.arange(0, BLOCK_K)
+    col = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     if PDL:
         gdc_wait()
     best, total, acc = tl.full((), NEVER, tl.float32), tl.zeros((), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
@@ -297,6 +297,7 @@ def single_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr, mixed_pt
         loads_before()                                           # older rows wait for nobody
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()                                  # all keys and values are on their way
     q_ptr, new_ptr = qkv_ptr + head * K, qkv_ptr + (H + head // GROUP) * K
     q = tl.load(q_ptr + col, mask=inside, other=0.0)
     q = rotate(q, tl.load(q_ptr + turned_col, mask=inside, other=0.0), cos, sin, q.dtype).to(tl.float32)
@@ -319,8 +320,6 @@ def single_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr, mixed_pt
     tl.store(top_ptr + place, new_top)
     tl.store(total_ptr + place, total * shrink + weight)
     tl.store(mixed_ptr + place.to(tl.int64) * K + col, acc * shrink + weight * value.to(tl.float32), mask=inside)
-    if PDL:
-        gdc_launch_dependents()
 
 
 def check_shapes(q_SHK, k_NMK, v_NMK):
@@ -385,8 +384,10 @@ def split_attention(q_SHK, k_NMK, v_NMK, pos_ids_S, cos_sin, work, **override):
         assert split % config["BLOCK_M"] == 0, f"attention: tiles of {config['BLOCK_M']} rows overlap splits of {split}"
         step_kernel[(H, T)](*given, *scratch, q_SHK.stride(0), *strides, S, M, scale, GROUP=H // N, MAX_ROWS=rows,
                             FUSED=cos_sin is not None, **shape, **config)
-    combine_kernel[(H, S)](pos_ids_S, *scratch, out_SHK, S, M, CHUNK=min(32, triton.next_power_of_2(T)), MAX_ROWS=rows,
-                           num_warps=4, **shape)
+    width = min(32, shape["BLOCK_K"]) if single else shape["BLOCK_K"]        # of one row: many programs, one round each
+    combine_kernel[(H, S, triton.cdiv(K, width))](
+        pos_ids_S, *scratch, out_SHK, S, M, CHUNK=min(64 if single else 32, triton.next_power_of_2(T)), MAX_ROWS=rows,
+        num_warps=4, **shape | dict(BLOCK_K=width))
     return out_SHK
 
 

@@ -197,26 +197,20 @@ def quant_ref(x_SD, w: Packed, norm=None, residual=None, gated=False):
 @triton.constexpr_function
 def unpacking(bits, bf16):
     """PTX that turns a thread's weights for one matrix instruction, a word of 4-bit or two of 8-bit ones, into its four
-    registers, pairs of 16-bit floats. 4 bits: u + 128 or 1024, which `excess` puts right; 8 bits: u - 128, exact."""
+    registers, pairs of 16-bit floats, exactly. 4 bits: u + 128 (fp16: 1024), less 136 (1032); 8 bits: 128 + the low 7
+    bits, less 128 or 256 (fp16: u + 1024, less 1152)."""
+    one, fma = (0x3f803f80, "fma.rn.bf16x2") if bf16 else (0x3c003c00, "fma.rn.f16x2")
+    magic = 0x43004300 if bf16 else 0x64006400
     if bits == 4:
-        magic = 0x43004300 if bf16 else 0x64006400
-        lines = [f"shr.u32 v, $4, {4 * i}; lop3.b32 ${i}, v, 0x000f000f, {magic}, 0xea;" for i in range(4)]
-        return f"{{.reg .b32 v; {' '.join(lines)}}}"
-    pick = [f"shr.u32 v, ${4 + i // 2}, {8 * (i % 2)};" for i in range(4)]      # bytes 0 and 2; others are masked out
-    if bf16:                                                 # 128 + the low 7 bits, less 128 if bit 7 is set, else 256
-        one, fma, mask, magic = 0x3f803f80, "fma.rn.bf16x2", 0x007f007f, 0x43004300
-        pick = [line + "lop3.b32 less, v, 0x00800080, 0xc380c380, 0x6a;" for line in pick]
-    else:                                                    # 1024 + u, less 1152
-        one, fma, mask, magic = 0x3c003c00, "fma.rn.f16x2", 0x00ff00ff, 0x64006400
-        pick = [line + "mov.b32 less, 0xe480e480;" for line in pick]
+        mask, less = 0x000f000f, 0xc308c308 if bf16 else 0xe408e408
+        pick = [f"shr.u32 v, $4, {4 * i}; mov.b32 less, {less};" for i in range(4)]
+    else:
+        mask = 0x007f007f if bf16 else 0x00ff00ff
+        pick = [f"shr.u32 v, ${4 + i // 2}, {8 * (i % 2)};" for i in range(4)]      # bytes 0 and 2
+        pick = [line + ("lop3.b32 less, v, 0x00800080, 0xc380c380, 0x6a;" if bf16 else "mov.b32 less, 0xe480e480;")
+                for line in pick]
     lines = [f"{line} lop3.b32 v, v, {mask}, {magic}, 0xea; {fma} ${i}, v, one, less;" for i, line in enumerate(pick)]
     return f"{{.reg .b32 v, one, less; mov.b32 one, {one}; {' '.join(lines)}}}"
-
-
-@triton.constexpr_function
-def excess(bf16):
-    """-136 or -1032, twice: what the middle of 4 bits, 8, and `unpacking` add to a weight."""
-    return f"mov.b32 $0, {0xc308c308 if bf16 else 0xe408e408};"
 
 
 @triton.constexpr_function
@@ -352,20 +346,9 @@ def products_of(part, words, b, m: tl.constexpr, TILES: tl.constexpr, COLUMNS: t
 
 
 @triton.jit
-def corrected(over, b, COLUMNS: tl.constexpr, BF16: tl.constexpr):
-    """over + the excess times x."""
-    a = tl.inline_asm_elementwise(excess(BF16), "=r,r", [b[0]], dtype=tl.int32, is_pure=True, pack=1)
-    total = ()
-    for j in tl.static_range(COLUMNS):
-        total = total + multiplied((a, a, a, a), b[2 * j], b[2 * j + 1], over[4 * j], over[4 * j + 1], over[4 * j + 2],
-                                   over[4 * j + 3], BF16)
-    return total
-
-
-@triton.jit
-def scaled(acc, part, over, queue, thread, TILES: tl.constexpr, COLUMNS: tl.constexpr, QUADS: tl.constexpr,
+def scaled(acc, part, queue, thread, TILES: tl.constexpr, COLUMNS: tl.constexpr, QUADS: tl.constexpr,
            THREADS: tl.constexpr):
-    """acc + (part + over) * scales."""
+    """acc + part * scales."""
     total = ()
     for i in tl.static_range(TILES):
         low, high = tl.inline_asm_elementwise(
@@ -373,8 +356,7 @@ def scaled(acc, part, over, queue, thread, TILES: tl.constexpr, COLUMNS: tl.cons
             "cvt.f32.f16 $1, h;}", "=&f,=&f,r", [queue + (TILES * QUADS * 4 + i) * THREADS * 4 + thread * 4],
             dtype=(tl.float32, tl.float32), is_pure=False, pack=1)
         for k in tl.static_range(COLUMNS * 4):
-            fresh = (part[i * COLUMNS * 4 + k] + over[k]) * (low if k % 4 < 2 else high)
-            total = total + (acc[i * COLUMNS * 4 + k] + fresh,)
+            total = total + (acc[i * COLUMNS * 4 + k] + part[i * COLUMNS * 4 + k] * (low if k % 4 < 2 else high),)
     return total
 
 
@@ -417,8 +399,8 @@ def result_of(cell, lane, k: tl.constexpr, first, S, width, STORED: tl.constexpr
 @triton.jit(do_not_specialize=["S"])
 def quant_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residual_stride, S, O, eps,
                  D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
-                 WARPS: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-                 GATED: tl.constexpr, PDL: tl.constexpr):
+                 WARPS: tl.constexpr, AHEAD: tl.constexpr, X_AHEAD: tl.constexpr, NORM: tl.constexpr,
+                 RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr):
     """TILES * 16 outputs of all rows, at most COLUMNS * 8; GATED, half of the tiles are gates and half are ups. Each
     warp has groups of inner columns of its own.
 
@@ -455,7 +437,12 @@ def quant_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residua
     for j in tl.static_range(COLUMNS):
         row = tl.minimum(lane // 4 + j * 8, S - 1)                   # a column that is not there may hold any row
         x_ptrs = x_ptrs + (x_ptr + row.to(tl.int64) * x_stride + lane % 4 * 8,)
-    x = fetch_rows(x_ptrs, tl.minimum(warp, G - 1) * BLOCKS, warp < G, COLUMNS, NORM and G % WARPS > 0)
+    x = ()
+    for r in tl.static_range(X_AHEAD):                               # rounds of x that are on their way
+        for block in tl.static_range(BLOCKS):
+            group = warp + r * WARPS
+            x = x + fetch_rows(x_ptrs, tl.minimum(group, G - 1) * BLOCKS + block, group < G, COLUMNS,
+                               NORM and G % WARPS > 0)
     kept = ()
     if RESIDUAL:
         for turn in tl.static_range(TURNS):
@@ -466,21 +453,27 @@ def quant_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residua
     for r in range(ROUNDS):
         slot, group = queue + r % DEPTH * SLOT, warp + r * WARPS
         tl.inline_asm_elementwise(waiting(DEPTH - 1), "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-        part, over = (zero,) * (TILES * COLUMNS * 4), (zero,) * (COLUMNS * 4)
+        part = (zero,) * (TILES * COLUMNS * 4)
         for block in tl.static_range(BLOCKS):
-            words, now = dequeued(slot, block, thread, TILES, QUADS, BITS, THREADS), x
-            next_group = group + (block + 1) // BLOCKS * WARPS       # the last round's last are fetched in vain
-            x = fetch_rows(x_ptrs, tl.minimum(next_group, G - 1) * BLOCKS + (block + 1) % BLOCKS, next_group < G,
-                           COLUMNS, NORM and G % WARPS > 0)
+            words, now, later = dequeued(slot, block, thread, TILES, QUADS, BITS, THREADS), (), ()
+            for k in tl.static_range(8 * COLUMNS):
+                now = now + (x[k],)
+            for k in tl.static_range(8 * COLUMNS, 8 * COLUMNS * BLOCKS * X_AHEAD):
+                later = later + (x[k],)
+            if X_AHEAD < ROUNDS:                                     # the last ones are fetched in vain
+                next_group = group + X_AHEAD * WARPS
+                later = later + fetch_rows(x_ptrs, tl.minimum(next_group, G - 1) * BLOCKS + block, next_group < G,
+                                           COLUMNS, NORM and G % WARPS > 0)
+            else:
+                later = later + now
+            x = later
             loads_before()                                           # ptxas would put them last, to save registers
             for m in tl.static_range(4):
                 b = columns_of(now, m, COLUMNS)
                 if NORM:
                     gram = squares(gram, b, COLUMNS, BF16)
-                if BITS == 4:
-                    over = corrected(over, b, COLUMNS, BF16)
                 part = products_of(part, words, b, m, TILES, COLUMNS, BITS, BF16)
-        acc = scaled(acc, part, over, slot, thread, TILES, COLUMNS, QUADS, THREADS)
+        acc = scaled(acc, part, slot, thread, TILES, COLUMNS, QUADS, THREADS)
         enqueue(slot, w_ptrs, scale_ptrs, group + DEPTH * WARPS, thread, G, TILES, QUADS, THREADS)
     tl.inline_asm_elementwise(waiting(0), "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()                                               # nobody reads the queue any more
@@ -521,7 +514,7 @@ def launch_config(S, O, D, gated):
         tiles, warps, ahead = (2, 8, 2) if not few else (1, 8, 4) if D <= O else (1, 16, 2)
     else:
         tiles, warps, ahead = (2, 8, 2) if few and O <= 16384 else (2, 4, 2)
-    return dict(TILES=tiles, num_warps=warps, AHEAD=ahead)
+    return dict(TILES=tiles, num_warps=warps, AHEAD=ahead, X_AHEAD=2 if few else 1)
 
 
 def quant(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **override):
@@ -542,6 +535,7 @@ def quant(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **o
     y_SO = torch.empty((S, width), dtype=x_SD.dtype, device=x_SD.device)
     pdl, config = work is not None and work.pdl, {**launch_config(S, O, D, gated), **override}
     slot = config["TILES"] * config["num_warps"] * (w.group * 2 * w.bits + 128)       # bytes of a round
+    config["X_AHEAD"] = min(config["X_AHEAD"], triton.cdiv(D // w.group, config["num_warps"]))
     config["AHEAD"] = max(1, min(config["AHEAD"], SHARED // slot))
     quant_kernel[(triton.cdiv(width, config["TILES"] * TILE // (2 if gated else 1)),)](
         x_SD, w.words, w.scales.view(torch.int32), y_SO, residual if residual is not None else x_SD, x_SD.stride(0),
