@@ -94,17 +94,18 @@ def packed_bytes(O: int, D: int, bits: int) -> int:
 def places(bits, device="cpu"):
     """int64 [16 * 64]: which weight of a tile, counted by output and column, stands at [quad of words, thread, word,
     value]. Thread 4 g + t of a warp has outputs g and g + 8 and columns 8 t .. 8 t + 7 of every 32, so that it loads 16
-    bytes of x at a time; any order of the columns does, if x has the same."""
+    bytes of x at a time; any order of the columns does, if x has the same. Here it is one in which the values half a
+    word apart are neighbours, for 16-bit products, and a byte's values belong to operands of their own, for 8-bit
+    ones."""
     per = 32 // bits
     at = torch.empty(bits // 4, 32, 4, per, dtype=torch.int64)
     for quad, thread, word, value in itertools.product(*map(range, at.shape)):
-        number = 4 * quad + word                             # of this thread's words
-        instruction, register = (number, value % 4) if bits == 4 else (number // 2, number % 2 * 2 + value % 2)
-        half = value // (per // 2)                           # of a register: two 16-bit floats
         g, t = thread // 4, thread % 4
-        row = g + 8 * (register % 2)
-        column = instruction // 2 * 32 + 8 * t + instruction % 2 * 4 + register // 2 * 2 + half
-        at[quad, thread, word, value] = row * BLOCK + column
+        if bits == 4:
+            part, row, column = word // 2, g + 8 * (word % 2), (0, 4, 2, 6, 1, 5, 3, 7)[value]
+        else:
+            part, row, column = quad, g + 8 * (word // 2), (0, 2, 1, 3)[value] + 4 * (word % 2)
+        at[quad, thread, word, value] = row * BLOCK + 32 * part + 8 * t + column
     return at.flatten().to(device)
 
 
@@ -187,30 +188,37 @@ def dequantise(w: Packed, dtype=torch.float32):
     return ((u - (1 << w.bits - 1)).to(dtype).reshape(len(scale), -1, w.group) * scale).reshape(-1, D)[:O]
 
 
+def rounded(x_SD, group):
+    """Rows whose groups of columns are whole numbers of -127 to 127 times a scale, as a single row is multiplied."""
+    x = x_SD.unflatten(1, (-1, group))
+    x = x if x.dtype == torch.float64 else x.float()
+    scale = x.abs().amax(2, keepdim=True) / 127
+    return ((x / scale.masked_fill(scale == 0, 1)).round() * scale).flatten(1).to(x_SD.dtype)
+
+
 def quant_ref(x_SD, w: Packed, norm=None, residual=None, gated=False):
     x_SD = x_SD if norm is None else rmsnorm_ref(x_SD, torch.ones_like(x_SD[0]), norm[1])
+    x_SD = rounded(x_SD, w.group) if len(x_SD) == 1 else x_SD
     y_SO = torch.nn.functional.linear(x_SD, dequantise(w, x_SD.dtype))
     y_SO = swiglu_ref(y_SO) if gated else y_SO
     return y_SO if residual is None else residual + y_SO
 
 
 @triton.constexpr_function
-def unpacking(bits, bf16):
-    """PTX that turns a thread's weights for one matrix instruction, a word of 4-bit or two of 8-bit ones, into its four
-    registers, pairs of 16-bit floats, exactly. 4 bits: u + 128 (fp16: 1024), less 136 (1032); 8 bits: 128 + the low 7
-    bits, less 128 or 256 (fp16: u + 1024, less 1152)."""
-    one, fma = (0x3f803f80, "fma.rn.bf16x2") if bf16 else (0x3c003c00, "fma.rn.f16x2")
-    magic = 0x43004300 if bf16 else 0x64006400
-    if bits == 4:
-        mask, less = 0x000f000f, 0xc308c308 if bf16 else 0xe408e408
-        pick = [f"shr.u32 v, $4, {4 * i}; mov.b32 less, {less};" for i in range(4)]
-    else:
-        mask = 0x007f007f if bf16 else 0x00ff00ff
-        pick = [f"shr.u32 v, ${4 + i // 2}, {8 * (i % 2)};" for i in range(4)]      # bytes 0 and 2
-        pick = [line + ("lop3.b32 less, v, 0x00800080, 0xc380c380, 0x6a;" if bf16 else "mov.b32 less, 0xe480e480;")
-                for line in pick]
-    lines = [f"{line} lop3.b32 v, v, {mask}, {magic}, 0xea; {fma} ${i}, v, one, less;" for i, line in enumerate(pick)]
-    return f"{{.reg .b32 v, one, less; mov.b32 one, {one}; {' '.join(lines)}}}"
+def unpacking(bits, bf16, half):
+    """PTX that turns two words of a thread, of outputs g and g + 8, into the four registers of a matrix instruction,
+    pairs of 16-bit floats, exactly; half: the first or the second instruction of a word of 4-bit weights. 4 bits: u +
+    128 (fp16: 1024), less 136 (1032); 8 bits: 128 + the low 7 bits, less 128 or 256 (fp16: u + 1024, less 1152)."""
+    one, fma, magic = (0x3f803f80, "fma.rn.bf16x2", 0x43004300) if bf16 else (0x3c003c00, "fma.rn.f16x2", 0x64006400)
+    mask = 0x000f000f if bits == 4 else 0x007f007f if bf16 else 0x00ff00ff
+    less = (0xc308c308 if bf16 else 0xe408e408) if bits == 4 else 0xe480e480
+    code = f"{{.reg .b32 v, one, less; mov.b32 one, {one}; mov.b32 less, {less};"
+    for i in range(4):
+        code += f"shr.u32 v, ${4 + i % 2}, {i // 2 * 8 + 4 * half * (bits == 4)};"
+        if bits == 8 and bf16:
+            code += "lop3.b32 less, v, 0x00800080, 0xc380c380, 0x6a;"
+        code += f"lop3.b32 v, v, {mask}, {magic}, 0xea; {fma} ${i}, v, one, less;"
+    return code + "}"
 
 
 @triton.constexpr_function
@@ -225,6 +233,15 @@ def multiplying(bf16):
     kind = "bf16" if bf16 else "f16"
     return (f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, "
             "{$8, $9}, {$10, $11, $12, $13};")
+
+
+@triton.jit
+def multiplied8(a, b0, b1, c0, c1, c2, c3):
+    """c + a @ b of a warp, [16, 8], over 32 columns: a in 8 bits from 0 up, b in 8 bits with a sign."""
+    return tl.inline_asm_elementwise(
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+        "{$10, $11, $12, $13};", "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r", [a[0], a[1], a[2], a[3], b0, b1, c0, c1, c2, c3],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1)
 
 
 @triton.jit
@@ -332,11 +349,11 @@ def squares(gram, b, COLUMNS: tl.constexpr, BF16: tl.constexpr):
 def products_of(part, words, b, m: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr,
                 BF16: tl.constexpr):
     """part + the products of instruction m of a block."""
+    AT: tl.constexpr = m // 2 * (BITS // 2) + (m % 2 if BITS == 8 else 0)
     made = ()
     for i in tl.static_range(TILES):
-        a = tl.inline_asm_elementwise(unpacking(BITS, BF16), "=&r,=&r,=&r,=&r,r,r",
-                                      [words[i * BITS + m * (BITS // 4)],
-                                       words[i * BITS + m * (BITS // 4) + BITS // 4 - 1]],
+        a = tl.inline_asm_elementwise(unpacking(BITS, BF16, m % 2), "=&r,=&r,=&r,=&r,r,r",
+                                      [words[i * BITS + AT], words[i * BITS + AT + BITS // 4]],
                                       dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1)
         for j in tl.static_range(COLUMNS):
             made = made + multiplied(a, b[2 * j], b[2 * j + 1], part[(i * COLUMNS + j) * 4],
@@ -346,18 +363,109 @@ def products_of(part, words, b, m: tl.constexpr, TILES: tl.constexpr, COLUMNS: t
 
 
 @triton.jit
-def scaled(acc, part, queue, thread, TILES: tl.constexpr, COLUMNS: tl.constexpr, QUADS: tl.constexpr,
-           THREADS: tl.constexpr):
-    """acc + part * scales."""
+def products8(part, words, b, TILES: tl.constexpr, BITS: tl.constexpr):
+    """part + the products of a block with a single row in 8 bits."""
+    made = ()
+    for i in tl.static_range(TILES):
+        c0, c1, c2, c3 = part[4 * i], part[4 * i + 1], part[4 * i + 2], part[4 * i + 3]
+        for m in tl.static_range(2):
+            if BITS == 4:
+                low, high = words[4 * i + 2 * m], words[4 * i + 2 * m + 1]
+                a = (low & 0x0f0f0f0f, high & 0x0f0f0f0f, (low >> 4) & 0x0f0f0f0f, (high >> 4) & 0x0f0f0f0f)
+            else:
+                a = (words[8 * i + 4 * m], words[8 * i + 4 * m + 2], words[8 * i + 4 * m + 1], words[8 * i + 4 * m + 3])
+            c0, c1, c2, c3 = multiplied8(a, b[2 * m], b[2 * m + 1], c0, c1, c2, c3)
+        made = made + (c0, c1, c2, c3)
+    return made
+
+
+@triton.jit
+def scales_at(place):
+    """A group's scales of outputs g and g + 8."""
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 v; .reg .f16 l, h; ld.shared.u32 v, [$2]; mov.b32 {l, h}, v; cvt.f32.f16 $0, l; "
+        "cvt.f32.f16 $1, h;}", "=&f,=&f,r", [place], dtype=(tl.float32, tl.float32), is_pure=False, pack=1)
+
+
+@triton.jit
+def scaled(acc, part, place, times, TILES: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr,
+           ONE: tl.constexpr):
+    """acc + part * scales. ONE: part holds whole numbers, and `times` is the row's own scale."""
     total = ()
     for i in tl.static_range(TILES):
-        low, high = tl.inline_asm_elementwise(
-            "{.reg .b32 v; .reg .f16 l, h; ld.shared.u32 v, [$2]; mov.b32 {l, h}, v; cvt.f32.f16 $0, l; "
-            "cvt.f32.f16 $1, h;}", "=&f,=&f,r", [queue + (TILES * QUADS * 4 + i) * THREADS * 4 + thread * 4],
-            dtype=(tl.float32, tl.float32), is_pure=False, pack=1)
+        low, high = scales_at(place + i * THREADS * 4)
+        if ONE:
+            low, high = low * times, high * times
         for k in tl.static_range(COLUMNS * 4):
-            total = total + (acc[i * COLUMNS * 4 + k] + part[i * COLUMNS * 4 + k] * (low if k % 4 < 2 else high),)
+            made = part[i * COLUMNS * 4 + k]
+            if ONE:
+                made = made.to(tl.float32, bitcast=True) - 12582912.0
+            total = total + (acc[i * COLUMNS * 4 + k] + made * (low if k % 4 < 2 else high),)
     return total
+
+
+@triton.jit
+def of_lane(x, lane):
+    """x of another thread of the warp."""
+    return tl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, lane],
+                                     dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def floats_of(word, BF16: tl.constexpr):
+    """The two 16-bit floats of a word."""
+    if BF16:
+        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise("{.reg .f16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}",
+                                         "=&f,=&f,r", [word], dtype=(tl.float32, tl.float32), is_pure=True, pack=1)
+
+
+@triton.jit
+def keep_row(place, x_ptr, warp, lane, G: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr,
+             HALF: tl.constexpr, BF16: tl.constexpr):
+    """Puts a single row's columns of this warp into shared memory, in 8 bits, round by round, and behind them for each
+    round its scale and where its sums begin: 1.5 * 2^23 in the bits of a float, less HALF for every unit of x. So whole
+    numbers come out of `multiplied8` as floats. Returns the sum of the squares. The row is fetched at once: a round
+    trip to L2 takes longer than the products of a round."""
+    PIECES: tl.constexpr = GROUP // 8                                # of 8 columns, a thread's
+    words, sums = (), (lane * 0).to(tl.float32)
+    for i in tl.static_range(STEPS):
+        at = i * 32 + lane
+        group = warp + at // PIECES * WARPS
+        found = rows_at(x_ptr + tl.minimum(group, G - 1) * GROUP + at % PIECES * 8)
+        for k in tl.static_range(4):
+            words = words + (tl.where(group < G, found[k], 0),)
+    for i in tl.static_range(STEPS):
+        x = ()
+        for k in tl.static_range(4):
+            x = x + floats_of(words[4 * i + k], BF16)
+        widest = tl.abs(x[0])
+        for k in tl.static_range(8):
+            widest = tl.maximum(widest, tl.abs(x[k]), propagate_nan=tl.PropagateNan.ALL)
+            sums += x[k] * x[k]
+        for k in tl.static_range(3 if PIECES == 8 else 4):
+            widest = tl.maximum(widest, of_lane(widest, lane ^ (1 << k)), propagate_nan=tl.PropagateNan.ALL)
+        inverse = tl.div_rn((lane * 0 + 127).to(tl.float32), tl.where(widest == 0, 1.0, widest))
+        q, total = (), (lane * 0).to(tl.float32)
+        for k in tl.static_range(8):
+            turned_whole = tl.fma(x[k], inverse, (lane * 0).to(tl.float32) + 12582912.0)
+            total += turned_whole - 12582912.0
+            q = q + (turned_whole.to(tl.int32, bitcast=True) & 255,)
+        for k in tl.static_range(3 if PIECES == 8 else 4):
+            total += of_lane(total, lane ^ (1 << k))
+        column, round = at % PIECES, at // PIECES
+        to = place + round * GROUP + column // 8 * 64 + column % 4 * 16 + column // 4 % 2 * 8
+        tl.inline_asm_elementwise("st.shared.v2.u32 [$1], {$2, $3}; mov.u32 $0, 0;", "=r,r,r,r",
+                                  [to, q[0] | q[2] << 8 | q[1] << 16 | q[3] << 24,
+                                   q[4] | q[6] << 8 | q[5] << 16 | q[7] << 24], dtype=tl.int32, is_pure=False, pack=1)
+        begin = 0x4b400000 - (HALF * total).to(tl.int32)
+        tl.inline_asm_elementwise("st.shared.v2.u32 [$1], {$2, $3}; mov.u32 $0, 0;", "=r,r,r,r",
+                                  [place + STEPS * 256 + round * 8, (widest * (1 / 127)).to(tl.int32, bitcast=True),
+                                   begin], dtype=tl.int32, is_pure=False, pack=1)
+    for k in tl.static_range(5):
+        sums += of_lane(sums, lane ^ (1 << k))
+    return sums
 
 
 @triton.jit
@@ -382,13 +490,6 @@ def over_warps(queue, cell, lane, WARPS: tl.constexpr):
 
 
 @triton.jit
-def of_lane(x, lane):
-    """x of another thread of the warp."""
-    return tl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, lane],
-                                     dtype=tl.float32, is_pure=False, pack=1)
-
-
-@triton.jit
 def result_of(cell, lane, k: tl.constexpr, first, S, width, STORED: tl.constexpr, COLUMNS: tl.constexpr):
     """(row, output, whether there is such a one) of a thread's k-th value of four in a cell, a tile and eight rows."""
     row = lane % 4 * 2 + k % 2 + cell % COLUMNS * 8
@@ -399,7 +500,7 @@ def result_of(cell, lane, k: tl.constexpr, first, S, width, STORED: tl.constexpr
 @triton.jit(do_not_specialize=["S"])
 def quant_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residual_stride, S, O, eps,
                  D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
-                 WARPS: tl.constexpr, AHEAD: tl.constexpr, X_AHEAD: tl.constexpr, NORM: tl.constexpr,
+                 WARPS: tl.constexpr, AHEAD: tl.constexpr, ONE: tl.constexpr, NORM: tl.constexpr,
                  RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr):
     """TILES * 16 outputs of all rows, at most COLUMNS * 8; GATED, half of the tiles are gates and half are ups. Each
     warp has groups of inner columns of its own.
@@ -421,7 +522,9 @@ def quant_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residua
     width = O // 2 if GATED else O
     TURNS: tl.constexpr = (STORED * COLUMNS + WARPS - 1) // WARPS    # a warp's share of them
     CELLS: tl.constexpr = (TILES + NORM) * COLUMNS * THREADS * 16    # bytes of what the warps leave each other
-    queue = tl.inline_asm_elementwise(queue_of(max(DEPTH * SLOT, CELLS)), "=r,r", [thread * 0], dtype=tl.int32,
+    STEPS: tl.constexpr = (ROUNDS * (GROUP // 8) + 31) // 32         # a thread's shares of a single row
+    KEPT: tl.constexpr = STEPS * (256 + 8 * 256 // GROUP) if ONE else 0      # bytes of that row, of a warp
+    queue = tl.inline_asm_elementwise(queue_of(max(DEPTH * SLOT + WARPS * KEPT, CELLS)), "=r,r", [thread * 0], dtype=tl.int32,
                                       is_pure=False, pack=1)
     w_ptrs, scale_ptrs, x_ptrs = (), (), ()
     for i in tl.static_range(TILES):
@@ -434,15 +537,14 @@ def quant_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residua
         gdc_wait()
         gdc_launch_dependents()
     zero = tl.zeros((THREADS,), dtype=tl.float32)
-    for j in tl.static_range(COLUMNS):
-        row = tl.minimum(lane // 4 + j * 8, S - 1)                   # a column that is not there may hold any row
-        x_ptrs = x_ptrs + (x_ptr + row.to(tl.int64) * x_stride + lane % 4 * 8,)
-    x = ()
-    for r in tl.static_range(X_AHEAD):                               # rounds of x that are on their way
-        for block in tl.static_range(BLOCKS):
-            group = warp + r * WARPS
-            x = x + fetch_rows(x_ptrs, tl.minimum(group, G - 1) * BLOCKS + block, group < G, COLUMNS,
-                               NORM and G % WARPS > 0)
+    x, square, row_place = (), zero, queue + DEPTH * SLOT + warp * KEPT
+    if ONE:
+        square = keep_row(row_place, x_ptr, warp, lane, G, GROUP, WARPS, STEPS, 1 << BITS - 1, BF16)
+    else:
+        for j in tl.static_range(COLUMNS):
+            row = tl.minimum(lane // 4 + j * 8, S - 1)               # a column that is not there may hold any row
+            x_ptrs = x_ptrs + (x_ptr + row.to(tl.int64) * x_stride + lane % 4 * 8,)
+        x = fetch_rows(x_ptrs, tl.minimum(warp, G - 1) * BLOCKS, warp < G, COLUMNS, NORM and G % WARPS > 0)
     kept = ()
     if RESIDUAL:
         for turn in tl.static_range(TURNS):
@@ -450,35 +552,43 @@ def quant_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residua
                 row, out, held = result_of(warp + turn * WARPS, lane, k, pid * STORED * 16, S, width, STORED, COLUMNS)
                 kept = kept + (tl.load(residual_ptr + row.to(tl.int64) * residual_stride + out, mask=held, other=0.0),)
     acc, gram = (zero,) * (TILES * COLUMNS * 4), (zero,) * (COLUMNS * 8)
+    if ONE:
+        loads_before()                                               # a warp's threads read what others of it have put
     for r in range(ROUNDS):
         slot, group = queue + r % DEPTH * SLOT, warp + r * WARPS
         tl.inline_asm_elementwise(waiting(DEPTH - 1), "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-        part = (zero,) * (TILES * COLUMNS * 4)
+        if ONE:
+            times, begin = tl.inline_asm_elementwise("ld.shared.v2.u32 {$0, $1}, [$2];", "=r,=r,r",
+                                                     [row_place + STEPS * 256 + r * 8], dtype=(tl.int32, tl.int32),
+                                                     is_pure=False, pack=1)
+            part, times = (begin,) * (TILES * 4), times.to(tl.float32, bitcast=True)
+        else:
+            part, times = (zero,) * (TILES * COLUMNS * 4), 1.0
         for block in tl.static_range(BLOCKS):
-            words, now, later = dequeued(slot, block, thread, TILES, QUADS, BITS, THREADS), (), ()
-            for k in tl.static_range(8 * COLUMNS):
-                now = now + (x[k],)
-            for k in tl.static_range(8 * COLUMNS, 8 * COLUMNS * BLOCKS * X_AHEAD):
-                later = later + (x[k],)
-            if X_AHEAD < ROUNDS:                                     # the last ones are fetched in vain
-                next_group = group + X_AHEAD * WARPS
-                later = later + fetch_rows(x_ptrs, tl.minimum(next_group, G - 1) * BLOCKS + block, next_group < G,
-                                           COLUMNS, NORM and G % WARPS > 0)
+            words, now = dequeued(slot, block, thread, TILES, QUADS, BITS, THREADS), x
+            if ONE:
+                b = tl.inline_asm_elementwise("ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r",
+                                              [row_place + r * GROUP + block * 64 + lane % 4 * 16],
+                                              dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1)
+                part = products8(part, words, b, TILES, BITS)
             else:
-                later = later + now
-            x = later
-            loads_before()                                           # ptxas would put them last, to save registers
-            for m in tl.static_range(4):
-                b = columns_of(now, m, COLUMNS)
-                if NORM:
-                    gram = squares(gram, b, COLUMNS, BF16)
-                part = products_of(part, words, b, m, TILES, COLUMNS, BITS, BF16)
-        acc = scaled(acc, part, slot, thread, TILES, COLUMNS, QUADS, THREADS)
+                next_group = group + (block + 1) // BLOCKS * WARPS   # the last round's last are fetched in vain
+                x = fetch_rows(x_ptrs, tl.minimum(next_group, G - 1) * BLOCKS + (block + 1) % BLOCKS, next_group < G,
+                               COLUMNS, NORM and G % WARPS > 0)
+                loads_before()                                       # ptxas would put them last, to save registers
+                for m in tl.static_range(4):
+                    b = columns_of(now, m, COLUMNS)
+                    if NORM:
+                        gram = squares(gram, b, COLUMNS, BF16)
+                    part = products_of(part, words, b, m, TILES, COLUMNS, BITS, BF16)
+        acc = scaled(acc, part, slot + (TILES * QUADS * 4 * THREADS + thread) * 4, times, TILES, COLUMNS, THREADS, ONE)
         enqueue(slot, w_ptrs, scale_ptrs, group + DEPTH * WARPS, thread, G, TILES, QUADS, THREADS)
     tl.inline_asm_elementwise(waiting(0), "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()                                               # nobody reads the queue any more
     leave(queue, acc, thread, TILES * COLUMNS, THREADS)
-    if NORM:
+    if NORM and ONE:
+        leave(queue + TILES * THREADS * 16, (square, zero, zero, zero), thread, 1, THREADS)
+    elif NORM:
         for j in tl.static_range(COLUMNS):
             leave(queue + (TILES * COLUMNS + j) * THREADS * 16, (gram[j * 8], gram[j * 8 + 1], gram[j * 8 + 6],
                                                                  gram[j * 8 + 7]), thread, 1, THREADS)
@@ -492,7 +602,9 @@ def quant_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residua
             up = over_warps(queue, mine + STORED * COLUMNS, lane, WARPS)
         if NORM:                                                     # on the diagonal of x @ x.T
             s0, s1, s2, s3 = over_warps(queue, TILES * COLUMNS + mine % COLUMNS, lane, WARPS)
-            even, odd = of_lane(s0 + s2, 9 * t), of_lane(s1 + s3, 9 * t + 4)
+            even, odd = s0, s0
+            if not ONE:
+                even, odd = of_lane(s0 + s2, 9 * t), of_lane(s1 + s3, 9 * t + 4)
             even, odd = tl.rsqrt(even / D + eps), tl.rsqrt(odd / D + eps)
         for k in tl.static_range(4):
             factor = (even if k % 2 == 0 else odd) if NORM else 1.0
@@ -514,7 +626,7 @@ def launch_config(S, O, D, gated):
         tiles, warps, ahead = (2, 8, 2) if not few else (1, 8, 4) if D <= O else (1, 16, 2)
     else:
         tiles, warps, ahead = (2, 8, 2) if few and O <= 16384 else (2, 4, 2)
-    return dict(TILES=tiles, num_warps=warps, AHEAD=ahead, X_AHEAD=2 if few else 1)
+    return dict(TILES=tiles, num_warps=warps, AHEAD=ahead, ONE=S == 1)
 
 
 def quant(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **override):
@@ -535,8 +647,9 @@ def quant(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **o
     y_SO = torch.empty((S, width), dtype=x_SD.dtype, device=x_SD.device)
     pdl, config = work is not None and work.pdl, {**launch_config(S, O, D, gated), **override}
     slot = config["TILES"] * config["num_warps"] * (w.group * 2 * w.bits + 128)       # bytes of a round
-    config["X_AHEAD"] = min(config["X_AHEAD"], triton.cdiv(D // w.group, config["num_warps"]))
-    config["AHEAD"] = max(1, min(config["AHEAD"], SHARED // slot))
+    steps = triton.cdiv(triton.cdiv(D // w.group, config["num_warps"]) * w.group, 256)
+    kept = config["ONE"] * config["num_warps"] * steps * (256 + 2048 // w.group)     # bytes of a single row
+    config["AHEAD"] = max(1, min(config["AHEAD"], (SHARED - kept) // slot))
     quant_kernel[(triton.cdiv(width, config["TILES"] * TILE // (2 if gated else 1)),)](
         x_SD, w.words, w.scales.view(torch.int32), y_SO, residual if residual is not None else x_SD, x_SD.stride(0),
         residual.stride(0) if residual is not None else 0, S, O, norm[1] if norm else 0.0, D=D, BITS=w.bits,

@@ -50,6 +50,23 @@ def mma(kind, depth, a, b, c):
     return [C[place].reshape(-1) for place in places]
 
 
+def mma8(a, b, c):
+    """The same for whole numbers: a unsigned, b signed, 32 columns, four of them in a register."""
+    warps = len(c[0]) // 32
+    A, B, C = (numpy.zeros((warps, *shape), numpy.int64) for shape in ((16, 32), (32, 8), (16, 8)))
+    for i in range(4):                                       # the byte of a register
+        for k, register in enumerate(a):
+            A[:, GROUP + 8 * (k % 2), 4 * QUAD + i + 16 * (k // 2)] = (register >> 8 * i & 255).reshape(warps, 32)
+        for k, register in enumerate(b):
+            value = (register >> 8 * i & 255).astype(numpy.uint8).view(numpy.int8)
+            B[:, 4 * QUAD + i + 16 * k, GROUP] = value.reshape(warps, 32)
+    places = [(slice(None), GROUP + 8 * (i // 2), 2 * QUAD + i % 2) for i in range(4)]
+    for register, place in zip(c, places, strict=True):
+        C[place] = numpy.asarray(register).view(numpy.int32).reshape(warps, 32)
+    C += A @ B
+    return [C[place].reshape(-1).astype(numpy.int32).view(numpy.uint32) for place in places]
+
+
 @functools.cache
 def parsed(asm):
     """[(instruction, its operands)]."""
@@ -92,14 +109,17 @@ def run(asm, inputs, outputs):
             found = numpy.stack([words_at(at, len(into)) for at in read(address.strip("[]"))])
             found = found.view(numpy.float32 if name.endswith("f32") else numpy.uint32)
             held.update(zip(into, found.T.copy(), strict=True))
-        elif name == "st.shared.v4.f32":
+        elif name.startswith("st.shared.v"):
             for i, to in enumerate(read(parts[0].strip("[]"))):
-                words_at(to, 4)[:] = [read(x)[i:i + 1].view(numpy.uint32)[0] for x in parts[1:]]
+                words_at(to, len(parts) - 1)[:] = [read(x)[i:i + 1].view(numpy.uint32)[0] for x in parts[1:]]
         elif name == "shfl.sync.idx.b32":
             held[parts[0]] = read(parts[1])[numpy.arange(len(read(parts[1]))) // 32 * 32 + read(parts[2])]
         elif name.startswith("cp.async."):                   # at once; waiting is for nothing
             for to, at, size in zip(*(read(parts[i].strip("[]")) for i in (0, 1, 3)), strict=True):
                 words_at(to, int(parts[2]) // 4)[:] = words_at(at, int(parts[2]) // 4) if size else 0
+        elif name == "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32":
+            a, b, c = ([read(x) for x in xs] for xs in (parts[4:8], parts[8:10], parts[-4:]))
+            held.update(zip(parts[:4], mma8(a, b, c), strict=True))
         elif name.startswith("mma.sync.aligned.m16n8k"):
             depth, count = (16, 4) if "k16" in name else (8, 2)
             a, b, c = parts[4:4 + count], parts[4 + count:4 + count + count // 2], parts[-4:]

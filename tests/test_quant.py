@@ -231,9 +231,12 @@ def test_words_are_unpacked_exactly(bits, bf16):
         for u in range(1 << bits):
             for rest in (0, 0xffffffff ^ ((1 << bits) - 1) << bits * i):
                 words = torch.tensor([rest | u << bits * i]).numpy().astype("uint32")
-                registers = [ptx.halves(x, kind)[0] for x in ptx.run(module.unpacking(bits, bf16), [words, words], 4)]
-                register, half = (i % 4, i // 4) if bits == 4 else (i % 2, i // 2)
-                assert registers[register][half] == u - (1 << bits - 1)
+                code = module.unpacking(bits, bf16, i % 2 * (bits == 4))
+                registers = [ptx.halves(x, kind)[0] for x in ptx.run(code, [words, words ^ 0xffffffff], 4)]
+                register = i % (per // 2) // (per // 4) * 2
+                place, other = i // (per // 2), (1 << bits) - 1 - u
+                assert registers[register][place] == u - (1 << bits - 1)
+                assert registers[register + 1][place] == other - (1 << bits - 1)
 
 
 def test_products_are_chosen_by_the_weight(device):
