@@ -288,7 +288,11 @@ def single_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr, mixed_pt
     older = at < tl.minimum(first, M)
     held = older[:, None] & inside[None, :]
     k = tl.load(k_ptr + at[:, None] * K + col[None, :], mask=held, other=0.0)                      # [SPLIT, BLOCK_K]
-    v = tl.load(v_ptr + at[:, None] * K + col[None, :], mask=held, other=0.0)
+    if EARLY == 2:
+        line = at[:, None] * K + tl.arange(0, BLOCK_K // 64)[None, :] * 64
+        prefetch(v_ptr + line)
+    else:
+        v = tl.load(v_ptr + at[:, None] * K + col[None, :], mask=held, other=0.0)
     angle = tl.minimum(first, M - 1) * K + col
     cos = tl.load(cos_ptr + angle, mask=inside, other=0.0).to(tl.float32)                          # [BLOCK_K]
     sin = tl.load(sin_ptr + angle, mask=inside, other=0.0).to(tl.float32)
@@ -305,6 +309,8 @@ def single_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr, mixed_pt
     top = tl.max(score, 0)
     prob = tl.where(older, tl.exp2(score - top), 0.0)
     total = tl.sum(prob, 0)
+    if EARLY == 2:
+        v = tl.load(v_ptr + at[:, None] * K + col[None, :], mask=held, other=0.0)
     acc = tl.sum(prob[:, None] * v.to(tl.float32), 0)                                              # [BLOCK_K]
     mine = (first // SPLIT == split) & (first < M)
     fresh = tl.load(new_ptr + col, mask=mine & inside, other=0.0)

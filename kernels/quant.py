@@ -422,14 +422,30 @@ def floats_of(word, BF16: tl.constexpr):
 
 
 @triton.jit
+def bytes_of(a, b, c, d):
+    """The low bytes of four words, in one."""
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 l, h; prmt.b32 l, $1, $2, 0x0040; prmt.b32 h, $3, $4, 0x0040; prmt.b32 $0, l, h, 0x5410;}",
+        "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def units(word, more):
+    """The sum of a word's four signed bytes, and `more`."""
+    return tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, 0x01010101, $2;", "=r,r,r", [word, more], dtype=tl.int32,
+                                     is_pure=True, pack=1)
+
+
+@triton.jit
 def keep_row(place, x_ptr, warp, lane, G: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr,
-             HALF: tl.constexpr, BF16: tl.constexpr):
+             HALF: tl.constexpr, NORM: tl.constexpr, BF16: tl.constexpr):
     """Puts a single row's columns of this warp into shared memory, in 8 bits, round by round, and behind them for each
     round its scale and where its sums begin: 1.5 * 2^23 in the bits of a float, less HALF for every unit of x. So whole
-    numbers come out of `multiplied8` as floats. Returns the sum of the squares. The row is fetched at once: a round
-    trip to L2 takes longer than the products of a round."""
+    numbers come out of `multiplied8` as floats. NORM: returns the sum of the squares, too. The row is fetched at once:
+    a round trip to L2 takes longer than the products of a round."""
     PIECES: tl.constexpr = GROUP // 8                                # of 8 columns, a thread's
-    words, sums = (), (lane * 0).to(tl.float32)
+    LEVELS: tl.constexpr = 3 if PIECES == 8 else 4
+    words, sums, none = (), (lane * 0).to(tl.float32), lane * 0
     for i in tl.static_range(STEPS):
         at = i * 32 + lane
         group = warp + at // PIECES * WARPS
@@ -437,35 +453,40 @@ def keep_row(place, x_ptr, warp, lane, G: tl.constexpr, GROUP: tl.constexpr, WAR
         for k in tl.static_range(4):
             words = words + (tl.where(group < G, found[k], 0),)
     for i in tl.static_range(STEPS):
-        x = ()
+        x, q = (), ()
         for k in tl.static_range(4):
             x = x + floats_of(words[4 * i + k], BF16)
         widest = tl.abs(x[0])
         for k in tl.static_range(8):
             widest = tl.maximum(widest, tl.abs(x[k]), propagate_nan=tl.PropagateNan.ALL)
-            sums += x[k] * x[k]
-        for k in tl.static_range(3 if PIECES == 8 else 4):
+            if NORM:
+                sums += x[k] * x[k]
+        for k in tl.static_range(LEVELS):
             widest = tl.maximum(widest, of_lane(widest, lane ^ (1 << k)), propagate_nan=tl.PropagateNan.ALL)
-        inverse = tl.div_rn((lane * 0 + 127).to(tl.float32), tl.where(widest == 0, 1.0, widest))
-        q, total = (), (lane * 0).to(tl.float32)
+        inverse = tl.div_rn((none + 127).to(tl.float32), tl.where(widest == 0, 1.0, widest))
         for k in tl.static_range(8):
-            turned_whole = tl.fma(x[k], inverse, (lane * 0).to(tl.float32) + 12582912.0)
-            total += turned_whole - 12582912.0
-            q = q + (turned_whole.to(tl.int32, bitcast=True) & 255,)
-        for k in tl.static_range(3 if PIECES == 8 else 4):
+            whole = tl.fma(x[k], inverse, none.to(tl.float32) + 12582912.0)
+            q = q + (whole.to(tl.int32, bitcast=True),)
+        low, high = bytes_of(q[0], q[2], q[1], q[3]), bytes_of(q[4], q[6], q[5], q[7])
+        total = units(low, units(high, none)).to(tl.float32)
+        for k in tl.static_range(LEVELS):
             total += of_lane(total, lane ^ (1 << k))
-        column, round = at % PIECES, at // PIECES
-        to = place + round * GROUP + column // 8 * 64 + column % 4 * 16 + column // 4 % 2 * 8
-        tl.inline_asm_elementwise("st.shared.v2.u32 [$1], {$2, $3}; mov.u32 $0, 0;", "=r,r,r,r",
-                                  [to, q[0] | q[2] << 8 | q[1] << 16 | q[3] << 24,
-                                   q[4] | q[6] << 8 | q[5] << 16 | q[7] << 24], dtype=tl.int32, is_pure=False, pack=1)
-        begin = 0x4b400000 - (HALF * total).to(tl.int32)
-        tl.inline_asm_elementwise("st.shared.v2.u32 [$1], {$2, $3}; mov.u32 $0, 0;", "=r,r,r,r",
-                                  [place + STEPS * 256 + round * 8, (widest * (1 / 127)).to(tl.int32, bitcast=True),
-                                   begin], dtype=tl.int32, is_pure=False, pack=1)
-    for k in tl.static_range(5):
-        sums += of_lane(sums, lane ^ (1 << k))
+        at = i * 32 + lane
+        column, turn = at % PIECES, at // PIECES
+        put(place + turn * GROUP + column // 8 * 64 + column % 4 * 16 + column // 4 % 2 * 8, low, high)
+        put(place + STEPS * 256 + turn * 8, (widest * (1 / 127)).to(tl.int32, bitcast=True),
+            0x4b400000 - HALF * total.to(tl.int32))
+    if NORM:
+        for k in tl.static_range(5):
+            sums += of_lane(sums, lane ^ (1 << k))
     return sums
+
+
+@triton.jit
+def put(place, a, b):
+    """Two words into shared memory."""
+    tl.inline_asm_elementwise("st.shared.v2.u32 [$1], {$2, $3}; mov.u32 $0, 0;", "=r,r,r,r", [place, a, b],
+                              dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -539,7 +560,7 @@ def quant_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residua
     zero = tl.zeros((THREADS,), dtype=tl.float32)
     x, square, row_place = (), zero, queue + DEPTH * SLOT + warp * KEPT
     if ONE:
-        square = keep_row(row_place, x_ptr, warp, lane, G, GROUP, WARPS, STEPS, 1 << BITS - 1, BF16)
+        square = keep_row(row_place, x_ptr, warp, lane, G, GROUP, WARPS, STEPS, 1 << BITS - 1, NORM, BF16)
     else:
         for j in tl.static_range(COLUMNS):
             row = tl.minimum(lane // 4 + j * 8, S - 1)               # a column that is not there may hold any row
@@ -621,11 +642,13 @@ def launch_config(S, O, D, gated):
     """Tiles and warps of a program, and rounds of words on their way."""
     few = S <= 8
     if gated:
-        tiles, warps, ahead = (2, 4, 3) if few else (4, 4, 2)
+        tiles, warps, ahead = (2, 4, 4) if S == 1 else (2, 4, 3) if few else (4, 4, 2)
+    elif O <= 4096 and D > O:
+        tiles, warps, ahead = (1, 8, 2) if S == 1 else (1, 16, 2) if few else (2, 8, 2)
     elif O <= 4096:
-        tiles, warps, ahead = (2, 8, 2) if not few else (1, 8, 4) if D <= O else (1, 16, 2)
+        tiles, warps, ahead = (1, 8, 4) if few else (1, 8, 2)
     else:
-        tiles, warps, ahead = (2, 8, 2) if few and O <= 16384 else (2, 4, 2)
+        tiles, warps, ahead = (2, 8, 2) if O <= 16384 else (2, 4, 2)
     return dict(TILES=tiles, num_warps=warps, AHEAD=ahead, ONE=S == 1)
 
 

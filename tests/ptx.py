@@ -102,6 +102,15 @@ def run(asm, inputs, outputs):
             kind = name.split(".")[2]
             a, b, c = (halves(numpy.broadcast_to(read(x), numpy.shape(read(parts[1]))), kind) for x in parts[1:])
             held[parts[0]] = words_of(a.astype(numpy.float64) * b + c, kind)
+        elif name == "prmt.b32":                             # a nibble of the table picks a byte of the two words
+            both = [(read(x) >> 8 * i & 255).astype(numpy.uint32) for x in parts[1:3] for i in range(4)]
+            held[parts[0]] = sum(both[int(parts[3], 0) >> 4 * i & 7] << 8 * i for i in range(4)).astype(numpy.uint32)
+        elif name == "dp4a.s32.s32":
+            a, b, c = (numpy.atleast_1d(read(x)).astype(numpy.uint32) for x in parts[1:])
+            bytes_of = [[(x >> 8 * i & 255).astype(numpy.uint8).view(numpy.int8).astype(numpy.int32)
+                         for i in range(4)] for x in (a, b)]
+            total = c.view(numpy.int32) + sum(x * y for x, y in zip(*bytes_of, strict=True))
+            held[parts[0]] = total.astype(numpy.int32).view(numpy.uint32)
         elif name == "cvt.f32.f16":
             held[parts[0]] = halves(read(parts[1]), "f16")[..., 0]
         elif name.startswith(("ld.global", "ld.shared")):

@@ -165,8 +165,8 @@ def test_columns_that_fill_no_whole_blocks_are_refused(D):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits, fold", [*((4, fold) for fold in FOLDS), (8, "norm"), (8, "residual")])
-@pytest.mark.parametrize("S, D, O", [(1, 640, 32), (2, 64, 32), (5, 704, 32), (8, 384, 96), (9, 192, 32),
-                                     (16, 1152, 32)])
+@pytest.mark.parametrize("S, D, O", [(1, 2112, 32), (1, 2304, 32), (2, 64, 32), (5, 704, 32), (8, 384, 96),
+                                     (9, 192, 32), (16, 1152, 32)])
 def test_no_further_from_the_truth_than_twice_plain_torch(S, D, O, bits, fold, dtype, device, nan_empty):
     torch.manual_seed(D)
     check(*packed_case(fold, bits, S, D, O, dtype, device))
