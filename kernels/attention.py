@@ -7,11 +7,18 @@ LLaMA-7B are 35 GFLOP a layer. H100: 103 microseconds (344 TFLOP/s), 641 rows 18
 flag, which knows no positions: flash 185 and 39.7, cuDNN 91 and 23.1, memory-efficient 279 and 50.1. Slower: 128 x
 64 with 8 warps 107, 128 x 128 115 to 123, 64 x 32 119, 2 stages 117, 4 stages 154.
 
-Few rows (a step): one program per 512 cache rows of a head at fixed positions, then one per row and head that
+Few rows (a step): one program per 320 cache rows of a head at fixed positions, then one per row and head that
 combines them in a fixed order. The cache is the tall operand of both products and the step's rows the narrow one,
 always 32 wide.
 Bytes: 4*visible*N*K in bf16: 34 MB a layer at context 2,100, 11.1 microseconds at 3.11 TB/s. H100, both launches,
-alone in a row: 18.1 microseconds for 1 row, 20.0 for 16, 22.5 for 32; inside a step about 15 and 17.5.
+alone in a row with 512 rows a program: 18.1 microseconds for 1 row, 20.0 for 16, 22.5 for 32; inside a step about 15
+and 17.5. H200, ms of a whole step of 1 row (32 rows) at contexts 2,100, 2,300, 3,072 and 4,000:
+    256 rows a program    3.94 (4.39)    -              4.12 (4.49)    4.22 (4.59)
+    320                   3.86 (4.24)    3.88 (4.25)    4.16 (4.51)    4.22 (4.61)
+    384                   3.89 (4.27)    3.92 (4.27)    4.08 (4.48)    4.26 (4.64)
+    512                   3.98 (4.35)    3.98 (4.35)    3.99 (4.36)    4.07 (4.46)
+Two programs fit on a processor, and 264 on the card: 320 keeps a prompt of one video and its answer within them, up to
+2,560 rows. Two stages in place of three, which let in a third program, are 2 % slower.
 Dropped: rows as the tall operand, 16 at a time (16.9, 20.7, 25 to 33: 0.5 % of a step faster at 1 row, 1.4 % slower
 at 32, and two code paths); splits of 128 or 256 rows without a pipelined loop (18.6 to 24, 23.5, 29); tiles of 128
 rows (21 to 23); the last split to arrive combining its head (a launch less, but serial: 20 to 23, 49 to 74 for 16
@@ -20,7 +27,11 @@ rows).
 A drafter's step of one row takes 64 cache rows a program into registers before the query is there, and adds without
 tensor cores. In a step at context 700 with 4-bit weights that saved 7 microseconds a layer on an H100 (2.072 -> 1.844
 ms). Slower: 4 warps 1.906, 8 warps 1.935, splits of 32 rows 2.001, of 128 with 4 warps 1.867; loading after the wait
-costs 0.1 %. On an H200 at context 2,100, 2 warps 1.822 ms, 4 warps 1.873, splits of 32 1.830, of 128 1.842.
+costs 0.1 %. On an H200 at context 2,100, 2 warps 1.822 ms, 4 warps 1.873, splits of 32 1.830, of 128 1.842. The kernel
+that combines is released before the work, not behind it, and of one row it has four programs a head, each with one
+round of loads: 6.5 microseconds to 2.0, a step of 1.90 ms to 1.79. 1,056 programs of 255 registers a thread do not fit
+at once: 11.8 microseconds a layer, whose bytes take 7.6. Slower: fewer registers by force 1.61 to 3.36 ms in place of
+1.56, values asked into L2 and loaded behind the scores 1.57.
 
 2 to 16 rows of a drafter: the few rows' way with 16 columns and splits of 128 cache rows. A step of 16 rows at context
 700 with 4-bit weights took 3.83 ms with splits of 128 on an H200, 3.91 with 64, 3.85 with 256. Two rows by registers,
@@ -40,7 +51,7 @@ from kernels.rope_store import rope_store_ref, rotate
 LOG2E = 1.4426950408889634
 NEVER = tl.constexpr(-1e30)          # a masked score: finite, so that a row which sees nothing keeps a finite pivot
 MAX_ROWS = 32                        # rows of a step
-SPLIT = 512                          # cache rows a program of a step looks at; part of the order of addition
+SPLIT = 320                          # cache rows a program of a step looks at; part of the order of addition
 SINGLE_SPLIT = 64                    # cache rows that a program of a drafter's step of one row holds in registers
 FEW = 16                             # rows of a drafter's step that checks several ids
 FEW_SPLIT = 128                      # cache rows a program of it looks at
@@ -288,11 +299,7 @@ def single_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr, mixed_pt
     older = at < tl.minimum(first, M)
     held = older[:, None] & inside[None, :]
     k = tl.load(k_ptr + at[:, None] * K + col[None, :], mask=held, other=0.0)                      # [SPLIT, BLOCK_K]
-    if EARLY == 2:
-        line = at[:, None] * K + tl.arange(0, BLOCK_K // 64)[None, :] * 64
-        prefetch(v_ptr + line)
-    else:
-        v = tl.load(v_ptr + at[:, None] * K + col[None, :], mask=held, other=0.0)
+    v = tl.load(v_ptr + at[:, None] * K + col[None, :], mask=held, other=0.0)
     angle = tl.minimum(first, M - 1) * K + col
     cos = tl.load(cos_ptr + angle, mask=inside, other=0.0).to(tl.float32)                          # [BLOCK_K]
     sin = tl.load(sin_ptr + angle, mask=inside, other=0.0).to(tl.float32)
@@ -309,8 +316,6 @@ def single_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr, mixed_pt
     top = tl.max(score, 0)
     prob = tl.where(older, tl.exp2(score - top), 0.0)
     total = tl.sum(prob, 0)
-    if EARLY == 2:
-        v = tl.load(v_ptr + at[:, None] * K + col[None, :], mask=held, other=0.0)
     acc = tl.sum(prob[:, None] * v.to(tl.float32), 0)                                              # [BLOCK_K]
     mine = (first // SPLIT == split) & (first < M)
     fresh = tl.load(new_ptr + col, mask=mine & inside, other=0.0)

@@ -2,35 +2,43 @@
 call and the same folds (norm, SwiGLU, residual) as kernels/skinny.py. kernels/products.py chooses between them.
 
 A weight is scale * (u - 2^(bits-1)), u unsigned; one fp16 scale stands over 128 inner columns of one output. The tensor
-cores' instruction of 16 outputs, 16 inner columns and 8 rows of x (m16n8k16, the weights its tall operand, as Marlin
-does) is written in PTX: weights are packed in the order in which threads want them in registers, so that a warp loads
-512 contiguous bytes at a time and a 4-bit value becomes half a register by a shift and an and-or: its bits land in a
-mantissa, as u + 128 in bf16, u + 1024 in fp16. A product of x with a constant takes away what that is too much. Each
-thread copies its words to shared memory ahead of time (cp.async) and reads only what it has copied itself: a queue
-without barriers, filled before the wait on the kernel ahead. A program's warps have inner columns of their own, and
-their sums meet once, at the end. A norm's weight is folded into the packed one, its sums of squares are the diagonal of
-x @ x.T, its factor meets the result. A row's bits may depend on the row count, and on nothing else.
+cores' instruction of 16 outputs and 8 rows of x (the weights its tall operand, as Marlin does) is written in PTX:
+weights are packed in the order in which threads want them in registers, so that a warp loads 512 contiguous bytes at a
+time. Each thread copies its words to shared memory ahead of time (cp.async) and reads only what it has copied itself: a
+queue without barriers, filled before the wait on the kernel ahead. A program's warps have inner columns of their own,
+and their sums meet once, at the end. A norm's weight is folded into the packed one. A row's bits may depend on the row
+count, and on nothing else.
+
+- 2 to 16 rows (m16n8k16): a 4-bit value becomes half a register by a shift, an and-or and a subtraction: its bits land
+  in a mantissa, as u + 128 in bf16, u + 1024 in fp16. A norm's sums of squares are the diagonal of x @ x.T.
+- A single row is a draft, and is limited by those instructions, so it is rounded to 8 bits first, with a scale for each
+  group of columns (`rounded`): m16n8k32 multiplies the values as they are, two operands of a word by one shift and two
+  ands, and a group's sum is whole. Beside the weights' error, a tenth, that of x is a hundredth.
 
 Bytes: O*D*bits/8 + O*D/64 of scales. LLaMA-7B, a layer at 4 bits: qkv 26.0 MB, o 8.7, gate-up 46.5, down 23.2; with an
 8-bit head of 133 MB 3.47 GB a step, 0.79 ms at the 4.4 TB/s that an H200 reads.
 
-One H200, bf16 x, target shapes, context 2,100, ms a step of 1 / 2 / 8 / 16 rows: 1.91 / 1.94 / 2.09 / 2.71
-(tests/results/h200.txt). Before, multiply-add for one row or two and Triton's own dot for more: 1.92 / 3.04 / 3.39 /
-3.43. An earlier form of this kernel took 1.82 / 2.06 / 1.98 / 2.49 on another H200: it subtracted u's excess from each
-weight in place of one more product, and summed its warps by 26 barriers in place of two. It is worth going back to.
-Its products one after the other over all layers, microseconds for 1 row (16 rows), beside their bytes at 4.35 TB/s:
-qkv 9.3 (14.8) 6.0, o 4.1 (6.9) 2.0, gate-up 15.5 (19.8) 10.7, down 8.4 (13.4) 5.4, head 36 (44) 31.
-What made a difference, 1 row, microseconds:
-- two tiles of outputs a program, so that all programs of a product are resident at once: qkv 8.6, with one tile 13.3;
-- words on their way in shared memory in place of registers, which then let in more programs: gate-up 15.5 of 19.5;
+One H200, bf16 x, target shapes, context 2,100, ms a step of 1 / 2 / 8 / 16 rows: 1.56 / 1.83 / 1.98 / 2.31
+(`python -m kernels.chain int4`). What brought what, in one run each:
+- all row counts by one kernel of tensor cores, in place of multiply-add and Triton's dot: 1.92 / 3.04 / 3.39 / 3.43 to
+  1.91 / 1.94 / 2.09 / 2.71;
+- u's excess taken from each weight and not by one more product: 16 rows 2.69 to 2.36, 1 row 1.90 to 1.89;
+- a single row in 8 bits: 1.76 to 1.65, its tiles tuned again 1.60, fewer instructions to round it 1.56; the same row
+  in 16 bits from shared memory, without a round trip a block: 1.80 to 1.76;
+- two tiles of outputs a program, so that all programs of a product are resident at once: qkv 8.6 us, with one 13.3;
+- words on their way in shared memory in place of registers: gate-up 15.5 of 19.5;
 - plain loads and not `ld.global.nc`, which ptxas moves behind the wait on the kernel ahead.
-Tried and dropped: a head of 4 bits (24 in place of 36: 0.6 % of a step, for worse drafts); releasing the next kernel
-before the wait (0.6 % slower at 1 row, 1 % faster at 16); two warps a program (gate-up 20 to 26, qkv 15.8); all rounds
-unrolled (no faster, ten times the compile time); weights of bf16 by this kernel (a step of 4.27 ms, skinny 3.98); one
-split of L1 and shared memory for all kernels of a step (cuFuncSetAttribute, carve-out 100 %: 1.90 and 1.91 of 1.90 and
-1.89 ms, a plain step 3.97 of 3.96 and 3.99)."""
+From the end of the kernel ahead to its own end, microseconds of a step of 1 row, beside bytes at 4.4 TB/s: qkv 6.8
+(5.9), attention 11.8 (7.6), combining 2.0, o 6.6 (2.0), gate-up 11.2 (10.6), down 9.9 (5.3), head 29.5 (30). o begins
+late, as attention fills all registers; down rounds 11,008 columns in every program.
+Tried and dropped: a head of 4 bits (24 us in place of 36: 0.6 % of a step, for worse drafts); releasing the next kernel
+before the wait (0.6 % slower at 1 row, 1 % faster at 16) or near the end, as kernels/skinny.py does (13 % slower); x of
+several rows fetched two rounds ahead (5 % slower: registers); the next product's weights asked into L2 by whatever ends
+before it, 4 to 20 MB (2 to 9 % slower; a plain step 3 to 5 %); two warps a program (gate-up 20 to 26, qkv 15.8); all
+rounds unrolled (no faster, ten times the compile time); weights of bf16 by this kernel (a step of 4.27 ms, skinny
+3.98); one split of L1 and shared memory for all kernels of a step (no difference)."""
 
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, misc"
 import functools
 import itertools
 from dataclasses import dataclass
@@ -545,8 +553,8 @@ def quant_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, residual_ptr, x_stride, residua
     CELLS: tl.constexpr = (TILES + NORM) * COLUMNS * THREADS * 16    # bytes of what the warps leave each other
     STEPS: tl.constexpr = (ROUNDS * (GROUP // 8) + 31) // 32         # a thread's shares of a single row
     KEPT: tl.constexpr = STEPS * (256 + 8 * 256 // GROUP) if ONE else 0      # bytes of that row, of a warp
-    queue = tl.inline_asm_elementwise(queue_of(max(DEPTH * SLOT + WARPS * KEPT, CELLS)), "=r,r", [thread * 0], dtype=tl.int32,
-                                      is_pure=False, pack=1)
+    queue = tl.inline_asm_elementwise(queue_of(max(DEPTH * SLOT + WARPS * KEPT, CELLS)), "=r,r", [thread * 0],
+                                      dtype=tl.int32, is_pure=False, pack=1)
     w_ptrs, scale_ptrs, x_ptrs = (), (), ()
     for i in tl.static_range(TILES):
         at = tl.minimum(pid * STORED + i % STORED, (width - 1) // 16) + i // STORED * (width // 16)
@@ -646,7 +654,7 @@ def launch_config(S, O, D, gated):
     elif O <= 4096 and D > O:
         tiles, warps, ahead = (1, 8, 2) if S == 1 else (1, 16, 2) if few else (2, 8, 2)
     elif O <= 4096:
-        tiles, warps, ahead = (1, 8, 4) if few else (1, 8, 2)
+        tiles, warps, ahead = (1, 4, 8) if S == 1 else (1, 8, 4) if few else (1, 8, 2)
     else:
         tiles, warps, ahead = (2, 8, 2) if O <= 16384 else (2, 4, 2)
     return dict(TILES=tiles, num_warps=warps, AHEAD=ahead, ONE=S == 1)
