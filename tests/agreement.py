@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine import DecoderConfig, load_engine
 from kernels.frames import clip_pixels
-from kernels.quant import dequantise, quantise, turned
+from kernels.quant import dequantise, group_of, quantise, rounded, turned
 from weights.tiny import make_clips, scenes
 
 TINY = Path(__file__).resolve().parents[1] / "weights/tiny"
@@ -46,11 +46,14 @@ Answer = namedtuple("Answer", "hidden_SD first ids")         # rows of prompt an
 Agreement = namedtuple("Agreement", "right p kl off")        # of each draft: right or not, its probability, see above
 
 
-def forward(w, c, hidden_SD, first=0, known=None):
+def forward(w, c, hidden_SD, first=0, known=None, eight=False):
     """Plain fp32 LLaMA over rows at positions `first` and on: (logits [S, V], each layer's keys and values [S, N, K]).
 
     known: keys and values of rows 0.. from another forward. A row then sees those of all rows before it, and of the
-    new ones itself alone."""
+    new ones itself alone. eight: what products are given is rounded to 8 bits, as a packed product does with a row."""
+    def at_8(x_SD):
+        return rounded(x_SD, group_of(x_SD.shape[1])) if eight else x_SD
+
     S = len(hidden_SD)
     angle_SK = torch.outer(torch.arange(first, first + S), c.theta ** (-torch.arange(0, c.K, 2) / c.K)).repeat(1, 2)
     before = torch.arange(len(known[0][0]) if known else S) < torch.arange(first, first + S)[:, None]    # [S, M]
@@ -58,7 +61,7 @@ def forward(w, c, hidden_SD, first=0, known=None):
     for i in range(c.L):
         at = f"text.layers.{i}."
         x_SD = F.rms_norm(h_SD, (c.D,), w[at + "attn_norm"], c.eps)
-        q, k, v = (x_SD @ w[at + "qkv"].T).view(S, -1, c.K).split((c.H, c.N, c.N), 1)
+        q, k, v = (at_8(x_SD) @ w[at + "qkv"].T).view(S, -1, c.K).split((c.H, c.N, c.N), 1)
         q, k = (t * angle_SK.cos()[:, None] + torch.cat([-t[..., c.K // 2:], t[..., :c.K // 2]], -1)
                 * angle_SK.sin()[:, None] for t in (q, k))
         own.append((k, v))
@@ -67,10 +70,10 @@ def forward(w, c, hidden_SD, first=0, known=None):
         past = torch.einsum("sngk,mnk->sngm", q, seen_k).masked_fill(~before[:, None, None], -torch.inf)
         share = torch.cat([past, torch.einsum("sngk,snk->sng", q, k)[..., None]], -1).softmax(-1)
         mixed = torch.einsum("sngm,mnk->sngk", share[..., :-1], seen_v) + share[..., -1:] * v[:, :, None]
-        h_SD = h_SD + mixed.reshape(S, -1) @ w[at + "o"].T
-        gate, up = (F.rms_norm(h_SD, (c.D,), w[at + "mlp_norm"], c.eps) @ w[at + "gate_up"].T).chunk(2, 1)
-        h_SD = h_SD + (F.silu(gate) * up) @ w[at + "down"].T
-    return F.rms_norm(h_SD, (c.D,), w["text.norm"], c.eps) @ w["text.head"].T, own
+        h_SD = h_SD + at_8(mixed.reshape(S, -1)) @ w[at + "o"].T
+        gate, up = (at_8(F.rms_norm(h_SD, (c.D,), w[at + "mlp_norm"], c.eps)) @ w[at + "gate_up"].T).chunk(2, 1)
+        h_SD = h_SD + at_8(F.silu(gate) * up) @ w[at + "down"].T
+    return at_8(F.rms_norm(h_SD, (c.D,), w["text.norm"], c.eps)) @ w["text.head"].T, own
 
 
 def copy_of(w, c, head_bits=8, turn=False):
@@ -94,7 +97,7 @@ def agreement(w, copy, c, answers, turn=False) -> Agreement:
     for hidden_SD, first, ids in answers:
         truth, known = forward(w, c, hidden_SD)
         rows_SD = turned(hidden_SD[first:]) if turn else hidden_SD[first:]
-        logits, _ = forward(copy, c, rows_SD, first, known)
+        logits, _ = forward(copy, c, rows_SD, first, known, eight=True)
         drafted, meant = logits.log_softmax(-1), truth[first:].log_softmax(-1)
         top = drafted.max(-1)
         right.append(top.indices == torch.tensor(ids))
