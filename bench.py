@@ -106,7 +106,7 @@ def work_of(model) -> dict:
     products = [math.prod(layer[name].shape) for layer in d.steps.layers for name in ("qkv", "o", "gate_up", "down")]
     return {"weight_bytes": weight_bytes(model), "kv_bytes_per_row": kv_bytes(model),
             "flop_per_row": 2 * sum(products), "matrix_rate": 2 if d.fp8 and model.on_gpu else 1,
-            "flop_per_row_pair": 2 * c.H * c.K * c.L, "flop_head": 2 * d.head_VD.numel()}
+            "flop_per_row_pair": 2 * c.H * c.K * c.L, "flop_head": 2 * math.prod(d.head_VD.shape)}
 
 
 def at_rows(work: dict, rows: int) -> dict:
@@ -129,7 +129,7 @@ def kv_bytes(model) -> int:
 
 def dtype_of(decoder) -> str:
     full = str(decoder.dtype).removeprefix("torch.")
-    return f"{full} with {decoder.steps.packed} steps" if decoder.steps.packed else full
+    return f"{full} with {decoder.steps.packed} weights" if decoder.steps.packed else full
 
 
 def all_bytes(decoder) -> int:

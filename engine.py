@@ -56,11 +56,11 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention import attention, step_attention
-from kernels.fp8 import norm8, product8, rows8, weight8
+from kernels.fp8 import norm8, product8, rows8
 from kernels.frames import clip_pixels, draw_events, to_device
 from kernels.lookup import AFTER, FIRST, ONLY, Ring, lookup
 from kernels.products import product
-from kernels.quant import BITS, MAX_PACKED_ROWS, NotPackable, Packed, packed_bytes, quantise, turned, uneven
+from kernels.quant import BITS, MAX_PACKED_ROWS, NotPackable, Packed, packed_bytes, turned
 from kernels.rmsnorm import add_rmsnorm, rmsnorm, row_sums
 from kernels.rope_store import rope_store
 from kernels.round import (
@@ -81,6 +81,7 @@ from kernels.sample import sample, sampling_words
 from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 from kernels.tower import add_layernorm, layernorm, quick_gelu
+from kernels.unpack import unpack
 from weights import InputError, describe
 from weights.drafting import (
     ENOUGH,
@@ -121,6 +122,7 @@ from weights.memory import (
     pick_device,
     ran_out,
 )
+from weights.packed import PRODUCTS, SOME, assembled, gains_by_turning, packing, replaced_bytes
 from weights.shapes import DecoderConfig, VisionConfig, frames_of, memory_needs, text_config
 from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named
 from weights.text import Text, TextStream, check_question, check_sampling
@@ -164,14 +166,15 @@ class Steps:
     turned: bool = False                    # the rows between these weights are `turned`
 
 
-NORMS = {"qkv": "attn_norm", "o": None, "gate_up": "mlp_norm", "down": None}     # a layer's products, and what precedes
+LAYER = (*PRODUCTS, "attn_norm", "mlp_norm")
 
 
 class Decoder:
     """LLaMA over a static cache. One forward, masked by position, serves prefill, draft, verify and decode.
 
-    weights: the `text.*` tensors of weights/names.py. Keys are cached after rotary. Row s of a step attends to the
-    cache rows 0..pos_ids[s] and to nothing else, so what lies beyond is stale and harmless.
+    weights: the `text.*` tensors of weights/names.py, or what `packing` makes of them: then prefill unpacks the 4-bit
+    weights one after the other into `room`, or reads their e4m3 forms. Keys are cached after rotary. Row s of a step
+    attends to the cache rows 0..pos_ids[s] and to nothing else, so what lies beyond is stale and harmless.
     drafts: only drafts hang on its ids, so a step's bits may follow its number of rows.
     Source: transformers' LlamaForCausalLM, rounding order included.
     """
@@ -181,9 +184,7 @@ class Decoder:
         self.embed_VD = weights["text.embed"]
         self.head_VD = weights.get("text.head", self.embed_VD)
         self.device, self.dtype = self.embed_VD.device, self.embed_VD.dtype
-        self.layers = [{name: weights[f"text.layers.{i}.{name}"] for name in
-                        ("attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down")} for i in range(config.L)]
-        self.fp8 = False
+        self.fp8 = "text.layers.0.qkv.e4m3" in weights
         shape = (config.L, config.N, cache_rows, config.K)
         self.k_cache_LNMK = torch.zeros(shape, dtype=self.dtype, device=self.device)   # zeros: unseen must be finite
         self.v_cache_LNMK = torch.zeros_like(self.k_cache_LNMK)
@@ -192,35 +193,29 @@ class Decoder:
         self.cos_MK = angle_MK.cos().to(self.device, self.dtype)
         self.sin_MK = angle_MK.sin().to(self.device, self.dtype)
 
-        self.steps = Steps(self.layers, self.head_VD, STEP_ROWS, self._workspace(drafts))
+        self.steps = self._steps(weights, drafts, config.packed, config.turned)
+        self.layers = self.steps.layers if not self.fp8 else [
+            {of: weights[f"text.layers.{i}.{of}.e4m3"] for of in PRODUCTS} for i in range(config.L)]
+        unpacks = self.device.type == "cuda" and config.packed and not self.fp8
+        self.room = torch.empty(2 * config.F * config.D, dtype=self.dtype, device=self.device) if unpacks else None
 
     @property
     def cache_rows(self) -> int:
         return self.k_cache_LNMK.shape[2]
 
-    def _workspace(self, drafts: bool) -> Workspace:
-        return Workspace(self.device, self.config.D, self.config.H, self.config.K, self.cache_rows, drafts=drafts)
+    def _steps(self, weights: dict, drafts: bool, packed: str | None = None, turn: bool = False) -> Steps:
+        c = self.config
+        layers = [{name: weights[f"text.layers.{i}.{name}"] for name in LAYER} for i in range(c.L)]
+        return Steps(layers, weights.get("text.head", self.embed_VD), MAX_PACKED_ROWS if packed else STEP_ROWS,
+                     Workspace(self.device, c.D, c.H, c.K, self.cache_rows, drafts=drafts), packed, turn)
 
-    def packed(self, name: str) -> Steps:
+    def packed(self, form: str) -> Steps:
         """A copy of the weights in 4 bits, one of BITS, for steps that draft. NotPackable if their shapes forbid it.
         Where weights are uneven the stream between the copies is `turned`; queries, keys, values and logits stay."""
-        of_layers, of_head = BITS[name]
-        turn = statistics.mean(uneven(layer[of], layer[norm]) for layer in self.layers
-                               for of, norm in NORMS.items() if norm) > 3.5
-        layers = [layer | {of: quantise(layer[of], of_layers, layer.get(norm), turn) for of, norm in NORMS.items()}
-                  for layer in self.layers]
-        head = quantise(self.head_VD, of_head, self.w["text.norm"], turn)
-        return Steps(layers, head, MAX_PACKED_ROWS, self._workspace(True), name, turn)
-
-    def pack(self, name: str) -> None:
-        """For a drafter: its steps read 4-bit weights from now on. `int4` keeps the full weights beside them for
-        prefill. `fp8+int4` has e4m3 weights in their place: prefill takes two thirds of the time, and the rows that
-        every draft looks back at are a little wrong as well."""
-        self.steps, self.fp8 = self.packed(name), name.startswith("fp8")
-        for i, layer in enumerate(self.layers if self.fp8 else []):
-            self.layers[i] = {of: weight8(layer[of], layer.get(norm)) for of, norm in NORMS.items()}
-            for of in NORMS:
-                del self.w[f"text.layers.{i}.{of}"]
+        turn = gains_by_turning(lambda name: self.w[name][:SOME] if self.w[name].dim() > 1 else self.w[name],
+                                self.config.L)
+        text = [(name, t) for name, t in self.w.items() if name.startswith("text.")]
+        return self._steps(dict(packing(sorted(text, key=lambda of: of[1].dim()), form, turn)), True, form, turn)
 
     def forward(self, hidden_SD, pos_ids_S, only=None, steps: Steps | None = None):
         """Writes cache rows pos_ids_S; returns logits [S, V], or those of the rows that `only` (int64, few) names.
@@ -229,8 +224,9 @@ class Decoder:
         nobody reads the others; its keys and values are stored for all. steps: other weights than `self.steps`.
         """
         c, rows, steps = self.config, len(pos_ids_S), steps or self.steps
+        if steps.turned and (rows <= steps.rows or not self.fp8):
+            hidden_SD = turned(hidden_SD)
         if rows <= steps.rows:
-            hidden_SD = turned(hidden_SD) if steps.turned else hidden_SD
             if not steps.packed:                             # packed products take their own
                 row_sums(hidden_SD, steps.work)
             for layer in range(c.L):
@@ -248,7 +244,7 @@ class Decoder:
         if scale_S is not None:
             fresh_SD = (fresh_SD.float() * scale_S[:, None]).to(self.dtype)
         normed_SD, _ = add_rmsnorm(fresh_SD, hidden_SD, self.w["text.norm"], c.eps)
-        return dense(normed_SD, self.head_VD)
+        return dense(normed_SD, self.head_VD, self.room)
 
     def _step_layer(self, layer: int, hidden_SD, pos_ids_S, steps: Steps):
         """Few rows at consecutive positions, six launches: the weights are read once, and with plain weights a row's
@@ -263,18 +259,18 @@ class Decoder:
 
     def _prefill_layer(self, layer: int, hidden_SD, fresh_SD, pos_ids_S, only):
         """Many rows, cuBLAS products. Returns the stream and what this layer's feed-forward adds to it."""
-        c, w = self.config, self.layers[layer]
+        c, w, room = self.config, self.layers[layer], self.room
         if fresh_SD is None:
             normed_SD = rmsnorm(hidden_SD, w["attn_norm"], c.eps)
         else:
             normed_SD, hidden_SD = add_rmsnorm(fresh_SD, hidden_SD, w["attn_norm"], c.eps)
         k_NMK, v_NMK = self.k_cache_LNMK[layer], self.v_cache_LNMK[layer]
-        q_SHK = rope_store(dense(normed_SD, w["qkv"]), pos_ids_S, self.cos_MK, self.sin_MK, k_NMK, v_NMK)
+        q_SHK = rope_store(dense(normed_SD, w["qkv"], room), pos_ids_S, self.cos_MK, self.sin_MK, k_NMK, v_NMK)
         if only is not None:
             q_SHK, hidden_SD, pos_ids_S = (t.index_select(0, only) for t in (q_SHK, hidden_SD, pos_ids_S))
-        mixed_SD = dense(attention(q_SHK, k_NMK, v_NMK, pos_ids_S).flatten(1), w["o"])
+        mixed_SD = dense(attention(q_SHK, k_NMK, v_NMK, pos_ids_S).flatten(1), w["o"], room)
         normed_SD, hidden_SD = add_rmsnorm(mixed_SD, hidden_SD, w["mlp_norm"], c.eps)
-        return hidden_SD, dense(swiglu(dense(normed_SD, w["gate_up"])), w["down"])
+        return hidden_SD, dense(swiglu(dense(normed_SD, w["gate_up"], room)), w["down"], room)
 
     def _prefill_layer8(self, layer: int, hidden_SD, fresh_SD, scale_S, pos_ids_S, only):
         """The same with e4m3 products, whose norms are folded in. What the layer adds has a scale for each row."""
@@ -290,8 +286,13 @@ class Decoder:
         return hidden_SD, product8(x8_SF, w["down"], dtype), scale_S
 
 
-def dense(x_SD, w_OD):
-    """x @ w.T. Many rows: cuBLAS, which is fastest there. One row, prefill's last: the step's kernel."""
+def dense(x_SD, w_OD, room=None):
+    """x @ w.T. Many rows: cuBLAS, which is fastest there, on a packed weight as it comes out of `unpack`. One row,
+    prefill's last: the step's kernel. Rows in front of a weight with a norm in it are normed already."""
+    if isinstance(w_OD, Packed) and x_SD.shape[0] > MAX_PACKED_ROWS:
+        return F.linear(x_SD, unpack(w_OD, x_SD.dtype, room))
+    if isinstance(w_OD, Packed):
+        return product(x_SD, dataclasses.replace(w_OD, normed=False))
     return skinny(x_SD, w_OD) if x_SD.shape[0] <= STEP_ROWS else F.linear(x_SD, w_OD)
 
 
@@ -1531,16 +1532,22 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
         raise InputError(f"{text.path}: has {text.size} pieces, the {cls.side} {path} embeds {V}; take the "
                          f"tokenizer.json of this checkpoint")
     stops = stop_ids(folder, config) if checkpoint else (2,)
+    insist_on_room(path, device, needs_of(cls, config, device, dtype, cache_rows, packed))
+    made: collections.abc.Callable = iter                    # what becomes of the weights as they come
+    if config.get("packed"):
+        made = functools.partial(assembled, config=config)
+    elif packed is not None and cls is Drafter:
+        turn = checkpoint is not None and gains_by_turning(checkpoint.some_rows, text_config(config).L)
+        config, made = config | {"packed": {"form": packed, "turned": turn}}, functools.partial(
+            packing, form=packed, turn=turn)
     try:
-        weights = (checkpoint.load(device, dtype, progress and functools.partial(progress, cls.side)) if checkpoint
-                   else random_weights(config, device, dtype, seed))
         with torch.inference_mode():
+            weights = (checkpoint.load(device, dtype, progress and functools.partial(progress, cls.side), made)
+                       if checkpoint else random_weights(config, device, dtype, seed, made))
             model = cls(config, weights, text, str(path), stops, cache_rows, graphs)
             model.origin = {"hash": checkpoint.fingerprint(), "revision": checkpoint.revision} if checkpoint else {
                 "hash": f"seed {seed}", "revision": None}
-            if packed is not None and cls is Drafter:
-                model.decoder.pack(packed)
-            elif packed is not None:
+            if packed is not None and cls is Target:
                 model.copy = model.decoder.packed(packed)
             return model
     except NotPackable as error:
@@ -1575,7 +1582,7 @@ def model_name(target, tokenizer=None) -> str:
     return hashlib.sha256(name.encode() + file.read_bytes()).hexdigest()[:16]
 
 
-def kernel_bytes(cls, config: dict, rows: int, gpu: bool, packed: str | None) -> dict:
+def kernel_bytes(cls, config: dict, rows: int, gpu: bool, packed: str | None, itemsize: int) -> dict:
     """What kernels hold for one model: see `memory_needs`."""
     d = text_config(config)
     held = {"scratch": Workspace.nbytes(d.D, d.H, d.K, rows, cls is Drafter) + 8 * (rows + STATE)}
@@ -1584,13 +1591,18 @@ def kernel_bytes(cls, config: dict, rows: int, gpu: bool, packed: str | None) ->
         of_layers, of_head = BITS[packed]
         products = ((d.H + 2 * d.N) * d.K, d.D), (d.D, d.H * d.K), (2 * d.F, d.D), (d.D, d.F)
         held["packed"] = packed_bytes(d.V, d.D, of_head) + d.L * sum(packed_bytes(*of, of_layers) for of in products)
-        held["scratch"] += Workspace.nbytes(d.D, d.H, d.K, rows, True)
+        if cls is Target:
+            held["scratch"] += Workspace.nbytes(d.D, d.H, d.K, rows, True)
+        else:
+            held["replaced"] = replaced_bytes(config, packed, itemsize)
+            held["scratch"] += 2 * d.F * d.D * itemsize * (gpu and packed == "int4")
     return held
 
 
 def needs_of(cls, config: dict, where: torch.device, dtype: torch.dtype, cache_rows=None, packed=None) -> dict:
     rows, gpu = cache_rows or text_config(config).max_rows, where.type == "cuda"
-    return memory_needs(cls.side, config, dtype.itemsize, rows, gpu, kernel_bytes(cls, config, rows, gpu, packed))
+    kernels = kernel_bytes(cls, config, rows, gpu, packed, dtype.itemsize)
+    return memory_needs(cls.side, config, dtype.itemsize, rows, gpu, kernels)
 
 
 def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None,

@@ -44,10 +44,11 @@ def fixed_scale(D: int) -> float:
 
 
 def weight8(w_OD, norm_D=None) -> Fp8:
-    """norm_D: the weight of an RMSNorm in front, folded in."""
-    w = w_OD.float() if norm_D is None else w_OD.float() * norm_D.float()
-    scale = (w.abs().max() / TOP.value).clamp(min=TINY.value)
-    w8_OD = (w / scale).clamp(-TOP.value, TOP.value).to(E4M3)
+    """norm_D: the weight of an RMSNorm in front, folded in. Rows go 1,024 at a time: in fp32 they take twice the room."""
+    def parts():
+        return (part.float() if norm_D is None else part.float() * norm_D.float() for part in w_OD.split(1024))
+    scale = (torch.stack([part.abs().max() for part in parts()]).max() / TOP.value).clamp(min=TINY.value)
+    w8_OD = torch.cat([(part / scale).clamp(-TOP.value, TOP.value).to(E4M3) for part in parts()])
     scale = scale if norm_D is None else scale / fixed_scale(w_OD.shape[1])
     return Fp8(w8_OD, scale, torch.ones_like(scale), norm_D is not None)
 

@@ -146,12 +146,13 @@ def quantise(w_OD, bits, norm_D=None, turn=False) -> Packed:
     Tried and dropped, share of right drafts of SmolLM2-135M beside 0.833 (turned densely, groups of 64): zero points
     0.830, half-quadratic fitting 0.840 (both one more fp16 a group), a finer search of scales 0.836, groups of 32
     0.849 (twice the scales), a 4-bit head 0.776."""
-    if turn and norm_D is None:
-        return quantise(turned(w_OD.float().T).T, bits)
-    if len(w_OD) > PACK_ROWS:
-        parts = [quantise(part, bits, norm_D, turn) for part in w_OD.split(PACK_ROWS)]
+    rows = PACK_ROWS if w_OD.shape[1] <= 4096 else PACK_ROWS // 4
+    if len(w_OD) > rows and not (turn and norm_D is None and len(w_OD) % TURNED):
+        parts = [quantise(part, bits, norm_D, turn) for part in w_OD.split(rows)]
         return Packed(torch.cat([p.words for p in parts]), torch.cat([p.scales for p in parts]), len(w_OD), bits,
                       parts[0].group, parts[0].normed)
+    if turn and norm_D is None:
+        return quantise(turned(w_OD.float().T).T, bits)
     (O, D), half, per = w_OD.shape, 1 << bits - 1, 32 // bits
     group, tiles = group_of(D), triton.cdiv(O, TILE)
     w = w_OD.float() if norm_D is None else w_OD.float() * norm_D.float()

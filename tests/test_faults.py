@@ -19,6 +19,7 @@ from common import RECORDS, ROOT, TINY, script, truth
 
 import bench
 import engine
+import weights.packed
 from engine import InputError
 
 QUICK = ["--repeats", "1", "--warmup", "0", "--max-new-tokens", "6", "--device", "cpu", "--modes", "target_only"]
@@ -184,7 +185,7 @@ def test_sizes_of_an_engine_are_checked_before_anything_is_read(options, monkeyp
 def test_weights_that_cannot_be_packed_are_refused_in_one_line(monkeypatch):
     def fails(*_, **__):
         raise engine.NotPackable("96 inner columns in groups of 96")
-    monkeypatch.setattr(engine, "quantise", fails)
+    monkeypatch.setattr(weights.packed, "quantise", fails)
     with pytest.raises(InputError, match="drafter: cannot be packed .96 inner columns"):
         engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", drafter_dtype="int4")
 

@@ -21,6 +21,8 @@ class DecoderConfig:
     theta: float = 10000.0      # rotary base
     max_rows: int = 4096        # positions the model was trained for
     bos_id: int = 1
+    packed: str | None = None   # the form that its weights exist in, one of kernels.quant.BITS
+    turned: bool = False        # and whether the rows between them are turned
 
     def cache_bytes(self, rows: int, itemsize: int) -> int:
         """Keys and values, the rotary tables beside them, and the rows a prefill starts from."""
@@ -31,11 +33,12 @@ class DecoderConfig:
         """From a Hugging Face LLaMA config that `plan` accepts; `rope_parameters` is the newer home of `rope_theta`."""
         raw = with_defaults(raw, TEXT_DEFAULTS)
         H, D = raw["num_attention_heads"], raw["hidden_size"]
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope, packed = raw.get("rope_parameters") or raw.get("rope_scaling") or {}, raw.get("packed") or {}
         return cls(D=D, L=raw["num_hidden_layers"], H=H, N=raw.get("num_key_value_heads") or H,
                    K=raw.get("head_dim") or D // H, F=raw["intermediate_size"], V=raw["vocab_size"],
                    eps=raw["rms_norm_eps"], theta=rope.get("rope_theta", raw["rope_theta"]),
-                   max_rows=raw["max_position_embeddings"], bos_id=raw["bos_token_id"])
+                   max_rows=raw["max_position_embeddings"], bos_id=raw["bos_token_id"],
+                   packed=packed.get("form"), turned=packed.get("turned", False))
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def frames_of(config: dict, vision: VisionConfig) -> int:
 def memory_needs(side: str, config: dict, itemsize: int, rows: int, gpu: bool, kernels: dict) -> dict:
     """{"weights", "cache", "packed" (where there are packed copies), "scratch"}: bytes one model allocates from its
     loading to its last request, by arithmetic on the config alone. Torch may reserve more for reuse and returns it when
-    short. rows: of the cache; kernels: the bytes that kernels hold, {"packed", "scratch"}.
+    short. rows: of the cache; kernels: the bytes that kernels hold, {"packed", "scratch"}, and "replaced", those of the
+    weights that exist in packed form alone.
 
     scratch: fixed buffers, and the larger of what encode and prefill hold at once, as counted in their code: units of
     a row's width, of the longest prompt (its pictures and 64 rows of text). Names of widths as everywhere: D, F, ...
@@ -94,7 +98,8 @@ def memory_needs(side: str, config: dict, itemsize: int, rows: int, gpu: bool, k
         fixed += (2 << 25) + (2 << 26)
     else:                                                    # the plain definitions keep scores, and unpack weights
         layer = [5 * d.D + HK + 4 * d.F, 4 * d.D + HK + 3 * d.H * S + 2 * HK * (d.H != d.N)]
-        encode = max(encode + pixels, 12 * d.D * max(2 * d.F, d.V) * ("packed" in kernels))
+        beside = S * b * (8 * d.D + HK) * ("replaced" in kernels)            # in a prefill that unpacks
+        encode = max(encode + pixels, (12 * d.D * max(2 * d.F, d.V) + beside) * ("packed" in kernels))
         fixed += S * d.D * b
-    return {"weights": wanted.nbytes(b), "cache": d.cache_bytes(rows, b)} | kernels | {
+    return {"weights": wanted.nbytes(b) - kernels.pop("replaced", 0), "cache": d.cache_bytes(rows, b)} | kernels | {
         "scratch": fixed + max(encode, S * b * max(layer))}
