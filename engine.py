@@ -1516,6 +1516,14 @@ def check_finite(state: State, model: Model, stage: str) -> None:
 # ---- loading ---------------------------------------------------------------------------------------------------
 
 
+def form_of(cls, path, config: dict, drafter_dtype: str) -> str | None:
+    """The packed form of a drafter's weights, one of BITS: what was asked for, or what its folder holds."""
+    asked = None if cls is Target or drafter_dtype == "bf16" else drafter_dtype
+    if config.get("packed") and asked not in (None, config["packed"]["form"]):
+        raise InputError(f"{path}: holds 4-bit weights alone, drafter_dtype {asked} needs the original; take int4")
+    return config["packed"]["form"] if config.get("packed") else asked
+
+
 def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, graphs=True, seed=0, packed=None,
                progress=None):
     """A Target or a Drafter from a folder, a hub id in the local cache, or the word `random-7b` (real shapes,
@@ -1525,6 +1533,7 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
     device = pick_device(device)
     dtype = dtype or default_dtype(device)
     config, checkpoint = open_model(cls, path)
+    packed = form_of(cls, path, config, packed or "bf16") if cls is Drafter else packed
     folder = Path(__file__).parent / "weights/tiny/target" if checkpoint is None else checkpoint.folder
     text = Text(tokenizer or Path(folder) / "tokenizer.json")
     V = text_config(config).V
@@ -1564,6 +1573,9 @@ def open_model(cls, path):
     if str(path) == "random-7b":
         return TARGET_7B if cls is Target else DRAFTER_7B, None
     checkpoint = open_checkpoint(path)
+    if cls is Target and checkpoint.config.get("packed"):
+        raise InputError(f"{path}: holds a drafter packed in 4 bits; a target is never packed, its answers would be "
+                         f"another model's: give Video-LLaVA's folder")
     wanted, kind = "video_llava" if cls is Target else "EventChat_llama", checkpoint.config.get("model_type")
     if kind != wanted:
         raise InputError(f"{path}: holds a {kind} model, the {cls.side} needs {wanted}; swap --eventgpt and "
@@ -1614,8 +1626,9 @@ def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=No
     for cls, path, name in ((Target, videollava, device), (Drafter, eventgpt, drafter_device or device)):
         if path is not None:
             where = pick_device(name)
-            packed = drafter_dtype if cls is Drafter and drafter_dtype in BITS else None
-            needs = needs_of(cls, open_model(cls, path)[0], where, dtype or default_dtype(where), cache_rows,
+            config = open_model(cls, path)[0]
+            packed = form_of(cls, path, config, drafter_dtype)
+            needs = needs_of(cls, config, where, dtype or default_dtype(where), cache_rows,
                              "int4" if cls is Target and copied else packed)
             budget[cls.side] = {"device": str(where), **needs, "free": free_bytes(where)[0]}
             on.setdefault(where, {}).update({f"{cls.side} {part}": n for part, n in needs.items()})

@@ -428,7 +428,7 @@ def open_checkpoint(path_or_id, revision=None) -> Checkpoint:
     insist_ids(folder, config)
     of_events = kind == "EventChat_llama" and config.get("mm_visual_tower")
     insist_processor(clip_folder(folder, config) if of_events else folder, config)
-    if kind == "EventChat_llama" and not any(name.startswith("event_tower.") for name in stored):
+    if kind == "EventChat_llama" and not any(name.startswith(("event_tower.", "events.")) for name in stored):
         clip = clip_folder(folder, config)
         if clip is None:
             raise refusal(folder, f"holds no vision tower, and mm_visual_tower {brief(config['mm_visual_tower'])} in "
