@@ -39,7 +39,6 @@ import hashlib
 import inspect
 import logging
 import queue
-import statistics
 import subprocess
 import sys
 import threading
@@ -114,16 +113,27 @@ from weights.load import (
 )
 from weights.memory import (
     as_dtype,
+    bytes_of,
     default_dtype,
     free_bytes,
-    insist_on_room,
+    lacking,
     no_room,
     peak_memory,
     pick_device,
     ran_out,
 )
 from weights.packed import PRODUCTS, SOME, assembled, gains_by_turning, packing, replaced_bytes
-from weights.shapes import DecoderConfig, VisionConfig, frames_of, memory_needs, text_config
+from weights.shapes import (
+    PROMPT_ROWS,
+    TEXT_ROWS,
+    DecoderConfig,
+    VisionConfig,
+    frames_of,
+    memory_needs,
+    rows_for,
+    rows_of_sides,
+    text_config,
+)
 from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named
 from weights.text import Text, TextStream, check_question, check_sampling
 from weights.video import VIDEO_RULES, read_images, read_video
@@ -1527,7 +1537,7 @@ def form_of(cls, path, config: dict, drafter_dtype: str) -> str | None:
 def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, graphs=True, seed=0, packed=None,
                progress=None):
     """A Target or a Drafter from a folder, a hub id in the local cache, or the word `random-7b` (real shapes,
-    random numbers from `seed`, for speed work only). packed: one of BITS: a Drafter's steps read packed weights, a
+    random numbers from `seed`, for speed work only). packed: one of BITS: a Drafter exists in that form alone, a
     Target has a packed copy beside its own. progress: called with (side, bytes read, bytes in all) while a checkpoint
     is read."""
     device = pick_device(device)
@@ -1541,7 +1551,7 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
         raise InputError(f"{text.path}: has {text.size} pieces, the {cls.side} {path} embeds {V}; take the "
                          f"tokenizer.json of this checkpoint")
     stops = stop_ids(folder, config) if checkpoint else (2,)
-    insist_on_room(path, device, needs_of(cls, config, device, dtype, cache_rows, packed))
+    cache_rows = cache_rows or rows_for(cls.side, config)
     made: collections.abc.Callable = iter                    # what becomes of the weights as they come
     if config.get("packed"):
         made = functools.partial(assembled, config=config)
@@ -1550,9 +1560,9 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
         config, made = config | {"packed": {"form": packed, "turned": turn}}, functools.partial(
             packing, form=packed, turn=turn)
     try:
+        weights = (checkpoint.load(device, dtype, progress and functools.partial(progress, cls.side), made)
+                   if checkpoint else random_weights(config, device, dtype, seed, made))
         with torch.inference_mode():
-            weights = (checkpoint.load(device, dtype, progress and functools.partial(progress, cls.side), made)
-                       if checkpoint else random_weights(config, device, dtype, seed, made))
             model = cls(config, weights, text, str(path), stops, cache_rows, graphs)
             model.origin = {"hash": checkpoint.fingerprint(), "revision": checkpoint.revision} if checkpoint else {
                 "hash": f"seed {seed}", "revision": None}
@@ -1612,47 +1622,75 @@ def kernel_bytes(cls, config: dict, rows: int, gpu: bool, packed: str | None, it
 
 
 def needs_of(cls, config: dict, where: torch.device, dtype: torch.dtype, cache_rows=None, packed=None) -> dict:
-    rows, gpu = cache_rows or text_config(config).max_rows, where.type == "cuda"
-    kernels = kernel_bytes(cls, config, rows, gpu, packed, dtype.itemsize)
-    return memory_needs(cls.side, config, dtype.itemsize, rows, gpu, kernels)
+    rows, gpu = cache_rows or rows_for(cls.side, config), where.type == "cuda"
+    held = kernel_bytes(cls, config, rows, gpu, packed, dtype.itemsize)
+    return memory_needs(cls.side, config, dtype.itemsize, rows, gpu, held)
 
 
-def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None,
-                  cache_rows=None, drafter_dtype="bf16", self_draft=None) -> dict:
-    """{side: {"device", "free", and the parts of `memory_needs`}}, bytes, from headers alone. "packed" of the target is
-    its 4-bit copy, see `load_engine`. InputError if it cannot fit: nothing is allocated then."""
-    budget, on = {}, {}
+def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,
+                  drafter_dtype="bf16", self_draft=None, text_rows=TEXT_ROWS) -> dict:
+    """{side: {"device", "free", "rows" of its cache, and the parts of `memory_needs`}}, bytes, from headers alone.
+    "packed" of the target is its 4-bit copy, see `load_engine`. InputError if it cannot fit, with the settings that
+    do: nothing is allocated then."""
+    def budget_of(eventgpt, videollava, drafter_device, cache_rows, drafter_dtype, copied) -> dict:
+        budget, rows = {}, rows_of_sides(cache_rows)
+        for cls, path, name in ((Target, videollava, device), (Drafter, eventgpt, drafter_device or device)):
+            if path is not None:
+                config, where = open_model(cls, path)[0], pick_device(name)
+                of = rows[cls.side] or rows_for(cls.side, config, text_rows)
+                packed = "int4" if cls is Target and copied else form_of(cls, path, config, drafter_dtype)
+                needs = needs_of(cls, config, where, dtype or default_dtype(where), of, packed)
+                budget[cls.side] = {"device": str(where), "rows": of, **needs, "free": free_bytes(where)[0]}
+        return budget
+
     copied = self_draft or self_draft is None and pick_device(device).type == "cuda"
-    for cls, path, name in ((Target, videollava, device), (Drafter, eventgpt, drafter_device or device)):
-        if path is not None:
-            where = pick_device(name)
-            config = open_model(cls, path)[0]
-            packed = form_of(cls, path, config, drafter_dtype)
-            needs = needs_of(cls, config, where, dtype or default_dtype(where), cache_rows,
-                             "int4" if cls is Target and copied else packed)
-            budget[cls.side] = {"device": str(where), **needs, "free": free_bytes(where)[0]}
-            on.setdefault(where, {}).update({f"{cls.side} {part}": n for part, n in needs.items()})
-    try:
-        for where, parts in on.items():
-            insist_on_room(" and ".join(str(p) for p in (videollava, eventgpt) if p is not None), where, parts)
-    except InputError:
-        if self_draft is not None or "target" not in budget or "packed" not in budget["target"]:
-            raise
-        return memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype, False)
-    return budget
+    asked = (eventgpt, videollava, drafter_device, cache_rows, drafter_dtype)
+    budget = budget_of(*asked, copied)
+    if copied and self_draft is None and lacking(budget):
+        budget = budget_of(*asked, False)
+    if not (short := lacking(budget)):
+        return budget
+    where, target = pick_device(device), None
+    other = next((f"cuda:{i}" for i in range(torch.cuda.device_count()) if f"cuda:{i}" != str(where)), None)
+    at = f" --device {where}" * (where != pick_device(None))
+    alone = f"--videollava {videollava} --modes target_only,speculative --draft-source lookup"
+    drafter, pair = f"--eventgpt {eventgpt}", f"--eventgpt {eventgpt} --videollava {videollava}"
+    settings: dict[str, tuple] = {}                          # the cheapest first
+    if videollava:
+        settings = {f"{alone}{at}": (None, videollava, None, None, "bf16", False),
+                    f"{alone},self{at}": (None, videollava, None, None, "bf16", True)}
+        target = budget_of(*next(iter(settings.values())))
+    if videollava and eventgpt:
+        settings[f"{pair} --drafter-dtype int4{at}"] = eventgpt, videollava, None, None, "int4", False
+    if videollava and eventgpt and other:
+        settings[f"{pair}{at} --drafter-device {other}"] = eventgpt, videollava, other, None, "bf16", False
+    if eventgpt and (not target or lacking(target)):
+        settings[f"{drafter} --modes drafter_only --drafter-dtype int4{at}"] = eventgpt, None, None, None, "int4", False
+    found = {flags: of for flags, given in settings.items() if not lacking(of := budget_of(*given))}
+    said = ", ".join(f"{bytes_of(of) / 1e9:.1f} GB `{flags}`" for flags, of in found.items())
+    way_out = "lower --cache-rows, free memory, or choose another --device"
+    if target and lacking(target):
+        kind, held = str(dtype or default_dtype(where)).removeprefix("torch."), target["target"]["weights"] / 1e9
+        way_out = (f"the {kind} target needs {held:.1f} GB for its weights, {bytes_of(target) / 1e9:.1f} in all, and is "
+                   f"never packed: {f'take {said}, ' * bool(said)}free memory, or choose another --device"
+                   + ", cpu" * (where.type != "cpu"))
+    elif said:
+        way_out = f"lower --cache-rows, or take what fits, the most last: {said}"
+    raise no_room(" and ".join(str(p) for p in (videollava, eventgpt) if p is not None), *short, way_out)
 
 
 def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,
                 draft_len=5, overlap_len=15, tokenizer=None, graphs=True, seed=0, gate=True,
-                drafter_dtype="bf16", self_draft=None, progress=None) -> Engine:
+                drafter_dtype="bf16", self_draft=None, text_rows=TEXT_ROWS, progress=None) -> Engine:
     """An Engine over the two checkpoints (either may be None).
 
     eventgpt, videollava: folders, hub ids already in the cache, or `random-7b`. device: `cuda`, `cuda:N` or `cpu`;
     drafter_device: another one for the drafter. dtype: `bf16`, `fp16` or `fp32`, by default bf16 on a GPU and fp32 on
-    the CPU. cache_rows: positions per model, by default what it was trained for. tokenizer: a tokenizer.json in place
-    of the checkpoints' own. gate: draft only where it is expected to pay; False: whatever it costs. drafter_dtype:
-    `int4` packs the weights of the drafter's steps, `fp8+int4` those of its prefill too (answers stay the same, drafts
-    are cheaper and a little worse); `bf16` leaves them as loaded. self_draft: True keeps a 4-bit copy of the target,
+    the CPU. cache_rows: positions of both caches, or a pair (target, drafter); by default what a clip and `text_rows`
+    rows of template, question and answer need. tokenizer: a tokenizer.json in place of the checkpoints' own. gate:
+    draft only where it is expected to pay; False: whatever it costs. drafter_dtype: `int4` packs the drafter's weights
+    as they are read, `fp8+int4` too, with e4m3 ones beside them for a quicker prefill (answers stay the same, drafts
+    are cheaper and a little worse); `bf16` leaves them as they are. self_draft: True keeps a 4-bit copy of the target,
     which drafts for it (see `SelfRounds`); None: on a GPU, if it fits. progress: see `load_model`. Raises InputError
     for what cannot be loaded or does not fit.
     """
@@ -1665,20 +1703,21 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
                          f"take int4")
     if type(gate) is not bool:
         raise InputError(f"gate: wanted True or False, got {gate!r}; change it")
-    for name, value, low in (("cache_rows", cache_rows, 1), ("draft_len", draft_len, 0),
-                             ("overlap_len", overlap_len, 0)):
-        if value is not None and (type(value) is not int or value < low):
+    for name, value, low in (("text_rows", text_rows, 1), ("draft_len", draft_len, 0), ("overlap_len", overlap_len, 0)):
+        if type(value) is not int or value < low:
             raise InputError(f"{name}: wanted a whole number from {low} up, got {value!r}; change it")
-    budget = memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype, self_draft)
-    options = dict(dtype=dtype, cache_rows=cache_rows, graphs=graphs, progress=progress)
+    budget = memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype, self_draft,
+                           text_rows)
+    options = dict(dtype=dtype, graphs=graphs, progress=progress)
     target = drafter = None
     if videollava is not None:
-        target = load_model(Target, videollava, device, tokenizer=tokenizer, seed=seed,
-                            packed="int4" if "packed" in budget["target"] else None, **options)
+        target = load_model(Target, videollava, device, cache_rows=budget["target"]["rows"], tokenizer=tokenizer,
+                            seed=seed, packed="int4" if "packed" in budget["target"] else None, **options)
     if eventgpt is not None:
         own = Path(str(eventgpt)) / "tokenizer.json"
         shared = target.text.path if target is not None and not own.exists() else None
-        drafter = load_model(Drafter, eventgpt, drafter_device or device, tokenizer=tokenizer or shared, seed=seed + 1,
+        drafter = load_model(Drafter, eventgpt, drafter_device or device, cache_rows=budget["drafter"]["rows"],
+                             tokenizer=tokenizer or shared, seed=seed + 1,
                              packed=None if drafter_dtype == "bf16" else drafter_dtype, **options)
     if target and drafter and (apart := target.text.differing(drafter.text)):
         told = "%s: %d pieces have other ids than in %s, so drafts are seldom right; take the checkpoints' own files"
@@ -1689,8 +1728,8 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
 class PrefillOnlyInference:
     """The library API of egpt_prefill_only, which this engine grew from; models load on the first call. mode: one of
     MODES, or `prefill_with_alignment`: the adapter's drafts, verified once. adapter_path: a folder of `python -m
-    weights.adapter train`; it drafts in the drafter's place unless use_adapter is False. use_4bit: the drafter's steps
-    read 4-bit weights, the target's never do. Other options: those of `load_engine`."""
+    weights.adapter train`; it drafts in the drafter's place unless use_adapter is False. use_4bit: the drafter's
+    weights are packed in 4 bits, the target's never are. Other options: those of `load_engine`."""
     OPTIONS = frozenset(inspect.signature(load_engine).parameters) - {"eventgpt", "videollava"}
 
     def __init__(self, eventgpt_path=None, videollava_model_id="LanguageBind/Video-LLaVA-7B-hf", device=None,
@@ -1770,7 +1809,8 @@ def main(argv=None) -> None:
     asked = {"event_path" if recorded else "event_image_path": of.events, "video_path": of.video,
              "image_path": of.image, "query": of.query, "max_new_tokens": of.max_new_tokens}
     try:
-        engine = load_engine(of.eventgpt, of.videollava, of.device, self_draft="self" in source if source else None)
+        engine = load_engine(of.eventgpt, of.videollava, of.device, self_draft="self" in source if source else None,
+                             text_rows=PROMPT_ROWS + len(of.query) + max(0, of.max_new_tokens))
         kind = ""
         for event in engine.stream(mode=of.mode, draft_source=source, **asked):
             if event.delta and (event.kind, kind) != ("preview", "final"):     # a preview that goes on comes at the end

@@ -32,7 +32,6 @@ split of L1 and shared memory for all kernels of a step (cuFuncSetAttribute, car
 
 # mypy: disable-error-code="assignment"
 import functools
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -96,16 +95,12 @@ def places(bits, device="cpu"):
     value]. Thread 4 g + t of a warp has outputs g and g + 8 and columns 8 t .. 8 t + 7 of every 32, so that it loads 16
     bytes of x at a time; any order of the columns does, if x has the same."""
     per = 32 // bits
-    at = torch.empty(bits // 4, 32, 4, per, dtype=torch.int64)
-    for quad, thread, word, value in itertools.product(*map(range, at.shape)):
-        number = 4 * quad + word                             # of this thread's words
-        instruction, register = (number, value % 4) if bits == 4 else (number // 2, number % 2 * 2 + value % 2)
-        half = value // (per // 2)                           # of a register: two 16-bit floats
-        g, t = thread // 4, thread % 4
-        row = g + 8 * (register % 2)
-        column = instruction // 2 * 32 + 8 * t + instruction % 2 * 4 + register // 2 * 2 + half
-        at[quad, thread, word, value] = row * BLOCK + column
-    return at.flatten().to(device)
+    quad, thread, word, value = torch.meshgrid(*map(torch.arange, (bits // 4, 32, 4, per)), indexing="ij")
+    number = 4 * quad + word                                 # of this thread's words
+    instruction, register = (number, value % 4) if bits == 4 else (number // 2, number % 2 * 2 + value % 2)
+    row = thread // 4 + 8 * (register % 2)
+    column = instruction // 2 * 32 + 8 * (thread % 4) + instruction % 2 * 4 + register // 2 * 2
+    return (row * BLOCK + column + value // (per // 2)).flatten().to(device)         # two 16-bit floats a register
 
 
 @functools.cache

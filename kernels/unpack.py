@@ -1,9 +1,9 @@
-"""unpack: a weight packed in 4 bits (kernels/quant.py) as plain rows, for products of many rows by cuBLAS: the prefill of
-a drafter whose weights exist in 4 bits alone.
+"""unpack: a weight packed in 4 bits (kernels/quant.py) as plain rows, for products of many rows by cuBLAS: the prefill
+of a drafter whose weights exist in 4 bits alone.
 
 A thread loads the four words that it would have in a step, 32 weights: of outputs g and g + 8 of a tile, columns 8 t ..
-8 t + 7 of each half of a block. Two values of a word are neighbours in the result, so eight are 16 bytes, stored at once;
-four threads fill 64 bytes of a row. The value is scale * (u - 8) in fp32, rounded once.
+8 t + 7 of each half of a block. Two values of a word are neighbours in the result, so eight are 16 bytes, stored at
+once; four threads fill 64 bytes of a row. The value is scale * (u - 8) in fp32, rounded once.
 Bytes: O*D/2 + O*D/64 read, 2*O*D written. LLaMA-7B's layers: 3.3 GB and 13.0, 4.1 ms at 4 TB/s, beside the 13.0 that a
 prefill reads anyway."""
 

@@ -152,8 +152,6 @@ def test_while_packing_no_more_than_a_layer_is_held_beside_what_stays(form, monk
     config = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
               "num_attention_heads": 4, "vocab_size": 256}
     layer = 4 * (4 * 256 * 256 + 3 * 256 * 256)
-    for at in quant.places(4), quant.places(8):              # made once
-        assert len(at) == 1024
     with Allocations() as counted:
         made = dict(packing(random_tensors(config, torch.device("cpu"), torch.float32, 0), form, False))
         held = sum(nbytes for of, nbytes in counted.live.values() if not of.expired())

@@ -4,7 +4,7 @@ safetensors to 4 bits.
     python -m weights.convert checkpoints/eventgpt             # pytorch_model*.bin -> model*.safetensors beside them
     python -m weights.convert checkpoints/eventgpt converted/  # the same into another folder, with its small files
     python -m weights.convert best_model.pt adapter.safetensors
-    python -m weights.convert --pack int4 checkpoints/eventgpt eventgpt-int4   # a drafter in 4 bits, a third of the size
+    python -m weights.convert --pack int4 checkpoints/eventgpt eventgpt-int4      # a drafter in 4 bits: 4.5 of 14.2 GB
 
 torch's weights-only reader builds tensors and plain containers, and refuses the rest; there is no other reader here.
 Tensors are mapped and written from where they lie, so a 10 GB shard needs no 10 GB of memory. Output appears under its
@@ -233,7 +233,7 @@ def main(argv=None) -> int:
         if args.pack and args.target is None:
             raise refusal(args.source, "--pack makes a new folder and was given none", "name it behind the source")
         if args.pack:
-            from weights.packed import save                  # Triton, a second of start that others need not
+            from weights.packed import save  # Triton, a second of start that others need not
             found = save(open_checkpoint(args.source), args.target, pick_device(None))
         else:
             found = convert(args.source, args.target)

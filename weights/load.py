@@ -300,7 +300,8 @@ class Checkpoint:
 
         dtype: torch.float32, float16 or bfloat16. progress: called with (bytes read, bytes in all) after every
         checkpoint tensor. made: called with the pairs (name, tensor), which come as norms and biases and then one
-        matrix after the other; its pairs are taken. InputError if a file cannot be read through, or if a value is NaN or infinite.
+        matrix after the other; its pairs are taken. InputError if a file cannot be read through, or if a value is NaN
+        or infinite.
         """
         return dict(made(self.tensors(device, dtype, progress)))
 
@@ -423,7 +424,7 @@ def open_checkpoint(path_or_id, revision=None) -> Checkpoint:
             config["vocab_size"] = V + extra            # rows that the marker flags explain
     wanted = plan(config, folder / "config.json")
     if kind == "packed":
-        from weights.packed import packed_plan               # Triton, a second of start that others need not
+        from weights.packed import packed_plan  # Triton, a second of start that others need not
         wanted = packed_plan(config, wanted, folder / "config.json")
     insist_ids(folder, config)
     of_events = kind == "EventChat_llama" and config.get("mm_visual_tower")

@@ -11,6 +11,8 @@ import torch
 
 from weights.files import InputError, refusal
 
+PARTS = ("weights", "cache", "packed", "scratch")            # of what one side needs; "packed" if there is such
+
 
 def pick_device(name) -> torch.device:
     """A device that is really there, or an InputError that says which are."""
@@ -44,20 +46,33 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def free_bytes(device: torch.device) -> tuple[int, int]:
-    """(free, whole) bytes of a device. What torch keeps for reuse counts as free; on the host, what Linux could hand
-    out without swapping."""
+    """(free, whole) bytes of a device. What torch keeps for reuse counts as free, what the process may not take (by
+    `torch.cuda.set_per_process_memory_fraction`) does not; on the host, what Linux could hand out without swapping."""
     if device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), whole
+        held, most = torch.cuda.memory_reserved(device), whole
+        if (share := torch.cuda.get_per_process_memory_fraction(device)) < 1:
+            most = int(share * whole)
+            free = max(0, min(free, most - held))
+        return free + held - torch.cuda.memory_allocated(device), most
     facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free, whole = (int(facts[name].split()[0]) << 10 for name in ("MemAvailable", "MemTotal"))
     return free, whole
 
 
-def insist_on_room(path, device: torch.device, parts: dict):
-    """Refuses what the device cannot hold. parts: what for -> bytes."""
-    if sum(parts.values()) > free_bytes(device)[0]:
-        raise no_room(path, device, parts)
+def bytes_of(budget: dict) -> int:
+    """The sum of what each side needs, of `engine.memory_budget`."""
+    return sum(of.get(part, 0) for of in budget.values() for part in PARTS)
+
+
+def lacking(budget: dict) -> tuple[torch.device, dict] | None:
+    """The first device that a budget does not fit, and what it should hold: what for -> bytes."""
+    for device in dict.fromkeys(of["device"] for of in budget.values()):
+        sides = {side: of for side, of in budget.items() if of["device"] == device}
+        if bytes_of(sides) > min(of["free"] for of in sides.values()):
+            return torch.device(device), {f"{side} {part}": of[part] for side, of in sides.items() for part in PARTS
+                                          if part in of}
+    return None
 
 
 def nvidia_smi(device: torch.device, query: str) -> list[list[str]]:
@@ -92,14 +107,14 @@ def holders(device: torch.device, most: int = 3) -> list[str]:
     return [f"{name} (pid {pid}, {nbytes / 1e9:.1f} GB)" for nbytes, name, pid in sorted(found, reverse=True)[:most]]
 
 
-def no_room(path, device: torch.device, parts: dict) -> InputError:
-    """The refusal, in GB: what is needed, for what, what is free, and who holds the rest."""
+def no_room(path, device: torch.device, parts: dict,
+            way_out: str = "lower --cache-rows, free memory, or choose another --device") -> InputError:
+    """The refusal, in GB: what is needed, for what, what is free, and who holds the rest. parts: what for -> bytes."""
     free, whole = (n / 1e9 for n in free_bytes(device))
     needs = ", ".join(f"{name} {n / 1e9:.3f}" for name, n in parts.items())
     held = holders(device)
     return refusal(path, f"needs {sum(parts.values()) / 1e9:.3f} GB ({needs}), {device} has {free:.3f} of "
-                   f"{whole:.3f} GB free{', most is held by ' * bool(held)}{', '.join(held)}",
-                   "lower --cache-rows, free memory, or choose another --device")
+                   f"{whole:.3f} GB free{', most is held by ' * bool(held)}{', '.join(held)}", way_out)
 
 
 def ran_out(error: BaseException | None) -> bool:

@@ -1,7 +1,7 @@
 """packed: a drafter whose decoder exists in 4 bits alone: packed weight by weight as it is read, saved, read again.
 
     weights = dict(packing(checkpoint.tensors(device, dtype), "int4", turn))      # no two full products at a time
-    save(checkpoint, "eventgpt-int4")                                             # python -m weights.convert --pack int4
+    save(checkpoint, "eventgpt-int4")                        # python -m weights.convert --pack int4
 
 A saved folder holds the checkpoint's small files, a config.json with a section `packed`, and a model.safetensors whose
 tensors have the engine's names: NAME.words and NAME.scales of each product (kernels/quant.py), all others as they were.
@@ -78,9 +78,9 @@ def packing(tensors, form: str, turn: bool):
 
 def replaced_bytes(config: dict, form: str, itemsize: int) -> int:
     """Bytes of full weights that a packed model does without, less those of e4m3 that it has in their place."""
-    products = [wanted.numel for wanted in plan(config).wanted if is_product(wanted.name)]
-    layers = sum(wanted.numel for wanted in plan(config).wanted if is_product(wanted.name) and wanted.name[-4:] != "head")
-    return itemsize * sum(products) - layers * form.startswith("fp8")
+    products = [wanted for wanted in plan(config).wanted if is_product(wanted.name)]
+    in_e4m3 = sum(of.numel for of in products if of.name != "text.head") * form.startswith("fp8")
+    return itemsize * sum(of.numel for of in products) - in_e4m3
 
 
 # ---- saved -------------------------------------------------------------------------------------------------------
@@ -136,8 +136,8 @@ def save(checkpoint, out, device="cpu") -> list:
     config, out = checkpoint.config, Path(out)
     if config["model_type"] != "EventChat_llama" or config.get("packed"):
         what = "is packed already" if config.get("packed") else f"holds a {config['model_type']} model"
-        raise refusal(checkpoint.folder, f"{what}, wanted EventGPT, the drafter: a packed target would give the answers "
-                      "of another model", "give the drafter's folder")
+        raise refusal(checkpoint.folder, f"{what}, wanted EventGPT, the drafter: a packed target's answers would be "
+                      "another model's", "give the drafter's folder")
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise refusal(out, "exists already", "remove it first or give another target")
     turn = gains_by_turning(checkpoint.some_rows, config["num_hidden_layers"])
@@ -167,7 +167,8 @@ def save(checkpoint, out, device="cpu") -> list:
 
 def write(path, wanted: Plan, dtype: str, tensors) -> None:
     """A safetensors file of the plan's tensors, each written as it comes: the library wants all of them at once."""
-    header, end = {"__metadata__": {"format": "pt", "packed": FORM, "version": str(VERSION)}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", "packed": FORM, "version": str(VERSION)}}
+    end = 0
     for of in wanted.wanted:
         begin, end = end, end + prod(of.shape) * DTYPES[of.dtype or dtype].itemsize
         header[of.name] = {"dtype": of.dtype or dtype, "shape": list(of.shape), "data_offsets": [begin, end]}

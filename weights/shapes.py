@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from weights import InputError
 from weights.names import CLIP_MEAN, CLIP_STD, TEXT_DEFAULTS, VISION_DEFAULTS, plan, with_defaults
 
 
@@ -74,6 +75,33 @@ def frames_of(config: dict, vision: VisionConfig) -> int:
     return max(1, (config.get("video_seq_length") or 8 * (vision.P + 1)) // (vision.P + 1))
 
 
+PROMPT_ROWS = 160           # of a prompt's template and question of 100 ids
+TEXT_ROWS = PROMPT_ROWS + 512                    # and of an answer, for which there is room unless told
+SPARE_ROWS = 34             # behind an answer, which drafts may fill
+LEAST_ROWS = 512
+
+
+def visual_rows(side: str, config: dict) -> int:
+    """Rows that a clip's pictures give, or five event frames'."""
+    vision = VisionConfig.read(config["vision_config"])
+    return frames_of(config, vision) * (vision.P + 1) if side == "target" else 5 + vision.P + 1
+
+
+def rows_for(side: str, config: dict, text_rows: int = TEXT_ROWS) -> int:
+    """Cache rows for a clip, its text and its answer, a multiple of 64; no more than the model was trained for."""
+    needed = -(-(visual_rows(side, config) + text_rows + SPARE_ROWS) // 64) * 64
+    return min(text_config(config).max_rows, max(LEAST_ROWS, needed))
+
+
+def rows_of_sides(cache_rows) -> dict:
+    """{side: rows or None} of one number for both, or of a pair (target, drafter)."""
+    pair = cache_rows if isinstance(cache_rows, (tuple, list)) else (cache_rows, cache_rows)
+    if len(pair) != 2 or not all(of is None or type(of) is int and of > 0 for of in pair):
+        raise InputError(f"cache_rows: wanted a whole number from 1 up, or two, (target, drafter), got {cache_rows!r}; "
+                         f"change it")
+    return dict(zip(("target", "drafter"), pair, strict=True))
+
+
 def memory_needs(side: str, config: dict, itemsize: int, rows: int, gpu: bool, kernels: dict) -> dict:
     """{"weights", "cache", "packed" (where there are packed copies), "scratch"}: bytes one model allocates from its
     loading to its last request, by arithmetic on the config alone. Torch may reserve more for reuse and returns it when
@@ -84,10 +112,7 @@ def memory_needs(side: str, config: dict, itemsize: int, rows: int, gpu: bool, k
     a row's width, of the longest prompt (its pictures and 64 rows of text). Names of widths as everywhere: D, F, ...
     """
     d, vision, b, wanted = text_config(config), VisionConfig.read(config["vision_config"]), itemsize, plan(config)
-    R, T, A = 5, vision.P + 1, 5 + vision.P
-    if side == "target":
-        R = frames_of(config, vision)
-        A = R * T
+    R, T, A = frames_of(config, vision) if side == "target" else 5, vision.P + 1, visual_rows(side, config)
     S, HK = min(A + 64, rows), d.H * d.K
     pixels = R * 3 * vision.image ** 2 * 4
     F1 = max((t.shape[0] for t in wanted.wanted if t.name.endswith(".fc1.w")), default=0)
