@@ -113,7 +113,6 @@ from weights.load import (
 )
 from weights.memory import (
     as_dtype,
-    bytes_of,
     default_dtype,
     free_bytes,
     lacking,
@@ -121,6 +120,8 @@ from weights.memory import (
     peak_memory,
     pick_device,
     ran_out,
+    settings,
+    way_out,
 )
 from weights.packed import PRODUCTS, SOME, assembled, gains_by_turning, packing, replaced_bytes
 from weights.shapes import (
@@ -1526,6 +1527,15 @@ def check_finite(state: State, model: Model, stage: str) -> None:
 # ---- loading ---------------------------------------------------------------------------------------------------
 
 
+class Unpackable(InputError):
+    """Weights whose shapes make no whole groups."""
+
+
+def unpackable(cls, path, error: NotPackable) -> Unpackable:
+    return Unpackable(f"{path}: cannot be packed ({error}); leave out "
+                      f"{'drafter_dtype' if cls is Drafter else 'self_draft'}")
+
+
 def form_of(cls, path, config: dict, drafter_dtype: str) -> str | None:
     """The packed form of a drafter's weights, one of BITS: what was asked for, or what its folder holds."""
     asked = None if cls is Target or drafter_dtype == "bf16" else drafter_dtype
@@ -1570,8 +1580,7 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
                 model.copy = model.decoder.packed(packed)
             return model
     except NotPackable as error:
-        option = "drafter_dtype" if cls is Drafter else "self_draft"
-        raise InputError(f"{path}: cannot be packed ({error}); leave out {option}") from None
+        raise unpackable(cls, path, error) from None
     except (RuntimeError, MemoryError) as error:             # torch.OutOfMemoryError is one
         if not ran_out(error):
             raise
@@ -1639,44 +1648,27 @@ def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=No
                 config, where = open_model(cls, path)[0], pick_device(name)
                 of = rows[cls.side] or rows_for(cls.side, config, text_rows)
                 packed = "int4" if cls is Target and copied else form_of(cls, path, config, drafter_dtype)
-                needs = needs_of(cls, config, where, dtype or default_dtype(where), of, packed)
+                try:
+                    needs = needs_of(cls, config, where, dtype or default_dtype(where), of, packed)
+                except NotPackable as error:
+                    raise unpackable(cls, path, error) from None
                 budget[cls.side] = {"device": str(where), "rows": of, **needs, "free": free_bytes(where)[0]}
         return budget
 
-    copied = self_draft or self_draft is None and pick_device(device).type == "cuda"
     asked = (eventgpt, videollava, drafter_device, cache_rows, drafter_dtype)
-    budget = budget_of(*asked, copied)
-    if copied and self_draft is None and lacking(budget):
-        budget = budget_of(*asked, False)
-    if not (short := lacking(budget)):
+    if self_draft is None and pick_device(device).type == "cuda":
+        with contextlib.suppress(Unpackable):
+            if not lacking(budget := budget_of(*asked, True)):
+                return budget
+    if not (short := lacking(budget := budget_of(*asked, bool(self_draft)))):
         return budget
-    where, target = pick_device(device), None
-    other = next((f"cuda:{i}" for i in range(torch.cuda.device_count()) if f"cuda:{i}" != str(where)), None)
-    at = f" --device {where}" * (where != pick_device(None))
-    alone = f"--videollava {videollava} --modes target_only,speculative --draft-source lookup"
-    drafter, pair = f"--eventgpt {eventgpt}", f"--eventgpt {eventgpt} --videollava {videollava}"
-    settings: dict[str, tuple] = {}                          # the cheapest first
-    if videollava:
-        settings = {f"{alone}{at}": (None, videollava, None, None, "bf16", False),
-                    f"{alone},self{at}": (None, videollava, None, None, "bf16", True)}
-        target = budget_of(*next(iter(settings.values())))
-    if videollava and eventgpt:
-        settings[f"{pair} --drafter-dtype int4{at}"] = eventgpt, videollava, None, None, "int4", False
-    if videollava and eventgpt and other:
-        settings[f"{pair}{at} --drafter-device {other}"] = eventgpt, videollava, other, None, "bf16", False
-    if eventgpt and (not target or lacking(target)):
-        settings[f"{drafter} --modes drafter_only --drafter-dtype int4{at}"] = eventgpt, None, None, None, "int4", False
-    found = {flags: of for flags, given in settings.items() if not lacking(of := budget_of(*given))}
-    said = ", ".join(f"{bytes_of(of) / 1e9:.1f} GB `{flags}`" for flags, of in found.items())
-    way_out = "lower --cache-rows, free memory, or choose another --device"
-    if target and lacking(target):
-        kind, held = str(dtype or default_dtype(where)).removeprefix("torch."), target["target"]["weights"] / 1e9
-        way_out = (f"the {kind} target needs {held:.1f} GB for its weights, {bytes_of(target) / 1e9:.1f} in all, and is "
-                   f"never packed: {f'take {said}, ' * bool(said)}free memory, or choose another --device"
-                   + ", cpu" * (where.type != "cpu"))
-    elif said:
-        way_out = f"lower --cache-rows, or take what fits, the most last: {said}"
-    raise no_room(" and ".join(str(p) for p in (videollava, eventgpt) if p is not None), *short, way_out)
+    where, kind = pick_device(device), str(dtype or default_dtype(pick_device(device))).removeprefix("torch.")
+    found = {}
+    for flags, given in settings(eventgpt, videollava, where).items():
+        with contextlib.suppress(Unpackable):
+            found[flags] = budget_of(*given)
+    raise no_room(" and ".join(str(p) for p in (videollava, eventgpt) if p is not None), *short,
+                  way_out(found, kind, where))
 
 
 def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,

@@ -170,9 +170,9 @@ def test_without_nvidia_smi_the_refusal_names_nobody(monkeypatch):
 def cards(monkeypatch):
     """cards(GB, ...): as many GPUs, all free."""
     def put_in(*gigabytes):
-        monkeypatch.setattr(engine, "pick_device", lambda name: torch.device(name or "cuda:0"))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gigabytes))
         for module in (engine, weights.memory):
+            monkeypatch.setattr(module, "pick_device", lambda name: torch.device(name or "cuda:0"))
             monkeypatch.setattr(module, "free_bytes", lambda at: (int(gigabytes[at.index] * 1e9),) * 2)
         monkeypatch.setattr(weights.memory, "holders", lambda device: [])
     return put_in
@@ -243,19 +243,17 @@ def test_caches_are_sized_to_a_clip_its_text_and_the_answer_or_as_told(rows, sid
 
 
 def test_a_request_of_the_size_that_caches_were_made_for_fits(pair, monkeypatch):
-    """As `rows_for` counts it: any question of 100 ids, any answer of so many."""
-    for cls, model in ((Target, pair.target), (Drafter, pair.drafter)):
-        config = dict(engine.open_model(cls, engine.TINY / model.side)[0])
-        config["text_config" if cls is Target else "max_position_embeddings"] = {
-            **config.get("text_config", {}), "max_position_embeddings": 4096} if cls is Target else 4096
-        rows = engine.rows_for(model.side, config, 160 + 700)
-        monkeypatch.setattr(type(model.decoder), "cache_rows", property(lambda self, rows=rows: rows))
-        visual = model.prompt("").rows(5 + model.vision.P + 1 if cls is Drafter else 8 * (model.vision.P + 1)) - \
-            model.prompt("").rows(0)
-        request = SimpleNamespace(draft_len=5, overlap_len=15, max_new_tokens=700)
+    """As `rows_for` counts it: any question of 100 ids, any answer of so many, here a whole number of 64 rows."""
+    longer = {"max_position_embeddings": 4096}
+    for model, visual in ((pair.target, 8 * (pair.target.vision.P + 1)), (pair.drafter, 5 + pair.drafter.vision.P + 1)):
+        config = engine.open_model(type(model), engine.TINY / model.side)[0]
+        config = config | longer | {"text_config": config.get("text_config", {}) | longer}
+        new = 600 + -(visual + 160 + 600) % 64
+        rows = engine.rows_for(model.side, config, 160 + new)
+        monkeypatch.setattr(engine.Decoder, "cache_rows", property(lambda self, rows=rows: rows))
+        request = SimpleNamespace(draft_len=5, overlap_len=31, max_new_tokens=new)
         pair._check_rows(model, visual + 160, request)
-        with pytest.raises(InputError, match="raise --cache-rows"):
-            pair._check_rows(model, visual + 160 + 64, request)
+        assert rows <= visual + 160 + new + 34 + 64
 
 
 # ---- memory that runs out in a request

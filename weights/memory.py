@@ -12,6 +12,7 @@ import torch
 from weights.files import InputError, refusal
 
 PARTS = ("weights", "cache", "packed", "scratch")            # of what one side needs; "packed" if there is such
+ENOUGH_ELSEWHERE = "lower --cache-rows, free memory, or choose another --device"
 
 
 def pick_device(name) -> torch.device:
@@ -75,6 +76,42 @@ def lacking(budget: dict) -> tuple[torch.device, dict] | None:
     return None
 
 
+def settings(eventgpt, videollava, where: torch.device) -> dict:
+    """{flags of bench.py: (drafter, target, drafter's device, cache rows, drafter's dtype, whether the target has a
+    4-bit copy)} of what a device may have room for, the cheapest first, and last the drafter alone."""
+    at = f" --device {where}" * (where != pick_device(None))
+    other = next((f"cuda:{i}" for i in range(torch.cuda.device_count()) if f"cuda:{i}" != str(where)), None)
+    alone = f"--videollava {videollava} --modes target_only,speculative --draft-source lookup"
+    pair = f"--eventgpt {eventgpt} --videollava {videollava}"
+    found: dict[str, tuple] = {}
+    if videollava:
+        found |= {f"{alone}{at}": (None, videollava, None, None, "bf16", False),
+                  f"{alone},self{at}": (None, videollava, None, None, "bf16", True)}
+    if videollava and eventgpt:
+        found[f"{pair} --drafter-dtype int4{at}"] = eventgpt, videollava, None, None, "int4", False
+    if videollava and eventgpt and other:
+        found[f"{pair}{at} --drafter-device {other}"] = eventgpt, videollava, other, None, "bf16", False
+    if eventgpt:
+        found[f"--eventgpt {eventgpt} --modes drafter_only --drafter-dtype int4{at}"] = (
+            eventgpt, None, None, None, "int4", False)
+    return found
+
+
+def way_out(budgets: dict, kind: str, where: torch.device) -> str:
+    """What to do instead. budgets: {flags: budget} of `settings`; kind: the dtype's name."""
+    smallest = next(iter(budgets.values()), {})
+    target_fits, has_target = not lacking(smallest), "target" in smallest
+    said = ", ".join(f"{bytes_of(of) / 1e9:.1f} GB `{flags}`" for flags, of in budgets.items()
+                     if not lacking(of) and ("target" in of) == (has_target and target_fits))
+    if has_target and not target_fits:
+        return (f"the {kind} target needs {smallest['target']['weights'] / 1e9:.1f} GB for its weights, "
+                f"{bytes_of(smallest) / 1e9:.1f} in all, and is never packed: {f'take {said}, ' * bool(said)}free "
+                f"memory, or choose another --device{', cpu' * (where.type != 'cpu')}")
+    if said:
+        return f"lower --cache-rows, or take what fits, the most last: {said}"
+    return ENOUGH_ELSEWHERE
+
+
 def nvidia_smi(device: torch.device, query: str) -> list[list[str]]:
     """Rows of `nvidia-smi --query-...` for a device, split at commas; [] where the command does not answer. By the
     card's own number: CUDA_VISIBLE_DEVICES may have given it another one here."""
@@ -107,8 +144,7 @@ def holders(device: torch.device, most: int = 3) -> list[str]:
     return [f"{name} (pid {pid}, {nbytes / 1e9:.1f} GB)" for nbytes, name, pid in sorted(found, reverse=True)[:most]]
 
 
-def no_room(path, device: torch.device, parts: dict,
-            way_out: str = "lower --cache-rows, free memory, or choose another --device") -> InputError:
+def no_room(path, device: torch.device, parts: dict, way_out: str = ENOUGH_ELSEWHERE) -> InputError:
     """The refusal, in GB: what is needed, for what, what is free, and who holds the rest. parts: what for -> bytes."""
     free, whole = (n / 1e9 for n in free_bytes(device))
     needs = ", ".join(f"{name} {n / 1e9:.3f}" for name, n in parts.items())
