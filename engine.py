@@ -208,7 +208,7 @@ class Decoder:
         self.layers = self.steps.layers if not self.fp8 else [
             {of: weights[f"text.layers.{i}.{of}.e4m3"] for of in PRODUCTS} for i in range(config.L)]
         unpacks = self.device.type == "cuda" and config.packed and not self.fp8
-        self.room = torch.empty(2 * config.F * config.D, dtype=self.dtype, device=self.device) if unpacks else None
+        self.room = torch.empty(config.largest, dtype=self.dtype, device=self.device) if unpacks else None
 
     @property
     def cache_rows(self) -> int:
@@ -1626,7 +1626,7 @@ def kernel_bytes(cls, config: dict, rows: int, gpu: bool, packed: str | None, it
             held["scratch"] += Workspace.nbytes(d.D, d.H, d.K, rows, True)
         else:
             held["replaced"] = replaced_bytes(config, packed, itemsize)
-            held["scratch"] += 2 * d.F * d.D * itemsize * (gpu and packed == "int4")
+            held["scratch"] += d.largest * itemsize * (gpu and packed == "int4")
     return held
 
 

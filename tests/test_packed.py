@@ -18,7 +18,9 @@ from engine import InputError
 from kernels import fp8, quant
 from weights import convert
 from weights.load import open_checkpoint, random_tensors
+from weights.names import plan
 from weights.packed import packing, save
+from weights.shapes import DecoderConfig
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,15 @@ def test_while_packing_no_more_than_a_layer_is_held_beside_what_stays(form, monk
         made = dict(packing(random_tensors(config, torch.device("cpu"), torch.float32, 0), form, False))
         held = sum(nbytes for of, nbytes in counted.live.values() if not of.expired())
     assert len(made) > 12 and counted.peak <= held + layer, f"{counted.peak - held} of {layer}"
+
+
+@pytest.mark.parametrize("F,N", [(128, 4), (512, 4), (128, 1), (300, 2)])
+def test_the_room_that_prefill_unpacks_into_holds_any_weight_of_a_layer(F, N):
+    config = {"model_type": "llama", "hidden_size": 256, "intermediate_size": F, "num_hidden_layers": 1,
+              "num_attention_heads": 4, "num_key_value_heads": N, "vocab_size": 64}
+    sizes = [wanted.numel for wanted in plan(config).wanted if weights.packed.is_product(wanted.name)
+             and wanted.name != "text.head"]
+    assert DecoderConfig.read(config).largest == max(sizes) and len(sizes) == 4
 
 
 def test_a_checkpoint_is_read_one_matrix_after_the_other(monkeypatch):

@@ -108,7 +108,7 @@ def way_out(budgets: dict, kind: str, where: torch.device) -> str:
                 f"{bytes_of(smallest) / 1e9:.1f} in all, and is never packed: {f'take {said}, ' * bool(said)}free "
                 f"memory, or choose another --device{', cpu' * (where.type != 'cpu')}")
     if said:
-        return f"lower --cache-rows, or take what fits, the most last: {said}"
+        return f"lower --cache-rows, or take what fits, the most last, as flags of bench.py: {said}"
     return ENOUGH_ELSEWHERE
 
 

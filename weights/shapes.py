@@ -25,6 +25,11 @@ class DecoderConfig:
     packed: str | None = None   # the form that its weights exist in, one of kernels.quant.BITS
     turned: bool = False        # and whether the rows between them are turned
 
+    @property
+    def largest(self) -> int:
+        """Values of a layer's largest weight."""
+        return self.D * max(2 * self.F, (self.H + 2 * self.N) * self.K)
+
     def cache_bytes(self, rows: int, itemsize: int) -> int:
         """Keys and values, the rotary tables beside them, and the rows a prefill starts from."""
         return rows * itemsize * (2 * self.L * self.N * self.K + 2 * self.K + self.D)
