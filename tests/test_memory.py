@@ -16,7 +16,9 @@ import bench
 import engine
 import weights.memory
 from engine import Drafter, InputError, Target
-from kernels import quant
+from kernels import fp8, quant
+from weights.load import random_tensors
+from weights.packed import packing
 
 TEXT = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3,
         "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 1024, "vocab_size": 2048}
@@ -128,6 +130,20 @@ def test_packing_by_and_by_gives_the_same_bits(rows, turn, monkeypatch):
     monkeypatch.setattr(quant, "PACK_ROWS", 128)
     parts = quant.quantise(w_OD, 4, turn=turn)
     assert torch.equal(whole.words, parts.words) and torch.equal(whole.scales, parts.scales)
+
+
+@pytest.mark.parametrize("form", list(quant.BITS))
+def test_while_packing_no_more_than_a_layer_is_held_beside_what_stays(form, monkeypatch):
+    """Rows are packed 64 at a time here; at 7B sizes PACK_ROWS bounds it in the same way."""
+    monkeypatch.setattr(quant, "PACK_ROWS", 64)
+    monkeypatch.setattr(fp8, "WEIGHT_ROWS", 64)
+    config = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "vocab_size": 256}
+    layer = 4 * (4 * 256 * 256 + 3 * 256 * 256)
+    with Allocations() as counted:
+        made = dict(packing(random_tensors(config, torch.device("cpu"), torch.float32, 0), form, False))
+        held = sum(nbytes for of, nbytes in counted.live.values() if not of.expired())
+    assert len(made) > 12 and counted.peak <= held + layer, f"{counted.peak - held} of {layer}"
 
 
 # ---- what does not fit
