@@ -44,8 +44,9 @@ from weights import UNREADABLE, InputError, controls, describe, replace_file, sh
 from weights.adapter import write_pairs
 from weights.dataset import Sample, read_dataset
 from weights.files import read_text
-from weights.memory import nvidia_smi
+from weights.memory import PARTS, nvidia_smi
 from weights.rows import RowFile, by_source, compare, estimate, forwards, judged, median, merge, mode_figures, parting
+from weights.shapes import PROMPT_ROWS
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "weights" / "tiny"
@@ -106,7 +107,7 @@ def work_of(model) -> dict:
     products = [math.prod(layer[name].shape) for layer in d.steps.layers for name in ("qkv", "o", "gate_up", "down")]
     return {"weight_bytes": weight_bytes(model), "kv_bytes_per_row": kv_bytes(model),
             "flop_per_row": 2 * sum(products), "matrix_rate": 2 if d.fp8 and model.on_gpu else 1,
-            "flop_per_row_pair": 2 * c.H * c.K * c.L, "flop_head": 2 * d.head_VD.numel()}
+            "flop_per_row_pair": 2 * c.H * c.K * c.L, "flop_head": 2 * math.prod(d.head_VD.shape)}
 
 
 def at_rows(work: dict, rows: int) -> dict:
@@ -129,7 +130,7 @@ def kv_bytes(model) -> int:
 
 def dtype_of(decoder) -> str:
     full = str(decoder.dtype).removeprefix("torch.")
-    return f"{full} with {decoder.steps.packed} steps" if decoder.steps.packed else full
+    return f"{full} with {decoder.steps.packed} weights" if decoder.steps.packed else full
 
 
 def all_bytes(decoder) -> int:
@@ -452,12 +453,13 @@ def verdict(report) -> str:
 
 def memory_line(memory: dict) -> str:
     """What both sides allocate at most, beside what each device had free before they were loaded."""
-    parts, said = ("weights", "cache", "packed", "scratch"), []
+    said = []
     for side, of in memory.items():
-        held = {part: of[part] / 1e9 for part in parts if part in of}
+        held = {part: of[part] / 1e9 for part in PARTS if part in of}
         said.append(f"{side} {sum(held.values()):.3f} GB (" + ", ".join(f"{part} {gb:.3f}" for part, gb in held.items())
                     + f") of {of['free'] / 1e9:.1f} free on {of['device']}")
-    return f"memory   {' | '.join(said)}; fewer --cache-rows need less"
+    rows = ",".join(str(of["rows"]) for of in memory.values() if "rows" in of)
+    return f"memory   {' | '.join(said)}; --cache-rows {rows or 'as given'}, fewer need less"
 
 
 def pixels_of(report, side: str) -> str | None:
@@ -589,7 +591,7 @@ def explain_page(options) -> int:
     if len(found) != 1:
         raise InputError(f"--explain: {options.explain!r} names {len(found)} of the {len(samples)} samples in "
                          f"{options.dataset_dir}; pass one id, such as {samples[0].id}")
-    sample, (_, e), mode = found[0], load_pair(options), [mode for mode in options.modes if mode != AGAIN][-1]
+    sample, (_, e), mode = found[0], load_pair(options, found), [mode for mode in options.modes if mode != AGAIN][-1]
     for _ in range(options.warmup):
         run_sample(e, sample, mode, options)
     alone, result = (run_sample(e, sample, name, options) for name in ("target_only", mode))
@@ -638,6 +640,14 @@ def whole(low: int, high: int | None = None, also: int | None = None):
     return read
 
 
+def cache_rows(text: str):
+    """A type of argparse: rows of both caches, or of the target's and the drafter's."""
+    found = tuple(whole(1)(word) for word in text.split(","))
+    if len(found) > 2:
+        raise argparse.ArgumentTypeError(f"wanted one number or two, got {text!r}; change it")
+    return found[0] if len(found) == 1 else found
+
+
 def parse(argv):
     parser = Parser(prog="bench.py", description=__doc__, usage="python bench.py [FLAGS]", allow_abbrev=False,
                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
@@ -653,7 +663,8 @@ def parse(argv):
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     add("--drafter-dtype", default="bf16", choices=("bf16", *BITS), metavar="NAME",
         help=f"the drafter's weights, packed at load: bf16 (default), {', '.join(BITS)}")
-    add("--cache-rows", type=whole(1), metavar="M", help="cache positions (default: what the model was trained for)")
+    add("--cache-rows", type=cache_rows, metavar="T[,D]", help="cache positions of target and drafter (default: a "
+        "clip's, the longest question's and --max-new-tokens)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset-dir", type=Path, metavar="DIR", help="clips (default: the embedded ones)")
     add("--question", metavar="TEXT", help="ask this of every clip")
@@ -778,7 +789,7 @@ def main(argv=None) -> int:
         stopped = isinstance(error, KeyboardInterrupt)       # before the first sample: nothing to show
         if os.environ.get("RANK", "0") == "0":                # of torchrun's processes one speaks
             print("interrupted" if stopped else error if isinstance(error, InputError) else
-                  f"out of GPU memory: {str(error).splitlines()[0]}; lower --cache-rows, or use another "
+                  f"out of GPU memory ({str(error).partition('. ')[0]}); lower --cache-rows, or use another "
                   f"--drafter-device", file=sys.stderr)
         return 130 if stopped else 2
     except BrokenPipeError:                                  # `| head` has seen enough
@@ -832,7 +843,7 @@ def set_up(options, command: str, listed, skipped) -> tuple[dict, engine.Engine]
     def digest(*parts) -> str:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-    memory, e = load_pair(options)
+    memory, e = load_pair(options, listed)
     drawn = {name: getattr(options, name) for name in ("temperature", "top_p", "seed")}
     config = {name: getattr(options, name) for name in (
         "modes", "max_new_tokens", "draft_len", "overlap_len", "draft_source", "gate", "ignore_eos", "frame_rule",
@@ -850,11 +861,14 @@ def set_up(options, command: str, listed, skipped) -> tuple[dict, engine.Engine]
             "config": config, "skipped": skipped}, e
 
 
-def load_pair(options) -> tuple[dict, engine.Engine]:
-    """The memory that both models need, by headers alone, and the engine."""
+def load_pair(options, samples) -> tuple[dict, engine.Engine]:
+    """The memory that both models need, by headers alone, and the engine, whose caches have room for the samples."""
+    asked = max((len(sample.question.encode(errors="replace")) for sample in samples), default=0)    # an id: 1 byte up
+    shown = max((len(sample.events) for sample in samples if isinstance(sample.events, list)), default=0)
     place = dict(device=options.device, drafter_device=options.drafter_device, dtype=options.dtype,
                  cache_rows=options.cache_rows, drafter_dtype=options.drafter_dtype,
-                 self_draft="self" in options.source)
+                 self_draft="self" in options.source, text_rows=PROMPT_ROWS + max(0, asked - 100) + max(
+                     0, shown - 5) + options.max_new_tokens)
     memory = engine.memory_budget(options.eventgpt, options.videollava, **place)
     return memory, engine.load_engine(
         options.eventgpt, options.videollava, draft_len=options.draft_len, overlap_len=options.overlap_len,

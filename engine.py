@@ -39,7 +39,6 @@ import hashlib
 import inspect
 import logging
 import queue
-import statistics
 import subprocess
 import sys
 import threading
@@ -56,11 +55,11 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention import attention, step_attention
-from kernels.fp8 import norm8, product8, rows8, weight8
+from kernels.fp8 import norm8, product8, rows8
 from kernels.frames import clip_pixels, draw_events, to_device
 from kernels.lookup import AFTER, FIRST, ONLY, Ring, lookup
 from kernels.products import product
-from kernels.quant import BITS, MAX_PACKED_ROWS, NotPackable, Packed, packed_bytes, quantise, turned, uneven
+from kernels.quant import BITS, MAX_PACKED_ROWS, NotPackable, Packed, packed_bytes, turned
 from kernels.rmsnorm import add_rmsnorm, rmsnorm, row_sums
 from kernels.rope_store import rope_store
 from kernels.round import (
@@ -81,6 +80,7 @@ from kernels.sample import sample, sampling_words
 from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 from kernels.tower import add_layernorm, layernorm, quick_gelu
+from kernels.unpack import unpack
 from weights import InputError, describe
 from weights.drafting import (
     ENOUGH,
@@ -115,13 +115,26 @@ from weights.memory import (
     as_dtype,
     default_dtype,
     free_bytes,
-    insist_on_room,
+    lacking,
     no_room,
     peak_memory,
     pick_device,
     ran_out,
+    settings,
+    way_out,
 )
-from weights.shapes import DecoderConfig, VisionConfig, frames_of, memory_needs, text_config
+from weights.packed import PRODUCTS, SOME, assembled, gains_by_turning, packing, replaced_bytes
+from weights.shapes import (
+    PROMPT_ROWS,
+    TEXT_ROWS,
+    DecoderConfig,
+    VisionConfig,
+    frames_of,
+    memory_needs,
+    rows_for,
+    rows_of_sides,
+    text_config,
+)
 from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named
 from weights.text import Text, TextStream, check_question, check_sampling
 from weights.video import VIDEO_RULES, read_images, read_video
@@ -164,14 +177,15 @@ class Steps:
     turned: bool = False                    # the rows between these weights are `turned`
 
 
-NORMS = {"qkv": "attn_norm", "o": None, "gate_up": "mlp_norm", "down": None}     # a layer's products, and what precedes
+LAYER = (*PRODUCTS, "attn_norm", "mlp_norm")
 
 
 class Decoder:
     """LLaMA over a static cache. One forward, masked by position, serves prefill, draft, verify and decode.
 
-    weights: the `text.*` tensors of weights/names.py. Keys are cached after rotary. Row s of a step attends to the
-    cache rows 0..pos_ids[s] and to nothing else, so what lies beyond is stale and harmless.
+    weights: the `text.*` tensors of weights/names.py, or what `packing` makes of them: then prefill unpacks the 4-bit
+    weights one after the other into `room`, or reads their e4m3 forms. Keys are cached after rotary. Row s of a step
+    attends to the cache rows 0..pos_ids[s] and to nothing else, so what lies beyond is stale and harmless.
     drafts: only drafts hang on its ids, so a step's bits may follow its number of rows.
     Source: transformers' LlamaForCausalLM, rounding order included.
     """
@@ -181,9 +195,7 @@ class Decoder:
         self.embed_VD = weights["text.embed"]
         self.head_VD = weights.get("text.head", self.embed_VD)
         self.device, self.dtype = self.embed_VD.device, self.embed_VD.dtype
-        self.layers = [{name: weights[f"text.layers.{i}.{name}"] for name in
-                        ("attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down")} for i in range(config.L)]
-        self.fp8 = False
+        self.fp8 = "text.layers.0.qkv.e4m3" in weights
         shape = (config.L, config.N, cache_rows, config.K)
         self.k_cache_LNMK = torch.zeros(shape, dtype=self.dtype, device=self.device)   # zeros: unseen must be finite
         self.v_cache_LNMK = torch.zeros_like(self.k_cache_LNMK)
@@ -192,35 +204,29 @@ class Decoder:
         self.cos_MK = angle_MK.cos().to(self.device, self.dtype)
         self.sin_MK = angle_MK.sin().to(self.device, self.dtype)
 
-        self.steps = Steps(self.layers, self.head_VD, STEP_ROWS, self._workspace(drafts))
+        self.steps = self._steps(weights, drafts, config.packed, config.turned)
+        self.layers = self.steps.layers if not self.fp8 else [
+            {of: weights[f"text.layers.{i}.{of}.e4m3"] for of in PRODUCTS} for i in range(config.L)]
+        unpacks = self.device.type == "cuda" and config.packed and not self.fp8
+        self.room = torch.empty(config.largest, dtype=self.dtype, device=self.device) if unpacks else None
 
     @property
     def cache_rows(self) -> int:
         return self.k_cache_LNMK.shape[2]
 
-    def _workspace(self, drafts: bool) -> Workspace:
-        return Workspace(self.device, self.config.D, self.config.H, self.config.K, self.cache_rows, drafts=drafts)
+    def _steps(self, weights: dict, drafts: bool, packed: str | None = None, turn: bool = False) -> Steps:
+        c = self.config
+        layers = [{name: weights[f"text.layers.{i}.{name}"] for name in LAYER} for i in range(c.L)]
+        return Steps(layers, weights.get("text.head", self.embed_VD), MAX_PACKED_ROWS if packed else STEP_ROWS,
+                     Workspace(self.device, c.D, c.H, c.K, self.cache_rows, drafts=drafts), packed, turn)
 
-    def packed(self, name: str) -> Steps:
+    def packed(self, form: str) -> Steps:
         """A copy of the weights in 4 bits, one of BITS, for steps that draft. NotPackable if their shapes forbid it.
         Where weights are uneven the stream between the copies is `turned`; queries, keys, values and logits stay."""
-        of_layers, of_head = BITS[name]
-        turn = statistics.mean(uneven(layer[of], layer[norm]) for layer in self.layers
-                               for of, norm in NORMS.items() if norm) > 3.5
-        layers = [layer | {of: quantise(layer[of], of_layers, layer.get(norm), turn) for of, norm in NORMS.items()}
-                  for layer in self.layers]
-        head = quantise(self.head_VD, of_head, self.w["text.norm"], turn)
-        return Steps(layers, head, MAX_PACKED_ROWS, self._workspace(True), name, turn)
-
-    def pack(self, name: str) -> None:
-        """For a drafter: its steps read 4-bit weights from now on. `int4` keeps the full weights beside them for
-        prefill. `fp8+int4` has e4m3 weights in their place: prefill takes two thirds of the time, and the rows that
-        every draft looks back at are a little wrong as well."""
-        self.steps, self.fp8 = self.packed(name), name.startswith("fp8")
-        for i, layer in enumerate(self.layers if self.fp8 else []):
-            self.layers[i] = {of: weight8(layer[of], layer.get(norm)) for of, norm in NORMS.items()}
-            for of in NORMS:
-                del self.w[f"text.layers.{i}.{of}"]
+        turn = gains_by_turning(lambda name: self.w[name][:SOME] if self.w[name].dim() > 1 else self.w[name],
+                                self.config.L)
+        text = [(name, t) for name, t in self.w.items() if name.startswith("text.")]
+        return self._steps(dict(packing(sorted(text, key=lambda of: of[1].dim()), form, turn)), True, form, turn)
 
     def forward(self, hidden_SD, pos_ids_S, only=None, steps: Steps | None = None):
         """Writes cache rows pos_ids_S; returns logits [S, V], or those of the rows that `only` (int64, few) names.
@@ -229,8 +235,9 @@ class Decoder:
         nobody reads the others; its keys and values are stored for all. steps: other weights than `self.steps`.
         """
         c, rows, steps = self.config, len(pos_ids_S), steps or self.steps
+        if steps.turned and (rows <= steps.rows or not self.fp8):
+            hidden_SD = turned(hidden_SD)
         if rows <= steps.rows:
-            hidden_SD = turned(hidden_SD) if steps.turned else hidden_SD
             if not steps.packed:                             # packed products take their own
                 row_sums(hidden_SD, steps.work)
             for layer in range(c.L):
@@ -248,7 +255,7 @@ class Decoder:
         if scale_S is not None:
             fresh_SD = (fresh_SD.float() * scale_S[:, None]).to(self.dtype)
         normed_SD, _ = add_rmsnorm(fresh_SD, hidden_SD, self.w["text.norm"], c.eps)
-        return dense(normed_SD, self.head_VD)
+        return dense(normed_SD, self.head_VD, self.room)
 
     def _step_layer(self, layer: int, hidden_SD, pos_ids_S, steps: Steps):
         """Few rows at consecutive positions, six launches: the weights are read once, and with plain weights a row's
@@ -263,18 +270,18 @@ class Decoder:
 
     def _prefill_layer(self, layer: int, hidden_SD, fresh_SD, pos_ids_S, only):
         """Many rows, cuBLAS products. Returns the stream and what this layer's feed-forward adds to it."""
-        c, w = self.config, self.layers[layer]
+        c, w, room = self.config, self.layers[layer], self.room
         if fresh_SD is None:
             normed_SD = rmsnorm(hidden_SD, w["attn_norm"], c.eps)
         else:
             normed_SD, hidden_SD = add_rmsnorm(fresh_SD, hidden_SD, w["attn_norm"], c.eps)
         k_NMK, v_NMK = self.k_cache_LNMK[layer], self.v_cache_LNMK[layer]
-        q_SHK = rope_store(dense(normed_SD, w["qkv"]), pos_ids_S, self.cos_MK, self.sin_MK, k_NMK, v_NMK)
+        q_SHK = rope_store(dense(normed_SD, w["qkv"], room), pos_ids_S, self.cos_MK, self.sin_MK, k_NMK, v_NMK)
         if only is not None:
             q_SHK, hidden_SD, pos_ids_S = (t.index_select(0, only) for t in (q_SHK, hidden_SD, pos_ids_S))
-        mixed_SD = dense(attention(q_SHK, k_NMK, v_NMK, pos_ids_S).flatten(1), w["o"])
+        mixed_SD = dense(attention(q_SHK, k_NMK, v_NMK, pos_ids_S).flatten(1), w["o"], room)
         normed_SD, hidden_SD = add_rmsnorm(mixed_SD, hidden_SD, w["mlp_norm"], c.eps)
-        return hidden_SD, dense(swiglu(dense(normed_SD, w["gate_up"])), w["down"])
+        return hidden_SD, dense(swiglu(dense(normed_SD, w["gate_up"], room)), w["down"], room)
 
     def _prefill_layer8(self, layer: int, hidden_SD, fresh_SD, scale_S, pos_ids_S, only):
         """The same with e4m3 products, whose norms are folded in. What the layer adds has a scale for each row."""
@@ -290,8 +297,13 @@ class Decoder:
         return hidden_SD, product8(x8_SF, w["down"], dtype), scale_S
 
 
-def dense(x_SD, w_OD):
-    """x @ w.T. Many rows: cuBLAS, which is fastest there. One row, prefill's last: the step's kernel."""
+def dense(x_SD, w_OD, room=None):
+    """x @ w.T. Many rows: cuBLAS, which is fastest there, on a packed weight as it comes out of `unpack`. One row,
+    prefill's last: the step's kernel. Rows in front of a weight with a norm in it are normed already."""
+    if isinstance(w_OD, Packed) and x_SD.shape[0] > MAX_PACKED_ROWS:
+        return F.linear(x_SD, unpack(w_OD, x_SD.dtype, room))
+    if isinstance(w_OD, Packed):
+        return product(x_SD, dataclasses.replace(w_OD, normed=False))
     return skinny(x_SD, w_OD) if x_SD.shape[0] <= STEP_ROWS else F.linear(x_SD, w_OD)
 
 
@@ -1515,15 +1527,33 @@ def check_finite(state: State, model: Model, stage: str) -> None:
 # ---- loading ---------------------------------------------------------------------------------------------------
 
 
+class Unpackable(InputError):
+    """Weights whose shapes make no whole groups."""
+
+
+def unpackable(cls, path, error: NotPackable) -> Unpackable:
+    return Unpackable(f"{path}: cannot be packed ({error}); leave out "
+                      f"{'drafter_dtype' if cls is Drafter else 'self_draft'}")
+
+
+def form_of(cls, path, config: dict, drafter_dtype: str) -> str | None:
+    """The packed form of a drafter's weights, one of BITS: what was asked for, or what its folder holds."""
+    asked = None if cls is Target or drafter_dtype == "bf16" else drafter_dtype
+    if config.get("packed") and asked not in (None, config["packed"]["form"]):
+        raise InputError(f"{path}: holds 4-bit weights alone, drafter_dtype {asked} needs the original; take int4")
+    return config["packed"]["form"] if config.get("packed") else asked
+
+
 def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, graphs=True, seed=0, packed=None,
                progress=None):
     """A Target or a Drafter from a folder, a hub id in the local cache, or the word `random-7b` (real shapes,
-    random numbers from `seed`, for speed work only). packed: one of BITS: a Drafter's steps read packed weights, a
+    random numbers from `seed`, for speed work only). packed: one of BITS: a Drafter exists in that form alone, a
     Target has a packed copy beside its own. progress: called with (side, bytes read, bytes in all) while a checkpoint
     is read."""
     device = pick_device(device)
     dtype = dtype or default_dtype(device)
     config, checkpoint = open_model(cls, path)
+    packed = form_of(cls, path, config, packed or "bf16") if cls is Drafter else packed
     folder = Path(__file__).parent / "weights/tiny/target" if checkpoint is None else checkpoint.folder
     text = Text(tokenizer or Path(folder) / "tokenizer.json")
     V = text_config(config).V
@@ -1531,21 +1561,26 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
         raise InputError(f"{text.path}: has {text.size} pieces, the {cls.side} {path} embeds {V}; take the "
                          f"tokenizer.json of this checkpoint")
     stops = stop_ids(folder, config) if checkpoint else (2,)
+    cache_rows = cache_rows or rows_for(cls.side, config)
+    made: collections.abc.Callable = iter                    # what becomes of the weights as they come
+    if config.get("packed"):
+        made = functools.partial(assembled, config=config)
+    elif packed is not None and cls is Drafter:
+        turn = checkpoint is not None and gains_by_turning(checkpoint.some_rows, text_config(config).L)
+        config, made = config | {"packed": {"form": packed, "turned": turn}}, functools.partial(
+            packing, form=packed, turn=turn)
     try:
-        weights = (checkpoint.load(device, dtype, progress and functools.partial(progress, cls.side)) if checkpoint
-                   else random_weights(config, device, dtype, seed))
+        weights = (checkpoint.load(device, dtype, progress and functools.partial(progress, cls.side), made)
+                   if checkpoint else random_weights(config, device, dtype, seed, made))
         with torch.inference_mode():
             model = cls(config, weights, text, str(path), stops, cache_rows, graphs)
             model.origin = {"hash": checkpoint.fingerprint(), "revision": checkpoint.revision} if checkpoint else {
                 "hash": f"seed {seed}", "revision": None}
-            if packed is not None and cls is Drafter:
-                model.decoder.pack(packed)
-            elif packed is not None:
+            if packed is not None and cls is Target:
                 model.copy = model.decoder.packed(packed)
             return model
     except NotPackable as error:
-        option = "drafter_dtype" if cls is Drafter else "self_draft"
-        raise InputError(f"{path}: cannot be packed ({error}); leave out {option}") from None
+        raise unpackable(cls, path, error) from None
     except (RuntimeError, MemoryError) as error:             # torch.OutOfMemoryError is one
         if not ran_out(error):
             raise
@@ -1557,6 +1592,9 @@ def open_model(cls, path):
     if str(path) == "random-7b":
         return TARGET_7B if cls is Target else DRAFTER_7B, None
     checkpoint = open_checkpoint(path)
+    if cls is Target and checkpoint.config.get("packed"):
+        raise InputError(f"{path}: holds a drafter packed in 4 bits; a target is never packed, its answers would be "
+                         f"another model's: give Video-LLaVA's folder")
     wanted, kind = "video_llava" if cls is Target else "EventChat_llama", checkpoint.config.get("model_type")
     if kind != wanted:
         raise InputError(f"{path}: holds a {kind} model, the {cls.side} needs {wanted}; swap --eventgpt and "
@@ -1575,7 +1613,7 @@ def model_name(target, tokenizer=None) -> str:
     return hashlib.sha256(name.encode() + file.read_bytes()).hexdigest()[:16]
 
 
-def kernel_bytes(cls, config: dict, rows: int, gpu: bool, packed: str | None) -> dict:
+def kernel_bytes(cls, config: dict, rows: int, gpu: bool, packed: str | None, itemsize: int) -> dict:
     """What kernels hold for one model: see `memory_needs`."""
     d = text_config(config)
     held = {"scratch": Workspace.nbytes(d.D, d.H, d.K, rows, cls is Drafter) + 8 * (rows + STATE)}
@@ -1584,50 +1622,67 @@ def kernel_bytes(cls, config: dict, rows: int, gpu: bool, packed: str | None) ->
         of_layers, of_head = BITS[packed]
         products = ((d.H + 2 * d.N) * d.K, d.D), (d.D, d.H * d.K), (2 * d.F, d.D), (d.D, d.F)
         held["packed"] = packed_bytes(d.V, d.D, of_head) + d.L * sum(packed_bytes(*of, of_layers) for of in products)
-        held["scratch"] += Workspace.nbytes(d.D, d.H, d.K, rows, True)
+        if cls is Target:
+            held["scratch"] += Workspace.nbytes(d.D, d.H, d.K, rows, True)
+        else:
+            held["replaced"] = replaced_bytes(config, packed, itemsize)
+            held["scratch"] += d.largest * itemsize * (gpu and packed == "int4")
     return held
 
 
 def needs_of(cls, config: dict, where: torch.device, dtype: torch.dtype, cache_rows=None, packed=None) -> dict:
-    rows, gpu = cache_rows or text_config(config).max_rows, where.type == "cuda"
-    return memory_needs(cls.side, config, dtype.itemsize, rows, gpu, kernel_bytes(cls, config, rows, gpu, packed))
+    rows, gpu = cache_rows or rows_for(cls.side, config), where.type == "cuda"
+    held = kernel_bytes(cls, config, rows, gpu, packed, dtype.itemsize)
+    return memory_needs(cls.side, config, dtype.itemsize, rows, gpu, held)
 
 
-def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None,
-                  cache_rows=None, drafter_dtype="bf16", self_draft=None) -> dict:
-    """{side: {"device", "free", and the parts of `memory_needs`}}, bytes, from headers alone. "packed" of the target is
-    its 4-bit copy, see `load_engine`. InputError if it cannot fit: nothing is allocated then."""
-    budget, on = {}, {}
-    copied = self_draft or self_draft is None and pick_device(device).type == "cuda"
-    for cls, path, name in ((Target, videollava, device), (Drafter, eventgpt, drafter_device or device)):
-        if path is not None:
-            where = pick_device(name)
-            packed = drafter_dtype if cls is Drafter and drafter_dtype in BITS else None
-            needs = needs_of(cls, open_model(cls, path)[0], where, dtype or default_dtype(where), cache_rows,
-                             "int4" if cls is Target and copied else packed)
-            budget[cls.side] = {"device": str(where), **needs, "free": free_bytes(where)[0]}
-            on.setdefault(where, {}).update({f"{cls.side} {part}": n for part, n in needs.items()})
-    try:
-        for where, parts in on.items():
-            insist_on_room(" and ".join(str(p) for p in (videollava, eventgpt) if p is not None), where, parts)
-    except InputError:
-        if self_draft is not None or "target" not in budget or "packed" not in budget["target"]:
-            raise
-        return memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype, False)
-    return budget
+def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,
+                  drafter_dtype="bf16", self_draft=None, text_rows=TEXT_ROWS) -> dict:
+    """{side: {"device", "free", "rows" of its cache, and the parts of `memory_needs`}}, bytes, from headers alone.
+    "packed" of the target is its 4-bit copy, see `load_engine`. InputError if it cannot fit, with the settings that
+    do: nothing is allocated then."""
+    def budget_of(eventgpt, videollava, drafter_device, cache_rows, drafter_dtype, copied) -> dict:
+        budget, rows = {}, rows_of_sides(cache_rows)
+        for cls, path, name in ((Target, videollava, device), (Drafter, eventgpt, drafter_device or device)):
+            if path is not None:
+                config, where = open_model(cls, path)[0], pick_device(name)
+                of = rows[cls.side] or rows_for(cls.side, config, text_rows)
+                packed = "int4" if cls is Target and copied else form_of(cls, path, config, drafter_dtype)
+                try:
+                    needs = needs_of(cls, config, where, dtype or default_dtype(where), of, packed)
+                except NotPackable as error:
+                    raise unpackable(cls, path, error) from None
+                budget[cls.side] = {"device": str(where), "rows": of, **needs, "free": free_bytes(where)[0]}
+        return budget
+
+    asked = (eventgpt, videollava, drafter_device, cache_rows, drafter_dtype)
+    if self_draft is None and pick_device(device).type == "cuda":
+        with contextlib.suppress(Unpackable):
+            if not lacking(budget := budget_of(*asked, True)):
+                return budget
+    if not (short := lacking(budget := budget_of(*asked, bool(self_draft)))):
+        return budget
+    where, kind = pick_device(device), str(dtype or default_dtype(pick_device(device))).removeprefix("torch.")
+    found = {}
+    for flags, given in settings(eventgpt, videollava, where).items():
+        with contextlib.suppress(Unpackable):
+            found[flags] = budget_of(*given)
+    raise no_room(" and ".join(str(p) for p in (videollava, eventgpt) if p is not None), *short,
+                  way_out(found, kind, where))
 
 
 def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,
                 draft_len=5, overlap_len=15, tokenizer=None, graphs=True, seed=0, gate=True,
-                drafter_dtype="bf16", self_draft=None, progress=None) -> Engine:
+                drafter_dtype="bf16", self_draft=None, text_rows=TEXT_ROWS, progress=None) -> Engine:
     """An Engine over the two checkpoints (either may be None).
 
     eventgpt, videollava: folders, hub ids already in the cache, or `random-7b`. device: `cuda`, `cuda:N` or `cpu`;
     drafter_device: another one for the drafter. dtype: `bf16`, `fp16` or `fp32`, by default bf16 on a GPU and fp32 on
-    the CPU. cache_rows: positions per model, by default what it was trained for. tokenizer: a tokenizer.json in place
-    of the checkpoints' own. gate: draft only where it is expected to pay; False: whatever it costs. drafter_dtype:
-    `int4` packs the weights of the drafter's steps, `fp8+int4` those of its prefill too (answers stay the same, drafts
-    are cheaper and a little worse); `bf16` leaves them as loaded. self_draft: True keeps a 4-bit copy of the target,
+    the CPU. cache_rows: positions of both caches, or a pair (target, drafter); by default what a clip and `text_rows`
+    rows of template, question and answer need. tokenizer: a tokenizer.json in place of the checkpoints' own. gate:
+    draft only where it is expected to pay; False: whatever it costs. drafter_dtype: `int4` packs the drafter's weights
+    as they are read, `fp8+int4` too, with e4m3 ones beside them for a quicker prefill (answers stay the same, drafts
+    are cheaper and a little worse); `bf16` leaves them as they are. self_draft: True keeps a 4-bit copy of the target,
     which drafts for it (see `SelfRounds`); None: on a GPU, if it fits. progress: see `load_model`. Raises InputError
     for what cannot be loaded or does not fit.
     """
@@ -1640,20 +1695,21 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
                          f"take int4")
     if type(gate) is not bool:
         raise InputError(f"gate: wanted True or False, got {gate!r}; change it")
-    for name, value, low in (("cache_rows", cache_rows, 1), ("draft_len", draft_len, 0),
-                             ("overlap_len", overlap_len, 0)):
-        if value is not None and (type(value) is not int or value < low):
+    for name, value, low in (("text_rows", text_rows, 1), ("draft_len", draft_len, 0), ("overlap_len", overlap_len, 0)):
+        if type(value) is not int or value < low:
             raise InputError(f"{name}: wanted a whole number from {low} up, got {value!r}; change it")
-    budget = memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype, self_draft)
-    options = dict(dtype=dtype, cache_rows=cache_rows, graphs=graphs, progress=progress)
+    budget = memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype, self_draft,
+                           text_rows)
+    options = dict(dtype=dtype, graphs=graphs, progress=progress)
     target = drafter = None
     if videollava is not None:
-        target = load_model(Target, videollava, device, tokenizer=tokenizer, seed=seed,
-                            packed="int4" if "packed" in budget["target"] else None, **options)
+        target = load_model(Target, videollava, device, cache_rows=budget["target"]["rows"], tokenizer=tokenizer,
+                            seed=seed, packed="int4" if "packed" in budget["target"] else None, **options)
     if eventgpt is not None:
         own = Path(str(eventgpt)) / "tokenizer.json"
         shared = target.text.path if target is not None and not own.exists() else None
-        drafter = load_model(Drafter, eventgpt, drafter_device or device, tokenizer=tokenizer or shared, seed=seed + 1,
+        drafter = load_model(Drafter, eventgpt, drafter_device or device, cache_rows=budget["drafter"]["rows"],
+                             tokenizer=tokenizer or shared, seed=seed + 1,
                              packed=None if drafter_dtype == "bf16" else drafter_dtype, **options)
     if target and drafter and (apart := target.text.differing(drafter.text)):
         told = "%s: %d pieces have other ids than in %s, so drafts are seldom right; take the checkpoints' own files"
@@ -1664,8 +1720,8 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
 class PrefillOnlyInference:
     """The library API of egpt_prefill_only, which this engine grew from; models load on the first call. mode: one of
     MODES, or `prefill_with_alignment`: the adapter's drafts, verified once. adapter_path: a folder of `python -m
-    weights.adapter train`; it drafts in the drafter's place unless use_adapter is False. use_4bit: the drafter's steps
-    read 4-bit weights, the target's never do. Other options: those of `load_engine`."""
+    weights.adapter train`; it drafts in the drafter's place unless use_adapter is False. use_4bit: the drafter's
+    weights are packed in 4 bits, the target's never are. Other options: those of `load_engine`."""
     OPTIONS = frozenset(inspect.signature(load_engine).parameters) - {"eventgpt", "videollava"}
 
     def __init__(self, eventgpt_path=None, videollava_model_id="LanguageBind/Video-LLaVA-7B-hf", device=None,
@@ -1745,7 +1801,8 @@ def main(argv=None) -> None:
     asked = {"event_path" if recorded else "event_image_path": of.events, "video_path": of.video,
              "image_path": of.image, "query": of.query, "max_new_tokens": of.max_new_tokens}
     try:
-        engine = load_engine(of.eventgpt, of.videollava, of.device, self_draft="self" in source if source else None)
+        engine = load_engine(of.eventgpt, of.videollava, of.device, self_draft="self" in source if source else None,
+                             text_rows=PROMPT_ROWS + len(of.query) + max(0, of.max_new_tokens))
         kind = ""
         for event in engine.stream(mode=of.mode, draft_source=source, **asked):
             if event.delta and (event.kind, kind) != ("preview", "final"):     # a preview that goes on comes at the end

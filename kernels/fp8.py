@@ -22,6 +22,7 @@ from kernels.swiglu import silu_times, swiglu_ref
 
 E4M3 = torch.float8_e4m3fn
 STORED = torch.float32 if INTERPRETED else E4M3              # Triton's interpreter loses a carry rounding to e4m3
+WEIGHT_ROWS = 1024                                           # turned into e4m3 at a time
 TOP = tl.constexpr(448.0)                                    # the largest e4m3 number
 TINY = tl.constexpr(1e-20)                                   # a row of zeros gets a scale all the same
 
@@ -44,10 +45,11 @@ def fixed_scale(D: int) -> float:
 
 
 def weight8(w_OD, norm_D=None) -> Fp8:
-    """norm_D: the weight of an RMSNorm in front, folded in."""
-    w = w_OD.float() if norm_D is None else w_OD.float() * norm_D.float()
-    scale = (w.abs().max() / TOP.value).clamp(min=TINY.value)
-    w8_OD = (w / scale).clamp(-TOP.value, TOP.value).to(E4M3)
+    """norm_D: the weight of an RMSNorm in front, folded in. Rows go WEIGHT_ROWS at a time: in fp32 they take room."""
+    def parts():
+        return (part.float() if norm_D is None else part.float() * norm_D.float() for part in w_OD.split(WEIGHT_ROWS))
+    scale = (torch.stack([part.abs().max() for part in parts()]).max() / TOP.value).clamp(min=TINY.value)
+    w8_OD = torch.cat([(part / scale).clamp(-TOP.value, TOP.value).to(E4M3) for part in parts()])
     scale = scale if norm_D is None else scale / fixed_scale(w_OD.shape[1])
     return Fp8(w8_OD, scale, torch.ones_like(scale), norm_D is not None)
 

@@ -40,7 +40,6 @@ rounds unrolled (no faster, ten times the compile time); weights of bf16 by this
 
 # mypy: disable-error-code="assignment, misc"
 import functools
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -106,15 +105,12 @@ def places(bits, device="cpu"):
     word apart are neighbours, for 16-bit products, and a byte's values belong to operands of their own, for 8-bit
     ones."""
     per = 32 // bits
-    at = torch.empty(bits // 4, 32, 4, per, dtype=torch.int64)
-    for quad, thread, word, value in itertools.product(*map(range, at.shape)):
-        g, t = thread // 4, thread % 4
-        if bits == 4:
-            part, row, column = word // 2, g + 8 * (word % 2), (0, 4, 2, 6, 1, 5, 3, 7)[value]
-        else:
-            part, row, column = quad, g + 8 * (word // 2), (0, 2, 1, 3)[value] + 4 * (word % 2)
-        at[quad, thread, word, value] = row * BLOCK + 32 * part + 8 * t + column
-    return at.flatten().to(device)
+    quad, thread, word, value = torch.meshgrid(*map(torch.arange, (bits // 4, 32, 4, per)), indexing="ij")
+    if bits == 4:
+        part, row, column = word // 2, 8 * (word % 2), torch.tensor([0, 4, 2, 6, 1, 5, 3, 7])[value]
+    else:
+        part, row, column = quad, 8 * (word // 2), torch.tensor([0, 2, 1, 3])[value] + 4 * (word % 2)
+    return ((thread // 4 + row) * BLOCK + 32 * part + 8 * (thread % 4) + column).flatten().to(device)
 
 
 @functools.cache
@@ -155,12 +151,13 @@ def quantise(w_OD, bits, norm_D=None, turn=False) -> Packed:
     Tried and dropped, share of right drafts of SmolLM2-135M beside 0.833 (turned densely, groups of 64): zero points
     0.830, half-quadratic fitting 0.840 (both one more fp16 a group), a finer search of scales 0.836, groups of 32
     0.849 (twice the scales), a 4-bit head 0.776."""
-    if turn and norm_D is None:
-        return quantise(turned(w_OD.float().T).T, bits)
-    if len(w_OD) > PACK_ROWS:
-        parts = [quantise(part, bits, norm_D, turn) for part in w_OD.split(PACK_ROWS)]
+    rows = PACK_ROWS if w_OD.shape[1] <= 4096 else PACK_ROWS // 4
+    if len(w_OD) > rows and not (turn and norm_D is None and len(w_OD) % TURNED):
+        parts = [quantise(part, bits, norm_D, turn) for part in w_OD.split(rows)]
         return Packed(torch.cat([p.words for p in parts]), torch.cat([p.scales for p in parts]), len(w_OD), bits,
                       parts[0].group, parts[0].normed)
+    if turn and norm_D is None:
+        return quantise(turned(w_OD.float().T).T, bits)
     (O, D), half, per = w_OD.shape, 1 << bits - 1, 32 // bits
     group, tiles = group_of(D), triton.cdiv(O, TILE)
     w = w_OD.float() if norm_D is None else w_OD.float() * norm_D.float()

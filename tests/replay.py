@@ -269,7 +269,7 @@ def parse(argv):
     add("--tokenizer", metavar="FILE", help="a tokenizer.json for random weights")
     add("--drafter-device", metavar="DEVICE", help="another device for the drafter")
     add("--drafter-dtype", default="bf16", metavar="NAME", help="default %(default)s")
-    add("--cache-rows", type=int, metavar="M", help="cache positions")
+    add("--cache-rows", type=bench.cache_rows, metavar="T[,D]", help="cache positions of target and drafter")
     add("--dataset-dir", type=Path, metavar="DIR", help="clips in place of the recorded ones (default: the embedded)")
     add("--max-answers", type=int, default=300, metavar="N", help="default %(default)s")
     add("--max-new-tokens", type=int, default=50, metavar="N", help="ids of an answer that count (default %(default)s)")

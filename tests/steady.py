@@ -22,6 +22,7 @@ import bench
 import engine
 from engine import MODES
 from weights.dataset import read_dataset
+from weights.memory import bytes_of
 
 
 def resident() -> float:
@@ -44,7 +45,7 @@ def main(argv=None) -> int:
     parser.add_argument("--weights", choices=("random-7b",), help="in place of the embedded pair")
     parser.add_argument("--tokenizer", help="a tokenizer.json for random weights")
     parser.add_argument("--dataset-dir", type=Path, default=bench.TINY / "clips", help="default: the embedded clips")
-    parser.add_argument("--cache-rows", type=int)
+    parser.add_argument("--cache-rows", type=bench.cache_rows, help="of both caches, or of target,drafter")
     parser.add_argument("--drafter-dtype", default="bf16")
     options = parser.parse_args(argv)
     modes = options.modes.split(",")
@@ -85,8 +86,7 @@ def main(argv=None) -> int:
     print(f"resident     {before:.0f} -> {memory:.0f} MB")
     broken = distinct > 1 or memory - before > 50 or abs(drift) > 0.03
     if e.target.on_gpu:
-        parts = ("weights", "cache", "packed", "scratch")
-        needed = sum(of.get(part, 0) for of in budget.values() for part in parts)
+        needed = bytes_of(budget)
         grown = torch.cuda.memory_reserved(device) - reserved
         print(f"GPU          peak {peak / 1e9:.2f} GB allocated, budget {needed / 1e9:.2f} GB "
               f"({peak / needed - 1:+.1%}); reserved {reserved / 1e9:.2f} GB, {grown / 1e6:+.0f} MB since")

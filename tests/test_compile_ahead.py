@@ -32,6 +32,7 @@ from kernels.sample import sample
 from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 from kernels.tower import add_layernorm, quick_gelu
+from kernels.unpack import unpack
 
 def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")
@@ -76,6 +77,7 @@ def launch(S):
         add_rmsnorm(hidden, hidden, *norm)
         attention(rope_store(meta(S, 3 * D), pos_ids, cos, sin, k, v), k, v, pos_ids)
         swiglu(meta(S, 2 * F))
+        unpack(packed(2 * F, D, 4), torch.bfloat16, meta(2 * F * D))
         tower = meta(5, 577, 1024)
         add_layernorm(tower, tower.clone(), meta(1024), meta(1024))
         quick_gelu(meta(5, 577, 4096))
@@ -117,7 +119,7 @@ STEP = {"open_round_kernel", "row_sums_kernel", "skinny_kernel", "step_kernel", 
 DRAFTS = {1: {"quant_kernel", "single_kernel", "close_draft_kernel"},
           **{rows: {"quant_kernel"} for rows in (2, 8, 16)}}
 PREFILL = {"rmsnorm_kernel", "rope_store_kernel", "prefill_kernel", "swiglu_kernel", "layernorm_kernel",
-           "quick_gelu_kernel", "last_event_kernel", "paint_kernel"}
+           "quick_gelu_kernel", "last_event_kernel", "paint_kernel", "unpack_kernel"}
 FP8 = {"norm8_kernel", "rows8_kernel"}
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}            # bytes of shared memory a program may use
 ROWS = {80: (16, 2076), 90: (1, 16, 32, 2076), 100: (16, 2076)}

@@ -19,6 +19,8 @@ from common import RECORDS, ROOT, TINY, script, truth
 
 import bench
 import engine
+import weights.memory
+import weights.packed
 from engine import InputError
 
 QUICK = ["--repeats", "1", "--warmup", "0", "--max-new-tokens", "6", "--device", "cpu", "--modes", "target_only"]
@@ -184,9 +186,28 @@ def test_sizes_of_an_engine_are_checked_before_anything_is_read(options, monkeyp
 def test_weights_that_cannot_be_packed_are_refused_in_one_line(monkeypatch):
     def fails(*_, **__):
         raise engine.NotPackable("96 inner columns in groups of 96")
-    monkeypatch.setattr(engine, "quantise", fails)
+    monkeypatch.setattr(weights.packed, "quantise", fails)
     with pytest.raises(InputError, match="drafter: cannot be packed .96 inner columns"):
         engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", drafter_dtype="int4")
+
+
+def test_a_target_that_cannot_be_packed_does_without_its_copy_unless_told(monkeypatch):
+    """As on a GPU, where a copy is made if it fits; and what fits in its place names no packed form."""
+    def fails(*_):
+        raise engine.NotPackable("96 inner columns")
+    monkeypatch.setattr(engine, "packed_bytes", fails)
+    monkeypatch.setattr(engine, "pick_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(weights.memory, "pick_device", lambda name: torch.device("cuda:0"))
+    for free in (10 ** 9, 10 ** 6):
+        for module in (engine, weights.memory):
+            monkeypatch.setattr(module, "free_bytes", lambda device, free=free: (free, free))
+        if free > 10 ** 8:
+            assert "packed" not in engine.memory_budget(None, TINY / "target")["target"]
+            with pytest.raises(InputError, match="target: cannot be packed .96 inner columns.; leave out self_draft"):
+                engine.memory_budget(None, TINY / "target", self_draft=True)
+        else:
+            with pytest.raises(InputError, match="and is never packed: free memory"):
+                engine.memory_budget(TINY / "drafter", TINY / "target")
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "LOCAL_WORLD_SIZE"])
@@ -252,7 +273,7 @@ def test_the_printed_budget_is_what_is_allocated(pair):
         needs = sum(of[part] for part in ("weights", "cache", "scratch")) / 1e9
         assert f"{side} {needs:.3f} GB (weights " in line
     assert f"(weights {budget['target']['weights'] / 1e9:.3f}, cache 0.002, scratch " in line
-    assert " free on cpu" in line and "; fewer --cache-rows" in line
+    assert " free on cpu" in line and line.endswith("; --cache-rows 512,512, fewer need less")
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError(

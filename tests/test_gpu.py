@@ -197,7 +197,7 @@ def forget():
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("drafter_dtype", ["bf16", "int4"])
+@pytest.mark.parametrize("drafter_dtype", ["bf16", "int4", "fp8+int4"])
 def test_what_is_allocated_is_within_5_percent_of_the_printed_budget(monkeypatch, drafter_dtype):
     forget()
     before = torch.cuda.memory_allocated()

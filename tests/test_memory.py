@@ -4,6 +4,7 @@ counted; in place of kernels stands what their launchers allocate. tests/test_gp
 import os
 import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from common import asked, script
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench
 import engine
 import weights.memory
 from engine import Drafter, InputError, Target
-from kernels import quant
+from kernels import fp8, quant
+from weights.load import random_tensors
+from weights.packed import packing
 
 TEXT = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3,
         "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 1024, "vocab_size": 2048}
@@ -75,6 +79,7 @@ def launchers(monkeypatch):
             return made(len(x), w.shape[0] // (2 if gated else 1), like=x)
         return plain(x, w, *args, gated=gated, **options)
     monkeypatch.setattr(engine, "product", skinny)
+    monkeypatch.setattr(engine, "unpack", lambda w, dtype, room: room[:w.shape.numel()].view(w.shape))
 
 
 def one_request(model, frames):
@@ -106,21 +111,39 @@ def test_the_budget_is_within_5_percent_of_what_is_allocated(name, packed, kerne
         needs["scratch"] -= (2 << 25) + (2 << 26)            # a library's and the resized pictures, which are not here
     with Allocations() as counted:
         model = engine.load_model(cls, "random-7b", device, dtype, packed=packed)
+        if packed and kernels == "as on a GPU":
+            model.decoder.room = torch.empty(model.config.largest)
         one_request(model, 8 if cls is Target else 5)
     d, steps = model.decoder, model.copy or model.decoder.steps
-    assert needs["weights"] == sum(t.nbytes for t in d.w.values())
+    assert needs["weights"] == sum(t.nbytes for t in d.w.values() if isinstance(t, torch.Tensor))
     if packed:
         copies = [t for layer in steps.layers for t in layer.values() if hasattr(t, "bits")] + [steps.head_VD]
         assert needs["packed"] == sum(t.nbytes for t in copies)
     assert counted.peak == pytest.approx(sum(needs.values()), rel=0.05), needs
 
 
-def test_packing_by_and_by_gives_the_same_bits(monkeypatch):
-    w_OD = torch.randn(300, 256)
-    whole = quant.quantise(w_OD, 4)
+@pytest.mark.parametrize("turn", [False, True])
+@pytest.mark.parametrize("rows", [320, 300])                 # turned are 64 rows with each other, or 4
+def test_packing_by_and_by_gives_the_same_bits(rows, turn, monkeypatch):
+    w_OD = torch.randint(-64, 65, (rows, 256)).float()       # a turn of whole numbers is exact
+    whole = quant.quantise(w_OD, 4, turn=turn)
     monkeypatch.setattr(quant, "PACK_ROWS", 128)
-    parts = quant.quantise(w_OD, 4)
+    parts = quant.quantise(w_OD, 4, turn=turn)
     assert torch.equal(whole.words, parts.words) and torch.equal(whole.scales, parts.scales)
+
+
+@pytest.mark.parametrize("form", list(quant.BITS))
+def test_while_packing_no_more_than_a_layer_is_held_beside_what_stays(form, monkeypatch):
+    """Rows are packed 64 at a time here; at 7B sizes PACK_ROWS bounds it in the same way."""
+    monkeypatch.setattr(quant, "PACK_ROWS", 64)
+    monkeypatch.setattr(fp8, "WEIGHT_ROWS", 64)
+    config = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "vocab_size": 256}
+    layer = 4 * (4 * 256 * 256 + 3 * 256 * 256)
+    with Allocations() as counted:
+        made = dict(packing(random_tensors(config, torch.device("cpu"), torch.float32, 0), form, False))
+        held = sum(nbytes for of, nbytes in counted.live.values() if not of.expired())
+    assert len(made) > 12 and counted.peak <= held + layer, f"{counted.peak - held} of {layer}"
 
 
 # ---- what does not fit
@@ -139,7 +162,7 @@ def test_the_refusal_says_who_holds_the_memory_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(weights.memory, "free_bytes", lambda device: (6 * 10 ** 9, 80 * 10 ** 9))
     with pytest.raises(InputError) as error:
-        weights.memory.insist_on_room("DIR", torch.device("cuda:0"), {"weights": 13 * 10 ** 9, "cache": 2 * 10 ** 9})
+        raise weights.memory.no_room("DIR", torch.device("cuda:0"), {"weights": 13 * 10 ** 9, "cache": 2 * 10 ** 9})
     assert str(error.value) == (
         "DIR: needs 15.000 GB (weights 13.000, cache 2.000), cuda:0 has 6.000 of 80.000 GB free, most is held by "
         "python (pid 4711, 64.4 GB), /opt/render (pid 4712, 2.1 GB); lower --cache-rows, free memory, or choose "
@@ -154,6 +177,99 @@ def test_the_refusal_says_who_holds_the_memory_of_the_host():
 def test_without_nvidia_smi_the_refusal_names_nobody(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert weights.memory.holders(torch.device("cuda:0")) == []
+
+
+# ---- what fits
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """cards(GB, ...): as many GPUs, all free."""
+    def put_in(*gigabytes):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gigabytes))
+        for module in (engine, weights.memory):
+            monkeypatch.setattr(module, "pick_device", lambda name: torch.device(name or "cuda:0"))
+            monkeypatch.setattr(module, "free_bytes", lambda at: (int(gigabytes[at.index] * 1e9),) * 2)
+        monkeypatch.setattr(weights.memory, "holders", lambda device: [])
+    return put_in
+
+
+def refused(*args, **options) -> str:
+    with pytest.raises(InputError) as error:
+        engine.memory_budget(*args, **options)
+    assert "\n" not in str(error.value) and "GiB" not in str(error.value)
+    return str(error.value)
+
+
+PAIR = ("random-7b", "random-7b")
+LOOKUP = "`--videollava random-7b --modes target_only,speculative --draft-source lookup`"
+SELF = LOOKUP[:-1] + ",self`"
+INT4 = "`--eventgpt random-7b --videollava random-7b --drafter-dtype int4`"
+TWO = "`--eventgpt random-7b --videollava random-7b --drafter-device cuda:1`"
+
+
+@pytest.mark.parametrize("gigabytes,fits", [
+    ([24], [LOOKUP, SELF, INT4]), ([18], [LOOKUP]), ([21], [LOOKUP, SELF]), ([24, 24], [LOOKUP, SELF, INT4, TWO]),
+    ([24, 8], [LOOKUP, SELF, INT4])], ids=str)
+def test_a_pair_that_does_not_fit_is_told_what_does_cheapest_first(gigabytes, fits, cards):
+    cards(*gigabytes)
+    line = refused(*PAIR, text_rows=210)
+    told = re.findall(r"(\d+\.\d) GB (`--[^`]*`)", line)
+    assert [flags for _, flags in told] == fits
+    for needed, flags in told:                               # each is a command that fits, and the figure its sum
+        given = bench.parse(flags.strip("`").split())
+        budget = engine.memory_budget(
+            given.eventgpt, given.videollava, None, given.drafter_device, cache_rows=given.cache_rows,
+            drafter_dtype=given.drafter_dtype, self_draft="self" in given.draft_source, text_rows=210)
+        assert f"{weights.memory.bytes_of(budget) / 1e9:.1f}" == needed
+        assert set(given.modes.split(",")) <= {"target_only", "speculative"} or given.eventgpt
+
+
+@pytest.mark.parametrize("gigabytes", [16, 12])
+def test_a_card_below_the_target_is_told_so_and_what_is_left(gigabytes, cards):
+    cards(gigabytes)
+    line = refused(*PAIR, text_rows=210)
+    assert "the bfloat16 target needs 14.7 GB for its weights, 16.4 in all, and is never packed: take 5.4 GB" in line
+    assert "--modes drafter_only --drafter-dtype int4`" in line and "another --device, cpu" in line
+    assert "--draft-source" not in line, "nothing with the target fits"
+    assert "drafter_only" not in refused(None, "random-7b"), "no drafter was named"
+    assert engine.memory_budget("random-7b", None, drafter_dtype="int4", text_rows=210)
+
+
+def test_what_a_process_may_not_take_is_not_free(monkeypatch):
+    """A card of 80 GB, 70 free; torch holds 4, of which 1 is in use, and may hold 24."""
+    for name, value in (("mem_get_info", (70, 80)), ("memory_reserved", 4), ("memory_allocated", 1),
+                        ("get_per_process_memory_fraction", 0.3)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert weights.memory.free_bytes(torch.device("cuda:0")) == (23, 24)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    assert weights.memory.free_bytes(torch.device("cuda:0")) == (73, 80)
+
+
+@pytest.mark.parametrize("rows,sides", [(None, (2304, 832)), (4000, (4000, 4000)), ((2560, 700), (2560, 700))], ids=str)
+def test_caches_are_sized_to_a_clip_its_text_and_the_answer_or_as_told(rows, sides, cards):
+    """2,056 rows of pictures, or 582; 160 of template and question, 50 new ids, 34 for drafts."""
+    cards(99)
+    budget = engine.memory_budget(*PAIR, cache_rows=rows, text_rows=210)
+    assert tuple(budget[side]["rows"] for side in ("target", "drafter")) == sides
+    for cls in (Target, Drafter):
+        needs = engine.needs_of(cls, engine.open_model(cls, "random-7b")[0], torch.device("cuda"), torch.bfloat16,
+                                budget[cls.side]["rows"], "int4" if cls is Target else None)
+        assert {part: budget[cls.side][part] for part in needs} == needs
+
+
+def test_a_request_of_the_size_that_caches_were_made_for_fits(pair, monkeypatch):
+    """As `rows_for` counts it: any question of 100 ids, any answer of so many, here a whole number of 64 rows."""
+    longer = {"max_position_embeddings": 4096}
+    for model, visual in ((pair.target, 8 * (pair.target.vision.P + 1)), (pair.drafter, 5 + pair.drafter.vision.P + 1)):
+        config = engine.open_model(type(model), engine.TINY / model.side)[0]
+        config = config | longer | {"text_config": config.get("text_config", {}) | longer}
+        new = 600 + -(visual + 160 + 600) % 64
+        rows = engine.rows_for(model.side, config, 160 + new)
+        monkeypatch.setattr(engine.Decoder, "cache_rows", property(lambda self, rows=rows: rows))
+        request = SimpleNamespace(draft_len=5, overlap_len=31, max_new_tokens=new)
+        pair._check_rows(model, visual + 160, request)
+        assert rows <= visual + 160 + new + 34 + 64
 
 
 # ---- memory that runs out in a request

@@ -41,7 +41,6 @@ from weights.files import (
     reason_of,
     refusal,
 )
-from weights.memory import insist_on_room
 from weights.names import (
     CLIP_MEAN,
     CLIP_STD,
@@ -61,6 +60,7 @@ from weights.names import (
 MAX_NAMES = 10                       # tensors listed in one message
 MAX_HEADER_BYTES = 16 << 20           # a 7B model has 80 KB; the library would read 100 MB, for half a minute
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED = FLOATS | {"I32": torch.int32}
 PIECE, READERS = 8 << 20, 4          # bytes read at a time, threads that read
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CLIP_336, ASSUMED_CLIP = "openai/clip-vit-large-patch14-336", {"image_size": 336}
@@ -68,6 +68,7 @@ LOOKS_LIKE = [                       # the keys of other checkpoints that people
     (r"^base_model\.model\.|\.lora_[AB]\.", "a LoRA adapter: merge it into its model first"),
     (r"\.(qweight|qzeros|absmax|quant_map|SCB|weight_format|weight_scale)\b", "a quantised checkpoint: use the "
      "original in bf16 or fp16"),
+    (r"^text\..*\.words$", "a drafter packed by weights.convert: it belongs to the config.json written beside it"),
     (r"^model\.(mm_projector|image_tower\.image_tower|video_tower\.video_tower)\.", "the original Video-LLaVA or LLaVA "
      "layout: use LanguageBind/Video-LLaVA-7B-hf"),
     (r"^(model\.)?video_tower\.", "Video-LLaVA"),
@@ -294,15 +295,24 @@ class Checkpoint:
     def kind(self) -> str:
         return self.plan.kind
 
-    def load(self, device, dtype, progress=None) -> dict:
+    def load(self, device, dtype, progress=None, made=iter) -> dict:
         """{engine name: tensor} on the device. Each is allocated once and filled from the disk, fused on the way.
 
         dtype: torch.float32, float16 or bfloat16. progress: called with (bytes read, bytes in all) after every
-        checkpoint tensor. InputError if a file cannot be read through, or if a value is NaN or infinite.
+        checkpoint tensor. made: called with the pairs (name, tensor), which come as norms and biases and then one
+        matrix after the other; its pairs are taken. InputError if a file cannot be read through, or if a value is NaN
+        or infinite.
         """
-        device = torch.device(device)
-        insist_on_room(self.folder, device, {"weights": self.plan.nbytes(dtype.itemsize)})
-        return dict(self.tensors(device, dtype, progress))
+        return dict(made(self.tensors(device, dtype, progress)))
+
+    def some_rows(self, name: str, rows: int = 128):
+        """The first rows of each part of an engine tensor, or all of a vector; on the host."""
+        wanted, found = next(of for of in self.plan.wanted if of.name == name), []
+        for part in wanted.parts:
+            stored = self.stored[part.name]
+            with safe_open(stored.file, framework="pt") as file:
+                found.append(file.get_slice(stored.key)[:rows if len(part.shape) > 1 else part.shape[0]])
+        return torch.cat(found)
 
     def fingerprint(self) -> str:
         """16 hex digits that tell checkpoints apart: SHA-256 of config.json, of every tensor's name, dtype and shape,
@@ -330,11 +340,13 @@ class Checkpoint:
         return self.folder.name if self.folder.parent.name == "snapshots" else None
 
     def tensors(self, device, dtype, progress=None):
-        """Yields (engine name, tensor) as they fill up, in the order of the files. Values are checked at the end."""
+        """Yields (engine name, tensor) as they fill up: vectors, then the others one by one, in the order of the files.
+        Values are checked at the end."""
         assert dtype in (torch.float32, torch.float16, torch.bfloat16), dtype
         device = torch.device(device)
         jobs = [(self.stored[part.name], part, wanted) for wanted in self.plan.wanted for part in wanted.parts]
-        jobs.sort(key=lambda job: (str(job[0].file), job[0].start))
+        at = {part.name: (str(self.stored[part.name].file), self.stored[part.name].start) for _, part, _ in jobs}
+        jobs.sort(key=lambda job: (len(job[2].shape) > 1, min(at[part.name] for part in job[2].parts), at[job[1].name]))
         filling, flags, done, total = {}, [], 0, sum(stored.nbytes for stored, _, _ in jobs)
         buffers, files = itertools.cycle([Buffer(device) for _ in range(READERS + 1)]), {}
 
@@ -345,7 +357,7 @@ class Checkpoint:
                 if stored.file not in files:
                     files[stored.file] = open_weights(stored.file)
                     opened.callback(files[stored.file][0].close)
-                step = PIECE // FLOATS[stored.dtype].itemsize
+                step = PIECE // STORED[stored.dtype].itemsize
                 for first in range(0, prod(part.shape), step):
                     buffer = next(buffers)
                     yield job, first, buffer, readers.submit(buffer.read, *files[stored.file], stored, first)
@@ -356,7 +368,8 @@ class Checkpoint:
             while queued:
                 (stored, part, wanted), first, buffer, reading = queued.popleft()
                 tensor, missing = filling.get(wanted.name) or (
-                    torch.empty(wanted.shape, dtype=dtype, device=device), len(wanted.parts))
+                    torch.empty(wanted.shape, dtype=STORED[wanted.dtype] if wanted.dtype else dtype, device=device),
+                    len(wanted.parts))
                 rows = tensor.narrow(0, part.row, part.shape[0])
                 try:
                     values = reading.result()
@@ -375,6 +388,7 @@ class Checkpoint:
                 if progress:
                     progress(done, total)
                 if missing == 1:
+                    del tensor, rows                         # else it would stay while the next one is read
                     yield wanted.name, filling.pop(wanted.name)[0]
         finite = torch.stack(flags).tolist()            # the one wait for the device
         bad = [stored for (stored, _, _), fine in zip(jobs, finite, strict=True) if not fine]
@@ -401,6 +415,7 @@ def open_checkpoint(path_or_id, revision=None) -> Checkpoint:
     headers = [read_header(file) for file in files]
     if index is not None:
         complaints += index_complaints(index, headers, files)
+    kind = "packed" if config.get("packed") else kind
     gather(headers, kind, stored, unread, complaints)
     embed = stored.get("language_model.embed_tokens.weight")
     if kind == "EventChat_llama" and embed and embed.shape:
@@ -408,10 +423,13 @@ def open_checkpoint(path_or_id, revision=None) -> Checkpoint:
         if extra and embed.shape[0] == V + extra:
             config["vocab_size"] = V + extra            # rows that the marker flags explain
     wanted = plan(config, folder / "config.json")
+    if kind == "packed":
+        from weights.packed import packed_plan  # Triton, a second of start that others need not
+        wanted = packed_plan(config, wanted, folder / "config.json")
     insist_ids(folder, config)
     of_events = kind == "EventChat_llama" and config.get("mm_visual_tower")
     insist_processor(clip_folder(folder, config) if of_events else folder, config)
-    if kind == "EventChat_llama" and not any(name.startswith("event_tower.") for name in stored):
+    if kind == "EventChat_llama" and not any(name.startswith(("event_tower.", "events.")) for name in stored):
         clip = clip_folder(folder, config)
         if clip is None:
             raise refusal(folder, f"holds no vision tower, and mm_visual_tower {brief(config['mm_visual_tower'])} in "
@@ -539,12 +557,13 @@ def gather(headers, kind, stored, unread, complaints):
 def mismatches(wanted: Plan, stored: dict) -> list:
     """What is missing, misshapen, not floating point or left over, at most ten names in all."""
     parts = {part.name: part for tensor in wanted.wanted for part in tensor.parts}
+    kept = {part.name: tensor.dtype and (tensor.dtype,) for tensor in wanted.wanted for part in tensor.parts}
     shapes, dtypes = [], []
     for name, part in parts.items():
         tensor = stored.get(name)
         if tensor and tensor.shape != part.shape:
             shapes.append(f"{tensor.key} is {list(tensor.shape)}, config.json wants {list(part.shape)}")
-        elif tensor and tensor.dtype not in FLOATS:
+        elif tensor and tensor.dtype not in (kept[name] or FLOATS):
             dtypes.append(f"{tensor.key} is {tensor.dtype}")
     missing = [on_disk(name, wanted.kind) for name in parts if name not in stored]
     surplus = [tensor.key for name, tensor in stored.items() if name not in parts and name not in wanted.unused]
@@ -560,7 +579,8 @@ def mismatches(wanted: Plan, stored: dict) -> list:
 
 def advice(kind, keys) -> str:
     """The way out of a checkpoint that does not fit: what its keys look like, if that is something else."""
-    own = {"video_llava": "Video-LLaVA", "EventChat_llama": "EventGPT", "llama": "a plain LLaMA"}[kind]
+    own = {"video_llava": "Video-LLaVA", "EventChat_llama": "EventGPT", "llama": "a plain LLaMA",
+           "packed": "a packed drafter"}[kind]
     for pattern, what in LOOKS_LIKE:
         if any(re.search(pattern, key) for key in keys):
             if what == own:
@@ -584,7 +604,7 @@ class Buffer:
     def read(self, file, data: int, stored, first: int):
         """The stored values from `first` on, as many as fit; `data`: where the data of the file begin. OSError as
         read, or where the file ends early."""
-        dtype, got = FLOATS[stored.dtype], 0
+        dtype, got = STORED[stored.dtype], 0
         at = data + stored.start + first * dtype.itemsize
         nbytes = min(PIECE, stored.nbytes - first * dtype.itemsize)
         if self.copied:
@@ -641,19 +661,21 @@ DRAFTER_7B = {**_TEXT_7B, "model_type": "EventChat_llama", "vocab_size": 32000, 
               "vision_config": {**_CLIP_L, "image_size": 336}}
 
 
-def random_weights(config, device, dtype, seed) -> dict:
+def random_weights(config, device, dtype, seed, made=iter) -> dict:
     """{engine name: tensor} of a config's shapes, drawn on the device from `seed`: for speed work, knows nothing.
+    made: see `Checkpoint.load`.
 
     Norms are 1 and biases 0; a matrix keeps the size of what it multiplies (std 1 / sqrt(columns)), and the two that
     write into the residual stream are smaller by sqrt(2 layers), so activations stay of order one at any depth.
     """
-    device, wanted = torch.device(device), plan(config)
-    insist_on_room("random weights", device, {"weights": wanted.nbytes(dtype.itemsize)})
-    generator = torch.Generator(device).manual_seed(seed)
+    return dict(made(random_tensors(config, torch.device(device), dtype, seed)))
+
+
+def random_tensors(config, device, dtype, seed):
+    wanted, generator = plan(config), torch.Generator(device).manual_seed(seed)
     layers = sum(tensor.name.endswith(".attn_norm") for tensor in wanted.wanted)
-    weights = {}
     for tensor in wanted.wanted:
-        filled = weights[tensor.name] = torch.empty(tensor.shape, dtype=dtype, device=device)
+        filled = torch.empty(tensor.shape, dtype=dtype, device=device)
         if tensor.name.endswith(".b"):
             filled.zero_()
         elif tensor.name.split(".")[-1].endswith("norm") or "norm" in tensor.name.split(".")[-2]:
@@ -665,7 +687,8 @@ def random_weights(config, device, dtype, seed) -> dict:
             if tensor.name.endswith((".o", ".down", ".out.w", ".fc2.w")):
                 std *= (2 * layers) ** -0.5
             filled.normal_(0, std, generator=generator)
-    return weights
+        yield tensor.name, filled
+        del filled
 
 
 # ---- python -m weights.load --------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ import torch
 
 from weights.files import InputError, refusal
 
+PARTS = ("weights", "cache", "packed", "scratch")            # of what one side needs; "packed" if there is such
+ENOUGH_ELSEWHERE = "lower --cache-rows, free memory, or choose another --device"
+
 
 def pick_device(name) -> torch.device:
     """A device that is really there, or an InputError that says which are."""
@@ -44,20 +47,69 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def free_bytes(device: torch.device) -> tuple[int, int]:
-    """(free, whole) bytes of a device. What torch keeps for reuse counts as free; on the host, what Linux could hand
-    out without swapping."""
+    """(free, whole) bytes of a device. What torch keeps for reuse counts as free, what the process may not take (by
+    `torch.cuda.set_per_process_memory_fraction`) does not; on the host, what Linux could hand out without swapping."""
     if device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), whole
+        held, most = torch.cuda.memory_reserved(device), whole
+        if (share := torch.cuda.get_per_process_memory_fraction(device)) < 1:
+            most = int(share * whole)
+            free = max(0, min(free, most - held))
+        return free + held - torch.cuda.memory_allocated(device), most
     facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free, whole = (int(facts[name].split()[0]) << 10 for name in ("MemAvailable", "MemTotal"))
     return free, whole
 
 
-def insist_on_room(path, device: torch.device, parts: dict):
-    """Refuses what the device cannot hold. parts: what for -> bytes."""
-    if sum(parts.values()) > free_bytes(device)[0]:
-        raise no_room(path, device, parts)
+def bytes_of(budget: dict) -> int:
+    """The sum of what each side needs, of `engine.memory_budget`."""
+    return sum(of.get(part, 0) for of in budget.values() for part in PARTS)
+
+
+def lacking(budget: dict) -> tuple[torch.device, dict] | None:
+    """The first device that a budget does not fit, and what it should hold: what for -> bytes."""
+    for device in dict.fromkeys(of["device"] for of in budget.values()):
+        sides = {side: of for side, of in budget.items() if of["device"] == device}
+        if bytes_of(sides) > min(of["free"] for of in sides.values()):
+            return torch.device(device), {f"{side} {part}": of[part] for side, of in sides.items() for part in PARTS
+                                          if part in of}
+    return None
+
+
+def settings(eventgpt, videollava, where: torch.device) -> dict:
+    """{flags of bench.py: (drafter, target, drafter's device, cache rows, drafter's dtype, whether the target has a
+    4-bit copy)} of what a device may have room for, the cheapest first, and last the drafter alone."""
+    at = f" --device {where}" * (where != pick_device(None))
+    other = next((f"cuda:{i}" for i in range(torch.cuda.device_count()) if f"cuda:{i}" != str(where)), None)
+    alone = f"--videollava {videollava} --modes target_only,speculative --draft-source lookup"
+    pair = f"--eventgpt {eventgpt} --videollava {videollava}"
+    found: dict[str, tuple] = {}
+    if videollava:
+        found |= {f"{alone}{at}": (None, videollava, None, None, "bf16", False),
+                  f"{alone},self{at}": (None, videollava, None, None, "bf16", True)}
+    if videollava and eventgpt:
+        found[f"{pair} --drafter-dtype int4{at}"] = eventgpt, videollava, None, None, "int4", False
+    if videollava and eventgpt and other:
+        found[f"{pair}{at} --drafter-device {other}"] = eventgpt, videollava, other, None, "bf16", False
+    if eventgpt:
+        found[f"--eventgpt {eventgpt} --modes drafter_only --drafter-dtype int4{at}"] = (
+            eventgpt, None, None, None, "int4", False)
+    return found
+
+
+def way_out(budgets: dict, kind: str, where: torch.device) -> str:
+    """What to do instead. budgets: {flags: budget} of `settings`; kind: the dtype's name."""
+    smallest = next(iter(budgets.values()), {})
+    target_fits, has_target = not lacking(smallest), "target" in smallest
+    said = ", ".join(f"{bytes_of(of) / 1e9:.1f} GB `{flags}`" for flags, of in budgets.items()
+                     if not lacking(of) and ("target" in of) == (has_target and target_fits))
+    if has_target and not target_fits:
+        return (f"the {kind} target needs {smallest['target']['weights'] / 1e9:.1f} GB for its weights, "
+                f"{bytes_of(smallest) / 1e9:.1f} in all, and is never packed: {f'take {said}, ' * bool(said)}free "
+                f"memory, or choose another --device{', cpu' * (where.type != 'cpu')}")
+    if said:
+        return f"lower --cache-rows, or take what fits, the most last, as flags of bench.py: {said}"
+    return ENOUGH_ELSEWHERE
 
 
 def nvidia_smi(device: torch.device, query: str) -> list[list[str]]:
@@ -92,14 +144,13 @@ def holders(device: torch.device, most: int = 3) -> list[str]:
     return [f"{name} (pid {pid}, {nbytes / 1e9:.1f} GB)" for nbytes, name, pid in sorted(found, reverse=True)[:most]]
 
 
-def no_room(path, device: torch.device, parts: dict) -> InputError:
-    """The refusal, in GB: what is needed, for what, what is free, and who holds the rest."""
+def no_room(path, device: torch.device, parts: dict, way_out: str = ENOUGH_ELSEWHERE) -> InputError:
+    """The refusal, in GB: what is needed, for what, what is free, and who holds the rest. parts: what for -> bytes."""
     free, whole = (n / 1e9 for n in free_bytes(device))
     needs = ", ".join(f"{name} {n / 1e9:.3f}" for name, n in parts.items())
     held = holders(device)
     return refusal(path, f"needs {sum(parts.values()) / 1e9:.3f} GB ({needs}), {device} has {free:.3f} of "
-                   f"{whole:.3f} GB free{', most is held by ' * bool(held)}{', '.join(held)}",
-                   "lower --cache-rows, free memory, or choose another --device")
+                   f"{whole:.3f} GB free{', most is held by ' * bool(held)}{', '.join(held)}", way_out)
 
 
 def ran_out(error: BaseException | None) -> bool:

@@ -35,6 +35,7 @@ RENAMES = {
     ],
     "llama": [(r"^model\.", "language_model.")],
     "clip": [(r"^vision_model\.", "event_tower.")],     # the tower alone, from the folder `mm_visual_tower` names
+    "packed": [],                                       # of weights/packed.py: the engine's own names
 }
 ON_DISK = {                                             # back to the published spelling, for messages
     "video_llava": [(r"^language_model\.", "language_model.model."), (r"^lm_head\.", "language_model.lm_head."),
@@ -45,6 +46,7 @@ ON_DISK = {                                             # back to the published 
                         (r"^multi_modal_projector\.linear_2\.", "model.visual_projector.2."),
                         (r"^feature_adaptor\.", "model.feature_adaptor.")],
     "llama": [(r"^language_model\.", "model.")],
+    "packed": [],
 }
 KINDS = ("video_llava", "EventChat_llama", "llama")     # `model_type` in config.json
 TOWERS = {"video": "video_tower", "image": "image_tower", "events": "event_tower"}
@@ -112,6 +114,7 @@ class Wanted:
     name: str
     shape: tuple
     parts: tuple                # of Part, stacked along the first dimension
+    dtype: str | None = None    # as safetensors spells it, where it stays as it is stored
 
     @property
     def numel(self) -> int:

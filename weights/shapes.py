@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from weights import InputError
 from weights.names import CLIP_MEAN, CLIP_STD, TEXT_DEFAULTS, VISION_DEFAULTS, plan, with_defaults
 
 
@@ -21,6 +22,13 @@ class DecoderConfig:
     theta: float = 10000.0      # rotary base
     max_rows: int = 4096        # positions the model was trained for
     bos_id: int = 1
+    packed: str | None = None   # the form that its weights exist in, one of kernels.quant.BITS
+    turned: bool = False        # and whether the rows between them are turned
+
+    @property
+    def largest(self) -> int:
+        """Values of a layer's largest weight."""
+        return self.D * max(2 * self.F, (self.H + 2 * self.N) * self.K)
 
     def cache_bytes(self, rows: int, itemsize: int) -> int:
         """Keys and values, the rotary tables beside them, and the rows a prefill starts from."""
@@ -31,11 +39,12 @@ class DecoderConfig:
         """From a Hugging Face LLaMA config that `plan` accepts; `rope_parameters` is the newer home of `rope_theta`."""
         raw = with_defaults(raw, TEXT_DEFAULTS)
         H, D = raw["num_attention_heads"], raw["hidden_size"]
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope, packed = raw.get("rope_parameters") or raw.get("rope_scaling") or {}, raw.get("packed") or {}
         return cls(D=D, L=raw["num_hidden_layers"], H=H, N=raw.get("num_key_value_heads") or H,
                    K=raw.get("head_dim") or D // H, F=raw["intermediate_size"], V=raw["vocab_size"],
                    eps=raw["rms_norm_eps"], theta=rope.get("rope_theta", raw["rope_theta"]),
-                   max_rows=raw["max_position_embeddings"], bos_id=raw["bos_token_id"])
+                   max_rows=raw["max_position_embeddings"], bos_id=raw["bos_token_id"],
+                   packed=packed.get("form"), turned=packed.get("turned", False))
 
 
 @dataclass(frozen=True)
@@ -71,19 +80,44 @@ def frames_of(config: dict, vision: VisionConfig) -> int:
     return max(1, (config.get("video_seq_length") or 8 * (vision.P + 1)) // (vision.P + 1))
 
 
+PROMPT_ROWS = 160           # of a prompt's template and question of 100 ids
+TEXT_ROWS = PROMPT_ROWS + 512                    # and of an answer, for which there is room unless told
+SPARE_ROWS = 34             # behind an answer, which drafts may fill
+LEAST_ROWS = 512
+
+
+def visual_rows(side: str, config: dict) -> int:
+    """Rows that a clip's pictures give, or five event frames'."""
+    vision = VisionConfig.read(config["vision_config"])
+    return frames_of(config, vision) * (vision.P + 1) if side == "target" else 5 + vision.P + 1
+
+
+def rows_for(side: str, config: dict, text_rows: int = TEXT_ROWS) -> int:
+    """Cache rows for a clip, its text and its answer, a multiple of 64; no more than the model was trained for."""
+    needed = -(-(visual_rows(side, config) + text_rows + SPARE_ROWS) // 64) * 64
+    return min(text_config(config).max_rows, max(LEAST_ROWS, needed))
+
+
+def rows_of_sides(cache_rows) -> dict:
+    """{side: rows or None} of one number for both, or of a pair (target, drafter)."""
+    pair = cache_rows if isinstance(cache_rows, (tuple, list)) else (cache_rows, cache_rows)
+    if len(pair) != 2 or not all(of is None or type(of) is int and of > 0 for of in pair):
+        raise InputError(f"cache_rows: wanted a whole number from 1 up, or two, (target, drafter), got {cache_rows!r}; "
+                         f"change it")
+    return dict(zip(("target", "drafter"), pair, strict=True))
+
+
 def memory_needs(side: str, config: dict, itemsize: int, rows: int, gpu: bool, kernels: dict) -> dict:
     """{"weights", "cache", "packed" (where there are packed copies), "scratch"}: bytes one model allocates from its
     loading to its last request, by arithmetic on the config alone. Torch may reserve more for reuse and returns it when
-    short. rows: of the cache; kernels: the bytes that kernels hold, {"packed", "scratch"}.
+    short. rows: of the cache; kernels: the bytes that kernels hold, {"packed", "scratch"}, and "replaced", those of the
+    weights that exist in packed form alone.
 
     scratch: fixed buffers, and the larger of what encode and prefill hold at once, as counted in their code: units of
     a row's width, of the longest prompt (its pictures and 64 rows of text). Names of widths as everywhere: D, F, ...
     """
     d, vision, b, wanted = text_config(config), VisionConfig.read(config["vision_config"]), itemsize, plan(config)
-    R, T, A = 5, vision.P + 1, 5 + vision.P
-    if side == "target":
-        R = frames_of(config, vision)
-        A = R * T
+    R, T, A = frames_of(config, vision) if side == "target" else 5, vision.P + 1, visual_rows(side, config)
     S, HK = min(A + 64, rows), d.H * d.K
     pixels = R * 3 * vision.image ** 2 * 4
     F1 = max((t.shape[0] for t in wanted.wanted if t.name.endswith(".fc1.w")), default=0)
@@ -94,7 +128,8 @@ def memory_needs(side: str, config: dict, itemsize: int, rows: int, gpu: bool, k
         fixed += (2 << 25) + (2 << 26)
     else:                                                    # the plain definitions keep scores, and unpack weights
         layer = [5 * d.D + HK + 4 * d.F, 4 * d.D + HK + 3 * d.H * S + 2 * HK * (d.H != d.N)]
-        encode = max(encode + pixels, 12 * d.D * max(2 * d.F, d.V) * ("packed" in kernels))
+        beside = S * b * (8 * d.D + HK) * ("replaced" in kernels)            # in a prefill that unpacks
+        encode = max(encode + pixels, (12 * d.D * max(2 * d.F, d.V) + beside) * ("packed" in kernels))
         fixed += S * d.D * b
-    return {"weights": wanted.nbytes(b), "cache": d.cache_bytes(rows, b)} | kernels | {
+    return {"weights": wanted.nbytes(b) - kernels.pop("replaced", 0), "cache": d.cache_bytes(rows, b)} | kernels | {
         "scratch": fixed + max(encode, S * b * max(layer))}
