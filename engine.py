@@ -356,7 +356,7 @@ class Model:
     prompt: collections.abc.Callable                         # question -> Prompt; the two below say how
     encode: collections.abc.Callable                         # pixels -> visual rows
     visual: collections.abc.Callable                         # pictures -> how many rows that is
-    num_frames: int                                          # of a video
+    num_frames = 5                                           # pictures it is trained to see
 
     def __init__(self, decoder: Decoder, text: Text, path: str, stops: tuple[int, ...], graphs: bool = True):
         self.decoder, self.text, self.path, self.stops = decoder, text, path, stops
@@ -580,10 +580,11 @@ class Model:
     def replay(self, ids, drafts=(), sures=()) -> None:
         """From here on this model computes as ever, but its answer is `ids`, recorded elsewhere, then a stop id: real
         speed at a real acceptance without the checkpoint. drafts, sures: what its 4-bit copy drafts at each place of
-        the answer, and the probabilities it gives. Call it before the first request; later calls change the ids."""
+        the answer, and the probabilities it gives. Later calls change the ids."""
         words = self.decoder.cache_rows
         if self.recorded_W is None:
-            assert not self.step_graphs, "replay: graphs without it exist already"
+            same = "encode", "prefill", "ask"                # other graphs end with ids
+            self.step_graphs = {key: of for key, of in self.step_graphs.items() if key[0] in same}
             self.recorded_W = torch.zeros(3, words, dtype=torch.long, device=self.device)
         rows = [[*ids] + [self.stops[0]] * words, [*drafts] + [self.stops[0]] * words,
                 [int(1e6 * sure) for sure in sures] + [999_999] * words]
@@ -946,6 +947,14 @@ class Timeline:
         return self.entries
 
 
+class Shown(NamedTuple):
+    """What one model is shown."""
+    name: Any                               # what messages call it
+    read: collections.abc.Callable          # (called when decoding begins) -> frames uint8 [H, W, 3], or Events
+    size: int = 0                           # bytes of the file; 0 where there is none
+    pictures: int | None = None             # how many there are; None: a recording, or a video
+
+
 @dataclass
 class Media:
     """What is asked about, as `Engine.stream` takes it."""
@@ -957,54 +966,51 @@ class Media:
     event_frames: int = 5                   # pictures a recording is drawn in
     canvas: tuple | None = None             # (H, W) of those pictures; None: each ends at its largest coordinate
 
-    def __post_init__(self):
-        images = self.event_image_path
-        self.images = images if isinstance(images, (list, tuple)) else [images]
-        self.image = self.image_path is not None             # one picture in place of a video
-        self.paths = {"target": self.video_path or self.image_path,               # for messages
-                      "drafter": self.event_path or next(iter(self.images), None)}
-
-    def check(self, uses_target: bool, uses_drafter: bool) -> None:
-        """InputError unless there is one clip for each model that is used, in files that are there."""
+    def shown(self, target: Target | None, drafter: Drafter | None) -> dict[str, Shown]:
+        """{side: Shown} of the models that are used. InputError unless there is one clip for each, in files that are
+        there."""
         insist_whole("event_frames", self.event_frames, 1, 1000)
-        if uses_target and (self.video_path is None) == (self.image_path is None):
+        images = self.event_image_path if isinstance(self.event_image_path, (list, tuple)) else [self.event_image_path]
+        if target and (self.video_path is None) == (self.image_path is None):
             raise InputError("video_path: wanted one video (or one image_path), got "
                              + ("none" if self.video_path is None else "both") + "; pass exactly one")
-        if uses_drafter and (self.event_path is None) == (self.event_image_path is None):
+        if drafter and (self.event_path is None) == (self.event_image_path is None):
             raise InputError("event_path: wanted one event file (or event images), got "
                              + ("none" if self.event_path is None else "both") + "; pass exactly one")
         if self.frame_rule not in VIDEO_RULES:
             raise InputError(f"frame_rule {self.frame_rule!r}: not one of {', '.join(VIDEO_RULES)}; pick one of these")
-        if uses_drafter and self.event_path is None and not self.images:
+        if drafter and self.event_path is None and not images:
             raise InputError("event_image_path: an empty list; pass one PNG or several")
-        for path, wanted, used in ((self.video_path, "a video file", uses_target),
-                                   (self.image_path, "an image", uses_target),
-                                   (self.event_path, "an .npy or .npz of events", uses_drafter),
-                                   *((image, "a PNG or JPEG", uses_drafter) for image in self.images)):
-            if used and path is not None:
-                insist_file(path, wanted)
 
-    def frames(self, model: Target, decoding):
-        """List of uint8 frames [H, W, 3]. decoding: called when FFmpeg's threads begin."""
-        if not self.image:
-            return read_video(self.video_path, model.num_frames, self.frame_rule, model.on_gpu, decoding)
-        decoding()
-        return read_images([self.image_path])
+        def frames(decoding):
+            if target and self.image_path is None:
+                return read_video(self.video_path, target.num_frames, self.frame_rule, target.on_gpu, decoding)
+            decoding()
+            return read_images([self.image_path])
 
-    def events(self):
-        """Such frames, or an Events recording."""
-        return read_events(self.event_path) if self.event_path is not None else read_images(self.images)
+        found = {}
+        if target:
+            file = self.video_path or self.image_path
+            size = insist_file(file, "a video file" if self.image_path is None else "an image")
+            found["target"] = Shown(file, frames, size, None if self.image_path is None else 1)
+        if drafter and self.event_path is not None:
+            size = insist_file(self.event_path, "an .npy or .npz of events")
+            found["drafter"] = Shown(self.event_path, lambda *_: read_events(self.event_path), size)
+        elif drafter:
+            size = sum(insist_file(image, "a PNG or JPEG") for image in images)
+            found["drafter"] = Shown(images[0], lambda *_: read_images(images), size, len(images))
+        return found
 
-    def count(self, model: Model) -> int:
-        """Pictures that a model sees."""
-        if model.side == "target":
-            return 1 if self.image else model.num_frames
-        return self.event_frames if self.event_path is not None else len(self.images)
 
-    @property
-    def size(self) -> int:
-        """Of the video file, in doublings: clips of a size take alike to decode."""
-        return insist_file(self.paths["target"], "a video file").bit_length() if self.paths["target"] else 0
+class Black(Media):
+    """A second of nothing, for `Engine.prepare`."""
+
+    def shown(self, target, drafter):
+        x = torch.arange(100, dtype=torch.int32)
+        events = Events(x, x, x.long(), (x % 2).byte())
+        frames = [torch.zeros(240, 320, 3, dtype=torch.uint8)] * (target.num_frames if target else 0)
+        return {"target": Shown("black", lambda decoding: (decoding(), frames)[1]),
+                "drafter": Shown("black", lambda *_: events)}
 
 
 @dataclass
@@ -1046,8 +1052,10 @@ class Request:
     """What was asked, and what its two workers share while they answer."""
     mode: str
     question: str | None                    # None: a clip is opened
-    media: Media
-    prompts: dict                           # side -> Prompt
+    shown: dict[str, Shown]                 # side -> what it is shown
+    event_frames: int                       # pictures a recording is drawn in
+    canvas: tuple | None                    # (H, W) of those pictures; None: each ends at its largest coordinate
+    prompts: dict[str, Prompt]              # side -> its prompt
     clip: Clip | None                       # whose rows are in the caches already
     goes_on: bool                           # behind the clip's last answer
     max_new_tokens: int
@@ -1056,7 +1064,6 @@ class Request:
     ignore_eos: bool
     timeline: Timeline
     gate: Gate | None                       # None: draft whatever it costs
-    size: int                               # `Media.size`; 0: nothing is decoded
     line: Line | None                       # of a drafter on a device of its own
     earlier: Lookup | None = None           # the answers that are looked up
     tenant: Tenant = PLAIN                  # who drafts for the target
@@ -1075,6 +1082,20 @@ class Request:
     tell_now: collections.abc.Callable = lambda: None   # hands over what the host has seen and not yet told
     prompt_rows: dict = field(default_factory=dict)
     errors: list = field(default_factory=list)          # why drafters and sources gave up
+
+    @property
+    def image(self) -> bool:
+        """One picture in place of a video."""
+        return "target" in self.shown and self.shown["target"].pictures is not None
+
+    @property
+    def size(self) -> int:
+        """Of the video file, in doublings: clips of a size take alike to decode. 0: nothing is decoded."""
+        return self.shown["target"].size.bit_length() if "target" in self.shown and not self.clip else 0
+
+    def pictures(self, model: Model) -> int:
+        """How many a model sees."""
+        return self.shown[model.side].pictures or (model.num_frames if model.side == "target" else self.event_frames)
 
     def send(self, kind: str, ids: list[int]) -> float:
         """Hands ids to the caller, with the time; the lock keeps what both sides send in order of time."""
@@ -1188,7 +1209,7 @@ class Engine:
         model, frames = self.target, None
         if not req.clip:
             with req.timeline.stage("load", model, host=True):
-                frames = req.media.frames(model, req.host_free.set)        # from here on FFmpeg's threads work
+                frames = req.shown["target"].read(req.host_free.set)       # from here on FFmpeg's threads work
             if self.target_first:
                 req.host_free.clear()
         req.frames_at = req.timeline.now()
@@ -1217,7 +1238,7 @@ class Engine:
         loaded = None
         if not req.clip:
             with req.timeline.stage("load", model, host=True):
-                loaded = req.media.events()
+                loaded = req.shown["drafter"].read()
         endless = alone or self.apart and req.mode == "speculative"
         limit = req.max_new_tokens if endless else min(req.overlap_len + 1, req.max_new_tokens)
         req.host_free.wait()
@@ -1281,8 +1302,8 @@ class Engine:
 
     def _check_rows(self, model: Model, req: Request) -> int:
         """Rows of the prompt; InputError if it and the answer do not fit the cache."""
-        prompt, media, d = req.prompts[model.side], req.media, model.decoder
-        rows = prompt.rows(model.visual(media.count(model), media.image))
+        prompt, d = req.prompts[model.side], model.decoder
+        rows = prompt.rows(model.visual(req.pictures(model), req.image))
         spare = max(req.draft_len, req.overlap_len, WIDTHS[-1] if model is self.target else d.steps.rows,
                     d.plain.rows - 1 if req.clip else 0)
         need = rows + req.max_new_tokens + spare + 2
@@ -1297,10 +1318,10 @@ class Engine:
         anything runs, since a capture writes cache rows."""
         drafts = req.tenant is not PLAIN
         for model in active:
-            rows, frames = self._check_rows(model, req), req.media.count(model)
+            rows = self._check_rows(model, req)
             with naming_stage(model, "preparation"):
                 if not req.clip:
-                    model.encode_graph(frames, req.media.image and model is self.target)
+                    model.encode_graph(req.pictures(model), req.image and model is self.target)
                     model.prefill_graph(rows, len(req.prompts[model.side].after))
                 if req.clip or req.question is None:
                     model.graph("ask")
@@ -1311,6 +1332,29 @@ class Engine:
                 speculates = model is self.drafter and req.mode == "speculative"
                 for size in (1, 2, model.decoder.steps.rows) if speculates else ():
                     model.graph("resume", size)
+
+    def prepare(self, progress=None) -> None:
+        """Captures what ordinary requests replay, then answers about a black clip, so that neither the first answer
+        nor a question of a new length waits for it. Nothing is learnt. progress: called with ("preparation", steps
+        done, steps in all)."""
+        steps: list[collections.abc.Callable] = []
+        kept, self.gate = self.gate, None
+        for model in self.models:
+            rows = len(model.prompt("").before) + model.visual(model.num_frames)
+            steps += [functools.partial(model.prefill_graph, rows + room, room) for room in reversed(QUESTION_ROWS)
+                      if rows + room <= model.decoder.cache_rows]            # the longest first: others fit its scratch
+            steps.append(functools.partial(model.graph, "ask"))
+        for mode in ("target_only", "speculative") if self.target else ("drafter_only",):
+            asking = Asking(mode, 4, ignore_eos=True, remember=False)
+            steps.append(lambda asking=asking: collections.deque(self._answer("?", Black(), asking), 0))
+        try:
+            for done, step in enumerate(steps, 1):
+                with torch.inference_mode():
+                    step()
+                if progress:
+                    progress("preparation", done, len(steps))
+        finally:
+            self.gate, self.learners, self.right = kept, [], 0.5
 
     def _tenant(self, req: Request, sources: list) -> Tenant:
         """Who drafts for the target, from the sources that were asked for."""
@@ -1394,7 +1438,7 @@ class Engine:
         asked = {name: value for name, value in locals().items() if name not in ("self", "asking")}
         return Clip(self, Media(**asked), Asking(**asking))
 
-    def _checked(self, media: Media, asking: Asking, clip: Clip | None) -> tuple[list, bool, bool, str | None]:
+    def _checked(self, asking: Asking, clip: Clip | None) -> tuple[list, bool, bool, str | None]:
         """(sources, whether the target takes part, whether the drafter does, why not if it was to draft and broke at
         the clip). InputError for what the user can mend; nothing has run then."""
         asking.check()
@@ -1412,8 +1456,6 @@ class Engine:
                 broke = clip.opened.drafter_error
                 uses_drafter = not broke or "drafter" in clip.sides
             clip.check(uses_target, uses_drafter)
-        else:
-            media.check(uses_target, uses_drafter)
         if self.owner == threading.get_ident():
             raise InputError("engine: a stream of this thread is still open; finish or close it first")
         return sources, uses_target, uses_drafter, broke
@@ -1422,7 +1464,9 @@ class Engine:
                 opens: Clip | None = None):
         """The one path of every request: checks, then runs it. clip: whose rows are in the caches; turns: the chat that
         the question goes on with; opens: a clip whose rows shall be there, and nothing is asked."""
-        sources, uses_target, uses_drafter, broke = self._checked(media, asking, clip)
+        sources, uses_target, uses_drafter, broke = self._checked(asking, clip)
+        shown = clip.shown if clip else media.shown(self.target if uses_target else None,
+                                                    self.drafter if uses_drafter else None)
         question, mode = None if opens else check_question(query), asking.mode
         new = 1 if opens else asking.max_new_tokens
         with self.lock:
@@ -1441,11 +1485,11 @@ class Engine:
                 runs_ahead = self.apart and uses_drafter and mode == "speculative" and "drafter" in sources
                 line = Line(() if asking.ignore_eos else self.drafter.stops, new) if runs_ahead and not opens else None
                 prompts = {model.side: model.talk(question, turns or ()) for model in active}
-                size = 0 if clip or not uses_target else media.size
-                req = Request(mode, question, media, prompts, clip, turns is not None, new,
+                req = Request(mode, question, shown, media.event_frames, media.canvas, prompts, clip,
+                              turns is not None, new,
                               self.draft_len if asking.draft_len is None else asking.draft_len,
                               self.overlap_len if asking.overlap_len is None else asking.overlap_len,
-                              asking.ignore_eos, Timeline(active), gate, size, line, errors=[broke] * bool(broke))
+                              asking.ignore_eos, Timeline(active), gate, line, errors=[broke] * bool(broke))
                 req.earlier = next((of for of in sources if isinstance(of, Lookup)), None)
                 req.tenant = self._tenant(req, sources)
                 self.learners = [of for of in sources if hasattr(of, "learn") and not opens]
@@ -1469,7 +1513,7 @@ class Engine:
                 req.timeline.start()
                 yield from self._run(req, active, asking.remember)
                 if opens:
-                    opens.sides, self._clip = dict(req.prompt_rows), weakref.ref(opens)
+                    opens.shown, opens.sides, self._clip = shown, dict(req.prompt_rows), weakref.ref(opens)
             finally:
                 self.owner = None
 
@@ -1622,6 +1666,7 @@ class Clip:
 
     def __init__(self, engine: Engine, media: Media, asking: Asking):
         self.engine, self.media, self.asking, self.turns = engine, media, asking, []
+        self.shown: dict[str, Shown] = {}
         self.sides: dict[str, int] = {}                      # models that see it -> its rows in their caches
         for event in engine._answer("", media, asking, opens=self):
             self.opened = event.result                       # times of reading, encoding and prefill
@@ -1698,10 +1743,10 @@ def pixels_of(loaded, model: Model, req: Request):
     travels is bytes. What cannot be drawn or resized is the user's to mend."""
     try:
         if isinstance(loaded, Events):
-            loaded = draw_events(loaded, req.media.event_frames, req.media.canvas, model.device)
+            loaded = draw_events(loaded, req.event_frames, req.canvas, model.device)
         return clip_pixels(loaded, model.vision.image, model.vision.mean, model.vision.std, device=model.device)
     except ValueError as error:
-        raise InputError(f"{req.media.paths[model.side]}: {error}; use another recording or clip") from None
+        raise InputError(f"{req.shown[model.side].name}: {error}; use another recording or clip") from None
 
 
 def first_id(model: Model, loaded, limit: int, req: Request) -> None:
@@ -1722,7 +1767,7 @@ def first_id(model: Model, loaded, limit: int, req: Request) -> None:
         with req.timeline.stage("preprocess", model, host=not model.on_gpu):
             pixels = pixels_of(loaded, model, req)
         with req.timeline.stage("encode", model):
-            visual_AD = model.visual_rows(pixels, req.media.image and model.side == "target")
+            visual_AD = model.visual_rows(pixels, req.image and model.side == "target")
         with req.timeline.stage("prefill", model):
             tail_id = (prompt.after or prompt.before)[-1]
             model.prefill(model.splice(prompt, visual_AD), limit, stops, tail_id, len(prompt.after))
@@ -1873,8 +1918,8 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
     of the checkpoints' own. gate: draft only where it is expected to pay; False: whatever it costs. drafter_dtype:
     `int4` packs the weights of the drafter's steps, `fp8+int4` those of its prefill too (answers stay the same, drafts
     are cheaper and a little worse); `bf16` leaves them as loaded. self_draft: True keeps a 4-bit copy of the target,
-    which drafts for it (see `SelfRounds`); None: on a GPU, if it fits. progress: see `load_model`. Raises InputError
-    for what cannot be loaded or does not fit.
+    which drafts for it (see `SelfRounds`); None: on a GPU, if it fits. progress: see `load_model`, then
+    `Engine.prepare`. Raises InputError for what cannot be loaded or does not fit.
     """
     if drafter_dtype not in ("bf16", *BITS):
         raise InputError(f"drafter_dtype: {drafter_dtype!r} is not one of bf16, {', '.join(BITS)}; pick from these")
@@ -1903,7 +1948,10 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
     if target and drafter and (apart := target.text.differing(drafter.text)):
         told = "%s: %d pieces have other ids than in %s, so drafts are seldom right; take the checkpoints' own files"
         logging.getLogger(__name__).warning(told, drafter.text.path, apart, target.text.path)
-    return Engine(target, drafter, draft_len, overlap_len, gate)
+    engine = Engine(target, drafter, draft_len, overlap_len, gate)
+    if any(model.graphs for model in engine.models):
+        engine.prepare(progress)
+    return engine
 
 
 class PrefillOnlyInference:
