@@ -1341,8 +1341,10 @@ class Engine:
         kept, self.gate = self.gate, None
         for model in self.models:
             rows = len(model.prompt("").before) + model.visual(model.num_frames)
-            steps += [functools.partial(model.prefill_graph, rows + room, room) for room in reversed(QUESTION_ROWS)
-                      if rows + room <= model.decoder.cache_rows]            # the longest first: others fit its scratch
+            if rows + 3 * STEP_ROWS > model.decoder.cache_rows:
+                return                                       # a request will say what does not fit
+            steps += [functools.partial(model.prefill_graph, rows + room, room)
+                      for room in reversed(QUESTION_ROWS)]   # the longest first: others fit its scratch
             steps.append(functools.partial(model.graph, "ask"))
         for mode in ("target_only", "speculative") if self.target else ("drafter_only",):
             asking = Asking(mode, 4, ignore_eos=True, remember=False)
