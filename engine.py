@@ -102,8 +102,9 @@ from weights.drafting import (
     noting,
     smoothed,
 )
-from weights.events import Events, read_events
+from weights.events import Events
 from weights.files import insist_file
+from weights.given import Media, events_given, video_given
 from weights.load import (
     DRAFTER_7B,
     TARGET_7B,
@@ -124,7 +125,6 @@ from weights.memory import (
 from weights.shapes import DecoderConfig, VisionConfig, frames_of, memory_needs, text_config
 from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named
 from weights.text import Text, TextStream, check_question, check_sampling
-from weights.video import VIDEO_RULES, read_images, read_video
 
 __all__ = ["MODES", "SOURCES", "Adapted", "DraftSource", "Engine", "Event", "Fixed", "Gate", "InputError", "Lookup",
            "PrefillOnlyInference", "Result", "Round", "Verdict", "agreeing", "explain", "load_engine", "model_name",
@@ -879,10 +879,7 @@ class Request:
     """What was asked, and what its two workers share while they answer."""
     mode: str
     question: str
-    video: collections.abc.Callable         # (call when decoding begins) -> list of uint8 frames [H, W, 3]
-    events: collections.abc.Callable        # () -> such frames, or an Events recording
-    paths: dict                             # side -> what was asked for, for messages
-    image: bool                             # one picture in place of a video
+    shown: dict[str, Media]                 # side -> what it is shown
     event_frames: int                       # pictures a recording is drawn in
     canvas: tuple | None                    # (H, W) of those pictures; None: each ends at its largest coordinate
     max_new_tokens: int
@@ -891,7 +888,6 @@ class Request:
     ignore_eos: bool
     timeline: Timeline
     gate: Gate | None                       # None: draft whatever it costs
-    size: int                               # of the video file, in doublings: clips of a size take alike to decode
     line: Line | None                       # of a drafter on a device of its own
     earlier: Lookup | None = None           # the answers that are looked up
     tenant: Tenant = PLAIN                  # who drafts for the target
@@ -910,6 +906,16 @@ class Request:
     tell_now: collections.abc.Callable = lambda: None   # hands over what the host has seen and not yet told
     prompt_rows: dict = field(default_factory=dict)
     errors: list = field(default_factory=list)          # why drafters and sources gave up
+
+    @property
+    def image(self) -> bool:
+        """One picture in place of a video."""
+        return self.shown["target"].pictures is not None
+
+    @property
+    def size(self) -> int:
+        """Of the video's file, in doublings: clips of a size take alike to decode."""
+        return self.shown["target"].size.bit_length()
 
     def send(self, kind: str, ids: list[int]) -> float:
         """Hands ids to the caller, with the time; the lock keeps what both sides send in order of time."""
@@ -1021,7 +1027,7 @@ class Engine:
         """Video to answer. Everything it sends is the target's own id."""
         model, timeline = self.target, req.timeline
         with timeline.stage("load", model, host=True):
-            frames = req.video(req.host_free.set)            # from here on FFmpeg's threads work
+            frames = req.shown["target"].read(req.host_free.set)     # from here on FFmpeg's threads work
         if self.target_first:
             req.host_free.clear()
         req.frames_at = timeline.now()
@@ -1048,7 +1054,7 @@ class Engine:
             return
         req.host_free.wait()
         with req.timeline.stage("load", model, host=True):
-            loaded = req.events()
+            loaded = req.shown["drafter"].read()
         endless = alone or self.apart and req.mode == "speculative"
         limit = req.max_new_tokens if endless else min(req.overlap_len + 1, req.max_new_tokens)
         req.host_free.wait()
@@ -1196,15 +1202,18 @@ class Engine:
                 self.target.ring.add(answer)
         self.in_ring = earlier, earlier.learnt
 
-    def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, image_path=None,
+    def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, events=None, video=None,
+               image=None, image_path=None, columns=None, time_unit=None,
                mode="speculative", max_new_tokens=50, draft_len: int | None = None,
                overlap_len: int | None = None, draft_source=None, ignore_eos=False,
                frame_rule="uniform", event_frames=5, canvas=None, temperature=0.0, top_p=1.0,
                seed=0, remember=True) -> collections.abc.Iterator[Event]:
         """Yields `Event`s while the answer forms; the last one carries `finish_reason` and the `Result`.
 
-        event_path: one `.npy`/`.npz`; event_image_path: one PNG or several; video_path: any mp4, mov, mkv, webm, avi;
-        image_path: one picture in place of a video; query: the question. mode: see MODES. draft_len, overlap_len:
+        events: an `.npy`/`.npz`, x, y, t, p in memory, or pictures of events; columns, time_unit: see
+        `events_in_memory`. video: an mp4, mov, mkv, webm or avi, its content, a file object, or frames in memory;
+        image: one picture in its place. event_path, event_image_path, video_path, image_path: the same, paths only.
+        query: the question. mode: see MODES. draft_len, overlap_len:
         drafts a round of the drafter or of your source (0..31), and drafts kept from the head start. draft_source: who
         drafts, `drafter`, `self`, `lookup`, `adapter:DIR`, an object with `propose`, or a list of them, asked in this
         order; None: earlier answers, then the drafter, then the target's 4-bit copy, as far as they are there.
@@ -1233,31 +1242,10 @@ class Engine:
             "drafter" in sources or bool(asks) or mode == "prefill_then_verify" and draft_source is None)
         if uses_drafter and self.drafter is None:
             raise InputError(f"mode {mode}: needs the drafter, which was not loaded; pass --eventgpt")
-        if uses_target and (video_path is None) == (image_path is None):
-            raise InputError("video_path: wanted one video (or one image_path), got "
-                             + ("none" if video_path is None else "both") + "; pass exactly one")
-        if uses_drafter and (event_path is None) == (event_image_path is None):
-            raise InputError("event_path: wanted one event file (or event images), got "
-                             + ("none" if event_path is None else "both") + "; pass exactly one")
-        if frame_rule not in VIDEO_RULES:
-            raise InputError(f"frame_rule {frame_rule!r}: not one of {', '.join(VIDEO_RULES)}; pick one of these")
-        images = event_image_path if isinstance(event_image_path, (list, tuple)) else [event_image_path]
-        if uses_drafter and event_path is None and not images:
-            raise InputError("event_image_path: an empty list; pass one PNG or several")
-        for path, wanted, used in ((video_path, "a video file", uses_target), (image_path, "an image", uses_target),
-                                   (event_path, "an .npy or .npz of events", uses_drafter),
-                                   *((image, "a PNG or JPEG", uses_drafter) for image in images)):
-            if used and path is not None:
-                insist_file(path, wanted)
-        question = check_question(query)
-
-        def frames(decoding):
-            if image_path is None:
-                return read_video(video_path, self.target.num_frames, frame_rule, self.target.on_gpu, decoding)
-            decoding()
-            return read_images([image_path])
-
-        events = (lambda: read_events(event_path)) if event_path is not None else (lambda: read_images(images))
+        question, nothing = check_question(query), Media(None, None)
+        clip = video_given(video, video_path, image, image_path, self.target.num_frames, frame_rule,
+                           self.target.on_gpu) if uses_target else nothing
+        recording = events_given(events, event_path, event_image_path, columns, time_unit) if uses_drafter else nothing
         if self.owner == threading.get_ident():
             raise InputError("engine: a stream of this thread is still open; finish or close it first")
         with self.lock:
@@ -1266,13 +1254,11 @@ class Engine:
                 if uses_drafter and "drafter" not in sources and asks and self.gate and not self.apart:
                     uses_drafter = any(self.gate.pays(name_of(of)) for of in asks)
                 active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
-                paths = {"target": video_path or image_path, "drafter": event_path or next(iter(images), None)}
                 gate = self.gate if mode in ("prefill_then_verify", "speculative") else None
-                size = insist_file(video_path or image_path, "a video file").bit_length() if uses_target else 0
                 runs_ahead = self.apart and mode == "speculative" and "drafter" in sources
                 line = Line(() if ignore_eos else self.drafter.stops, max_new_tokens) if runs_ahead else None
-                req = Request(mode, question, frames, events, paths, image_path is not None, event_frames, canvas,
-                              max_new_tokens, draft_len, overlap_len, ignore_eos, Timeline(active), gate, size, line)
+                req = Request(mode, question, {"target": clip, "drafter": recording}, event_frames, canvas,
+                              max_new_tokens, draft_len, overlap_len, ignore_eos, Timeline(active), gate, line)
                 req.earlier = next((of for of in sources if isinstance(of, Lookup)), None)
                 req.tenant = self._tenant(req, sources)
                 self.learners = [of for of in sources if hasattr(of, "learn")]
@@ -1285,7 +1271,7 @@ class Engine:
                 if not (uses_target and self.target_first):
                     req.host_free.set()
                 with torch.inference_mode():                 # not around the yields: it would leak to the caller
-                    self._prepare(req, active, len(images) if event_path is None and uses_drafter else event_frames)
+                    self._prepare(req, active, recording.pictures or event_frames)
                     if searches:
                         self._fill_ring(req.earlier or Lookup())
                         self.target.ring.set_line([])
@@ -1462,7 +1448,7 @@ def pixels_of(loaded, model: Model, req: Request):
             loaded = draw_events(loaded, req.event_frames, req.canvas, model.device)
         return clip_pixels(loaded, model.vision.image, model.vision.mean, model.vision.std, device=model.device)
     except ValueError as error:
-        raise InputError(f"{req.paths[model.side]}: {error}; use another recording or clip") from None
+        raise InputError(f"{req.shown[model.side].name}: {error}; use another recording or clip") from None
 
 
 def encode_and_prefill(model: Model, loaded, limit: int, req: Request) -> None:

@@ -46,6 +46,7 @@ from test_media import (
 
 import bench
 import engine
+import weights.given
 import weights.load
 import weights.memory
 from engine import InputError
@@ -319,13 +320,13 @@ def vanishes(folder):
     case.call = lambda e: e.generate(video_path=path, **sound)
 
     def patch(monkeypatch):
-        real = engine.read_video
+        real = weights.given.read_video
 
         def read(name, *args, **kwargs):
             if Path(name) == path:
                 path.unlink(missing_ok=True)
             return real(name, *args, **kwargs)
-        monkeypatch.setattr(engine, "read_video", read)
+        monkeypatch.setattr("weights.given.read_video", read)
     case.patch = patch
     return case
 

@@ -58,7 +58,8 @@ def test_the_line_of_figures_says_who_drafted_and_in_how_many_forwards(line, pai
 
 @pytest.mark.parametrize("words,said", [
     (["--nope"], "--nope"), (["--max-new-tokens"], "--max-new-tokens"), ([*CLIP, "--mode", "fast"], "mode 'fast'"),
-    (["--video", "x.mp4"], "--query"), (["--query", "Q"], "video_path"), ([*CLIP, "--max-new-tokens", "0"], "max_new"),
+    (["--video", "x.mp4"], "--query"), (["--query", "Q"], "video: wanted"),
+    ([*CLIP, "--max-new-tokens", "0"], "max_new"),
     (["--query", "Q", "--video", "no.mp4", "--events", "no.npz"], "no.mp4"),
     ([*CLIP, "--draft-source", "magic"], "magic"),
 ])

@@ -8,10 +8,12 @@ regular files are read: opening a pipe or a terminal would wait, and a device ha
 
 import contextlib
 import difflib
+import io
 import json
 import os
 import re
 import stat
+from dataclasses import dataclass
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
               RecursionError)        # what taking a damaged JSON file at its word may raise
@@ -48,6 +50,18 @@ class Refused(Exception):
 
     def __init__(self, reason: str, way_out: str):
         super().__init__(reason, way_out)
+
+
+@dataclass(frozen=True)
+class Held:
+    """The content of a file that the caller holds in memory, read wherever a path is; `name` is what messages say."""
+    name: str
+    content: bytes
+
+    def __fspath__(self) -> str:
+        return self.name
+
+    __str__ = __fspath__
 
 
 def refusal(path, reason, way_out) -> InputError:
@@ -87,6 +101,10 @@ def reason_of(error: BaseException) -> str:
 
 def open_regular(path, wanted: str):
     """(open binary file, size in bytes). Refused: missing, a folder, a pipe or device, a URL, unreadable, empty."""
+    if isinstance(path, Held):
+        if not path.content:
+            raise Refused(f"0 bytes, wanted {wanted}", "is it read to its end already?")
+        return io.BytesIO(path.content), len(path.content)
     if not isinstance(path, (str, bytes, os.PathLike)):
         raise Refused(f"is a {type(path).__name__}, wanted the path of {wanted}", "give it as text")
     name = os.fsdecode(path)
