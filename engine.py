@@ -103,8 +103,8 @@ from weights.drafting import (
     smoothed,
 )
 from weights.events import Events
-from weights.files import insist_file
-from weights.given import Media, events_given, video_given
+from weights.files import in_flags, insist_file
+from weights.given import Shown, events_given, video_given
 from weights.load import (
     DRAFTER_7B,
     TARGET_7B,
@@ -879,7 +879,7 @@ class Request:
     """What was asked, and what its two workers share while they answer."""
     mode: str
     question: str
-    shown: dict[str, Media]                 # side -> what it is shown
+    shown: dict[str, Shown]                 # side -> what it is shown
     event_frames: int                       # pictures a recording is drawn in
     canvas: tuple | None                    # (H, W) of those pictures; None: each ends at its largest coordinate
     max_new_tokens: int
@@ -1121,8 +1121,8 @@ class Engine:
         need, have = prompt_rows + req.max_new_tokens + spare + 2, model.decoder.cache_rows
         if need > have:
             raise InputError(f"{model.path}: {model.side} cache holds {have} rows, prompt {prompt_rows} + new "
-                             f"{req.max_new_tokens} + drafts {spare + 2} needs {need}: raise --cache-rows, ask for "
-                             f"fewer --max-new-tokens or shorten the question")
+                             f"{req.max_new_tokens} + drafts {spare + 2} needs {need}; raise `cache_rows`, lower "
+                             f"`max_new_tokens` or shorten the question")
 
     def _prepare(self, req: Request, active, frames: int) -> None:
         """Checks that the request fits the caches, and captures every graph it needs before anything runs: a capture
@@ -1235,14 +1235,14 @@ class Engine:
         check_sampling(temperature, top_p, seed)
         uses_target = mode != "drafter_only"
         if uses_target and self.target is None:
-            raise InputError(f"mode {mode}: needs the target, which was not loaded; pass --videollava")
+            raise InputError(f"mode {mode}: needs the target, which was not loaded; pass `videollava`")
         sources = self._sources(draft_source, mode)
         asks = [of for of in sources if getattr(of, "needs_drafter", False)]
         uses_drafter = mode in ("drafter_only", "prefill_only") or mode != "target_only" and (
             "drafter" in sources or bool(asks) or mode == "prefill_then_verify" and draft_source is None)
         if uses_drafter and self.drafter is None:
-            raise InputError(f"mode {mode}: needs the drafter, which was not loaded; pass --eventgpt")
-        question, nothing = check_question(query), Media(None, None)
+            raise InputError(f"mode {mode}: needs the drafter, which was not loaded; pass `eventgpt`")
+        question, nothing = check_question(query), Shown(None, None)
         clip = video_given(video, video_path, image, image_path, self.target.num_frames, frame_rule,
                            self.target.on_gpu) if uses_target else nothing
         recording = events_given(events, event_path, event_image_path, columns, time_unit) if uses_drafter else nothing
@@ -1489,7 +1489,7 @@ def naming_stage(model: Model, stage: str):
         reason = describe(error).partition(". ")[0]
     # Outside of the handler, where the failed frames and their tensors are gone.
     raise OutOfMemory(f"{model.path}: memory on {model.device} ran out in the {model.side}'s {stage} ({reason}); lower "
-                      f"--cache-rows, shorten the question, free memory or choose another --drafter-device")
+                      f"`cache_rows`, shorten the question, free memory or choose another `drafter_device`")
 
 
 def check_finite(state: State, model: Model, stage: str) -> None:
@@ -1545,8 +1545,8 @@ def open_model(cls, path):
     checkpoint = open_checkpoint(path)
     wanted, kind = "video_llava" if cls is Target else "EventChat_llama", checkpoint.config.get("model_type")
     if kind != wanted:
-        raise InputError(f"{path}: holds a {kind} model, the {cls.side} needs {wanted}; swap --eventgpt and "
-                         f"--videollava?")
+        raise InputError(f"{path}: holds a {kind} model, the {cls.side} needs {wanted}; swap `eventgpt` and "
+                         f"`videollava`?")
     return checkpoint.config, checkpoint
 
 
@@ -1739,7 +1739,7 @@ def main(argv=None) -> None:
                 print(start + event.delta, end="", flush=True)
                 kind = event.kind
     except InputError as error:
-        parser.exit(2, f"{error}\n")
+        parser.exit(2, f"{in_flags(error, parser)}\n")
     r = event.result
     print(f"\n{(r.preview_end or 0) * 1e3:7.1f} ms  preview  {r.preview_text}" * (r.mode == "prefill_only"), end="")
     by = ", ".join(dict.fromkeys(of.source for of in r.round_log if of.drafts)) or r.drafter_error or "nobody drafted"

@@ -362,11 +362,12 @@ def test_the_seeds_api_answers(pair, monkeypatch):
 
 @pytest.mark.parametrize("change,words", [
     ({"mode": "fast"}, "mode 'fast'"), ({"max_new_tokens": 0}, "max_new_tokens"), ({"draft_len": 32}, "draft_len"),
-    ({"max_new_tokens": 10 ** 6}, "raise --cache-rows"), ({"video_path": None}, "video: wanted one"),
+    ({"max_new_tokens": 10 ** 6}, "raise `cache_rows`, lower `max_new_tokens`"),
+    ({"video_path": None}, "video: wanted one"),
     ({"video_path": "no/such.mp4"}, "no/such.mp4"), ({"event_path": "no/such.npy"}, "no/such.npy"),
     ({"event_path": None}, "events: wanted one"), ({"event_path": None, "event_image_path": []}, "event_image_path"),
-    ({"query": None}, "question"), ({"query": "\ud800"}, "question"),
-    ({"query": "x" * 200_000}, "question"), ({"video_path": __file__}, "test_request.py"),
+    ({"query": None}, "query: "), ({"query": "\ud800"}, "query: "),
+    ({"query": "x" * 200_000}, "query: "), ({"video_path": __file__}, "test_request.py"),
     ({"event_path": __file__}, "test_request.py"), ({"frame_rule": "random"}, "rule"),
 ], ids=str)
 def test_bad_input_is_one_line_and_the_engine_goes_on(pair, change, words):

@@ -103,7 +103,7 @@ def read_record(folder: Path, record: dict, question: str | None) -> Sample:
     human, truth = (next((turn for turn in turns if turn.get("from") == who), None) for who in ("human", "gpt"))
     asked = question or (bare(wanted(human, "value")) if human else "")
     if not asked:
-        raise InputError("conversations hold no question; pass --question")
+        raise InputError("conversations hold no question; pass `question`")
     try:
         events = inside("event_npy", wanted(record, "event_data"))
     except InputError:                                       # pictures may stand in for a recording that is not there

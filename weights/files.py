@@ -37,6 +37,7 @@ LOOK_ALIKES = [                      # what comes in place of a file, by its fir
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: path, reason, way out. bench.py exits 2 with it.
+    Arguments are named in backquotes, or by the first word; `in_flags` makes flags of them.
 
     Whatever a path or a file puts into it, the line stays one: line breaks, control characters and halves of surrogate
     pairs are spelt out."""
@@ -50,6 +51,13 @@ class Refused(Exception):
 
     def __init__(self, reason: str, way_out: str):
         super().__init__(reason, way_out)
+
+
+def in_flags(error: InputError, parser, **others: str) -> str:
+    """The line in the words of a command: a library names arguments, in backquotes or as the first word, a command its
+    flags. others: flags of arguments that the parser calls otherwise."""
+    flags = {of.dest: of.option_strings[-1] for of in parser._actions if of.option_strings} | others
+    return re.sub(r"^(\w+)(?=[:\s[])|`(\w+)`", lambda of: flags.get(of[1] or of[2], of[0]), str(error))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ LETTERS = {"?": "b", **dict.fromkeys("bhilqn", "i"), **dict.fromkeys("BHILQN", "
 UNITS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}     # microseconds
 
 
-class Media(NamedTuple):
+class Shown(NamedTuple):
     """What one model is shown."""
     name: Any                        # what messages call it: a path, or an argument
     read: Callable                   # (called when decoding begins, or nothing) -> frames [H, W, 3] uint8, or Events
@@ -235,7 +235,7 @@ def events_in_memory(value, columns: str | None = None, time_unit: str | None = 
         return events_of(found, max_canvas)
 
 
-def events_given(events=None, event_path=None, event_image_path=None, columns=None, time_unit=None) -> Media:
+def events_given(events=None, event_path=None, event_image_path=None, columns=None, time_unit=None) -> Shown:
     """What the drafter is shown. events: a path, a file's content or a file object, x, y, t, p in memory, or pictures
     of events; the two others are paths."""
     insist_one("recording, or pictures of events", events=events, event_path=event_path,
@@ -253,12 +253,12 @@ def events_given(events=None, event_path=None, event_image_path=None, columns=No
         value = [path_of(argument, path, "events", "a PNG or JPEG") for path in value]
     if event_image_path is not None or event_path is None and are_pictures(value):
         kept = kept_pictures(argument, listed(value))
-        return Media(name_of(kept[0], argument), lambda *_: read_kept(kept), pictures=len(kept))
+        return Shown(name_of(kept[0], argument), lambda *_: read_kept(kept), pictures=len(kept))
     if is_file(value):
         file = file_of(argument, value, "an .npy or .npz of events")
-        return Media(file, lambda *_: read_events(file), insist_file(file, "an .npy or .npz of events"))
+        return Shown(file, lambda *_: read_events(file), insist_file(file, "an .npy or .npz of events"))
     made = events_in_memory(value, columns, time_unit)
-    return Media(argument, lambda *_: made)
+    return Shown(argument, lambda *_: made)
 
 
 def are_pictures(value) -> bool:
@@ -273,7 +273,7 @@ def are_pictures(value) -> bool:
 # ---- pictures and clips ----------------------------------------------------------------------------------------------
 
 def video_given(video=None, video_path=None, image=None, image_path=None, num_frames: int = 8, rule: str = "uniform",
-                for_gpu: bool = False) -> Media:
+                for_gpu: bool = False) -> Shown:
     """What the target is shown. video: a path, a file's content, a file object, or frames, of which `rule` takes
     num_frames; image: one picture in its place; the two others are paths."""
     if rule not in VIDEO_RULES:
@@ -283,12 +283,12 @@ def video_given(video=None, video_path=None, image=None, image_path=None, num_fr
         image = path_of("image_path", image_path, "image", "an image")
     if image is not None:
         kept = kept_pictures("image", [image], for_gpu)
-        return Media(name_of(kept[0], "image"), lambda *decoding: read_kept(kept, *decoding), file_size(kept[0]), 1)
+        return Shown(name_of(kept[0], "image"), lambda *decoding: read_kept(kept, *decoding), file_size(kept[0]), 1)
     if video_path is not None:
         video = path_of("video_path", video_path, "video", "a video file")
     if is_file(video):
         file = file_of("video", video, "a video file")
-        return Media(file, lambda *decoding: read_video(file, num_frames, rule, for_gpu, *decoding), file_size(file))
+        return Shown(file, lambda *decoding: read_video(file, num_frames, rule, for_gpu, *decoding), file_size(file))
     with naming("video"):
         frames = frames_in(video)
         chosen = sample_indices(len(frames), num_frames, rule)
@@ -301,7 +301,7 @@ def video_given(video=None, video_path=None, image=None, image_path=None, num_fr
         with naming("video"):
             found = one_size(read_kept(kept, *decoding))
         return [found[place] for place in places]
-    return Media("video", read)
+    return Shown("video", read)
 
 
 def frames_in(value):

@@ -97,13 +97,13 @@ class TextStream:
 
 def check_question(question) -> str:
     if not isinstance(question, str):
-        raise InputError(f"question: wanted text, got {type(question).__name__}; pass a str")
+        raise InputError(f"query: wanted the question as text, got {type(question).__name__}; pass a str")
     try:
         question.encode("utf-8")
     except UnicodeEncodeError:
-        raise InputError("question: holds half a surrogate pair, not valid text; decode it as UTF-8 first") from None
+        raise InputError("query: half a surrogate pair, not valid text; decode it as UTF-8 first") from None
     if len(question) > 100_000:
-        raise InputError(f"question: {len(question)} characters, at most 100000; shorten it")
+        raise InputError(f"query: the question has {len(question)} characters, at most 100000; shorten it")
     return question
 
 
