@@ -238,11 +238,13 @@ def progress(items, unit: str):
 
 
 def loading():
-    """Bytes of a checkpoint read, and how fast, on stderr where somebody watches."""
-    bars = collections.defaultdict(lambda: tqdm(unit="B", unit_scale=True, disable=None, leave=False))
+    """Bytes of a checkpoint read, and how fast, then steps of preparation, on stderr where somebody watches."""
+    bars = {}
 
     def read(side: str, done: int, total: int) -> None:
-        bars[side].desc, bars[side].total = side, total
+        if side not in bars:
+            unit = " steps" if side == "preparation" else "B"
+            bars[side] = tqdm(desc=side, total=total, unit=unit, unit_scale=True, disable=None, leave=False)
         bars[side].update(done - bars[side].n)
         if done >= total:
             bars[side].close()

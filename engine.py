@@ -44,6 +44,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +104,7 @@ from weights.drafting import (
     smoothed,
 )
 from weights.events import Events
-from weights.files import in_flags, insist_file
+from weights.files import in_flags, insist_file, insist_whole
 from weights.given import Shown, events_given, video_given
 from weights.load import (
     DRAFTER_7B,
@@ -126,14 +127,15 @@ from weights.shapes import DecoderConfig, VisionConfig, frames_of, memory_needs,
 from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named
 from weights.text import Text, TextStream, check_question, check_sampling
 
-__all__ = ["MODES", "SOURCES", "Adapted", "DraftSource", "Engine", "Event", "Fixed", "Gate", "InputError", "Lookup",
-           "PrefillOnlyInference", "Result", "Round", "Verdict", "agreeing", "explain", "load_engine", "model_name",
-           "source_named"]
+__all__ = ["MODES", "SOURCES", "Adapted", "Clip", "DraftSource", "Engine", "Event", "Fixed", "Gate", "InputError",
+           "Lookup", "PrefillOnlyInference", "Result", "Round", "Verdict", "agreeing", "explain", "load_engine",
+           "model_name", "source_named"]
 
 VERSION = "0.1.0"
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
+QUESTION_ROWS = (32, 64, 128, 256)               # a GPU has a prefill graph for questions of up to so many rows
 LOOKUP_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of earlier answers that are searched, on a GPU and on a CPU
 
 # ---- prompts ---------------------------------------------------------------------------------------------------
@@ -192,7 +194,7 @@ class Decoder:
         self.cos_MK = angle_MK.cos().to(self.device, self.dtype)
         self.sin_MK = angle_MK.sin().to(self.device, self.dtype)
 
-        self.steps = Steps(self.layers, self.head_VD, STEP_ROWS, self._workspace(drafts))
+        self.steps = self.plain = Steps(self.layers, self.head_VD, STEP_ROWS, self._workspace(drafts))
 
     @property
     def cache_rows(self) -> int:
@@ -217,6 +219,7 @@ class Decoder:
         prefill. `fp8+int4` has e4m3 weights in their place: prefill takes two thirds of the time, and the rows that
         every draft looks back at are a little wrong as well."""
         self.steps, self.fp8 = self.packed(name), name.startswith("fp8")
+        self.plain = self.steps if self.fp8 else self.plain  # for a question's rows, see `Model.ask`
         for i, layer in enumerate(self.layers if self.fp8 else []):
             self.layers[i] = {of: weight8(layer[of], layer.get(norm)) for of, norm in NORMS.items()}
             for of in NORMS:
@@ -352,6 +355,8 @@ class Model:
     copy: Steps | None = None                                # its weights in 4 bits, where it drafts for itself
     prompt: collections.abc.Callable                         # question -> Prompt; the two below say how
     encode: collections.abc.Callable                         # pixels -> visual rows
+    visual: collections.abc.Callable                         # pictures -> how many rows that is
+    num_frames = 5                                           # pictures it is trained to see
 
     def __init__(self, decoder: Decoder, text: Text, path: str, stops: tuple[int, ...], graphs: bool = True):
         self.decoder, self.text, self.path, self.stops = decoder, text, path, stops
@@ -370,6 +375,8 @@ class Model:
         self.sampling_3 = torch.zeros(3, dtype=torch.long, device=self.device)
         self.recorded_W: torch.Tensor | None = None          # see `replay`
         self.pixels, self.step_graphs, self.prompt_rows = {}, {}, 0
+        self.held, self.cached = 0, []                       # rows of the open clip, and ids whose rows lie behind them
+        self.asked_W = torch.zeros(2 + decoder.cache_rows + STEP_ROWS, dtype=torch.long, device=self.device)
         self.seen: torch.Tensor | None = None                # the pixels that were encoded last
         self.hidden_MD = torch.zeros(decoder.cache_rows, self.config.D, dtype=decoder.dtype, device=self.device)
         # One scratch and one stream for the capture of all its graphs: cuBLAS keeps 32 MiB for every stream it meets.
@@ -390,11 +397,31 @@ class Model:
     def begin(self, sampling: tuple | None, searches: bool) -> None:
         """A request starts. sampling: (temperature, top_p, seed), None: greedy. searches: each forward ends with a
         lookup of the next one's drafts."""
-        self.sampling, self.searches, self.seen = sampling, searches, None
+        self.sampling, self.searches, self.seen = sampling, searches, self.seen if self.held else None
+
+    def rest(self) -> None:
+        """Makes the state one in which every forward may run and writes cache rows that nobody needs: one id behind the
+        open clip and a row, no end in sight."""
+        head = new_state(0, n_out=1, prompt_len=self.held + 1, limit=self.decoder.cache_rows)
+        self.state_W[:STATE].copy_(head)
+        self.asked_W[:2].copy_(torch.tensor([0, 1]))
+
+    def talk(self, question: str | None, turns=()) -> Prompt:
+        """The prompt of a question that follows turns (question, answer ids), in both models' template
+        `USER: .. ASSISTANT: ..</s>USER: ..`; up to the visual rows if there is no question."""
+        if question is None:
+            return Prompt(self.prompt("").before, [])
+        asked = [*(of for of, _ in turns), question]
+        prompt = self.prompt(asked[0])
+        for (_, answer), then in zip(turns, asked[1:], strict=True):
+            said = answer[:-1] if answer[-1] in self.stops else answer
+            prompt.after.extend([*said, self.stops[0], *self.text.ids(f"USER: {then} ASSISTANT:", first=False)])
+        return prompt
 
     def splice(self, prompt: Prompt, visual_AD):
         """The prompt's rows [S, D] with the visual rows in place of the placeholder."""
-        before, after = (to_device(torch.tensor(ids), self.device) for ids in (prompt.before, prompt.after))
+        before, after = (to_device(torch.tensor(ids, dtype=torch.long), self.device)
+                         for ids in (prompt.before, prompt.after))
         embed = self.decoder.embed_VD
         return torch.cat([embed[before], visual_AD.to(embed.dtype), embed[after]])
 
@@ -430,29 +457,63 @@ class Model:
         """Drafts that the verify of so many has rows for: captured ones come in a few widths."""
         return next(width for width in WIDTHS if width >= drafts) if self.graphs else drafts
 
-    def prefill(self, hidden_SD, limit: int, stops: tuple[int, ...], tail_id: int) -> None:
-        """Fills cache rows 0..S-1 and puts the first answer id into the state."""
+    def prefill(self, hidden_SD, limit: int, stops: tuple[int, ...], tail_id: int,
+                question: int | None = None) -> None:
+        """Fills cache rows 0..S-1 and puts the first answer id into the state. tail_id: the prompt's last id; question:
+        its rows behind the visual ones."""
         self.prompt_rows = len(hidden_SD)
-        replayed = self.prefill_graph(self.prompt_rows)
+        replayed = self.prefill_graph(self.prompt_rows, question)
         self.hidden_MD[:self.prompt_rows].copy_(hidden_SD)
+        self._start(limit, stops, tail_id)
+        self._close(replayed(), self.searches, self.sampling is not None)
+
+    def prefill_graph(self, rows: int, question: int | None = None) -> StepGraph:
+        """On a GPU rows are padded, so that questions of up to QUESTION_ROWS share a graph that is there from loading
+        on. A longer one runs without: its kernels take longer than their launches, and a capture longer than both.
+        The padding sits behind the prompt: it fills cache rows that nobody sees before decode overwrites them."""
+        room = 0 if question is None else next((n for n in QUESTION_ROWS if n >= question), question)
+        size = -(-(rows - (question or 0) + room) // 16) * 16
+        size = min(size, self.decoder.cache_rows) if self.on_gpu else rows
+        if question is not None and room not in QUESTION_ROWS:
+            return StepGraph(lambda: self._prefill(size), self, captured=False)
+        return self.graph("prefill", size)
+
+    def _prefill(self, size: int):
+        last_1 = self.state_W[PROMPT_LEN.value:PROMPT_LEN.value + 1] - 1
+        return self.decoder.forward(self.hidden_MD[:size], torch.arange(size, device=self.device), only=last_1)
+
+    def _start(self, limit: int, stops: tuple[int, ...], tail_id: int) -> None:
         head = new_state(0, stops, prompt_len=self.prompt_rows, limit=limit)
         self.state_W[:STATE].copy_(to_device(head, self.device), non_blocking=True)
         self.tail_id.fill_(tail_id)
         if self.sampling:
             self.sampling_3.copy_(to_device(sampling_words(*self.sampling), self.device), non_blocking=True)
-        replayed()
 
-    def prefill_graph(self, rows: int) -> StepGraph:
-        """On a GPU the rows are padded to a multiple of 16, so that questions of similar length share one graph. The
-        padding sits behind the prompt: it fills cache rows that nobody sees before decode overwrites them."""
-        size = min(-(-rows // 16) * 16, self.decoder.cache_rows) if self.on_gpu else rows
-        return self.graph("prefill", size, self.searches, self.sampling is not None)
+    def ask(self, ids: list[int], limit: int, stops: tuple[int, ...], known: int = 0) -> None:
+        """Runs the ids of a question behind the open clip's rows, and puts the first answer id into the state. The rows
+        of the first `known` are there already, as `cached` says.
 
-    def _prefill(self, size: int, searches: bool, sampled: bool):
-        pos_ids_S = torch.arange(size, device=self.device)
-        last_1 = self.state_W[PROMPT_LEN.value:PROMPT_LEN.value + 1] - 1
-        logits_1V = self.decoder.forward(self.hidden_MD[:size], pos_ids_S, only=last_1)
-        self._close(logits_1V, searches, sampled)
+        Forwards of a fixed number of rows: a row's bits depend neither on how many rows there are nor on which stand
+        beside it, so an answer depends on the clip and these ids alone, whatever was asked before. A drafter's question
+        reads plain weights where it has them: its drafts look back at these rows."""
+        self.prompt_rows, rows = self.held + len(ids), self.decoder.plain.rows
+        replayed = self.graph("ask")
+        self._start(limit, stops, ids[-1])
+        self._send([known, len(ids), *ids, *[0] * rows], self.asked_W)
+        for _ in range(known, len(ids), rows):
+            last_1V = replayed()
+        self._close(last_1V, self.searches, self.sampling is not None)
+
+    def _ask(self):
+        """One forward of the next ids. Behind the last one come zeros, whose rows nobody sees."""
+        steps, (at_1, count_1) = self.decoder.plain, (self.asked_W[i:i + 1] for i in range(2))
+        at_S = at_1 + torch.arange(steps.rows, device=self.device)
+        ids_S = self.asked_W.gather(0, 2 + at_S).clamp(max=self.config.V - 1)      # a target may know more ids
+        pos_ids_S = self.state_W[PROMPT_LEN.value] - count_1 + at_S
+        logits_SV = self.decoder.forward(self.decoder.embed_VD[ids_S], pos_ids_S, steps=steps)
+        last_1V = logits_SV.index_select(0, (count_1 - 1 - at_1).clamp(max=steps.rows - 1))
+        at_1 += steps.rows
+        return last_1V
 
     def round(self, G: int = 0) -> None:
         """One forward of [pending_id, up to G of the drafts in the state] and its accept; nothing is returned. A state
@@ -519,10 +580,11 @@ class Model:
     def replay(self, ids, drafts=(), sures=()) -> None:
         """From here on this model computes as ever, but its answer is `ids`, recorded elsewhere, then a stop id: real
         speed at a real acceptance without the checkpoint. drafts, sures: what its 4-bit copy drafts at each place of
-        the answer, and the probabilities it gives. Call it before the first request; later calls change the ids."""
+        the answer, and the probabilities it gives. Later calls change the ids."""
         words = self.decoder.cache_rows
         if self.recorded_W is None:
-            assert not self.step_graphs, "replay: graphs without it exist already"
+            same = "encode", "prefill", "ask"                # other graphs end with ids
+            self.step_graphs = {key: of for key, of in self.step_graphs.items() if key[0] in same}
             self.recorded_W = torch.zeros(3, words, dtype=torch.long, device=self.device)
         rows = [[*ids] + [self.stops[0]] * words, [*drafts] + [self.stops[0]] * words,
                 [int(1e6 * sure) for sure in sures] + [999_999] * words]
@@ -567,6 +629,10 @@ class Target(Model):
         self.keep_cls = config.get("vision_feature_select_strategy", "default") == "full"   # images only
         self.num_frames = frames_of(config, self.vision)
 
+    def visual(self, frames: int, image: bool = False) -> int:
+        """Visual rows of so many frames."""
+        return frames * (self.vision.P + int(not image or self.keep_cls))
+
     def prompt(self, question: str) -> Prompt:
         bos = [self.config.bos_id]
         return Prompt(bos + self.text.ids("USER: "), self.text.ids(f"\n{question} ASSISTANT:", first=False))
@@ -600,6 +666,14 @@ class Drafter(Model):
         first = 32000 + int(flags[1])                        # a patch token, if added, comes before the two markers
         self.marker_ids = (first, first + 1) if flags[0] else None
         self.committed_W = torch.zeros(1 + decoder.cache_rows, dtype=torch.long, device=self.device)     # see `resume`
+
+    def rest(self):
+        super().rest()
+        self.committed_W[:1].fill_(1)
+
+    def visual(self, frames: int, image: bool = False) -> int:
+        """Visual rows of so many frames."""
+        return frames + self.vision.P + 1
 
     def prompt(self, question: str) -> Prompt:
         """Each side of the placeholder is encoded alone, and both get a leading-space mark, as upstream."""
@@ -670,17 +744,16 @@ class Drafter(Model):
 class StepGraph:
     """One captured call of `fn`, which reads and writes static tensors only. Eager where there is no graph.
 
-    The warm-up run compiles kernels outside the capture; it and the capture write cache rows and state, so a
-    graph is built before prefill. `out` is what fn returned, valid until the next replay.
+    The warm-up run compiles kernels outside the capture; it and the capture write cache rows and state, so a graph is
+    built before prefill, or behind the rows of an open clip. `out` is what fn returned, valid until the next replay.
     """
 
-    def __init__(self, fn, model: Model):
+    def __init__(self, fn, model: Model, captured: bool = True):
         self.fn, self.graph, self.out = fn, None, None
-        if not model.graphs:
+        if not (model.graphs and captured):
             return
         kept = model.state_W.clone()
-        # The last request's lengths may not fit this shape: one id after a prompt of one row, no end in sight.
-        model.state_W[:STATE].copy_(new_state(0, n_out=1, prompt_len=1, limit=model.decoder.cache_rows))
+        model.rest()                                         # the last request's lengths may not fit this shape
         with torch.cuda.device(model.device), torch.inference_mode():
             model.stream.wait_stream(torch.cuda.current_stream(model.device))
             with model.on_stream():
@@ -875,13 +948,85 @@ class Timeline:
 
 
 @dataclass
+class Media:
+    """What is asked about, as `Engine.stream` takes it."""
+    events: Any = None
+    video: Any = None
+    image: Any = None
+    columns: str | None = None              # the order of an array of events [N, 4]
+    time_unit: str | None = None            # of their times
+    event_path: Any = None
+    event_image_path: Any = None
+    video_path: Any = None
+    image_path: Any = None
+    frame_rule: str = "uniform"
+    event_frames: int = 5                   # pictures a recording is drawn in
+    canvas: tuple | None = None             # (H, W) of those pictures; None: each ends at its largest coordinate
+
+    def shown(self, target: Target | None, drafter: Drafter | None) -> dict[str, Shown]:
+        """{side: Shown} of the models that are used. InputError unless each has one clip, in memory or in a file."""
+        self.event_frames = insist_whole("event_frames", self.event_frames, 1, 1000)
+        found = {}
+        if target:
+            found["target"] = video_given(self.video, self.video_path, self.image, self.image_path, target.num_frames,
+                                          self.frame_rule, target.on_gpu)
+        if drafter:
+            found["drafter"] = events_given(self.events, self.event_path, self.event_image_path, self.columns,
+                                            self.time_unit)
+        return found
+
+
+class Black(Media):
+    """A second of nothing, for `Engine.prepare`."""
+
+    def shown(self, target, drafter):
+        x = torch.arange(100, dtype=torch.int32)
+        events = Events(x, x, x.long(), (x % 2).byte())
+        frames = [torch.zeros(240, 320, 3, dtype=torch.uint8)] * (target.num_frames if target else 0)
+        return {"target": Shown("black", lambda decoding: (decoding(), frames)[1]),
+                "drafter": Shown("black", lambda *_: events)}
+
+
+@dataclass
+class Asking:
+    """How a question is to be answered, as `Engine.stream` takes it."""
+    mode: str = "speculative"
+    max_new_tokens: int = 50
+    draft_len: int | None = None
+    overlap_len: int | None = None
+    draft_source: Any = None
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    remember: bool = True
+
+    def check(self) -> None:
+        if self.mode not in MODES:
+            raise InputError(f"mode {self.mode!r}: not one of {', '.join(MODES)}; pick one of these")
+        self.max_new_tokens = insist_whole("max_new_tokens", self.max_new_tokens, 1, 1_000_000)
+        for name in ("draft_len", "overlap_len"):
+            if getattr(self, name) is not None:
+                setattr(self, name, insist_whole(name, getattr(self, name), 0, STEP_ROWS - 1))
+        self.temperature, self.top_p, self.seed = check_sampling(self.temperature, self.top_p, self.seed)
+
+
+def asking_drafter(sources: list) -> list:
+    """The sources that read what the drafter writes."""
+    return [of for of in sources if getattr(of, "needs_drafter", False)]
+
+
+@dataclass
 class Request:
     """What was asked, and what its two workers share while they answer."""
     mode: str
-    question: str
+    question: str | None                    # None: a clip is opened
     shown: dict[str, Shown]                 # side -> what it is shown
     event_frames: int                       # pictures a recording is drawn in
     canvas: tuple | None                    # (H, W) of those pictures; None: each ends at its largest coordinate
+    prompts: dict[str, Prompt]              # side -> its prompt
+    clip: Clip | None                       # whose rows are in the caches already
+    goes_on: bool                           # behind the clip's last answer
     max_new_tokens: int
     draft_len: int
     overlap_len: int
@@ -910,12 +1055,16 @@ class Request:
     @property
     def image(self) -> bool:
         """One picture in place of a video."""
-        return self.shown["target"].pictures is not None
+        return "target" in self.shown and self.shown["target"].pictures is not None
 
     @property
     def size(self) -> int:
-        """Of the video's file, in doublings: clips of a size take alike to decode."""
-        return self.shown["target"].size.bit_length()
+        """Of the video file, in doublings: clips of a size take alike to decode. 0: nothing is decoded."""
+        return self.shown["target"].size.bit_length() if "target" in self.shown and not self.clip else 0
+
+    def pictures(self, model: Model) -> int:
+        """How many a model sees."""
+        return self.shown[model.side].pictures or (model.num_frames if model.side == "target" else self.event_frames)
 
     def send(self, kind: str, ids: list[int]) -> float:
         """Hands ids to the caller, with the time; the lock keeps what both sides send in order of time."""
@@ -966,6 +1115,7 @@ class Engine:
         self.learners: list = []                             # what the last request left to `remember`
         self.apart = bool(target and drafter) and target.device != drafter.device   # the drafter has its own device
         self.target_first = bool(target and target.on_gpu)   # at the interpreter's lock, see `_drafter_side`
+        self._clip: weakref.ref[Clip] | None = None                # see `clip`
         self.lock = threading.Lock()
         self.owner: int | None = None                        # the thread whose request runs
         # One lasting thread a model: cuDNN keeps its plans per thread, and a new thread pays 70 ms to make them again.
@@ -1025,15 +1175,16 @@ class Engine:
 
     def _target_side(self, req: Request) -> None:
         """Video to answer. Everything it sends is the target's own id."""
-        model, timeline = self.target, req.timeline
-        with timeline.stage("load", model, host=True):
-            frames = req.shown["target"].read(req.host_free.set)     # from here on FFmpeg's threads work
-        if self.target_first:
-            req.host_free.clear()
-        req.frames_at = timeline.now()
+        model, frames = self.target, None
+        if not req.clip:
+            with req.timeline.stage("load", model, host=True):
+                frames = req.shown["target"].read(req.host_free.set)       # from here on FFmpeg's threads work
+            if self.target_first:
+                req.host_free.clear()
+        req.frames_at = req.timeline.now()
         req.frames_ready.set()
         with model.on_stream():
-            encode_and_prefill(model, frames, req.max_new_tokens, req)
+            first_id(model, frames, req.max_new_tokens, req)
             req.host_free.set()
             self._rounds(model, req, req.tenant, req.max_new_tokens, "decode", req.show_answer)
 
@@ -1047,19 +1198,21 @@ class Engine:
         gain beyond the noise of 1 ms: waiting for a draft asleep instead of spinning, a lower priority for this thread,
         a shorter turn of the lock."""
         model = self.drafter
-        alone = req.mode in ("drafter_only", "prefill_only")
+        alone = req.mode in ("drafter_only", "prefill_only") or req.question is None
         gate = None if alone or self.apart else req.gate     # on a device of its own it disturbs nobody
         rest = req.max_new_tokens if req.mode == "speculative" else 0
         if gate and not gate.head_start(req.question, req.overlap_len, req.size, rest, req.draft_len):
             return
         req.host_free.wait()
-        with req.timeline.stage("load", model, host=True):
-            loaded = req.shown["drafter"].read()
+        loaded = None
+        if not req.clip:
+            with req.timeline.stage("load", model, host=True):
+                loaded = req.shown["drafter"].read()
         endless = alone or self.apart and req.mode == "speculative"
         limit = req.max_new_tokens if endless else min(req.overlap_len + 1, req.max_new_tokens)
         req.host_free.wait()
         with model.on_stream():
-            encode_and_prefill(model, loaded, limit, req)
+            first_id(model, loaded, limit, req)
             if req.line:
                 return self._draft_line(req, limit)
             self._rounds(model, req, OwnText(req, gate), limit, "draft", req.show_preview)
@@ -1116,40 +1269,61 @@ class Engine:
 
     # -- checks, assembly
 
-    def _check_rows(self, model: Model, prompt_rows: int, req: Request) -> None:
-        spare = max(req.draft_len, req.overlap_len, WIDTHS[-1] if model is self.target else model.decoder.steps.rows)
-        need, have = prompt_rows + req.max_new_tokens + spare + 2, model.decoder.cache_rows
-        if need > have:
-            raise InputError(f"{model.path}: {model.side} cache holds {have} rows, prompt {prompt_rows} + new "
+    def _check_rows(self, model: Model, req: Request) -> int:
+        """Rows of the prompt; InputError if it and the answer do not fit the cache."""
+        prompt, d = req.prompts[model.side], model.decoder
+        rows = prompt.rows(model.visual(req.pictures(model), req.image))
+        spare = max(req.draft_len, req.overlap_len, WIDTHS[-1] if model is self.target else d.steps.rows,
+                    d.plain.rows - 1 if req.clip else 0)
+        need = rows + req.max_new_tokens + spare + 2
+        if need > d.cache_rows:
+            raise InputError(f"{model.path}: {model.side} cache holds {d.cache_rows} rows, prompt {rows} + new "
                              f"{req.max_new_tokens} + drafts {spare + 2} needs {need}; raise `cache_rows`, lower "
-                             f"`max_new_tokens` or shorten the question")
+                             f"`max_new_tokens` or shorten the question{', or begin a new chat' * req.goes_on}")
+        return rows
 
-    def _prepare(self, req: Request, active, frames: int) -> None:
-        """Checks that the request fits the caches, and captures every graph it needs before anything runs: a capture
-        writes cache rows. `frames`: event frames of the drafter."""
+    def _prepare(self, req: Request, active) -> None:
+        """Checks that the request fits the caches, and captures every graph that it needs and loading did not: before
+        anything runs, since a capture writes cache rows."""
         drafts = req.tenant is not PLAIN
-        if self.target in active:
-            target, R = self.target, 1 if req.image else self.target.num_frames
-            rows = target.prompt(req.question).rows(R * (target.vision.P + int(not req.image or target.keep_cls)))
-            self._check_rows(target, rows, req)
-            with naming_stage(target, "preparation"):
-                target.encode_graph(R, req.image)
-                target.prefill_graph(rows)
-                for G in (0, *WIDTHS) if drafts and target.graphs else (0,):
-                    target.round_graph(G)
-                if drafts and target.copy:
-                    for first in (True, False):
-                        target.graph("draft", first, target.sampling is not None)
-        if self.drafter in active:
-            drafter = self.drafter
-            rows = drafter.prompt(req.question).rows(frames + drafter.vision.P + 1)
-            self._check_rows(drafter, rows, req)
-            with naming_stage(drafter, "preparation"):
-                drafter.encode_graph(frames)
-                drafter.round_graph(0)
-                drafter.prefill_graph(rows)
-                for size in (1, 2, drafter.decoder.steps.rows) if req.mode == "speculative" else ():
-                    drafter.graph("resume", size)
+        for model in active:
+            rows = self._check_rows(model, req)
+            with naming_stage(model, "preparation"):
+                if not req.clip:
+                    model.encode_graph(req.pictures(model), req.image and model is self.target)
+                    model.prefill_graph(rows, len(req.prompts[model.side].after))
+                if req.clip or req.question is None:
+                    model.graph("ask")
+                for G in (0, *WIDTHS) if model is self.target and drafts and model.graphs else (0,):
+                    model.round_graph(G)
+                for first in (True, False) if model is self.target and drafts and model.copy else ():
+                    model.graph("draft", first, model.sampling is not None)
+                speculates = model is self.drafter and req.mode == "speculative"
+                for size in (1, 2, model.decoder.steps.rows) if speculates else ():
+                    model.graph("resume", size)
+
+    def prepare(self, progress=None) -> None:
+        """Captures what ordinary requests replay, then answers about a black clip, so that neither the first answer
+        nor a question of a new length waits for it. Nothing is learnt. progress: called with ("preparation", steps
+        done, steps in all)."""
+        steps: list[collections.abc.Callable] = []
+        kept, self.gate = self.gate, None
+        for model in self.models:
+            rows = len(model.prompt("").before) + model.visual(model.num_frames)
+            steps += [functools.partial(model.prefill_graph, rows + room, room) for room in reversed(QUESTION_ROWS)
+                      if rows + room <= model.decoder.cache_rows]            # the longest first: others fit its scratch
+            steps.append(functools.partial(model.graph, "ask"))
+        for mode in ("target_only", "speculative") if self.target else ("drafter_only",):
+            asking = Asking(mode, 4, ignore_eos=True, remember=False)
+            steps.append(lambda asking=asking: collections.deque(self._answer("?", Black(), asking), 0))
+        try:
+            for done, step in enumerate(steps, 1):
+                with torch.inference_mode():
+                    step()
+                if progress:
+                    progress("preparation", done, len(steps))
+        finally:
+            self.gate, self.learners, self.right = kept, [], 0.5
 
     def _tenant(self, req: Request, sources: list) -> Tenant:
         """Who drafts for the target, from the sources that were asked for."""
@@ -1169,10 +1343,10 @@ class Engine:
                 tenants.append(HostSource(req, self.target, source, name_of(source)))
         return Cascade(tenants, once=req.mode == "prefill_then_verify")
 
-    def _sources(self, draft_source, mode: str) -> list:
+    def _sources(self, draft_source, mode: str, clip: Clip | None = None) -> list:
         """The sources of a request. None: all that there is, the cheapest ids first."""
         if draft_source is None:
-            drafter = ["drafter"] if self.drafter else []
+            drafter = ["drafter"] if self.drafter and (not clip or "drafter" in clip.sides) else []
             if mode == "prefill_then_verify":
                 return drafter
             return [self.lookup, *drafter, *(["self"] if self.target and self.target.copy else [])]
@@ -1222,64 +1396,97 @@ class Engine:
         draws. remember: False leaves what there is to learn from this answer to `remember`.
         Raises InputError for anything the user can mend, before any model runs where possible.
         """
-        draft_len = self.draft_len if draft_len is None else draft_len
-        overlap_len = self.overlap_len if overlap_len is None else overlap_len
-        if mode not in MODES:
-            raise InputError(f"mode {mode!r}: not one of {', '.join(MODES)}; pick one of these")
-        for name, value, low, high in (("max_new_tokens", max_new_tokens, 1, 1_000_000),
-                                       ("draft_len", draft_len, 0, STEP_ROWS - 1),
-                                       ("overlap_len", overlap_len, 0, STEP_ROWS - 1),
-                                       ("event_frames", event_frames, 1, 1000)):
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise InputError(f"{name}: wanted a whole number {low}..{high}, got {value!r}; change it")
-        check_sampling(temperature, top_p, seed)
-        uses_target = mode != "drafter_only"
+        asked = {name: value for name, value in locals().items() if name not in ("self", "query")}
+        media = Media(**{of.name: asked.pop(of.name) for of in dataclasses.fields(Media)})
+        yield from self._answer(query, media, Asking(**asked))
+
+    def open(self, events=None, video=None, *, image=None, columns=None, time_unit=None, event_path=None,
+             event_image_path=None, video_path=None, image_path=None, frame_rule="uniform", event_frames=5, canvas=None,
+             **asking) -> Clip:
+        """Reads and encodes a clip once, for any number of questions; arguments as `stream`, but for the question.
+
+        What says how to answer holds for every question that does not say it anew; mode and draft_source decide which
+        models see the clip. It fills their caches until it is closed: `stream`, `generate` and another `open` are
+        refused until then."""
+        asked = {name: value for name, value in locals().items() if name not in ("self", "asking")}
+        return Clip(self, Media(**asked), Asking(**asking))
+
+    def _checked(self, asking: Asking, clip: Clip | None) -> tuple[list, bool, bool, str | None]:
+        """(sources, whether the target takes part, whether the drafter does, why not if it was to draft and broke at
+        the clip). InputError for what the user can mend; nothing has run then."""
+        asking.check()
+        mode, uses_target = asking.mode, asking.mode != "drafter_only"
         if uses_target and self.target is None:
             raise InputError(f"mode {mode}: needs the target, which was not loaded; pass `videollava`")
-        sources = self._sources(draft_source, mode)
-        asks = [of for of in sources if getattr(of, "needs_drafter", False)]
+        sources, broke = self._sources(asking.draft_source, mode, clip), None
         uses_drafter = mode in ("drafter_only", "prefill_only") or mode != "target_only" and (
-            "drafter" in sources or bool(asks) or mode == "prefill_then_verify" and draft_source is None)
+            "drafter" in sources or bool(asking_drafter(sources))
+            or mode == "prefill_then_verify" and asking.draft_source is None)
         if uses_drafter and self.drafter is None:
             raise InputError(f"mode {mode}: needs the drafter, which was not loaded; pass `eventgpt`")
-        question, nothing = check_question(query), Shown(None, None)
-        clip = video_given(video, video_path, image, image_path, self.target.num_frames, frame_rule,
-                           self.target.on_gpu) if uses_target else nothing
-        recording = events_given(events, event_path, event_image_path, columns, time_unit) if uses_drafter else nothing
+        if clip:
+            if uses_drafter and mode in ("prefill_then_verify", "speculative"):
+                broke = clip.opened.drafter_error
+                uses_drafter = not broke or "drafter" in clip.sides
+            clip.check(uses_target, uses_drafter)
         if self.owner == threading.get_ident():
             raise InputError("engine: a stream of this thread is still open; finish or close it first")
+        return sources, uses_target, uses_drafter, broke
+
+    def _answer(self, query, media: Media, asking: Asking, clip: Clip | None = None, turns=None,
+                opens: Clip | None = None):
+        """The one path of every request: checks, then runs it. clip: whose rows are in the caches; turns: the chat that
+        the question goes on with; opens: a clip whose rows shall be there, and nothing is asked."""
+        sources, uses_target, uses_drafter, broke = self._checked(asking, clip)
+        shown = clip.shown if clip else media.shown(self.target if uses_target else None,
+                                                    self.drafter if uses_drafter else None)
+        question, mode = None if opens else check_question(query), asking.mode
+        new = 1 if opens else asking.max_new_tokens
         with self.lock:
             self.owner = threading.get_ident()
             try:
-                if uses_drafter and "drafter" not in sources and asks and self.gate and not self.apart:
+                if self.clip is not clip:
+                    raise InputError("clip: is closed; open it again" if clip else "engine: an open clip fills the "
+                                     "caches; close it first (`with engine.open(..) as clip` does)")
+                for model in self.models:
+                    model.held = clip.sides.get(model.side, 0) if clip else 0
+                asks = asking_drafter(sources)
+                if uses_drafter and "drafter" not in sources and asks and self.gate and not self.apart and not opens:
                     uses_drafter = any(self.gate.pays(name_of(of)) for of in asks)
                 active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
-                gate = self.gate if mode in ("prefill_then_verify", "speculative") else None
-                runs_ahead = self.apart and mode == "speculative" and "drafter" in sources
-                line = Line(() if ignore_eos else self.drafter.stops, max_new_tokens) if runs_ahead else None
-                req = Request(mode, question, {"target": clip, "drafter": recording}, event_frames, canvas,
-                              max_new_tokens, draft_len, overlap_len, ignore_eos, Timeline(active), gate, line)
+                gate = self.gate if mode in ("prefill_then_verify", "speculative") and not opens else None
+                runs_ahead = self.apart and uses_drafter and mode == "speculative" and "drafter" in sources
+                line = Line(() if asking.ignore_eos else self.drafter.stops, new) if runs_ahead and not opens else None
+                prompts = {model.side: model.talk(question, turns or ()) for model in active}
+                req = Request(mode, question, shown, media.event_frames, media.canvas, prompts, clip,
+                              turns is not None, new,
+                              self.draft_len if asking.draft_len is None else asking.draft_len,
+                              self.overlap_len if asking.overlap_len is None else asking.overlap_len,
+                              asking.ignore_eos, Timeline(active), gate, line, errors=[broke] * bool(broke))
                 req.earlier = next((of for of in sources if isinstance(of, Lookup)), None)
                 req.tenant = self._tenant(req, sources)
-                self.learners = [of for of in sources if hasattr(of, "learn")]
+                self.learners = [of for of in sources if hasattr(of, "learn") and not opens]
                 searches = req.tenant is not PLAIN and bool(req.earlier or line)
                 for model in active:                         # drafts stay greedy, whoever judges them
-                    model.begin((temperature, top_p, seed) if temperature and model is active[0] else None,
+                    drawn = (asking.temperature, asking.top_p, asking.seed)
+                    model.begin(drawn if asking.temperature and model is active[0] else None,
                                 searches and model is self.target)
                     if model.on_gpu:
                         torch.cuda.reset_peak_memory_stats(model.device)
-                if not (uses_target and self.target_first):
+                if clip or not (uses_target and self.target_first):
                     req.host_free.set()
                 with torch.inference_mode():                 # not around the yields: it would leak to the caller
-                    self._prepare(req, active, recording.pictures or event_frames)
+                    self._prepare(req, active)
                     if searches:
                         self._fill_ring(req.earlier or Lookup())
                         self.target.ring.set_line([])
-                for source in sources:
+                for source in () if opens else sources:
                     with noting(req.errors):
                         getattr(source, "begin", lambda question: None)(question)
                 req.timeline.start()
-                yield from self._run(req, active, remember)
+                yield from self._run(req, active, asking.remember)
+                if opens:
+                    opens.shown, opens.sides, self._clip = shown, dict(req.prompt_rows), weakref.ref(opens)
             finally:
                 self.owner = None
 
@@ -1289,6 +1496,11 @@ class Engine:
         for event in self.stream(*args, **kwargs):
             result = event.result or result
         return result
+
+    @property
+    def clip(self) -> Clip | None:
+        """The open one; a clip that nobody holds any more is closed."""
+        return self._clip() if self._clip else None
 
     def remember(self, result: Result) -> None:
         """Lets the sources of the last request learn its answer, where `remember=False` had kept it from them."""
@@ -1376,13 +1588,17 @@ class Engine:
         for of in entries:
             stages = result.stages.setdefault(of.side, {})
             stages[of.stage] = stages.get(of.stage, 0.0) + of.end - of.start
-        if self.gate and deciding == "target" and req.mode != "prefill_only":
+        if self.gate and deciding == "target" and req.mode != "prefill_only" and req.question is not None:
             self._learn(req, result, entries)
         if remember:
             for source in self.learners:
                 with noting(req.errors):
                     source.learn(list(result.output_ids))
             self.learners = []
+        for model in self.models if req.clip else ():        # whose rows a chat may go on from
+            if model.side in req.prompt_rows:
+                model.cached = req.prompts[model.side].after + (result.output_ids[:-1] if model is decider else [])
+                model.cached *= model is decider or not req.errors
         result.prompt_rows, result.draft_log, result.round_log = req.prompt_rows, req.draft_log, req.round_log
         result.drafter_error = next(iter(req.errors), None)
         result.count()
@@ -1413,14 +1629,69 @@ class Engine:
                           agreeing(result.preview_ids, result.output_ids))
 
 
+class Clip:
+    """A clip that was read and encoded once: the caches hold its rows, and those of a question go behind them. Made by
+    `Engine.open`.
+
+    An answer does not depend on what was asked before: it is what a fresh clip would give, bit for bit in every mode.
+    Where two ids are nearly as likely it may part from `Engine.generate`, whose prefill is one piece.
+    turns: the chat so far, (question, answer ids); `del clip.turns[-1]` takes the last one back."""
+
+    def __init__(self, engine: Engine, media: Media, asking: Asking):
+        self.engine, self.media, self.asking, self.turns = engine, media, asking, []
+        self.shown: dict[str, Shown] = {}
+        self.sides: dict[str, int] = {}                      # models that see it -> its rows in their caches
+        for event in engine._answer("", media, asking, opens=self):
+            self.opened = event.result                       # times of reading, encoding and prefill
+
+    def stream(self, query, *, chat=False, **asking) -> collections.abc.Iterator[Event]:
+        """Yields `Event`s as `Engine.stream` does. chat: the question goes on from the last answer of the chat, and its
+        answer becomes part of it. Other arguments: those of `Engine.stream` that say how to answer."""
+        turns = list(self.turns) if chat else None
+        for event in self.engine._answer(query, self.media, dataclasses.replace(self.asking, **asking), self, turns):
+            if event.result and chat:
+                self.turns = [*turns, (query, list(event.result.output_ids))]
+            yield event
+
+    def generate(self, query, **asking) -> Result:
+        """The finished `Result` of a question that knows of no other; arguments as `stream`."""
+        return collections.deque(self.stream(query, **asking), 1)[0].result
+
+    def chat(self, query, **asking) -> Result:
+        """The same for a question that goes on from the last answer."""
+        return self.generate(query, chat=True, **asking)
+
+    def check(self, uses_target: bool, uses_drafter: bool) -> None:
+        """InputError unless the clip is open and the models that are used see it."""
+        if self.engine.clip is not self:
+            raise InputError("clip: is closed; open it again")
+        for side, used in (("target", uses_target), ("drafter", uses_drafter)):
+            if used and side not in self.sides:
+                raise InputError(f"clip: the {side} does not see it; open it with the {side}'s file and in a mode that "
+                                 f"uses both, or ask in another mode")
+
+    def close(self) -> None:
+        """Gives the caches back; twice is once."""
+        mine = self.engine.owner == threading.get_ident()    # a stream that was left half read
+        with contextlib.nullcontext() if mine else self.engine.lock:
+            if self.engine.clip is self:
+                self.engine._clip = None
+
+    def __enter__(self) -> Clip:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
 @torch.inference_mode()
 def explain(model: Model, result: Result) -> list[Verdict]:
     """What the deciding model looked at and how clearly it decided, for the request that it answered last: one more
     pass over the answer, in forwards of up to 32 rows, on the cache that still holds the request. Of a sampled answer
     the margins are those of the logits before the draw."""
     ids, d, first, verdicts, at = result.output_ids, model.decoder, model.prompt_rows - 1, [], 0
-    rows_SD = torch.cat([model.hidden_MD[first:first + 1], d.embed_VD[torch.tensor(ids[:-1], dtype=torch.long).to(
-        model.device).clamp(0, model.config.V - 1)]])
+    known = torch.cat([model.tail_id, torch.tensor(ids[:-1], dtype=torch.long).to(model.device)])
+    rows_SD = d.embed_VD[known.clamp(0, model.config.V - 1)]
     second, margins = [], []
     with model.on_stream():
         for start in range(0, len(ids), d.steps.rows):
@@ -1451,22 +1722,28 @@ def pixels_of(loaded, model: Model, req: Request):
         raise InputError(f"{req.shown[model.side].name}: {error}; use another recording or clip") from None
 
 
-def encode_and_prefill(model: Model, loaded, limit: int, req: Request) -> None:
-    """Queues all from frames or events to the first id of at most `limit`, which is then in the model's state.
+def first_id(model: Model, loaded, limit: int, req: Request) -> None:
+    """Queues all from frames or events, or from the rows of an open clip, to the first id of at most `limit`, which is
+    then in the model's state.
 
     Dropped: prefilling frame pairs as they come. The decoder gives the 8 frames of a 1 s clip after 18.0 to 23.4 ms and
     those of a 20 s clip, out of order, after 40 to 56; four parts take 52.7 ms on an H100 where the whole takes 45.5
     (two 48.5, 6 frames and 2 47.8). The first id would come 1 to 6 ms earlier, and the window in which a drafter has
     the GPU to itself would be gone.
     """
-    prompt = model.prompt(req.question)
-    with req.timeline.stage("preprocess", model, host=not model.on_gpu):
-        pixels = pixels_of(loaded, model, req)
-    with req.timeline.stage("encode", model):
-        visual_AD = model.visual_rows(pixels, req.image and model.side == "target")
-    with req.timeline.stage("prefill", model):
-        stops = () if req.ignore_eos else model.stops
-        model.prefill(model.splice(prompt, visual_AD), limit, stops, prompt.after[-1])
+    prompt, stops = req.prompts[model.side], () if req.ignore_eos else model.stops
+    known, model.cached = agreeing(model.cached, prompt.after[:-1]) if req.goes_on else 0, []
+    if req.clip:
+        with req.timeline.stage("prefill", model):
+            model.ask(prompt.after, limit, stops, known)
+    else:
+        with req.timeline.stage("preprocess", model, host=not model.on_gpu):
+            pixels = pixels_of(loaded, model, req)
+        with req.timeline.stage("encode", model):
+            visual_AD = model.visual_rows(pixels, req.image and model.side == "target")
+        with req.timeline.stage("prefill", model):
+            tail_id = (prompt.after or prompt.before)[-1]
+            model.prefill(model.splice(prompt, visual_AD), limit, stops, tail_id, len(prompt.after))
     req.prompt_rows[model.side] = model.prompt_rows
 
 
@@ -1614,8 +1891,8 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
     of the checkpoints' own. gate: draft only where it is expected to pay; False: whatever it costs. drafter_dtype:
     `int4` packs the weights of the drafter's steps, `fp8+int4` those of its prefill too (answers stay the same, drafts
     are cheaper and a little worse); `bf16` leaves them as loaded. self_draft: True keeps a 4-bit copy of the target,
-    which drafts for it (see `SelfRounds`); None: on a GPU, if it fits. progress: see `load_model`. Raises InputError
-    for what cannot be loaded or does not fit.
+    which drafts for it (see `SelfRounds`); None: on a GPU, if it fits. progress: see `load_model`, then
+    `Engine.prepare`. Raises InputError for what cannot be loaded or does not fit.
     """
     if drafter_dtype not in ("bf16", *BITS):
         raise InputError(f"drafter_dtype: {drafter_dtype!r} is not one of bf16, {', '.join(BITS)}; pick from these")
@@ -1626,10 +1903,8 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
                          f"take int4")
     if type(gate) is not bool:
         raise InputError(f"gate: wanted True or False, got {gate!r}; change it")
-    for name, value, low in (("cache_rows", cache_rows, 1), ("draft_len", draft_len, 0),
-                             ("overlap_len", overlap_len, 0)):
-        if value is not None and (type(value) is not int or value < low):
-            raise InputError(f"{name}: wanted a whole number from {low} up, got {value!r}; change it")
+    draft_len, overlap_len = insist_whole("draft_len", draft_len, 0), insist_whole("overlap_len", overlap_len, 0)
+    cache_rows = cache_rows if cache_rows is None else insist_whole("cache_rows", cache_rows, 1)
     budget = memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype, self_draft)
     options = dict(dtype=dtype, cache_rows=cache_rows, graphs=graphs, progress=progress)
     target = drafter = None
@@ -1644,7 +1919,10 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
     if target and drafter and (apart := target.text.differing(drafter.text)):
         told = "%s: %d pieces have other ids than in %s, so drafts are seldom right; take the checkpoints' own files"
         logging.getLogger(__name__).warning(told, drafter.text.path, apart, target.text.path)
-    return Engine(target, drafter, draft_len, overlap_len, gate)
+    engine = Engine(target, drafter, draft_len, overlap_len, gate)
+    if any(model.graphs for model in engine.models):
+        engine.prepare(progress)
+    return engine
 
 
 class PrefillOnlyInference:

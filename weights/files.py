@@ -10,6 +10,8 @@ import contextlib
 import difflib
 import io
 import json
+import math
+import operator
 import os
 import re
 import stat
@@ -58,6 +60,18 @@ def in_flags(error: InputError, parser, **others: str) -> str:
     flags. others: flags of arguments that the parser calls otherwise."""
     flags = {of.dest: of.option_strings[-1] for of in parser._actions if of.option_strings} | others
     return re.sub(r"^(\w+)(?=[:\s[])|`(\w+)`", lambda of: flags.get(of[1] or of[2], of[0]), str(error))
+
+
+def insist_whole(name: str, value, low: int, high: float = math.inf) -> int:
+    """The whole number that an argument is, of any library's type."""
+    try:
+        whole = None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, ValueError, RuntimeError):            # ValueError, RuntimeError: an array or a tensor of several
+        whole = None
+    if whole is None or not low <= whole <= high:
+        wanted = f"{low}..{high}" if high < math.inf else f"from {low} up"
+        raise InputError(f"{name}: wanted a whole number {wanted}, got {brief(repr(value))}; change it")
+    return whole
 
 
 @dataclass(frozen=True)

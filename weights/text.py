@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import numbers
 import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from weights.files import InputError, read_json, reason_of, refusal
+from weights.files import InputError, brief, insist_whole, read_json, reason_of, refusal
 
 # EventGPT's prompt begins with it.
 DRAFTER_SYSTEM = ("A chat between a curious human and an artificial intelligence assistant. "
@@ -107,11 +108,12 @@ def check_question(question) -> str:
     return question
 
 
-def check_sampling(temperature, top_p, seed, names=("temperature", "top_p", "seed")) -> None:
-    """InputError unless temperature is 0..100, top_p above 0 and up to 1, and seed a whole number 0..2**63 - 1."""
-    for name, value, kinds, fits, wanted in (
-            (names[0], temperature, (int, float), lambda x: 0 <= x <= 100, "a number 0..100"),
-            (names[1], top_p, (int, float), lambda x: 0 < x <= 1, "a number above 0 and up to 1"),
-            (names[2], seed, int, lambda x: 0 <= x < 2 ** 63, "a whole number 0..2**63 - 1")):
-        if not isinstance(value, kinds) or isinstance(value, bool) or not fits(value):
-            raise InputError(f"{name}: wanted {wanted}, got {value!r}; change it")
+def check_sampling(temperature, top_p, seed, names=("temperature", "top_p", "seed")) -> tuple[float, float, int]:
+    """The three as plain numbers. InputError unless temperature is 0..100, top_p above 0 and up to 1, and seed a whole
+    number 0..2**63 - 1."""
+    for name, value, fits, wanted in (
+            (names[0], temperature, lambda x: 0 <= x <= 100, "a number 0..100"),
+            (names[1], top_p, lambda x: 0 < x <= 1, "a number above 0 and up to 1")):
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not fits(value):
+            raise InputError(f"{name}: wanted {wanted}, got {brief(repr(value))}; change it")
+    return float(temperature), float(top_p), insist_whole(names[2], seed, 0, 2 ** 63 - 1)
