@@ -125,7 +125,7 @@ from weights.memory import (
 )
 from weights.shapes import DecoderConfig, VisionConfig, frames_of, memory_needs, text_config
 from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named
-from weights.text import Text, TextStream, check_question, check_sampling
+from weights.text import Text, TextStream, check_question, check_sampling, check_stop
 
 __all__ = ["MODES", "SOURCES", "Adapted", "Clip", "DraftSource", "Engine", "Event", "Fixed", "Gate", "InputError",
            "Lookup", "PrefillOnlyInference", "Result", "Round", "Verdict", "agreeing", "explain", "load_engine",
@@ -414,7 +414,7 @@ class Model:
         asked = [*(of for of, _ in turns), question]
         prompt = self.prompt(asked[0])
         for (_, answer), then in zip(turns, asked[1:], strict=True):
-            said = answer[:-1] if answer[-1] in self.stops else answer
+            said = answer[:-1] if answer and answer[-1] in self.stops else answer
             prompt.after.extend([*said, self.stops[0], *self.text.ids(f"USER: {then} ASSISTANT:", first=False)])
         return prompt
 
@@ -995,6 +995,7 @@ class Asking:
     draft_len: int | None = None
     overlap_len: int | None = None
     draft_source: Any = None
+    stop: Any = None
     ignore_eos: bool = False
     temperature: float = 0.0
     top_p: float = 1.0
@@ -1008,6 +1009,7 @@ class Asking:
         for name in ("draft_len", "overlap_len"):
             if getattr(self, name) is not None:
                 setattr(self, name, insist_whole(name, getattr(self, name), 0, STEP_ROWS - 1))
+        self.stop = check_stop(self.stop)
         self.temperature, self.top_p, self.seed = check_sampling(self.temperature, self.top_p, self.seed)
 
 
@@ -1030,6 +1032,7 @@ class Request:
     max_new_tokens: int
     draft_len: int
     overlap_len: int
+    stop: tuple[str, ...]                   # strings that end the answer
     ignore_eos: bool
     timeline: Timeline
     gate: Gate | None                       # None: draft whatever it costs
@@ -1379,7 +1382,7 @@ class Engine:
     def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, events=None, video=None,
                image=None, image_path=None, columns=None, time_unit=None,
                mode="speculative", max_new_tokens=50, draft_len: int | None = None,
-               overlap_len: int | None = None, draft_source=None, ignore_eos=False,
+               overlap_len: int | None = None, draft_source=None, stop=None, ignore_eos=False,
                frame_rule="uniform", event_frames=5, canvas=None, temperature=0.0, top_p=1.0,
                seed=0, remember=True) -> collections.abc.Iterator[Event]:
         """Yields `Event`s while the answer forms; the last one carries `finish_reason` and the `Result`.
@@ -1462,7 +1465,8 @@ class Engine:
                               turns is not None, new,
                               self.draft_len if asking.draft_len is None else asking.draft_len,
                               self.overlap_len if asking.overlap_len is None else asking.overlap_len,
-                              asking.ignore_eos, Timeline(active), gate, line, errors=[broke] * bool(broke))
+                              asking.stop, asking.ignore_eos, Timeline(active), gate, line,
+                              errors=[broke] * bool(broke))
                 req.earlier = next((of for of in sources if isinstance(of, Lookup)), None)
                 req.tenant = self._tenant(req, sources)
                 self.learners = [of for of in sources if hasattr(of, "learn") and not opens]
@@ -1512,8 +1516,9 @@ class Engine:
         deciding = "target" if self.target in active else "drafter"
         if self.drafter not in active:
             req.drafter_done.set()
-        texts = {"preview": TextStream(self.drafter.text), "final": None} if self.drafter in active else {}
-        texts["final"] = TextStream((self.target if deciding == "target" else self.drafter).text)
+        decider = {"target": "final", "drafter": "preview"}[deciding]        # the kind of event that is the answer
+        texts = {"preview": TextStream(self.drafter.text, req.stop)} if self.drafter in active else {}
+        texts["final"] = TextStream((self.target if deciding == "target" else self.drafter).text, req.stop)
         result, running, error = Result(mode=req.mode), {m.side for m in active}, None
         working = [self.threads[model.side].submit(self._worker, req, model) for model in active]
         try:
@@ -1527,6 +1532,8 @@ class Engine:
                     error = error or at
                     req.cancelled.set()
                     req.stop_drafting.set()
+                elif texts[kind].stopped:                    # what the model wrote before it heard of that
+                    continue
                 elif kind == "preview":
                     result.ttfp = at if result.ttfp is None else result.ttfp
                     yield self._event("preview", texts["preview"], value, at)
@@ -1534,9 +1541,11 @@ class Engine:
                         result.ttft = result.ttfp
                 elif kind == "final":
                     result.ttft = at if result.ttft is None else result.ttft
-                    result.output_ids += value
                     result.wall_clock_time = at
                     yield self._event("final", texts["final"], value, at)
+                if texts[decider].stopped:
+                    req.cancelled.set()
+                    req.stop_drafting.set()
             if error is not None:
                 raise error
         finally:                                             # also when the caller closes the generator early
@@ -1569,19 +1578,18 @@ class Engine:
 
     def _finish(self, req: Request, result: Result, deciding: str, texts, remember: bool) -> Event:
         decider = self.target if deciding == "target" else self.drafter
-        result.preview_ids = [i for i, _ in req.preview]
-        result.preview_end = req.preview[-1][1] if req.preview else None
-        if deciding == "drafter":
-            result.output_ids = result.preview_ids
-            result.wall_clock_time = req.preview[-1][1]
-            texts["final"].push(result.output_ids)
-        elif "preview" in texts:
+        if "preview" in texts:
             texts["preview"].push([], end=True)
-            result.preview_text = texts["preview"].out
-        delta = texts["final"].push([], end=True)
-        result.output_text = texts["final"].out
-        ended = not req.ignore_eos and result.output_ids[-1] in decider.stops
-        result.finish_reason = "stop" if ended else "length"
+            result.preview_ids, result.preview_text = texts["preview"].ids, texts["preview"].out
+        result.preview_end = req.preview[-1][1] if req.preview else None
+        final = texts["final"]
+        if deciding == "drafter":
+            result.preview_text, result.wall_clock_time = "", result.preview_end
+            final.push([i for i, _ in req.preview])
+        delta = final.push([], end=True)
+        result.output_text, result.output_ids = final.out, final.ids
+        ended = not req.ignore_eos and result.output_ids[-1:] and result.output_ids[-1] in decider.stops
+        result.finish_reason = "stop" if ended or final.stopped else "length"
         entries = req.timeline.resolve()
         result.timeline = [(of.row, of.stage, of.start, of.end, of.note or of.side if of.row == "host" else of.note)
                            for of in entries]
@@ -1589,7 +1597,7 @@ class Engine:
             stages = result.stages.setdefault(of.side, {})
             stages[of.stage] = stages.get(of.stage, 0.0) + of.end - of.start
         if self.gate and deciding == "target" and req.mode != "prefill_only" and req.question is not None:
-            self._learn(req, result, entries)
+            self._learn(req, result, entries, final.stopped)
         if remember:
             for source in self.learners:
                 with noting(req.errors):
@@ -1611,8 +1619,9 @@ class Engine:
         return Event("final", result.output_text, delta, result.output_ids, result.wall_clock_time * 1e3,
                      result.finish_reason, result)
 
-    def _learn(self, req: Request, result: Result, entries: list[Entry]) -> None:
-        """Tells the gate the times of a request's stages, and how far its head start agreed with the answer."""
+    def _learn(self, req: Request, result: Result, entries: list[Entry], stopped: bool) -> None:
+        """Tells the gate the times of a request's stages, and how far its head start agreed with the answer. stopped:
+        what would have followed the answer is not known."""
         gate, rounds = self.gate, []
         for of in entries:
             if of.row == "target" and of.stage in ("decode", "verify"):
@@ -1625,8 +1634,8 @@ class Engine:
             gate.timed("draft", sum(rounds) / len(rounds))
         gate.timed(("first id", req.size, "drafter" in req.prompt_rows), result.ttft)
         if result.preview_ids:
-            gate.accepted("head start", req.question, len(result.preview_ids),
-                          agreeing(result.preview_ids, result.output_ids))
+            judged = result.preview_ids[:len(result.output_ids) if stopped else None]
+            gate.accepted("head start", req.question, len(judged), agreeing(judged, result.output_ids))
 
 
 class Clip:

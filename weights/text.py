@@ -82,18 +82,49 @@ class Text:
 
 class TextStream:
     """Grows a text id by id: what `push` returned, joined, is `Text.decode` of all ids. An unfinished character waits
-    for its last byte, and for the id after it."""
+    for its last byte, and for the id after it.
 
-    def __init__(self, text: Text):
-        self.text, self.ids, self.out = text, [], ""
+    stops: the text ends before the one of these that is complete first, however the ids come in; what may still become
+    one waits. `ids` are the fewest that hold all of the text shown, so the last one may reach beyond it; without stops,
+    and at an end that none of them brought about, they are all."""
+
+    def __init__(self, text: Text, stops: tuple[str, ...] = ()):
+        self.text, self.stops, self.given, self.out, self.stopped = text, stops, [], "", False
+        self.ids = [] if stops else self.given
 
     def push(self, ids: list[int], end: bool = False) -> str:
-        """What the ids add to the text. end: nothing will follow."""
-        self.ids += ids
-        whole = self.text.decode(self.ids if end else self.ids[:self.text.settled(self.ids)])
-        delta = whole[len(self.out):]
-        self.out += delta
-        return delta
+        """What the ids add to the text; nothing once it has ended. end: nothing will follow."""
+        if self.stopped:
+            return ""
+        self.given += ids
+        whole, before = self._whole(len(self.given), end), len(self.out)
+        found = [(at + len(of), at) for of in self.stops if (at := whole.find(of, before)) >= 0]
+        self.stopped = bool(found)
+        if found:
+            whole = whole[:min(found)[1]]
+        elif not end:
+            waits = [n for of in self.stops for n in range(1, len(of)) if whole.endswith(of[:n])]
+            whole = whole[:max(before, len(whole) - max(waits, default=0))]
+        self.out = whole
+        if self.stops:
+            count = len(self.given) if end and not found else len(self.ids)
+            while count < len(self.given) and len(self._whole(count, False)) < len(whole):
+                count += 1
+            self.ids = self.given[:count]
+        return whole[before:]
+
+    def _whole(self, count: int, end: bool) -> str:
+        ids = self.given[:count]
+        return self.text.decode(ids if end else ids[:self.text.settled(ids)])
+
+
+def check_stop(stop) -> tuple[str, ...]:
+    """The strings that end an answer; InputError unless it is one, or several."""
+    stops = (stop,) if isinstance(stop, str) else stop if stop is not None else ()
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(of, str) and 0 < len(of) <= 1000 for of in stops):
+        raise InputError(f"stop: wanted a string of 1 to 1000 characters, or a list of some, got {brief(repr(stop))}; "
+                         f"change it")
+    return tuple(stops)
 
 
 def check_question(question) -> str:
