@@ -43,7 +43,7 @@ from kernels.quant import BITS
 from weights import UNREADABLE, InputError, controls, describe, replace_file, show
 from weights.adapter import write_pairs
 from weights.dataset import Sample, read_dataset
-from weights.files import read_text
+from weights.files import in_flags, read_text
 from weights.memory import nvidia_smi
 from weights.rows import RowFile, by_source, compare, estimate, forwards, judged, median, merge, mode_figures, parting
 from weights.show import WIDTH, block, columns, fmt, shown
@@ -219,7 +219,7 @@ def measure(e, samples, options, rows: list, keep) -> None:
             row["modes"] = {mode: summary(e, results[mode], results["target_only"]) for mode in options.modes}
         except Exception as error:                           # whatever it is, the other samples are worth having
             failure(error, options)
-            row["error"] = str(error) if isinstance(error, InputError) else describe(error)
+            row["error"] = told(error) if isinstance(error, InputError) else describe(error)
         else:
             row["pixels"] = {m.side: pixel_hash(m.seen) for m in e.models if m.seen is not None}
             if any(of["differs_at"] is not None for of in row["modes"].values()):
@@ -639,7 +639,7 @@ def whole(low: int, high: int | None = None, also: int | None = None):
     return read
 
 
-def parse(argv):
+def make_parser() -> Parser:
     parser = Parser(prog="bench.py", description=__doc__, usage="python bench.py [FLAGS]", allow_abbrev=False,
                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
                         prog, max_help_position=30, width=110))
@@ -692,7 +692,16 @@ def parse(argv):
     add("--merge", nargs="+", type=Path, metavar="JSONL", help="one report of the row files of all shards")
     add("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two saved runs, paired, with a verdict")
     add("--from-json", type=Path, metavar="PATH", help="print the report of a saved run")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse(argv):
+    return make_parser().parse_args(argv)
+
+
+def told(error: InputError) -> str:
+    """Its line in the words of this command."""
+    return in_flags(error, make_parser(), query="--question", mode="--modes")
 
 
 def insist_writable(path, flag: str) -> None:
@@ -784,7 +793,7 @@ def main(argv=None) -> int:
             raise
         stopped = isinstance(error, KeyboardInterrupt)       # before the first sample: nothing to show
         if os.environ.get("RANK", "0") == "0":                # of torchrun's processes one speaks
-            print("interrupted" if stopped else error if isinstance(error, InputError) else
+            print("interrupted" if stopped else told(error) if isinstance(error, InputError) else
                   f"out of GPU memory: {str(error).splitlines()[0]}; lower --cache-rows, or use another "
                   f"--drafter-device", file=sys.stderr)
         return 130 if stopped else 2

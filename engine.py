@@ -103,8 +103,9 @@ from weights.drafting import (
     noting,
     smoothed,
 )
-from weights.events import Events, read_events
-from weights.files import insist_file
+from weights.events import Events
+from weights.files import in_flags, insist_file, insist_whole
+from weights.given import Shown, events_given, video_given
 from weights.load import (
     DRAFTER_7B,
     TARGET_7B,
@@ -124,8 +125,7 @@ from weights.memory import (
 )
 from weights.shapes import DecoderConfig, VisionConfig, frames_of, memory_needs, text_config
 from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named
-from weights.text import Text, TextStream, check_question, check_sampling
-from weights.video import VIDEO_RULES, read_images, read_video
+from weights.text import Text, TextStream, check_question, check_sampling, check_stop
 
 __all__ = ["MODES", "SOURCES", "Adapted", "Clip", "DraftSource", "Engine", "Event", "Fixed", "Gate", "InputError",
            "Lookup", "PrefillOnlyInference", "Result", "Round", "Verdict", "agreeing", "explain", "load_engine",
@@ -414,7 +414,7 @@ class Model:
         asked = [*(of for of, _ in turns), question]
         prompt = self.prompt(asked[0])
         for (_, answer), then in zip(turns, asked[1:], strict=True):
-            said = answer[:-1] if answer[-1] in self.stops else answer
+            said = answer[:-1] if answer and answer[-1] in self.stops else answer
             prompt.after.extend([*said, self.stops[0], *self.text.ids(f"USER: {then} ASSISTANT:", first=False)])
         return prompt
 
@@ -947,17 +947,14 @@ class Timeline:
         return self.entries
 
 
-class Shown(NamedTuple):
-    """What one model is shown."""
-    name: Any                               # what messages call it
-    read: collections.abc.Callable          # (called when decoding begins) -> frames uint8 [H, W, 3], or Events
-    size: int = 0                           # bytes of the file; 0 where there is none
-    pictures: int | None = None             # how many there are; None: a recording, or a video
-
-
 @dataclass
 class Media:
     """What is asked about, as `Engine.stream` takes it."""
+    events: Any = None
+    video: Any = None
+    image: Any = None
+    columns: str | None = None              # the order of an array of events [N, 4]
+    time_unit: str | None = None            # of their times
     event_path: Any = None
     event_image_path: Any = None
     video_path: Any = None
@@ -967,38 +964,15 @@ class Media:
     canvas: tuple | None = None             # (H, W) of those pictures; None: each ends at its largest coordinate
 
     def shown(self, target: Target | None, drafter: Drafter | None) -> dict[str, Shown]:
-        """{side: Shown} of the models that are used. InputError unless there is one clip for each, in files that are
-        there."""
-        insist_whole("event_frames", self.event_frames, 1, 1000)
-        images = self.event_image_path if isinstance(self.event_image_path, (list, tuple)) else [self.event_image_path]
-        if target and (self.video_path is None) == (self.image_path is None):
-            raise InputError("video_path: wanted one video (or one image_path), got "
-                             + ("none" if self.video_path is None else "both") + "; pass exactly one")
-        if drafter and (self.event_path is None) == (self.event_image_path is None):
-            raise InputError("event_path: wanted one event file (or event images), got "
-                             + ("none" if self.event_path is None else "both") + "; pass exactly one")
-        if self.frame_rule not in VIDEO_RULES:
-            raise InputError(f"frame_rule {self.frame_rule!r}: not one of {', '.join(VIDEO_RULES)}; pick one of these")
-        if drafter and self.event_path is None and not images:
-            raise InputError("event_image_path: an empty list; pass one PNG or several")
-
-        def frames(decoding):
-            if target and self.image_path is None:
-                return read_video(self.video_path, target.num_frames, self.frame_rule, target.on_gpu, decoding)
-            decoding()
-            return read_images([self.image_path])
-
+        """{side: Shown} of the models that are used. InputError unless each has one clip, in memory or in a file."""
+        self.event_frames = insist_whole("event_frames", self.event_frames, 1, 1000)
         found = {}
         if target:
-            file = self.video_path or self.image_path
-            size = insist_file(file, "a video file" if self.image_path is None else "an image")
-            found["target"] = Shown(file, frames, size, None if self.image_path is None else 1)
-        if drafter and self.event_path is not None:
-            size = insist_file(self.event_path, "an .npy or .npz of events")
-            found["drafter"] = Shown(self.event_path, lambda *_: read_events(self.event_path), size)
-        elif drafter:
-            size = sum(insist_file(image, "a PNG or JPEG") for image in images)
-            found["drafter"] = Shown(images[0], lambda *_: read_images(images), size, len(images))
+            found["target"] = video_given(self.video, self.video_path, self.image, self.image_path, target.num_frames,
+                                          self.frame_rule, target.on_gpu)
+        if drafter:
+            found["drafter"] = events_given(self.events, self.event_path, self.event_image_path, self.columns,
+                                            self.time_unit)
         return found
 
 
@@ -1021,6 +995,7 @@ class Asking:
     draft_len: int | None = None
     overlap_len: int | None = None
     draft_source: Any = None
+    stop: Any = None
     ignore_eos: bool = False
     temperature: float = 0.0
     top_p: float = 1.0
@@ -1030,21 +1005,17 @@ class Asking:
     def check(self) -> None:
         if self.mode not in MODES:
             raise InputError(f"mode {self.mode!r}: not one of {', '.join(MODES)}; pick one of these")
-        insist_whole("max_new_tokens", self.max_new_tokens, 1, 1_000_000)
+        self.max_new_tokens = insist_whole("max_new_tokens", self.max_new_tokens, 1, 1_000_000)
         for name in ("draft_len", "overlap_len"):
             if getattr(self, name) is not None:
-                insist_whole(name, getattr(self, name), 0, STEP_ROWS - 1)
-        check_sampling(self.temperature, self.top_p, self.seed)
+                setattr(self, name, insist_whole(name, getattr(self, name), 0, STEP_ROWS - 1))
+        self.stop = check_stop(self.stop)
+        self.temperature, self.top_p, self.seed = check_sampling(self.temperature, self.top_p, self.seed)
 
 
 def asking_drafter(sources: list) -> list:
     """The sources that read what the drafter writes."""
     return [of for of in sources if getattr(of, "needs_drafter", False)]
-
-
-def insist_whole(name: str, value, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise InputError(f"{name}: wanted a whole number {low}..{high}, got {value!r}; change it")
 
 
 @dataclass
@@ -1061,6 +1032,7 @@ class Request:
     max_new_tokens: int
     draft_len: int
     overlap_len: int
+    stop: tuple[str, ...]                   # strings that end the answer
     ignore_eos: bool
     timeline: Timeline
     gate: Gate | None                       # None: draft whatever it costs
@@ -1309,8 +1281,8 @@ class Engine:
         need = rows + req.max_new_tokens + spare + 2
         if need > d.cache_rows:
             raise InputError(f"{model.path}: {model.side} cache holds {d.cache_rows} rows, prompt {rows} + new "
-                             f"{req.max_new_tokens} + drafts {spare + 2} needs {need}: raise --cache-rows, ask for "
-                             f"fewer --max-new-tokens or shorten the question{', or begin a new chat' * req.goes_on}")
+                             f"{req.max_new_tokens} + drafts {spare + 2} needs {need}; raise `cache_rows`, lower "
+                             f"`max_new_tokens` or shorten the question{', or begin a new chat' * req.goes_on}")
         return rows
 
     def _prepare(self, req: Request, active) -> None:
@@ -1409,15 +1381,18 @@ class Engine:
                 self.target.ring.add(answer)
         self.in_ring = earlier, earlier.learnt
 
-    def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, image_path=None,
+    def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, events=None, video=None,
+               image=None, image_path=None, columns=None, time_unit=None,
                mode="speculative", max_new_tokens=50, draft_len: int | None = None,
-               overlap_len: int | None = None, draft_source=None, ignore_eos=False,
+               overlap_len: int | None = None, draft_source=None, stop=None, ignore_eos=False,
                frame_rule="uniform", event_frames=5, canvas=None, temperature=0.0, top_p=1.0,
                seed=0, remember=True) -> collections.abc.Iterator[Event]:
         """Yields `Event`s while the answer forms; the last one carries `finish_reason` and the `Result`.
 
-        event_path: one `.npy`/`.npz`; event_image_path: one PNG or several; video_path: any mp4, mov, mkv, webm, avi;
-        image_path: one picture in place of a video; query: the question. mode: see MODES. draft_len, overlap_len:
+        events: an `.npy`/`.npz`, x, y, t, p in memory, or pictures of events; columns, time_unit: see
+        `events_in_memory`. video: an mp4, mov, mkv, webm or avi, its content, a file object, or frames in memory;
+        image: one picture in its place. event_path, event_image_path, video_path, image_path: the same, paths only.
+        query: the question. mode: see MODES. draft_len, overlap_len:
         drafts a round of the drafter or of your source (0..31), and drafts kept from the head start. draft_source: who
         drafts, `drafter`, `self`, `lookup`, `adapter:DIR`, an object with `propose`, or a list of them, asked in this
         order; None: earlier answers, then the drafter, then the target's 4-bit copy, as far as they are there.
@@ -1430,8 +1405,9 @@ class Engine:
         media = Media(**{of.name: asked.pop(of.name) for of in dataclasses.fields(Media)})
         yield from self._answer(query, media, Asking(**asked))
 
-    def open(self, event_path=None, event_image_path=None, video_path=None, *, image_path=None, frame_rule="uniform",
-             event_frames=5, canvas=None, **asking) -> Clip:
+    def open(self, events=None, video=None, *, image=None, columns=None, time_unit=None, event_path=None,
+             event_image_path=None, video_path=None, image_path=None, frame_rule="uniform", event_frames=5, canvas=None,
+             **asking) -> Clip:
         """Reads and encodes a clip once, for any number of questions; arguments as `stream`, but for the question.
 
         What says how to answer holds for every question that does not say it anew; mode and draft_source decide which
@@ -1446,13 +1422,13 @@ class Engine:
         asking.check()
         mode, uses_target = asking.mode, asking.mode != "drafter_only"
         if uses_target and self.target is None:
-            raise InputError(f"mode {mode}: needs the target, which was not loaded; pass --videollava")
+            raise InputError(f"mode {mode}: needs the target, which was not loaded; pass `videollava`")
         sources, broke = self._sources(asking.draft_source, mode, clip), None
         uses_drafter = mode in ("drafter_only", "prefill_only") or mode != "target_only" and (
             "drafter" in sources or bool(asking_drafter(sources))
             or mode == "prefill_then_verify" and asking.draft_source is None)
         if uses_drafter and self.drafter is None:
-            raise InputError(f"mode {mode}: needs the drafter, which was not loaded; pass --eventgpt")
+            raise InputError(f"mode {mode}: needs the drafter, which was not loaded; pass `eventgpt`")
         if clip:
             if uses_drafter and mode in ("prefill_then_verify", "speculative"):
                 broke = clip.opened.drafter_error
@@ -1491,7 +1467,8 @@ class Engine:
                               turns is not None, new,
                               self.draft_len if asking.draft_len is None else asking.draft_len,
                               self.overlap_len if asking.overlap_len is None else asking.overlap_len,
-                              asking.ignore_eos, Timeline(active), gate, line, errors=[broke] * bool(broke))
+                              asking.stop, asking.ignore_eos, Timeline(active), gate, line,
+                              errors=[broke] * bool(broke))
                 req.earlier = next((of for of in sources if isinstance(of, Lookup)), None)
                 req.tenant = self._tenant(req, sources)
                 self.learners = [of for of in sources if hasattr(of, "learn") and not opens]
@@ -1541,8 +1518,9 @@ class Engine:
         deciding = "target" if self.target in active else "drafter"
         if self.drafter not in active:
             req.drafter_done.set()
-        texts = {"preview": TextStream(self.drafter.text), "final": None} if self.drafter in active else {}
-        texts["final"] = TextStream((self.target if deciding == "target" else self.drafter).text)
+        decider = {"target": "final", "drafter": "preview"}[deciding]        # the kind of event that is the answer
+        texts = {"preview": TextStream(self.drafter.text, req.stop)} if self.drafter in active else {}
+        texts["final"] = TextStream((self.target if deciding == "target" else self.drafter).text, req.stop)
         result, running, error = Result(mode=req.mode), {m.side for m in active}, None
         working = [self.threads[model.side].submit(self._worker, req, model) for model in active]
         try:
@@ -1556,6 +1534,8 @@ class Engine:
                     error = error or at
                     req.cancelled.set()
                     req.stop_drafting.set()
+                elif texts[kind].stopped:                    # what the model wrote before it heard of that
+                    continue
                 elif kind == "preview":
                     result.ttfp = at if result.ttfp is None else result.ttfp
                     yield self._event("preview", texts["preview"], value, at)
@@ -1563,9 +1543,11 @@ class Engine:
                         result.ttft = result.ttfp
                 elif kind == "final":
                     result.ttft = at if result.ttft is None else result.ttft
-                    result.output_ids += value
                     result.wall_clock_time = at
                     yield self._event("final", texts["final"], value, at)
+                if texts[decider].stopped:
+                    req.cancelled.set()
+                    req.stop_drafting.set()
             if error is not None:
                 raise error
         finally:                                             # also when the caller closes the generator early
@@ -1598,19 +1580,18 @@ class Engine:
 
     def _finish(self, req: Request, result: Result, deciding: str, texts, remember: bool) -> Event:
         decider = self.target if deciding == "target" else self.drafter
-        result.preview_ids = [i for i, _ in req.preview]
-        result.preview_end = req.preview[-1][1] if req.preview else None
-        if deciding == "drafter":
-            result.output_ids = result.preview_ids
-            result.wall_clock_time = req.preview[-1][1]
-            texts["final"].push(result.output_ids)
-        elif "preview" in texts:
+        if "preview" in texts:
             texts["preview"].push([], end=True)
-            result.preview_text = texts["preview"].out
-        delta = texts["final"].push([], end=True)
-        result.output_text = texts["final"].out
-        ended = not req.ignore_eos and result.output_ids[-1] in decider.stops
-        result.finish_reason = "stop" if ended else "length"
+            result.preview_ids, result.preview_text = texts["preview"].ids, texts["preview"].out
+        result.preview_end = req.preview[-1][1] if req.preview else None
+        final = texts["final"]
+        if deciding == "drafter":
+            result.preview_text, result.wall_clock_time = "", result.preview_end
+            final.push([i for i, _ in req.preview])
+        delta = final.push([], end=True)
+        result.output_text, result.output_ids = final.out, final.ids
+        ended = not req.ignore_eos and result.output_ids[-1:] and result.output_ids[-1] in decider.stops
+        result.finish_reason = "stop" if ended or final.stopped else "length"
         entries = req.timeline.resolve()
         result.timeline = [(of.row, of.stage, of.start, of.end, of.note or of.side if of.row == "host" else of.note)
                            for of in entries]
@@ -1618,7 +1599,7 @@ class Engine:
             stages = result.stages.setdefault(of.side, {})
             stages[of.stage] = stages.get(of.stage, 0.0) + of.end - of.start
         if self.gate and deciding == "target" and req.mode != "prefill_only" and req.question is not None:
-            self._learn(req, result, entries)
+            self._learn(req, result, entries, final.stopped)
         if remember:
             for source in self.learners:
                 with noting(req.errors):
@@ -1640,8 +1621,9 @@ class Engine:
         return Event("final", result.output_text, delta, result.output_ids, result.wall_clock_time * 1e3,
                      result.finish_reason, result)
 
-    def _learn(self, req: Request, result: Result, entries: list[Entry]) -> None:
-        """Tells the gate the times of a request's stages, and how far its head start agreed with the answer."""
+    def _learn(self, req: Request, result: Result, entries: list[Entry], stopped: bool) -> None:
+        """Tells the gate the times of a request's stages, and how far its head start agreed with the answer. stopped:
+        what would have followed the answer is not known."""
         gate, rounds = self.gate, []
         for of in entries:
             if of.row == "target" and of.stage in ("decode", "verify"):
@@ -1654,8 +1636,8 @@ class Engine:
             gate.timed("draft", sum(rounds) / len(rounds))
         gate.timed(("first id", req.size, "drafter" in req.prompt_rows), result.ttft)
         if result.preview_ids:
-            gate.accepted("head start", req.question, len(result.preview_ids),
-                          agreeing(result.preview_ids, result.output_ids))
+            judged = result.preview_ids[:len(result.output_ids) if stopped else None]
+            gate.accepted("head start", req.question, len(judged), agreeing(judged, result.output_ids))
 
 
 class Clip:
@@ -1795,7 +1777,7 @@ def naming_stage(model: Model, stage: str):
         reason = describe(error).partition(". ")[0]
     # Outside of the handler, where the failed frames and their tensors are gone.
     raise OutOfMemory(f"{model.path}: memory on {model.device} ran out in the {model.side}'s {stage} ({reason}); lower "
-                      f"--cache-rows, shorten the question, free memory or choose another --drafter-device")
+                      f"`cache_rows`, shorten the question, free memory or choose another `drafter_device`")
 
 
 def check_finite(state: State, model: Model, stage: str) -> None:
@@ -1851,8 +1833,8 @@ def open_model(cls, path):
     checkpoint = open_checkpoint(path)
     wanted, kind = "video_llava" if cls is Target else "EventChat_llama", checkpoint.config.get("model_type")
     if kind != wanted:
-        raise InputError(f"{path}: holds a {kind} model, the {cls.side} needs {wanted}; swap --eventgpt and "
-                         f"--videollava?")
+        raise InputError(f"{path}: holds a {kind} model, the {cls.side} needs {wanted}; swap `eventgpt` and "
+                         f"`videollava`?")
     return checkpoint.config, checkpoint
 
 
@@ -1932,10 +1914,8 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
                          f"take int4")
     if type(gate) is not bool:
         raise InputError(f"gate: wanted True or False, got {gate!r}; change it")
-    for name, value, low in (("cache_rows", cache_rows, 1), ("draft_len", draft_len, 0),
-                             ("overlap_len", overlap_len, 0)):
-        if value is not None and (type(value) is not int or value < low):
-            raise InputError(f"{name}: wanted a whole number from {low} up, got {value!r}; change it")
+    draft_len, overlap_len = insist_whole("draft_len", draft_len, 0), insist_whole("overlap_len", overlap_len, 0)
+    cache_rows = cache_rows if cache_rows is None else insist_whole("cache_rows", cache_rows, 1)
     budget = memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype, self_draft)
     options = dict(dtype=dtype, cache_rows=cache_rows, graphs=graphs, progress=progress)
     target = drafter = None
@@ -2048,7 +2028,7 @@ def main(argv=None) -> None:
                 print(start + event.delta, end="", flush=True)
                 kind = event.kind
     except InputError as error:
-        parser.exit(2, f"{error}\n")
+        parser.exit(2, f"{in_flags(error, parser)}\n")
     r = event.result
     print(f"\n{(r.preview_end or 0) * 1e3:7.1f} ms  preview  {r.preview_text}" * (r.mode == "prefill_only"), end="")
     by = ", ".join(dict.fromkeys(of.source for of in r.round_log if of.drafts)) or r.drafter_error or "nobody drafted"

@@ -195,7 +195,7 @@ BREAKS = [
          "a question takes rows that an earlier one left"),
         ("(result.output_ids[:-1] if model is decider else [])", "(result.output_ids if model is decider else [])",
          "a chat takes the last id's row for written"),
-        ("said = answer[:-1] if answer[-1] in self.stops else answer", "said = answer",
+        ("said = answer[:-1] if answer and answer[-1] in self.stops else answer", "said = answer",
          "a turn ends with two stop ids"),
         ("if self.clip is not clip:", "if False:", "a request overwrites the rows of an open clip"),
         ("prompt_len=self.held + 1,", "prompt_len=1,", "a capture overwrites the rows of an open clip"),

@@ -46,6 +46,7 @@ from test_media import (
 
 import bench
 import engine
+import weights.given
 import weights.load
 import weights.memory
 from engine import InputError
@@ -319,13 +320,13 @@ def vanishes(folder):
     case.call = lambda e: e.generate(video_path=path, **sound)
 
     def patch(monkeypatch):
-        real = engine.read_video
+        real = weights.given.read_video
 
         def read(name, *args, **kwargs):
             if Path(name) == path:
                 path.unlink(missing_ok=True)
             return real(name, *args, **kwargs)
-        monkeypatch.setattr(engine, "read_video", read)
+        monkeypatch.setattr("weights.given.read_video", read)
     case.patch = patch
     return case
 
@@ -378,7 +379,7 @@ def little_memory(folder):
         monkeypatch.setattr(weights.memory, "free_bytes", lambda device: (6 << 30, 8 << 30))
     return Case(lambda e: engine.load_engine("random-7b", "random-7b", device="cpu"),
                 [*QUICK, "--weights", "random-7b"],
-                ["GB", "6.442 of 8.590 GB free", "held by", "(pid ", "--cache-rows"], patch=patch)
+                ["GB", "6.442 of 8.590 GB free", "held by", "(pid ", "cache"], patch=patch)
 
 
 def saved_source(folder, kind="lookup", ids=(5, 6), model=None, cut=0):
@@ -554,13 +555,13 @@ CASES = {
     "64 no drafts": request({"draft_len": 0}, ["--draft-len", "0"], exit=0),
     "64 too many drafts": request({"draft_len": 32}, ["--draft-len", "32"], "31"),
     "65 prompt too long": request({"query": "why " * 400}, ["--question", "why " * 400, "--warmup", "1"],
-                                  "raise --cache-rows"),
+                                  "cache holds"),
     "65 too many new ids": request({"max_new_tokens": 5000}, ["--max-new-tokens", "5000", "--warmup", "1"],
-                                   "raise --cache-rows"),
+                                   "cache holds"),
     **{f"66 {name or 'no'} device": run(lambda folder, name=name: ["--device", name], "device") for name in
        ("cuda:9", "tpu", "", "meta", "cuda:x")},
     "67 8 GB": little_memory,
-    "67 cache beyond memory": run(lambda folder: ["--cache-rows", str(10 ** 9)], "GB", "--cache-rows"),
+    "67 cache beyond memory": run(lambda folder: ["--cache-rows", str(10 ** 9)], "GB", "cache"),
     "68 no sampling": run(lambda folder: ["--temperature", "nan"], "--temperature"),
     "68 flag without a value": run(lambda folder: ["--repeats"], "--repeats"),
     # data sets

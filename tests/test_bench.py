@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import bench
 import engine
+import weights.given
 import weights.load
 from bench import AGAIN, TINY
 from engine import MODES, InputError
@@ -483,7 +484,7 @@ def test_details_name_commit_checkpoints_and_pixels(run, tmp_path):
     _, lines, report = run
     e = engine.load_engine(TINY / "drafter", TINY / "target", device="cpu")
     sample = read_dataset(CLIPS, None, 1)[0][0]
-    frames = engine.read_video(sample.video, 8, "uniform")
+    frames = weights.given.read_video(sample.video, 8, "uniform")
     pixels = engine.clip_pixels(frames, e.target.vision.image, e.target.vision.mean, e.target.vision.std)
     digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
     assert report["samples"][0]["pixels"]["target"] == digest and len(report["samples"][0]["pixels"]["drafter"]) == 16

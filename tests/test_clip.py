@@ -35,7 +35,7 @@ def own():
 
 @pytest.fixture
 def e(own, read_once, monkeypatch):
-    monkeypatch.setattr(engine, "read_video", read_once)
+    monkeypatch.setattr("weights.given.read_video", read_once)
     monkeypatch.setattr(own, "lookup", engine.Lookup())
     yield own
     assert own.clip is None
@@ -266,7 +266,7 @@ def test_bad_questions_cost_nothing(e):
             refused(lambda options=options: clip.chat(**options), *words)
         assert clip.turns == [(QUESTIONS[0], ids)]
         assert clip.generate(QUESTIONS[0], mode="speculative").output_ids == ids     # what there is drafts: no drafter
-    refused(lambda: e.open(event_path=files(0)["event_path"]), "video_path")
+    refused(lambda: e.open(event_path=files(0)["event_path"]), "video: wanted one")
     refused(lambda: e.open(video_path=__file__, mode="target_only"), "test_clip.py")
     assert truth(e, 0)[:12] == ids
 

@@ -232,7 +232,7 @@ def test_memory_that_really_runs_out_in_a_request_is_one_line_and_the_next_reque
     longer = {**asked(0), "query": "why " * 120}             # 373 rows, for which there is no graph
     with pytest.raises(engine.InputError) as error:
         e.generate(mode="speculative", ignore_eos=True, **longer)
-    assert "ran out in the target's prefill" in str(error.value) and "--cache-rows" in str(error.value)
+    assert "ran out in the target's prefill" in str(error.value) and "`cache_rows`" in str(error.value)
     assert "\n" not in str(error.value)
     del taken                                                # a request without new graphs needs some memory as well
     forget()

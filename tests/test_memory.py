@@ -142,8 +142,8 @@ def test_the_refusal_says_who_holds_the_memory_of_a_gpu(tmp_path, monkeypatch):
         weights.memory.insist_on_room("DIR", torch.device("cuda:0"), {"weights": 13 * 10 ** 9, "cache": 2 * 10 ** 9})
     assert str(error.value) == (
         "DIR: needs 15.000 GB (weights 13.000, cache 2.000), cuda:0 has 6.000 of 80.000 GB free, most is held by "
-        "python (pid 4711, 64.4 GB), /opt/render (pid 4712, 2.1 GB); lower --cache-rows, free memory, or choose "
-        "another --device")
+        "python (pid 4711, 64.4 GB), /opt/render (pid 4712, 2.1 GB); lower `cache_rows`, free memory, or choose "
+        "another `device`")
 
 
 def test_the_refusal_says_who_holds_the_memory_of_the_host():
@@ -183,7 +183,7 @@ def test_memory_that_runs_out_names_the_stage_and_the_flag_and_the_next_request_
             result = pair.generate(mode=mode, **given)
             line = result.drafter_error
             assert result.output_ids == ids
-    assert f"ran out in the {side}'s {stage}" in line and "--cache-rows" in line and "\n" not in line
+    assert f"ran out in the {side}'s {stage}" in line and "lower `cache_rows`" in line and "\n" not in line
     assert pair.generate(mode="speculative", **given).output_ids == ids
 
 

@@ -110,7 +110,7 @@ def read_record(folder: Path, record: dict, questions: list[str] | None) -> list
             asked.append((bare(wanted(turn, "value")), answer))
     asked = [of for of in asked if of[0]]
     if not asked:
-        raise InputError("conversations hold no question; pass --question")
+        raise InputError("conversations hold no question; pass `question`")
     try:
         events = inside("event_npy", wanted(record, "event_data"))
     except InputError:                                       # pictures may stand in for a recording that is not there

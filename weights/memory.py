@@ -99,7 +99,7 @@ def no_room(path, device: torch.device, parts: dict) -> InputError:
     held = holders(device)
     return refusal(path, f"needs {sum(parts.values()) / 1e9:.3f} GB ({needs}), {device} has {free:.3f} of "
                    f"{whole:.3f} GB free{', most is held by ' * bool(held)}{', '.join(held)}",
-                   "lower --cache-rows, free memory, or choose another --device")
+                   "lower `cache_rows`, free memory, or choose another `device`")
 
 
 def ran_out(error: BaseException | None) -> bool:

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from kernels.frames import cores, pinned, pool
-from weights.files import InputError, Refused, looks_like, naming, open_regular, reason_of, refusal
+from weights.files import Held, InputError, Refused, looks_like, naming, open_regular, reason_of, refusal
 
 MAX_IMAGE_PIXELS = 50_000_000
 MAX_VIDEO_PIXELS = 4096 * 4096       # of one frame
@@ -216,17 +216,18 @@ def open_video(path, decoders="all"):
     decoders: "none" keeps FFmpeg from decoding the first pictures when it opens the file, 0.9 in place of 9.0 ms for a
     clip of 640 x 480 beside an H100; what it would learn from them, such as the order of H.264 pictures, then stays
     unknown unless the headers say it."""
-    file, size = open_regular(path, "a video file")
-    with file:
-        head = file.read(256)
-        if announced_samples(file, 0, size) > MAX_SAMPLES:
+    opened, size = open_regular(path, "a video file")
+    with opened:
+        head = opened.read(256)
+        if announced_samples(opened, 0, size) > MAX_SAMPLES:
             raise Refused(f"its tables announce more than {MAX_SAMPLES} samples", "damaged, or cut it shorter")
     try:
         # Absolute: nothing in a relative name then reads as a protocol.
+        file = open_regular(path, "")[0] if isinstance(path, Held) else os.path.abspath(os.fsdecode(path))
         options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
         if decoders == "none":
             options["codec_whitelist"] = "none"
-        container = av.open(os.path.abspath(os.fsdecode(path)), metadata_errors="ignore", options=options)
+        container = av.open(file, metadata_errors="ignore", options=options)
     except VIDEO_ERRORS as error:
         if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide") or \
                 head.startswith((b"\x1aE\xdf\xa3", b"RIFF")):
