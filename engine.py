@@ -1561,6 +1561,10 @@ class Engine:
         except BaseException as thrown:                      # a panic of a library in Rust is no Exception
             error = thrown if isinstance(thrown, Exception) else RuntimeError(describe(thrown))
             bad_input = isinstance(error, InputError) and not isinstance(error, NonFinite)
+            if isinstance(error, NonFinite):                 # rows that nobody sees count as nought times their values
+                with torch.inference_mode(), model.on_stream():
+                    for cache in (model.decoder.k_cache_LNMK, model.decoder.v_cache_LNMK):
+                        cache[:, :, model.held:].zero_()
             if model is self.target or req.mode == "drafter_only" or bad_input:
                 req.out.put(("error", model.side, error))
             else:
@@ -1843,7 +1847,7 @@ def model_name(target, tokenizer=None) -> str:
 def kernel_bytes(cls, config: dict, rows: int, gpu: bool, packed: str | None) -> dict:
     """What kernels hold for one model: see `memory_needs`."""
     d = text_config(config)
-    held = {"scratch": Workspace.nbytes(d.D, d.H, d.K, rows, cls is Drafter) + 8 * (rows + STATE)}
+    held = {"scratch": Workspace.nbytes(d.D, d.H, d.K, rows, cls is Drafter) + 16 * (rows + STATE)}
     held["scratch"] += Ring.nbytes(LOOKUP_ROWS[gpu]) if cls is Target else 8 * (rows + 1)
     if packed:
         of_layers, of_head = BITS[packed]
