@@ -988,17 +988,6 @@ class Media:
         return found
 
 
-class Black(Media):
-    """A second of nothing, for `Engine.prepare`."""
-
-    def shown(self, target, drafter):
-        x = torch.arange(100, dtype=torch.int32)
-        events = Events(x, x, x.long(), (x % 2).byte())
-        frames = [torch.zeros(240, 320, 3, dtype=torch.uint8)] * (target.num_frames if target else 0)
-        return {"target": Shown("black", lambda decoding: (decoding(), frames)[1]),
-                "drafter": Shown("black", lambda *_: events)}
-
-
 @dataclass
 class Asking:
     """How a question is to be answered, as `Engine.stream` takes it."""
@@ -1376,15 +1365,19 @@ class Engine:
         nor a question of a new length waits for it. Nothing is learnt. progress: called with ("preparation", steps
         done, steps in all)."""
         steps: list[Callable] = []
-        kept, self.gate = self.gate, None
         for model in self.models:
             rows = len(model.prompt("").before) + model.visual(model.num_frames)
-            steps += [functools.partial(model.prefill_graph, rows + room, room) for room in reversed(QUESTION_ROWS)
-                      if rows + room <= model.decoder.cache_rows]            # the longest first: others fit its scratch
+            if rows + 3 * STEP_ROWS > model.decoder.cache_rows:
+                return                                       # a request will say what does not fit
+            steps += [functools.partial(model.prefill_graph, rows + room, room)
+                      for room in reversed(QUESTION_ROWS)]   # the longest first: others fit its scratch
             steps.append(functools.partial(model.graph, "ask"))
+        x, frame_HW3 = torch.arange(100), torch.zeros(240, 320, 3, dtype=torch.uint8)
+        black = Media(video=[frame_HW3] * max(model.num_frames for model in self.models), events=(x, x, x, x % 2))
         for mode in ("target_only", "speculative") if self.target else ("drafter_only",):
-            asking = Asking(mode, 4, ignore_eos=True, remember=False)
-            steps.append(lambda asking=asking: collections.deque(self._answer("?", Black(), asking), 0))
+            asking = Asking(mode, max_new_tokens=4, ignore_eos=True, remember=False)
+            steps.append(lambda asking=asking: collections.deque(self._answer("?", black, asking), 0))
+        kept, self.gate = self.gate, None
         try:
             for done, step in enumerate(steps, 1):
                 with torch.inference_mode():

@@ -168,6 +168,59 @@ def test_two_turns_equal_transformers():
         m.ask(after, 2, (), 0)                               # the rows that the next one takes as known
 
 
+@torch.inference_mode()
+def test_what_a_capture_runs_lies_behind_the_rows_of_the_clip(e):
+    """A graph may be captured while a clip is open, for a mode that was not asked before."""
+    with e.open(**files(0, **SHORT)) as clip:
+        first = clip.generate(QUESTIONS[0], mode="speculative", draft_source=["drafter", "self"])
+        for model in e.models:
+            held, kinds = clip.sides[model.side], set()
+            kept = model.decoder.k_cache_LNMK[:, :, :held].clone()
+            for (kind, *_), graph in list(model.step_graphs.items()):
+                if kind not in ("encode", "prefill"):        # no question of a clip needs these
+                    model.rest()
+                    graph.fn()
+                    kinds.add(kind)
+            assert torch.equal(model.decoder.k_cache_LNMK[:, :, :held], kept)
+            assert kinds == {"ask", "round"} | ({"draft"} if model is e.target else {"resume"})
+        assert clip.generate(QUESTIONS[0]).output_ids == first.output_ids
+
+
+def test_questions_of_a_length_share_a_prefill_that_is_there_from_loading_on():
+    """On a GPU: no capture for a new length, and none of a length that is rare."""
+    class OnGpu(engine.Model):
+        def __init__(self):
+            self.on_gpu, self.graphs, self.made = True, False, []
+            self.decoder = type("Cache", (), {"cache_rows": 2500})()
+
+        def graph(self, name, size):
+            self.made.append(size)
+
+    m = OnGpu()
+    for question in (1, 25, 32, 33, 64, 65, 256):
+        m.prefill_graph(2061 + question, question)
+    assert m.made == [2096, 2096, 2096, 2128, 2128, 2192, 2320]          # 2061 + 32, 64, 128, 256, in sixteens
+    assert m.prefill_graph(2061 + 257, 257).graph is None and len(m.made) == 7
+    m.prefill_graph(2061, 0)                                 # up to the visual rows, for a clip
+    m.prefill_graph(2490, 40)                                # no more rows than the cache has
+    assert m.made[7:] == [2096, 2500]
+
+
+def test_loading_prepares_both_modes_with_progress_and_learns_nothing(e, monkeypatch):
+    told, answered = [], e._answer
+    asked_for = []
+    monkeypatch.setattr(e, "_answer", lambda query, media, asking: asked_for.append(asking.mode) or answered(
+        query, media, asking))
+    gate = e.gate = engine.Gate()
+    try:
+        e.prepare(lambda *of: told.append(of))
+        assert e.gate is gate and not gate.times and not gate.tries and not e.lookup.learnt and not e.learners
+    finally:
+        e.gate = None
+    assert asked_for == ["target_only", "speculative"]
+    assert told == [("preparation", i + 1, len(told)) for i in range(len(told))] and len(told) > 8
+
+
 # ---- what cannot be done is said in one line, and the next question is answered
 
 
