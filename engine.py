@@ -1,5 +1,10 @@
 """Headstart: lossless cross-modal speculative decoding at batch one, in one file.
 
+    load_engine(eventgpt, videollava)   -> Engine, of two checkpoints
+    Engine.generate(events, video, ..)  -> Result; `stream` yields it as it forms, `close` gives the memory back
+    Engine.open(events, video)          -> Clip: one clip, many questions (`generate`, `stream`, `chat`)
+    Result                              the answer, and all that is known of how it came about
+
 EventGPT (the drafter) sees events and is ready long before Video-LLaVA (the target), which sees video. The drafter
 uses that head start to propose ids; the target verifies them in one forward and goes on. The answer is always the
 target's own, token for token: greedy, or with a temperature the one that it alone draws under the seed.
@@ -29,15 +34,16 @@ from __future__ import annotations
 
 import argparse
 import collections
-import collections.abc
 import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
 import functools
+import gc
 import hashlib
 import inspect
 import logging
+import os
 import queue
 import statistics
 import subprocess
@@ -45,6 +51,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +111,7 @@ from weights.drafting import (
     smoothed,
 )
 from weights.events import Events
-from weights.files import in_flags, insist_file, insist_whole
+from weights.files import in_flags, insist_file, insist_number, insist_whole
 from weights.given import Shown, events_given, video_given
 from weights.load import (
     DRAFTER_7B,
@@ -133,6 +140,7 @@ __all__ = ["MODES", "SOURCES", "Adapted", "Clip", "DraftSource", "Engine", "Even
 
 VERSION = "0.1.0"
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
+FilePath = str | os.PathLike
 MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
 QUESTION_ROWS = (32, 64, 128, 256)               # a GPU has a prefill graph for questions of up to so many rows
@@ -353,9 +361,9 @@ class Model:
     vision: VisionConfig
     origin: dict                                             # {"hash", "revision"} of its checkpoint, see `load_model`
     copy: Steps | None = None                                # its weights in 4 bits, where it drafts for itself
-    prompt: collections.abc.Callable                         # question -> Prompt; the two below say how
-    encode: collections.abc.Callable                         # pixels -> visual rows
-    visual: collections.abc.Callable                         # pictures -> how many rows that is
+    prompt: Callable                         # question -> Prompt; the two below say how
+    encode: Callable                         # pixels -> visual rows
+    visual: Callable                         # pictures -> how many rows that is
     num_frames = 5                                           # pictures it is trained to see
 
     def __init__(self, decoder: Decoder, text: Text, path: str, stops: tuple[int, ...], graphs: bool = True):
@@ -826,7 +834,7 @@ class Verdict(NamedTuple):
 
 
 @dataclass
-class Result(collections.abc.Mapping):
+class Result(Mapping):
     """What `generate` returns: attributes, and the same as a mapping. Times in seconds from the request's start."""
     output_text: str = ""
     output_ids: list = field(default_factory=list)
@@ -867,6 +875,10 @@ class Result(collections.abc.Mapping):
 
     def __len__(self):
         return len(dataclasses.fields(self))
+
+    def as_dict(self) -> dict:
+        """All of it in plain types: `json.dumps` takes it."""
+        return {**vars(self), "round_log": [of._asdict() for of in self.round_log]}
 
     def count(self) -> None:
         """The figures that follow from the rounds. What was drafted beyond the answer's end is none of it."""
@@ -990,6 +1002,7 @@ class Asking:
     top_p: float = 1.0
     seed: int = 0
     remember: bool = True
+    timeout: float | None = 60.0
 
     def check(self) -> None:
         if self.mode not in MODES:
@@ -998,6 +1011,8 @@ class Asking:
         for name in ("draft_len", "overlap_len"):
             if getattr(self, name) is not None:
                 setattr(self, name, insist_whole(name, getattr(self, name), 0, STEP_ROWS - 1))
+        if self.timeout is not None:
+            self.timeout = insist_number("timeout", self.timeout, 0)
         self.stop = check_stop(self.stop)
         self.temperature, self.top_p, self.seed = check_sampling(self.temperature, self.top_p, self.seed)
 
@@ -1040,7 +1055,7 @@ class Request:
     draft_log: list = field(default_factory=list)
     prefill_end: float | None = None
     sent: int = 0                                       # ids of the answer that the caller has
-    tell_now: collections.abc.Callable = lambda: None   # hands over what the host has seen and not yet told
+    tell_now: Callable = lambda: None   # hands over what the host has seen and not yet told
     prompt_rows: dict = field(default_factory=dict)
     errors: list = field(default_factory=list)          # why drafters and sources gave up
 
@@ -1093,7 +1108,8 @@ class Request:
 class Engine:
     """A target and its drafter, answering one request at a time. See `load_engine`.
 
-    Two engines may live in one process; on one engine a second request waits for the first.
+    Two engines may live in one process; on one engine a second request waits for the first. `close`, or `with engine`,
+    ends its threads and gives its memory back.
     """
 
     def __init__(self, target: Target | None, drafter: Drafter | None, draft_len: int = 5, overlap_len: int = 15,
@@ -1110,12 +1126,62 @@ class Engine:
         self._clip: weakref.ref[Clip] | None = None                # see `clip`
         self.lock = threading.Lock()
         self.owner: int | None = None                        # the thread whose request runs
+        self.running: Request | None = None
+        self.pid, self.closed = os.getpid(), False
         # One lasting thread a model: cuDNN keeps its plans per thread, and a new thread pays 70 ms to make them again.
         self.threads = {m.side: ThreadPoolExecutor(1, thread_name_prefix=m.side) for m in self.models}
 
     @property
     def models(self) -> list[Model]:
         return [m for m in (self.target, self.drafter) if m is not None]
+
+    def close(self) -> None:
+        """Ends the worker threads and frees the models' memory; twice is once. A request that still runs is cancelled,
+        and whoever reads it is told so."""
+        if self.closed or os.getpid() != self.pid:           # nothing of it came along with a fork
+            return
+        self.closed, running = True, self.running
+        if running:
+            running.cancelled.set()
+            running.stop_drafting.set()
+        if self.owner != threading.get_ident() and self.lock.acquire(timeout=1.0):     # longer, if nobody reads it
+            self.lock.release()
+        for thread in self.threads.values():
+            thread.shutdown()
+        self.target = self.drafter = self._clip = self.running = running = None
+        self.learners, self.in_ring = [], (None, 0)
+        gc.collect()                                         # a graph and its model refer to each other
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _insist_usable(self) -> None:
+        if self.closed:
+            raise InputError("engine: is closed; load another one")
+        if os.getpid() != self.pid:
+            raise InputError("engine: was loaded before os.fork(), which takes no threads along; load one in the child "
+                             "process, or start that by multiprocessing's \"spawn\"")
+
+    @contextlib.contextmanager
+    def _turn(self, timeout: float | None):
+        """This thread's turn. InputError if another's request runs for longer than so many seconds."""
+        self._insist_usable()
+        if not self.lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
+            owner = next((of.name for of in threading.enumerate() if of.ident == self.owner), "another thread")
+            raise InputError(f"engine: a request of {owner} has kept it busy for {timeout:g} s; finish or close that, "
+                             f"raise `timeout`, or load a second engine")
+        try:
+            self._insist_usable()
+            self.owner = threading.get_ident()
+            yield
+        finally:
+            self.owner = self.running = None
+            self.lock.release()
 
     # -- the loop
 
@@ -1298,7 +1364,7 @@ class Engine:
         """Captures what ordinary requests replay, then answers about a black clip, so that neither the first answer
         nor a question of a new length waits for it. Nothing is learnt. progress: called with ("preparation", steps
         done, steps in all)."""
-        steps: list[collections.abc.Callable] = []
+        steps: list[Callable] = []
         for model in self.models:
             rows = len(model.prompt("").before) + model.visual(model.num_frames)
             if rows + 3 * STEP_ROWS > model.decoder.cache_rows:
@@ -1372,44 +1438,61 @@ class Engine:
                 self.target.ring.add(answer)
         self.in_ring = earlier, earlier.learnt
 
-    def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, events=None, video=None,
-               image=None, image_path=None, columns=None, time_unit=None,
-               mode="speculative", max_new_tokens=50, draft_len: int | None = None,
-               overlap_len: int | None = None, draft_source=None, stop=None, ignore_eos=False,
-               frame_rule="uniform", event_frames=5, canvas=None, temperature=0.0, top_p=1.0,
-               seed=0, remember=True) -> collections.abc.Iterator[Event]:
+    def stream(self, events: Any = None, video: Any = None, query: str = "", max_new_tokens: int = 50, *,
+               image: Any = None, columns: str | None = None, time_unit: str | None = None,
+               event_path: FilePath | None = None, event_image_path: FilePath | list[FilePath] | None = None,
+               video_path: FilePath | None = None, image_path: FilePath | None = None, frame_rule: str = "uniform",
+               event_frames: int = 5, canvas: tuple[int, int] | None = None, mode: str = "speculative",
+               draft_len: int | None = None, overlap_len: int | None = None, draft_source: Any = None,
+               stop: str | Sequence[str] | None = None, ignore_eos: bool = False, temperature: float = 0.0,
+               top_p: float = 1.0, seed: int = 0, remember: bool = True,
+               timeout: float | None = 60.0) -> Iterator[Event]:
         """Yields `Event`s while the answer forms; the last one carries `finish_reason` and the `Result`.
 
-        events: an `.npy`/`.npz`, x, y, t, p in memory, or pictures of events; columns, time_unit: see
-        `events_in_memory`. video: an mp4, mov, mkv, webm or avi, its content, a file object, or frames in memory;
-        image: one picture in its place. event_path, event_image_path, video_path, image_path: the same, paths only.
-        query: the question. mode: see MODES. draft_len, overlap_len:
-        drafts a round of the drafter or of your source (0..31), and drafts kept from the head start. draft_source: who
-        drafts, `drafter`, `self`, `lookup`, `adapter:DIR`, an object with `propose`, or a list of them, asked in this
-        order; None: earlier answers, then the drafter, then the target's 4-bit copy, as far as they are there.
-        temperature (0..100): 0 is greedy; above, ids are drawn from softmax(logits / temperature) cut at top_p (0..1),
-        and the seed (0..2**63 - 1) fixes the answer, whatever the mode and the drafts; in `drafter_only` the drafter
-        draws. remember: False leaves what there is to learn from this answer to `remember`.
+        events: an `.npy`/`.npz` file; x, y, t, p in memory (a mapping, four arrays, a structured array, or [N, 4] with
+        columns="txyp"; whole times in microseconds, others in seconds, or as time_unit says); or pictures of events,
+        paths or in memory. video: an mp4, mov, mkv, webm or avi, its content, a file object, or frames (a list of
+        pictures or of uint8 [H, W, 3], or one [R, H, W, 3] or [R, 3, H, W]); image: one picture in its place. Arrays of
+        any library, also on a GPU; they are copied. event_path, event_image_path, video_path, image_path: the same,
+        paths only. frame_rule: `uniform` or `first`, which frames of a longer video; event_frames: pictures that a
+        recording is drawn in; canvas: their (H, W), by default as large as their events need.
+        query: the question. max_new_tokens: ids of the answer, at most. mode: see MODES. draft_len, overlap_len: drafts
+        a round of the drafter or of your source (0..31), and drafts kept from the head start. draft_source: who drafts,
+        `drafter`, `self`, `lookup`, `adapter:DIR`, an object with `propose`, or a list of them, asked in this order;
+        None: earlier answers, then the drafter, then the target's 4-bit copy, as far as they are there.
+        stop: strings that end the answer. The text is cut before the one that is complete first, and nothing of it is
+        ever shown; `output_ids` are the fewest ids that hold the text, so the last one may reach beyond it.
+        ignore_eos: go on to max_new_tokens. temperature (0..100): 0 is greedy; above, ids are drawn from
+        softmax(logits / temperature) cut at top_p (0..1), and the seed (0..2**63 - 1) fixes the answer, whatever the
+        mode and the drafts; in `drafter_only` the drafter draws. remember: False leaves what there is to learn from
+        this answer to `remember`. timeout: seconds to wait for another thread's request, None: for as long as it takes.
         Raises InputError for anything the user can mend, before any model runs where possible.
         """
         asked = {name: value for name, value in locals().items() if name not in ("self", "query")}
         media = Media(**{of.name: asked.pop(of.name) for of in dataclasses.fields(Media)})
         yield from self._answer(query, media, Asking(**asked))
 
-    def open(self, events=None, video=None, *, image=None, columns=None, time_unit=None, event_path=None,
-             event_image_path=None, video_path=None, image_path=None, frame_rule="uniform", event_frames=5, canvas=None,
-             **asking) -> Clip:
+    def open(self, events: Any = None, video: Any = None, *, max_new_tokens: int = 50, image: Any = None,
+             columns: str | None = None, time_unit: str | None = None, event_path: FilePath | None = None,
+             event_image_path: FilePath | list[FilePath] | None = None, video_path: FilePath | None = None,
+             image_path: FilePath | None = None, frame_rule: str = "uniform", event_frames: int = 5,
+             canvas: tuple[int, int] | None = None, mode: str = "speculative", draft_len: int | None = None,
+             overlap_len: int | None = None, draft_source: Any = None, stop: str | Sequence[str] | None = None,
+             ignore_eos: bool = False, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+             remember: bool = True, timeout: float | None = 60.0) -> Clip:
         """Reads and encodes a clip once, for any number of questions; arguments as `stream`, but for the question.
 
         What says how to answer holds for every question that does not say it anew; mode and draft_source decide which
         models see the clip. It fills their caches until it is closed: `stream`, `generate` and another `open` are
         refused until then."""
-        asked = {name: value for name, value in locals().items() if name not in ("self", "asking")}
-        return Clip(self, Media(**asked), Asking(**asking))
+        asked = {name: value for name, value in locals().items() if name != "self"}
+        media = Media(**{of.name: asked.pop(of.name) for of in dataclasses.fields(Media)})
+        return Clip(self, media, Asking(**asked))
 
     def _checked(self, asking: Asking, clip: Clip | None) -> tuple[list, bool, bool, str | None]:
         """(sources, whether the target takes part, whether the drafter does, why not if it was to draft and broke at
         the clip). InputError for what the user can mend; nothing has run then."""
+        self._insist_usable()
         asking.check()
         mode, uses_target = asking.mode, asking.mode != "drafter_only"
         if uses_target and self.target is None:
@@ -1438,61 +1521,64 @@ class Engine:
                                                     self.drafter if uses_drafter else None)
         question, mode = None if opens else check_question(query), asking.mode
         new = 1 if opens else asking.max_new_tokens
-        with self.lock:
-            self.owner = threading.get_ident()
-            try:
-                if self.clip is not clip:
-                    raise InputError("clip: is closed; open it again" if clip else "engine: an open clip fills the "
-                                     "caches; close it first (`with engine.open(..) as clip` does)")
-                for model in self.models:
-                    model.held = clip.sides.get(model.side, 0) if clip else 0
-                asks = asking_drafter(sources)
-                if uses_drafter and "drafter" not in sources and asks and self.gate and not self.apart and not opens:
-                    uses_drafter = any(self.gate.pays(name_of(of)) for of in asks)
-                active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
-                gate = self.gate if mode in ("prefill_then_verify", "speculative") and not opens else None
-                runs_ahead = self.apart and uses_drafter and mode == "speculative" and "drafter" in sources
-                line = Line(() if asking.ignore_eos else self.drafter.stops, new) if runs_ahead and not opens else None
-                prompts = {model.side: model.talk(question, turns or ()) for model in active}
-                req = Request(mode, question, shown, media.event_frames, media.canvas, prompts, clip,
-                              turns is not None, new,
-                              self.draft_len if asking.draft_len is None else asking.draft_len,
-                              self.overlap_len if asking.overlap_len is None else asking.overlap_len,
-                              asking.stop, asking.ignore_eos, Timeline(active), gate, line,
-                              errors=[broke] * bool(broke))
-                req.earlier = next((of for of in sources if isinstance(of, Lookup)), None)
-                req.tenant = self._tenant(req, sources)
-                self.learners = [of for of in sources if hasattr(of, "learn") and not opens]
-                searches = req.tenant is not PLAIN and bool(req.earlier or line)
-                for model in active:                         # drafts stay greedy, whoever judges them
-                    drawn = (asking.temperature, asking.top_p, asking.seed)
-                    model.begin(drawn if asking.temperature and model is active[0] else None,
-                                searches and model is self.target)
-                    if model.on_gpu:
-                        torch.cuda.reset_peak_memory_stats(model.device)
-                if clip or not (uses_target and self.target_first):
-                    req.host_free.set()
-                with torch.inference_mode():                 # not around the yields: it would leak to the caller
-                    self._prepare(req, active)
-                    if searches:
-                        self._fill_ring(req.earlier or Lookup())
-                        self.target.ring.set_line([])
-                for source in () if opens else sources:
-                    with noting(req.errors):
-                        getattr(source, "begin", lambda question: None)(question)
-                req.timeline.start()
-                yield from self._run(req, active, asking.remember)
-                if opens:
-                    opens.shown, opens.sides, self._clip = shown, dict(req.prompt_rows), weakref.ref(opens)
-            finally:
-                self.owner = None
+        with self._turn(asking.timeout):
+            if self.clip is not clip:
+                raise InputError("clip: is closed; open it again" if clip else "engine: an open clip fills the "
+                                 "caches; close it first (`with engine.open(..) as clip` does)")
+            for model in self.models:
+                model.held = clip.sides.get(model.side, 0) if clip else 0
+            asks = asking_drafter(sources)
+            if uses_drafter and "drafter" not in sources and asks and self.gate and not self.apart and not opens:
+                uses_drafter = any(self.gate.pays(name_of(of)) for of in asks)
+            active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
+            gate = self.gate if mode in ("prefill_then_verify", "speculative") and not opens else None
+            runs_ahead = self.apart and uses_drafter and mode == "speculative" and "drafter" in sources
+            line = Line(() if asking.ignore_eos else self.drafter.stops, new) if runs_ahead and not opens else None
+            prompts = {model.side: model.talk(question, turns or ()) for model in active}
+            req = Request(mode, question, shown, media.event_frames, media.canvas, prompts, clip,
+                          turns is not None, new,
+                          self.draft_len if asking.draft_len is None else asking.draft_len,
+                          self.overlap_len if asking.overlap_len is None else asking.overlap_len,
+                          asking.stop, asking.ignore_eos, Timeline(active), gate, line,
+                          errors=[broke] * bool(broke))
+            self.running = req
+            req.earlier = next((of for of in sources if isinstance(of, Lookup)), None)
+            req.tenant = self._tenant(req, sources)
+            self.learners = [of for of in sources if hasattr(of, "learn") and not opens]
+            searches = req.tenant is not PLAIN and bool(req.earlier or line)
+            for model in active:                         # drafts stay greedy, whoever judges them
+                drawn = (asking.temperature, asking.top_p, asking.seed)
+                model.begin(drawn if asking.temperature and model is active[0] else None,
+                            searches and model is self.target)
+                if model.on_gpu:
+                    torch.cuda.reset_peak_memory_stats(model.device)
+            if clip or not (uses_target and self.target_first):
+                req.host_free.set()
+            with torch.inference_mode():                 # not around the yields: it would leak to the caller
+                self._prepare(req, active)
+                if searches:
+                    self._fill_ring(req.earlier or Lookup())
+                    self.target.ring.set_line([])
+            for source in () if opens else sources:
+                with noting(req.errors):
+                    getattr(source, "begin", lambda question: None)(question)
+            req.timeline.start()
+            yield from self._run(req, active, asking.remember)
+            if opens:
+                opens.shown, opens.sides, self._clip = shown, dict(req.prompt_rows), weakref.ref(opens)
 
-    def generate(self, *args, **kwargs) -> Result:
-        """The finished `Result`; arguments as `stream`."""
-        result = None
-        for event in self.stream(*args, **kwargs):
-            result = event.result or result
-        return result
+    def generate(self, events: Any = None, video: Any = None, query: str = "", max_new_tokens: int = 50, *,
+                 image: Any = None, columns: str | None = None, time_unit: str | None = None,
+                 event_path: FilePath | None = None, event_image_path: FilePath | list[FilePath] | None = None,
+                 video_path: FilePath | None = None, image_path: FilePath | None = None, frame_rule: str = "uniform",
+                 event_frames: int = 5, canvas: tuple[int, int] | None = None, mode: str = "speculative",
+                 draft_len: int | None = None, overlap_len: int | None = None, draft_source: Any = None,
+                 stop: str | Sequence[str] | None = None, ignore_eos: bool = False, temperature: float = 0.0,
+                 top_p: float = 1.0, seed: int = 0, remember: bool = True, timeout: float | None = 60.0,
+                 on_event: Callable[[Event], Any] | None = None) -> Result:
+        """The finished `Result`; arguments as `stream`. on_event: called with each `Event`."""
+        asked = {name: value for name, value in locals().items() if name not in ("self", "on_event")}
+        return finished(self.stream(**asked), on_event)
 
     @property
     def clip(self) -> Clip | None:
@@ -1513,9 +1599,11 @@ class Engine:
         texts = {"preview": TextStream(self.drafter.text, req.stop)} if self.drafter in active else {}
         texts["final"] = TextStream((self.target if deciding == "target" else self.drafter).text, req.stop)
         result, running, error = Result(mode=req.mode), {m.side for m in active}, None
+        self._insist_usable()
         working = [self.threads[model.side].submit(self._worker, req, model) for model in active]
         try:
             while running:
+                self._insist_usable()
                 kind, value, at = req.out.get()
                 if kind == "end":
                     running.discard(value)
@@ -1544,7 +1632,9 @@ class Engine:
         finally:                                             # also when the caller closes the generator early
             req.cancelled.set()
             req.stop_drafting.set()
-            concurrent.futures.wait(working)
+            if os.getpid() == self.pid:                      # after a fork nobody would end
+                concurrent.futures.wait(working)
+        self._insist_usable()
         yield self._finish(req, result, deciding, texts, remember)
 
     @staticmethod
@@ -1635,6 +1725,15 @@ class Engine:
             gate.accepted("head start", req.question, len(judged), agreeing(judged, result.output_ids))
 
 
+def finished(events, on_event=None) -> Result:
+    """The Result of a stream, each of whose events is handed on."""
+    with contextlib.closing(events):                         # also if that fails
+        for event in events:
+            if on_event:
+                on_event(event)
+    return event.result
+
+
 class Clip:
     """A clip that was read and encoded once: the caches hold its rows, and those of a question go behind them. Made by
     `Engine.open`.
@@ -1650,22 +1749,40 @@ class Clip:
         for event in engine._answer("", media, asking, opens=self):
             self.opened = event.result                       # times of reading, encoding and prefill
 
-    def stream(self, query, *, chat=False, **asking) -> collections.abc.Iterator[Event]:
-        """Yields `Event`s as `Engine.stream` does. chat: the question goes on from the last answer of the chat, and its
-        answer becomes part of it. Other arguments: those of `Engine.stream` that say how to answer."""
+    def stream(self, query: str, max_new_tokens: int | None = None, *, mode: str | None = None,
+               draft_len: int | None = None, overlap_len: int | None = None, draft_source: Any = None,
+               stop: str | Sequence[str] | None = None, ignore_eos: bool | None = None,
+               temperature: float | None = None, top_p: float | None = None, seed: int | None = None,
+               remember: bool | None = None, timeout: float | None = None, chat: bool = False) -> Iterator[Event]:
+        """Yields `Event`s as `Engine.stream` does, whose arguments these are; None: as the clip was opened. chat: the
+        question goes on from the last answer of the chat, and its answer becomes part of it."""
+        asked = {name: value for name, value in locals().items() if value is not None}
+        asking = dataclasses.replace(self.asking, **{of.name: asked[of.name] for of in dataclasses.fields(Asking)
+                                                     if of.name in asked})
         turns = list(self.turns) if chat else None
-        for event in self.engine._answer(query, self.media, dataclasses.replace(self.asking, **asking), self, turns):
+        for event in self.engine._answer(query, self.media, asking, self, turns):
             if event.result and chat:
                 self.turns = [*turns, (query, list(event.result.output_ids))]
             yield event
 
-    def generate(self, query, **asking) -> Result:
+    def generate(self, query: str, max_new_tokens: int | None = None, *, mode: str | None = None,
+                 draft_len: int | None = None, overlap_len: int | None = None, draft_source: Any = None,
+                 stop: str | Sequence[str] | None = None, ignore_eos: bool | None = None,
+                 temperature: float | None = None, top_p: float | None = None, seed: int | None = None,
+                 remember: bool | None = None, timeout: float | None = None,
+                 on_event: Callable[[Event], Any] | None = None) -> Result:
         """The finished `Result` of a question that knows of no other; arguments as `stream`."""
-        return collections.deque(self.stream(query, **asking), 1)[0].result
+        asked = {name: value for name, value in locals().items() if name not in ("self", "on_event")}
+        return finished(self.stream(**asked), on_event)
 
-    def chat(self, query, **asking) -> Result:
+    def chat(self, query: str, max_new_tokens: int | None = None, *, mode: str | None = None,
+             draft_len: int | None = None, overlap_len: int | None = None, draft_source: Any = None,
+             stop: str | Sequence[str] | None = None, ignore_eos: bool | None = None, temperature: float | None = None,
+             top_p: float | None = None, seed: int | None = None, remember: bool | None = None,
+             timeout: float | None = None, on_event: Callable[[Event], Any] | None = None) -> Result:
         """The same for a question that goes on from the last answer."""
-        return self.generate(query, chat=True, **asking)
+        asked = {name: value for name, value in locals().items() if name not in ("self", "on_event")}
+        return finished(self.stream(**asked, chat=True), on_event)
 
     def check(self, uses_target: bool, uses_drafter: bool) -> None:
         """InputError unless the clip is open and the models that are used see it."""
@@ -1678,10 +1795,11 @@ class Clip:
 
     def close(self) -> None:
         """Gives the caches back; twice is once."""
-        mine = self.engine.owner == threading.get_ident()    # a stream that was left half read
-        with contextlib.nullcontext() if mine else self.engine.lock:
-            if self.engine.clip is self:
-                self.engine._clip = None
+        engine = self.engine
+        if engine.clip is self and not engine.closed and os.getpid() == engine.pid:
+            mine = engine.owner == threading.get_ident()     # a stream that was left half read
+            with contextlib.nullcontext() if mine else engine._turn(self.asking.timeout):
+                engine._clip = None
 
     def __enter__(self) -> Clip:
         return self
@@ -1886,9 +2004,12 @@ def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=No
     return budget
 
 
-def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,
-                draft_len=5, overlap_len=15, tokenizer=None, graphs=True, seed=0, gate=True,
-                drafter_dtype="bf16", self_draft=None, progress=None) -> Engine:
+def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = None, device: str | None = None,
+                drafter_device: str | None = None, dtype: str | torch.dtype | None = None,
+                cache_rows: int | None = None, draft_len: int = 5, overlap_len: int = 15,
+                tokenizer: FilePath | None = None, graphs: bool = True, seed: int = 0, gate: bool = True,
+                drafter_dtype: str = "bf16", self_draft: bool | None = None,
+                progress: Callable[[str, int, int], Any] | None = None) -> Engine:
     """An Engine over the two checkpoints (either may be None).
 
     eventgpt, videollava: folders, hub ids already in the cache, or `random-7b`. device: `cuda`, `cuda:N` or `cpu`;
@@ -1938,8 +2059,10 @@ class PrefillOnlyInference:
     read 4-bit weights, the target's never do. Other options: those of `load_engine`."""
     OPTIONS = frozenset(inspect.signature(load_engine).parameters) - {"eventgpt", "videollava"}
 
-    def __init__(self, eventgpt_path=None, videollava_model_id="LanguageBind/Video-LLaVA-7B-hf", device=None,
-                 mode="prefill_then_verify", adapter_path=None, use_adapter=None, use_4bit=False, **options):
+    def __init__(self, eventgpt_path: FilePath | None = None,
+                 videollava_model_id: FilePath | None = "LanguageBind/Video-LLaVA-7B-hf", device: str | None = None,
+                 mode: str = "prefill_then_verify", adapter_path: FilePath | None = None,
+                 use_adapter: bool | None = None, use_4bit: bool = False, **options):
         known = [*inspect.signature(type(self)).parameters][:-1] + sorted(self.OPTIONS)
         for name in options.keys() - self.OPTIONS:
             raise InputError(f"{name}: not an option of PrefillOnlyInference; did you mean "
@@ -1949,29 +2072,58 @@ class PrefillOnlyInference:
         self.source = source_named(f"adapter:{adapter_path}") if adapter_path and use_adapter is not False else None
         self.arguments = dict(eventgpt=eventgpt_path, videollava=videollava_model_id, device=device,
                               **{"drafter_dtype": "int4"} | options if use_4bit else options)
-        self.mode, self.engine, self.lock = mode, None, threading.Lock()
+        self.mode, self.lock = mode, threading.Lock()
+        self.engine: Engine | None = None
 
     def load(self) -> Engine:
-        with self.lock:                                      # two threads, one engine
-            if self.engine is None:
-                self.engine = load_engine(**self.arguments)
-            return self.engine
+        if self.engine is None:
+            with self.lock:                                  # two threads, one engine
+                self.engine = self.engine or load_engine(**self.arguments)
+        return self.engine
 
-    def generate(self, event_image_path=None, video_path=None, query="", max_new_tokens=50, max_draft_tokens=None, *,
-                 event_path=None, image_path=None, mode=None, draft_len=None, draft_source=None, ignore_eos=False,
-                 frame_rule="uniform", event_frames=5, canvas=None, temperature=0.0, top_p=1.0, seed=0) -> Result:
-        """The finished Result, which also answers to the research code's words (`in_old_words`). max_draft_tokens:
-        drafts of the head start, 0..31; mode: in place of the constructor's; all others as in `Engine.stream`."""
-        asked = {name: value for name, value in locals().items() if name != "self"}
-        return collections.deque(self.stream(**asked), 1)[0].result
+    def close(self) -> None:
+        """Gives the models' memory back; see `Engine.close`."""
+        if self.engine:
+            self.engine.close()
 
-    def stream(self, *args, mode=None, max_draft_tokens=None, **options) -> collections.abc.Iterator[Event]:
-        """Yields the preview and the answer as they form; arguments as `generate`. The last event has the Result."""
-        asked = dict(zip(("event_image_path", "video_path", "query", "max_new_tokens"), args, strict=False)) | options
-        asked |= {"mode": mode or self.mode, "draft_source": options.get("draft_source") or self.source}
+    def __enter__(self) -> PrefillOnlyInference:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def generate(self, events: Any = None, video: Any = None, query: str = "", max_new_tokens: int = 50,
+                 max_draft_tokens: int | None = None, *, image: Any = None, columns: str | None = None,
+                 time_unit: str | None = None, event_path: FilePath | None = None,
+                 event_image_path: FilePath | list[FilePath] | None = None, video_path: FilePath | None = None,
+                 image_path: FilePath | None = None, frame_rule: str = "uniform", event_frames: int = 5,
+                 canvas: tuple[int, int] | None = None, mode: str | None = None, draft_len: int | None = None,
+                 overlap_len: int | None = None, draft_source: Any = None, stop: str | Sequence[str] | None = None,
+                 ignore_eos: bool = False, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+                 remember: bool = True, timeout: float | None = 60.0,
+                 on_event: Callable[[Event], Any] | None = None) -> Result:
+        """The finished Result, which also answers to the research code's words (`in_old_words`); arguments as
+        `stream`."""
+        asked = {name: value for name, value in locals().items() if name not in ("self", "on_event")}
+        return finished(self.stream(**asked), on_event)
+
+    def stream(self, events: Any = None, video: Any = None, query: str = "", max_new_tokens: int = 50,
+               max_draft_tokens: int | None = None, *, image: Any = None, columns: str | None = None,
+               time_unit: str | None = None, event_path: FilePath | None = None,
+               event_image_path: FilePath | list[FilePath] | None = None, video_path: FilePath | None = None,
+               image_path: FilePath | None = None, frame_rule: str = "uniform", event_frames: int = 5,
+               canvas: tuple[int, int] | None = None, mode: str | None = None, draft_len: int | None = None,
+               overlap_len: int | None = None, draft_source: Any = None, stop: str | Sequence[str] | None = None,
+               ignore_eos: bool = False, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+               remember: bool = True, timeout: float | None = 60.0) -> Iterator[Event]:
+        """Yields the preview and the answer as they form; the last event has the Result. Arguments as `Engine.stream`.
+        max_draft_tokens: another word for overlap_len; mode, draft_source: by default the constructor's."""
+        asked = {name: value for name, value in locals().items() if name not in ("self", "max_draft_tokens")}
+        asked |= {"mode": mode or self.mode, "draft_source": self.source if draft_source is None else draft_source,
+                  "overlap_len": overlap_len if max_draft_tokens is None else max_draft_tokens}
         if asked["mode"] == "prefill_with_alignment" and self.source:
             asked |= {"mode": "prefill_then_verify", "draft_source": self.source}
-        for event in self.load().stream(overlap_len=max_draft_tokens, **asked):
+        for event in self.load().stream(**asked):
             yield dataclasses.replace(event, result=event.result and self.in_old_words(event.result))
 
     @staticmethod
@@ -2011,9 +2163,8 @@ def main(argv=None) -> None:
     of.query or parser.error("--query: the question is missing")
     if not of.eventgpt and not of.videollava:
         of.eventgpt, of.videollava = TINY / "drafter", TINY / "target"
-    source, recorded = of.draft_source and of.draft_source.split(","), str(of.events).endswith((".npy", ".npz"))
-    asked = {"event_path" if recorded else "event_image_path": of.events, "video_path": of.video,
-             "image_path": of.image, "query": of.query, "max_new_tokens": of.max_new_tokens}
+    source = of.draft_source and of.draft_source.split(",")
+    asked = {name: getattr(of, name) for name in ("events", "video", "image", "query", "max_new_tokens")}
     try:
         engine = load_engine(of.eventgpt, of.videollava, of.device, self_draft="self" in source if source else None)
         kind = ""

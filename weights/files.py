@@ -11,6 +11,7 @@ import difflib
 import io
 import json
 import math
+import numbers
 import operator
 import os
 import re
@@ -72,6 +73,16 @@ def insist_whole(name: str, value, low: int, high: float = math.inf) -> int:
         wanted = f"{low}..{high}" if high < math.inf else f"from {low} up"
         raise InputError(f"{name}: wanted a whole number {wanted}, got {brief(repr(value))}; change it")
     return whole
+
+
+def insist_number(name: str, value, low: float, high: float = math.inf, above: bool = False) -> float:
+    """The number that an argument is, of any library's type. above: `low` itself is too low."""
+    fits = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) <= high
+    if not fits or above and value == low:
+        wanted = f"{'above ' * above}{low:g}" + (f"{' and up to ' if above else '..'}{high:g}" if high < math.inf else
+                                                 " or more")
+        raise InputError(f"{name}: wanted a number {wanted}, got {brief(repr(value))}; change it")
+    return float(value)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import numbers
 import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from weights.files import InputError, brief, insist_whole, read_json, reason_of, refusal
+from weights.files import InputError, brief, insist_number, insist_whole, read_json, reason_of, refusal
 
 # EventGPT's prompt begins with it.
 DRAFTER_SYSTEM = ("A chat between a curious human and an artificial intelligence assistant. "
@@ -142,9 +141,5 @@ def check_question(question) -> str:
 def check_sampling(temperature, top_p, seed, names=("temperature", "top_p", "seed")) -> tuple[float, float, int]:
     """The three as plain numbers. InputError unless temperature is 0..100, top_p above 0 and up to 1, and seed a whole
     number 0..2**63 - 1."""
-    for name, value, fits, wanted in (
-            (names[0], temperature, lambda x: 0 <= x <= 100, "a number 0..100"),
-            (names[1], top_p, lambda x: 0 < x <= 1, "a number above 0 and up to 1")):
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not fits(value):
-            raise InputError(f"{name}: wanted {wanted}, got {brief(repr(value))}; change it")
-    return float(temperature), float(top_p), insist_whole(names[2], seed, 0, 2 ** 63 - 1)
+    return (insist_number(names[0], temperature, 0, 100), insist_number(names[1], top_p, 0, 1, above=True),
+            insist_whole(names[2], seed, 0, 2 ** 63 - 1))
