@@ -218,7 +218,7 @@ def test_loading_prepares_both_modes_with_progress_and_learns_nothing(e, monkeyp
     finally:
         e.gate = None
     assert asked_for == ["target_only", "speculative"]
-    assert told == [("preparation", i + 1, len(told)) for i in range(len(told))] and len(told) > 8
+    assert told == [("preparation", i + 1, len(told)) for i in range(len(told))] and len(told) == 4
 
 
 # ---- what cannot be done is said in one line, and the next question is answered
@@ -268,6 +268,7 @@ def test_bad_questions_cost_nothing(e):
         assert clip.generate(QUESTIONS[0], mode="speculative").output_ids == ids     # what there is drafts: no drafter
     refused(lambda: e.open(event_path=files(0)["event_path"]), "video: wanted one")
     refused(lambda: e.open(video_path=__file__, mode="target_only"), "test_clip.py")
+    refused(lambda: engine.load_engine(TINY / "drafter", TINY / "target", draft_len=32), "draft_len", "0..31")
     assert truth(e, 0)[:12] == ids
 
 
