@@ -1744,8 +1744,9 @@ class Clip:
     """A clip that was read and encoded once: the caches hold its rows, and those of a question go behind them. Made by
     `Engine.open`.
 
-    An answer does not depend on what was asked before: it is what a fresh clip would give, bit for bit in every mode.
-    Where two ids are nearly as likely it may part from `Engine.generate`, whose prefill is one piece.
+    An answer does not depend on what was asked before: it is what a fresh clip would give, in every mode, and a chat is
+    what the same chat asked at once would give; on a GPU that holds for every bit of the target's. Where two ids are
+    nearly as likely an answer may part from that of `Engine.generate`, whose prefill is one piece.
     turns: the chat so far, (question, answer ids); `del clip.turns[-1]` takes the last one back."""
 
     def __init__(self, engine: Engine, media: Media, asking: Asking):
