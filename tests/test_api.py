@@ -98,7 +98,7 @@ def test_a_second_thread_waits_so_long_and_is_told_why(pair):
         except InputError as error:
             said[name] = str(error), time.monotonic() - began
     waits = {"short": 0.1, "now": 0, "long": 30, "ever": None}
-    threads = [threading.Thread(target=ask, args=of) for of in waits.items()]
+    threads = [threading.Thread(target=ask, args=of, daemon=True) for of in waits.items()]
     for thread in threads:
         thread.start()
     for thread in threads[:2]:
