@@ -1364,19 +1364,25 @@ class Engine:
         """Captures what ordinary requests replay, then answers about a black clip, so that neither the first answer
         nor a question of a new length waits for it. Nothing is learnt. progress: called with ("preparation", steps
         done, steps in all)."""
-        steps: list[Callable] = []
-        for model in self.models:
-            rows = len(model.prompt("").before) + model.visual(model.num_frames)
-            if rows + 3 * STEP_ROWS > model.decoder.cache_rows:
-                return                                       # a request will say what does not fit
-            steps += [functools.partial(model.prefill_graph, rows + room, room)
-                      for room in reversed(QUESTION_ROWS)]   # the longest first: others fit its scratch
-            steps.append(functools.partial(model.graph, "ask"))
+        def capture(model: Model) -> None:
+            with naming_stage(model, "preparation"):
+                rows = len(model.prompt("").before) + model.visual(model.num_frames)
+                for room in reversed(QUESTION_ROWS):         # the longest first: others fit its scratch
+                    model.prefill_graph(rows + room, room)
+                model.graph("ask")
+
+        def answer(mode: str) -> None:
+            asking = Asking(mode, max_new_tokens=4, ignore_eos=True, remember=False)
+            collections.deque(self._answer("?", black, asking), 0)
+
+        if any(model.prompt("?").rows(model.visual(model.num_frames)) + 2 * STEP_ROWS + 8 > model.decoder.cache_rows
+               for model in self.models):
+            return                                           # a request will say what does not fit
         x, frame_HW3 = torch.arange(100), torch.zeros(240, 320, 3, dtype=torch.uint8)
         black = Media(video=[frame_HW3] * max(model.num_frames for model in self.models), events=(x, x, x, x % 2))
-        for mode in ("target_only", "speculative") if self.target else ("drafter_only",):
-            asking = Asking(mode, max_new_tokens=4, ignore_eos=True, remember=False)
-            steps.append(lambda asking=asking: collections.deque(self._answer("?", black, asking), 0))
+        steps: list[Callable] = [functools.partial(capture, model) for model in self.models]
+        steps += [functools.partial(answer, mode) for mode in
+                  (("target_only", "speculative") if self.target else ("drafter_only",))]
         kept, self.gate = self.gate, None
         try:
             for done, step in enumerate(steps, 1):
@@ -1651,6 +1657,10 @@ class Engine:
         except BaseException as thrown:                      # a panic of a library in Rust is no Exception
             error = thrown if isinstance(thrown, Exception) else RuntimeError(describe(thrown))
             bad_input = isinstance(error, InputError) and not isinstance(error, NonFinite)
+            if isinstance(error, NonFinite):                 # rows that nobody sees count as nought times their values
+                with torch.inference_mode(), model.on_stream():
+                    for cache in (model.decoder.k_cache_LNMK, model.decoder.v_cache_LNMK):
+                        cache[:, :, model.held:].zero_()
             if model is self.target or req.mode == "drafter_only" or bad_input:
                 req.out.put(("error", model.side, error))
             else:
@@ -1961,7 +1971,7 @@ def model_name(target, tokenizer=None) -> str:
 def kernel_bytes(cls, config: dict, rows: int, gpu: bool, packed: str | None) -> dict:
     """What kernels hold for one model: see `memory_needs`."""
     d = text_config(config)
-    held = {"scratch": Workspace.nbytes(d.D, d.H, d.K, rows, cls is Drafter) + 8 * (rows + STATE)}
+    held = {"scratch": Workspace.nbytes(d.D, d.H, d.K, rows, cls is Drafter) + 16 * (rows + STATE)}
     held["scratch"] += Ring.nbytes(LOOKUP_ROWS[gpu]) if cls is Target else 8 * (rows + 1)
     if packed:
         of_layers, of_head = BITS[packed]
@@ -2026,7 +2036,8 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
                          f"take int4")
     if type(gate) is not bool:
         raise InputError(f"gate: wanted True or False, got {gate!r}; change it")
-    draft_len, overlap_len = insist_whole("draft_len", draft_len, 0), insist_whole("overlap_len", overlap_len, 0)
+    draft_len = insist_whole("draft_len", draft_len, 0, STEP_ROWS - 1)
+    overlap_len = insist_whole("overlap_len", overlap_len, 0, STEP_ROWS - 1)
     cache_rows = cache_rows if cache_rows is None else insist_whole("cache_rows", cache_rows, 1)
     budget = memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype, self_draft)
     options = dict(dtype=dtype, cache_rows=cache_rows, graphs=graphs, progress=progress)
