@@ -53,7 +53,7 @@ from engine import InputError
 from weights import convert
 from weights.dataset import read_dataset
 from weights.events import read_events
-from weights.video import read_images, read_video
+from weights.video import read_image, read_video
 
 TINY = bench.TINY
 RECORDS = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_text())
@@ -127,7 +127,7 @@ def image(blob, *words, exit=1):
         flags = dataset(folder, event_data="gone", event_image=["bad.png"])
         path = folder / "data" / "event_image" / "bad.png"
         path.write_bytes(blob)
-        return Case(lambda e: read_images([path]), [*flags, "--modes", "drafter_only"], list(words), exit)
+        return Case(lambda e: read_image(path), [*flags, "--modes", "drafter_only"], list(words), exit)
     return make
 
 

@@ -98,7 +98,7 @@ def test_a_second_thread_waits_so_long_and_is_told_why(pair):
         except InputError as error:
             said[name] = str(error), time.monotonic() - began
     waits = {"short": 0.1, "now": 0, "long": 30, "ever": None}
-    threads = [threading.Thread(target=ask, args=of) for of in waits.items()]
+    threads = [threading.Thread(target=ask, args=of, daemon=True) for of in waits.items()]
     for thread in threads:
         thread.start()
     for thread in threads[:2]:
@@ -228,8 +228,9 @@ def test_every_event_is_told_and_what_the_callback_raises_ends_the_request(pair)
     result = pair.generate(mode="speculative", on_event=told.append, **asked(0))
     assert "".join(event.delta for event in told if event.kind == "final") == result.output_text
     assert told[-1].result is result
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) as held:           # its traceback would hold the stream
         pair.generate(mode="target_only", on_event=lambda event: 1 / 0, **asked(0))
+    assert pair.owner is None and held
     with pair.open(video=asked(0)["video_path"], mode="target_only") as clip:
         assert clip.generate(asked(0)["query"], on_event=told.append) is told[-1].result
         assert clip.chat(asked(0)["query"], 3, on_event=told.append) is told[-1].result

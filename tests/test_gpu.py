@@ -12,6 +12,9 @@ import engine
 from engine import MODES, Fixed
 from kernels.check import differing
 from kernels.round import STATE, State
+from weights.events import read_events
+from weights.given import events_given, video_given
+from weights.video import read_video
 
 pytestmark = pytest.mark.gpu
 
@@ -303,3 +306,48 @@ def test_no_question_of_a_new_length_captures_anything():
         for words in (2, 40):
             clip.generate("why " * words)
     assert [set(m.step_graphs) for m in e.models] == made
+
+
+# ---- what lies on the GPU, and what is given back
+
+
+def test_events_and_frames_on_the_gpu_stay_there_and_give_the_answer_of_the_files():
+    e, files = load(), asked(0)
+    recording, frames = read_events(files["event_path"]), read_video(files["video_path"])
+    columns = {name: getattr(recording, name).cuda() for name in "xytp"}
+    stacked = torch.stack(frames).cuda()
+
+    class Foreign:                                           # as Numba's arrays, which have no DLPack
+        def __init__(self, tensor):
+            self.__cuda_array_interface__, self.owner = tensor.__cuda_array_interface__, tensor
+
+    table = torch.stack([getattr(recording, name).double() for name in "txyp"], 1).cuda()
+    for events, options in ((columns, {}), ({name: Foreign(of) for name, of in columns.items()}, {}),
+                            (table, {"columns": "txyp", "time_unit": "us"})):
+        held = events_given(events, **options).read()
+        assert all(of.is_cuda and torch.equal(of.cpu(), kept) for of, kept in zip(held, recording, strict=True))
+    for video in (stacked, stacked.permute(0, 3, 1, 2).contiguous(), list(stacked), Foreign(stacked)):
+        held = video_given(video).read()
+        assert all(of.is_cuda and torch.equal(of.cpu(), kept) for of, kept in zip(held, frames, strict=True))
+    asking = dict(query=files["query"], max_new_tokens=files["max_new_tokens"])
+    for mode in MODES:
+        ids = e.generate(mode=mode, **files).output_ids
+        assert e.generate(mode=mode, events=columns, video=stacked, **asking).output_ids == ids, mode
+    on_cpu = engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", gate=False)
+    ids = on_cpu.generate(mode="drafter_only", **files).output_ids
+    assert on_cpu.generate(mode="drafter_only", events=columns, **asking).output_ids == ids
+
+
+def test_a_closed_engine_gives_the_gpus_memory_back():
+    """But for what cuBLAS keeps for each stream that it has met."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    e = load(cache_rows=200_000)
+    e.generate(mode="speculative", **asked(0))
+    taken = torch.cuda.memory_allocated() - before
+    e.close()
+    assert torch.cuda.memory_allocated() - before <= taken / 4 and taken > 1e9
+    assert torch.cuda.memory_reserved() - before <= taken / 2
+    with pytest.raises(engine.InputError, match="is closed"):
+        e.generate(**asked(0))

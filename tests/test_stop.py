@@ -2,11 +2,12 @@
 of one is ever shown; the ids are those of the text."""
 
 import random
+import threading
 
 import pytest
-from common import TINY, asked, truth
+from common import TINY, asked, script, truth
 
-from engine import Fixed, InputError
+from engine import Fixed, Gate, InputError
 from weights.text import Text, TextStream, check_stop
 
 SAID = "The key elements in this scene are a yellow circle moving quickly upwards, while nothing else is there."
@@ -25,7 +26,7 @@ def cut(whole, stops):
 
 STOPS = [(" yellow",), ("yell", "low circle"), ("The",), ("T",), (".",), ("there.",), ("nowhere",),
          ("scene are a yellow cube",), (" while nothing else is there. And",), ("circle", "yellow circle"),
-         ("e key", "key el", "y e"), ("quickly\n", ",")]
+         ("yellow circle moving", "circle"), ("e key", "key el", "y e"), ("quickly\n", ",")]
 
 
 @pytest.mark.parametrize("stops", STOPS, ids=str)
@@ -34,7 +35,7 @@ def test_text_is_cut_alike_however_its_ids_come_in(text, stops):
     for most in (1, 2, 5, len(text.ids(SAID))):
         stream, left, shown = TextStream(text, stops), list(ids), ""
         while left:
-            count = chance.randint(1, most)
+            count = most if most == len(ids) else chance.randint(1, most)
             shown += stream.push(left[:count])
             left = left[count:]
             assert wanted.startswith(shown) and shown == stream.out
@@ -99,14 +100,22 @@ def test_the_drafters_own_answer_ends_there_too(pair):
 
 
 def test_a_stop_string_is_learnt_by_no_gate_as_a_wrong_head_start(pair, monkeypatch):
-    from engine import Gate
-    told, gate = [], Gate()
+    """The drafter has 13 right ids before the target's prefill, of which the answer is cut to a few."""
+    ids, told, gate, made, steps = truth(pair, 0), [], Gate(), threading.Event(), []
+
+    def drafting(kind, number):
+        steps.append(kind)
+        if steps.count("step") == 13:
+            made.set()
+    script(monkeypatch, pair.drafter, ids, before=drafting)
+    prefill = pair.target.prefill
+    monkeypatch.setattr(pair.target, "prefill", lambda *given: (made.wait(20), prefill(*given)))
     monkeypatch.setattr(pair, "gate", gate)
     monkeypatch.setattr(gate, "accepted", lambda name, question, count, right: told.append((name, count, right)))
-    monkeypatch.setattr(gate, "head_start", lambda *_: True)
-    result = pair.generate(mode="prefill_then_verify", stop="elem", **asked(0))
-    counts = [count for name, count, _ in told if name == "head start"]
-    assert bool(counts) == bool(result.preview_ids) and all(count <= len(result.output_ids) for count in counts)
+    monkeypatch.setattr(pair, "apart", True)                 # there no gate ends the head start
+    result = pair.generate(mode="prefill_then_verify", stop="elem", overlap_len=13, **asked(0))
+    n = len(result.output_ids)
+    assert [of for of in told if of[0] == "head start"] == [("head start", n, n)] and 0 < n < 8
 
 
 def test_a_chat_goes_on_from_what_was_shown(pair):

@@ -1,7 +1,7 @@
 """video: clips and pictures as frames, [H, W, 3] uint8 tensors.
 
     frames = read_video("clip.mp4", num_frames=8)  # list of [H, W, 3] uint8
-    frames = read_images(["a.png", "b.png"])       # the same
+    frame = read_image("a.png")                    # one of them
 
 Whatever is wrong with a file ends in InputError: one line with the path, what was wanted, what came, what to try.
 `python -m weights.video FILE` says what a file holds."""
@@ -44,15 +44,10 @@ IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, MemoryError, Arithme
                 Image.DecompressionBombWarning)
 
 
-def read_images(paths):
-    """List of [H, W, 3] uint8, one per PNG or JPEG, converted to RGB as upstream does: `Image.convert("RGB")`.
+def read_image(path):
+    """[H, W, 3] uint8 of one PNG or JPEG, converted to RGB as upstream does: `Image.convert("RGB")`.
 
     That means: alpha is dropped, palettes are looked up, EXIF rotation is not applied. Raises InputError."""
-    return [read_image(path) for path in paths]
-
-
-def read_image(path):
-    """[H, W, 3] uint8 of one PNG or JPEG; see `read_images`."""
     try:
         with naming(path):
             file, _ = open_regular(path, "a PNG or JPEG")
