@@ -175,7 +175,8 @@ def test_a_path_may_be_bytes(pair):
 
 
 @pytest.mark.parametrize("options", [{"cache_rows": 0}, {"cache_rows": -1}, {"cache_rows": "many"}, {"cache_rows": 1.5},
-                                     {"draft_len": 32}, {"draft_len": -1}, {"overlap_len": None, "draft_len": "five"}], ids=str)
+                                     {"draft_len": 32}, {"draft_len": -1}, {"overlap_len": None, "draft_len": "five"}],
+                         ids=str)
 def test_sizes_of_an_engine_are_checked_before_anything_is_read(options, monkeypatch):
     monkeypatch.setattr(engine, "open_model", dies)
     with pytest.raises(InputError, match="wanted a whole number"):
