@@ -25,7 +25,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import textwrap
 import time
 import traceback
 from pathlib import Path
@@ -37,16 +36,18 @@ import torch
 import triton
 from tqdm import tqdm
 
+import weights.rows
 from engine import MODES
 from kernels.check import ceilings, quantiles
 from kernels.quant import BITS
 from weights import UNREADABLE, InputError, controls, describe, replace_file, show
 from weights.adapter import write_pairs
 from weights.dataset import Sample, read_dataset
-from weights.files import read_text
+from weights.files import in_flags, read_text
 from weights.memory import PARTS, nvidia_smi
 from weights.rows import RowFile, by_source, compare, estimate, forwards, judged, median, merge, mode_figures, parting
 from weights.shapes import PROMPT_ROWS
+from weights.show import WIDTH, block, columns, fmt, shown
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "weights" / "tiny"
@@ -144,14 +145,27 @@ def all_bytes(decoder) -> int:
 
 
 def run_sample(e, sample: Sample, mode: str, options) -> engine.Result:
-    """One request, of which nothing is learnt: else a sample's second repeat would draft from its first."""
-    drafted = {"event_image_path": sample.events} if isinstance(sample.events, list) else {"event_path": sample.events}
-    source = "lookup" if mode == AGAIN else options.source if mode == "speculative" else None
-    return e.generate(video_path=sample.video if mode != "drafter_only" else None, query=sample.question,
-                      mode="speculative" if mode == AGAIN else mode, max_new_tokens=options.max_new_tokens,
-                      ignore_eos=options.ignore_eos, frame_rule=options.frame_rule, **drafted,
-                      temperature=options.temperature, top_p=options.top_p, seed=options.seed, draft_source=source,
-                      remember=False)
+    """One request, of which nothing is learnt: else a sample's second repeat would draft from its first. Where a clip
+    is asked several questions, it is opened for the first of them."""
+    files = {"event_image_path" if isinstance(sample.events, list) else "event_path": sample.events,
+             "video_path": sample.video, "frame_rule": options.frame_rule}
+    how = dict(mode="speculative" if mode == AGAIN else mode, max_new_tokens=options.max_new_tokens,
+               ignore_eos=options.ignore_eos, temperature=options.temperature, top_p=options.top_p, seed=options.seed,
+               draft_source="lookup" if mode == AGAIN else options.source if mode == "speculative" else None,
+               remember=False)
+    if not sample.several:
+        return e.generate(query=sample.question, **files, **how)
+    if not e.clip or options.clip[0] != files:
+        close_clip(options)
+        all_see = "prefill_only" if e.drafter and e.target else "target_only" if e.target else "drafter_only"
+        options.clip = files, e.open(mode=all_see, **files)
+    return options.clip[1].generate(sample.question, **how)
+
+
+def close_clip(options) -> None:
+    if getattr(options, "clip", None):
+        options.clip[1].close()
+    options.clip = None
 
 
 def warm_up(e, samples, options) -> None:
@@ -162,7 +176,7 @@ def warm_up(e, samples, options) -> None:
         try:
             for mode in options.modes * options.warmup:
                 run_sample(e, sample, mode, options)
-            return
+            return close_clip(options)
         except Exception as error:
             errors.append(failure(error, options))
     if errors:
@@ -185,8 +199,9 @@ def measure(e, samples, options, rows: list, keep) -> None:
     if options.profile:
         torch.cuda.profiler.start()
     for sample in progress(samples, "samples"):
+        held = e.clip
         row = {"id": sample.id, "at": sample.at, "seq": sample.seq, "clip": sample.clip,
-               "question": sample.question, "truth": sample.truth, "modes": {}}
+               "question": sample.question, "truth": sample.truth, "several": sample.several, "modes": {}}
         for model in e.models:
             model.seen = None
         results, began = collections.defaultdict(list), time.perf_counter()
@@ -200,10 +215,12 @@ def measure(e, samples, options, rows: list, keep) -> None:
             for _ in range(options.repeats if AGAIN in options.modes else 0):
                 results[AGAIN].append(run_sample(e, sample, AGAIN, options))
             options.shown = results["speculative" if "speculative" in results else first[-1]][-1]
+            if e.clip is not held:                           # opened for this question; another one finds it open
+                row["open_ms"] = e.clip.opened.wall_clock_time * 1e3
             row["modes"] = {mode: summary(e, results[mode], results["target_only"]) for mode in options.modes}
         except Exception as error:                           # whatever it is, the other samples are worth having
             failure(error, options)
-            row["error"] = str(error) if isinstance(error, InputError) else describe(error)
+            row["error"] = told(error) if isinstance(error, InputError) else describe(error)
         else:
             row["pixels"] = {m.side: pixel_hash(m.seen) for m in e.models if m.seen is not None}
             if any(of["differs_at"] is not None for of in row["modes"].values()):
@@ -217,6 +234,7 @@ def measure(e, samples, options, rows: list, keep) -> None:
         row["took_s"] = time.perf_counter() - began
         rows.append(row)
         keep(row)
+    close_clip(options)
     if options.profile:
         torch.cuda.profiler.stop()
 
@@ -239,11 +257,13 @@ def progress(items, unit: str):
 
 
 def loading():
-    """Bytes of a checkpoint read, and how fast, on stderr where somebody watches."""
-    bars = collections.defaultdict(lambda: tqdm(unit="B", unit_scale=True, disable=None, leave=False))
+    """Bytes of a checkpoint read, and how fast, then steps of preparation, on stderr where somebody watches."""
+    bars = {}
 
     def read(side: str, done: int, total: int) -> None:
-        bars[side].desc, bars[side].total = side, total
+        if side not in bars:
+            unit = " steps" if side == "preparation" else "B"
+            bars[side] = tqdm(desc=side, total=total, unit=unit, unit_scale=True, disable=None, leave=False)
         bars[side].update(done - bars[side].n)
         if done >= total:
             bars[side].close()
@@ -301,7 +321,7 @@ def stage_rows(report) -> list:
             amount = unit = share = None
             if stage in PER_FORWARD and (side, stage) != ("target", "draft"):
                 amount, unit, share = work["step_bytes"] / 1e9, "GB", work["step_bytes"] / mid * 1e3 / limits["read_bw"]
-            elif stage == "prefill":
+            elif stage == "prefill" and not any(row.get("several") for row in report["samples"]):
                 amount, unit = work["prefill_flop"] / 1e12, "TFLOP"
                 share = work["prefill_flop"] / mid * 1e3 / limits["gemm_flops"] / work.get("matrix_rate", 1)
             together = median(times(side, stage, ["prefill_only"]))
@@ -332,7 +352,8 @@ def warnings_of(figures, rows, head) -> list:
 
 def assemble(head: dict, rows: list, interrupted: bool = False) -> dict:
     """The report of these rows."""
-    rows, limits, config = sorted(rows, key=lambda row: row["at"]), dict(head["ceilings"]), head["config"]
+    rows = sorted(rows, key=lambda row: (row["at"], len(row["id"]), row["id"]))          # ID, ID#2, .. ID#10
+    limits, config = dict(head["ceilings"]), head["config"]
     for side in [side for side in STAGES if side in limits]:
         prompts = [of["prompt_rows"][side] for row in rows for of in row["modes"].values() if side in of["prompt_rows"]]
         if prompts:
@@ -351,7 +372,7 @@ def assemble(head: dict, rows: list, interrupted: bool = False) -> dict:
 
 # ---- the report as text, from the JSON object alone --------------------------------------------------------------
 
-WIDTH, MOST_LINES = 100, 25                                  # of the screen
+MOST_LINES = 25                                              # of the screen
 LEGEND = """legend   ttft: request in, files on disk, to the first answer id on the host; ttfp: the same for the preview
          tpot: (e2e - ttft) / (ids - 1); x target_only: its e2e over the mode's, paired by sample, median [95 %]
          worst: the smallest of these; later: first id after target_only's first id, paired by repeat
@@ -359,30 +380,6 @@ LEGEND = """legend   ttft: request in, files on disk, to the first answer id on 
          forwards: the target's behind its prefill; a forward: ids that one makes, the first id left out
          accept: accepted / drafted, bonus not counted; window, overlap: ids the host had before the last frame was
          decoded, and before the target's prefill ended; both at once: while prefill_only runs"""
-
-
-def fmt(value, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def shown(of: dict | None, form: str = ".2f") -> str:
-    """An estimate, with its interval if it has one."""
-    return "-" if not of else f"{of['p50']:{form}}" + (
-        "" if of["low"] is None else f" [{of['low']:{form}}, {of['high']:{form}}]")
-
-
-def columns(rows: list[list[str]]) -> list[str]:
-    """Rows of cells as lines: the first column to the left, the last as it is, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    return ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:-1], widths[1:], strict=True)),
-                       row[-1]]).rstrip() for row in rows]
-
-
-def block(name: str, text: str, most: int) -> list[str]:
-    """Text under a name, on at most so many lines of the screen."""
-    text = "".join(c if c.isprintable() or c in "\x01\x02\x03\x04" else " " for c in text)
-    return textwrap.wrap(text, WIDTH, initial_indent=f"{name:10}", subsequent_indent=" " * 10, max_lines=most,
-                         placeholder=" ..", break_on_hyphens=False) or [name]
 
 
 def screen(report, colour: bool = False) -> list[str]:
@@ -395,8 +392,8 @@ def screen(report, colour: bool = False) -> list[str]:
     elif rows:
         row = next((row for row in rows if row["modes"].get("speculative", {}).get("drafted")), rows[0])
         of = row["modes"].get("speculative") or next(iter(row["modes"].values()))
-        lines += block("question", f"{row['question']}   (clip {row['at'] + 1} of {config['samples']}, "
-                                   f"{row['id'][:8]})", 2)
+        clips = "" if row.get("several") else f" of {config['samples']}"
+        lines += block("question", f"{row['question']}   (clip {row['at'] + 1}{clips}, {row['id'][:8]})", 2)
         who = "events" if set(modes) == {"drafter_only"} else "video"
         lines += block(who, row["modes"].get("target_only", of)["text"], 3)
         if of["drafted"]:
@@ -406,6 +403,10 @@ def screen(report, colour: bool = False) -> list[str]:
         elif "speculative" in modes:
             lines.append(f"events    no draft was looked at: {modes['speculative']['why_not']}")
     differ = same["equal"] < same["compared"]
+    if of := weights.rows.per_question(rows):
+        lines += block("questions", f"first id of a clip's first question after {fmt(of['first'])} ms "
+                       f"({fmt(of['open'])} to read and prefill it), of a further one after {fmt(of['further'])} ms; "
+                       f"times below begin with the question", 2)
     lines.append(f"answers   {same['equal']} of {same['compared']} identical to the video model alone"
                  + ": NO RATIO IS GIVEN" * differ if same["compared"] else
                  "answers   nothing was compared: it takes target_only and another mode that the target decides")
@@ -648,7 +649,7 @@ def cache_rows(text: str):
     return found[0] if len(found) == 1 else found
 
 
-def parse(argv):
+def make_parser() -> Parser:
     parser = Parser(prog="bench.py", description=__doc__, usage="python bench.py [FLAGS]", allow_abbrev=False,
                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
                         prog, max_help_position=30, width=110))
@@ -668,6 +669,7 @@ def parse(argv):
     add = parser.add_argument_group("data").add_argument
     add("--dataset-dir", type=Path, metavar="DIR", help="clips (default: the embedded ones)")
     add("--question", metavar="TEXT", help="ask this of every clip")
+    add("--questions", type=Path, metavar="FILE", help="ask each line of this file, of each clip, read once")
     add("--max-samples", type=whole(1, also=-1), default=-1, metavar="N", help="the first N, -1 all (default)")
     add("--frame-rule", default="uniform", choices=("uniform", "first"), help="which 8 video frames")
     add("--shard", metavar="I/N", help="every N-th sample from the I-th (default: torchrun's or SLURM's rank)")
@@ -701,7 +703,16 @@ def parse(argv):
     add("--merge", nargs="+", type=Path, metavar="JSONL", help="one report of the row files of all shards")
     add("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two saved runs, paired, with a verdict")
     add("--from-json", type=Path, metavar="PATH", help="print the report of a saved run")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse(argv):
+    return make_parser().parse_args(argv)
+
+
+def told(error: InputError) -> str:
+    """Its line in the words of this command."""
+    return in_flags(error, make_parser(), query="--question", mode="--modes")
 
 
 def insist_writable(path, flag: str) -> None:
@@ -721,6 +732,11 @@ def check(options) -> None:
 
     insist(options.question is None or engine.check_question(options.question).strip(),
            "--question: is empty; leave it out to ask what the data set asks")
+    if options.questions:
+        insist(options.question is None, "--questions: cannot stand beside --question; pass one of them")
+        text = read_text(options.questions, "a question a line", 1 << 20)
+        options.question = [line.strip() for line in text.splitlines() if line.strip()]
+        insist(options.question, f"{options.questions}: holds no question; write one a line")
     options.modes = [m for m in options.modes.split(",") if m]
     insist(set(options.modes) <= {*MODES, AGAIN} and set(options.modes) & set(MODES),
            f"--modes: {','.join(options.modes)!r} is none of {', '.join(MODES)} (and {AGAIN}); pick from these")
@@ -788,7 +804,7 @@ def main(argv=None) -> int:
             raise
         stopped = isinstance(error, KeyboardInterrupt)       # before the first sample: nothing to show
         if os.environ.get("RANK", "0") == "0":                # of torchrun's processes one speaks
-            print("interrupted" if stopped else error if isinstance(error, InputError) else
+            print("interrupted" if stopped else told(error) if isinstance(error, InputError) else
                   f"out of GPU memory ({str(error).partition('. ')[0]}); lower --cache-rows, or use another "
                   f"--drafter-device", file=sys.stderr)
         return 130 if stopped else 2

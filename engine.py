@@ -1,5 +1,10 @@
 """Headstart: lossless cross-modal speculative decoding at batch one, in one file.
 
+    load_engine(eventgpt, videollava)   -> Engine, of two checkpoints
+    Engine.generate(events, video, ..)  -> Result; `stream` yields it as it forms, `close` gives the memory back
+    Engine.open(events, video)          -> Clip: one clip, many questions (`generate`, `stream`, `chat`)
+    Result                              the answer, and all that is known of how it came about
+
 EventGPT (the drafter) sees events and is ready long before Video-LLaVA (the target), which sees video. The drafter
 uses that head start to propose ids; the target verifies them in one forward and goes on. The answer is always the
 target's own, token for token: greedy, or with a temperature the one that it alone draws under the seed.
@@ -29,20 +34,23 @@ from __future__ import annotations
 
 import argparse
 import collections
-import collections.abc
 import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
 import functools
+import gc
 import hashlib
 import inspect
 import logging
+import os
 import queue
 import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,8 +110,9 @@ from weights.drafting import (
     noting,
     smoothed,
 )
-from weights.events import Events, read_events
-from weights.files import insist_file
+from weights.events import Events
+from weights.files import in_flags, insist_file, insist_number, insist_whole
+from weights.given import Shown, events_given, video_given
 from weights.load import (
     DRAFTER_7B,
     TARGET_7B,
@@ -136,17 +145,18 @@ from weights.shapes import (
     text_config,
 )
 from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named
-from weights.text import Text, TextStream, check_question, check_sampling
-from weights.video import VIDEO_RULES, read_images, read_video
+from weights.text import Text, TextStream, check_question, check_sampling, check_stop
 
-__all__ = ["MODES", "SOURCES", "Adapted", "DraftSource", "Engine", "Event", "Fixed", "Gate", "InputError", "Lookup",
-           "PrefillOnlyInference", "Result", "Round", "Verdict", "agreeing", "explain", "load_engine", "model_name",
-           "source_named"]
+__all__ = ["MODES", "SOURCES", "Adapted", "Clip", "DraftSource", "Engine", "Event", "Fixed", "Gate", "InputError",
+           "Lookup", "PrefillOnlyInference", "Result", "Round", "Verdict", "agreeing", "explain", "load_engine",
+           "model_name", "source_named"]
 
 VERSION = "0.1.0"
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
+FilePath = str | os.PathLike
 MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
+QUESTION_ROWS = (32, 64, 128, 256)               # a GPU has a prefill graph for questions of up to so many rows
 LOOKUP_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of earlier answers that are searched, on a GPU and on a CPU
 
 # ---- prompts ---------------------------------------------------------------------------------------------------
@@ -362,8 +372,10 @@ class Model:
     vision: VisionConfig
     origin: dict                                             # {"hash", "revision"} of its checkpoint, see `load_model`
     copy: Steps | None = None                                # its weights in 4 bits, where it drafts for itself
-    prompt: collections.abc.Callable                         # question -> Prompt; the two below say how
-    encode: collections.abc.Callable                         # pixels -> visual rows
+    prompt: Callable                         # question -> Prompt; the two below say how
+    encode: Callable                         # pixels -> visual rows
+    visual: Callable                         # pictures -> how many rows that is
+    num_frames = 5                                           # pictures it is trained to see
 
     def __init__(self, decoder: Decoder, text: Text, path: str, stops: tuple[int, ...], graphs: bool = True):
         self.decoder, self.text, self.path, self.stops = decoder, text, path, stops
@@ -382,6 +394,8 @@ class Model:
         self.sampling_3 = torch.zeros(3, dtype=torch.long, device=self.device)
         self.recorded_W: torch.Tensor | None = None          # see `replay`
         self.pixels, self.step_graphs, self.prompt_rows = {}, {}, 0
+        self.held, self.cached = 0, []                       # rows of the open clip, and ids whose rows lie behind them
+        self.asked_W = torch.zeros(2 + decoder.cache_rows + STEP_ROWS, dtype=torch.long, device=self.device)
         self.seen: torch.Tensor | None = None                # the pixels that were encoded last
         self.hidden_MD = torch.zeros(decoder.cache_rows, self.config.D, dtype=decoder.dtype, device=self.device)
         # One scratch and one stream for the capture of all its graphs: cuBLAS keeps 32 MiB for every stream it meets.
@@ -402,11 +416,31 @@ class Model:
     def begin(self, sampling: tuple | None, searches: bool) -> None:
         """A request starts. sampling: (temperature, top_p, seed), None: greedy. searches: each forward ends with a
         lookup of the next one's drafts."""
-        self.sampling, self.searches, self.seen = sampling, searches, None
+        self.sampling, self.searches, self.seen = sampling, searches, self.seen if self.held else None
+
+    def rest(self) -> None:
+        """Makes the state one in which every forward may run and writes cache rows that nobody needs: one id behind the
+        open clip and a row, no end in sight."""
+        head = new_state(0, n_out=1, prompt_len=self.held + 1, limit=self.decoder.cache_rows)
+        self.state_W[:STATE].copy_(head)
+        self.asked_W[:2].copy_(torch.tensor([0, 1]))
+
+    def talk(self, question: str | None, turns=()) -> Prompt:
+        """The prompt of a question that follows turns (question, answer ids), in both models' template
+        `USER: .. ASSISTANT: ..</s>USER: ..`; up to the visual rows if there is no question."""
+        if question is None:
+            return Prompt(self.prompt("").before, [])
+        asked = [*(of for of, _ in turns), question]
+        prompt = self.prompt(asked[0])
+        for (_, answer), then in zip(turns, asked[1:], strict=True):
+            said = answer[:-1] if answer and answer[-1] in self.stops else answer
+            prompt.after.extend([*said, self.stops[0], *self.text.ids(f"USER: {then} ASSISTANT:", first=False)])
+        return prompt
 
     def splice(self, prompt: Prompt, visual_AD):
         """The prompt's rows [S, D] with the visual rows in place of the placeholder."""
-        before, after = (to_device(torch.tensor(ids), self.device) for ids in (prompt.before, prompt.after))
+        before, after = (to_device(torch.tensor(ids, dtype=torch.long), self.device)
+                         for ids in (prompt.before, prompt.after))
         embed = self.decoder.embed_VD
         return torch.cat([embed[before], visual_AD.to(embed.dtype), embed[after]])
 
@@ -442,29 +476,62 @@ class Model:
         """Drafts that the verify of so many has rows for: captured ones come in a few widths."""
         return next(width for width in WIDTHS if width >= drafts) if self.graphs else drafts
 
-    def prefill(self, hidden_SD, limit: int, stops: tuple[int, ...], tail_id: int) -> None:
-        """Fills cache rows 0..S-1 and puts the first answer id into the state."""
+    def prefill(self, hidden_SD, limit: int, stops: tuple[int, ...], tail_id: int,
+                question: int | None = None) -> None:
+        """Fills cache rows 0..S-1 and puts the first answer id into the state. tail_id: the prompt's last id; question:
+        its rows behind the visual ones."""
         self.prompt_rows = len(hidden_SD)
-        replayed = self.prefill_graph(self.prompt_rows)
+        replayed = self.prefill_graph(self.prompt_rows, question)
         self.hidden_MD[:self.prompt_rows].copy_(hidden_SD)
+        self._start(limit, stops, tail_id)
+        self._close(replayed(), self.searches, self.sampling is not None)
+
+    def prefill_graph(self, rows: int, question: int | None = None) -> StepGraph:
+        """On a GPU rows are padded, so that questions of up to QUESTION_ROWS share a graph that is there from loading
+        on. A longer one runs without: its kernels take longer than their launches, and a capture longer than both.
+        The padding sits behind the prompt: it fills cache rows that nobody sees before decode overwrites them."""
+        room = 0 if question is None else next((n for n in QUESTION_ROWS if n >= question), question)
+        size = -(-(rows - (question or 0) + room) // 16) * 16
+        size = min(size, self.decoder.cache_rows) if self.on_gpu else rows
+        if question is not None and room not in QUESTION_ROWS:
+            return StepGraph(lambda: self._prefill(size), self, captured=False)
+        return self.graph("prefill", size)
+
+    def _prefill(self, size: int):
+        last_1 = self.state_W[PROMPT_LEN.value:PROMPT_LEN.value + 1] - 1
+        return self.decoder.forward(self.hidden_MD[:size], torch.arange(size, device=self.device), only=last_1)
+
+    def _start(self, limit: int, stops: tuple[int, ...], tail_id: int) -> None:
         head = new_state(0, stops, prompt_len=self.prompt_rows, limit=limit)
         self.state_W[:STATE].copy_(to_device(head, self.device), non_blocking=True)
         self.tail_id.fill_(tail_id)
         if self.sampling:
             self.sampling_3.copy_(to_device(sampling_words(*self.sampling), self.device), non_blocking=True)
-        replayed()
 
-    def prefill_graph(self, rows: int) -> StepGraph:
-        """On a GPU the rows are padded to a multiple of 16, so that questions of similar length share one graph. The
-        padding sits behind the prompt: it fills cache rows that nobody sees before decode overwrites them."""
-        size = min(-(-rows // 16) * 16, self.decoder.cache_rows) if self.on_gpu else rows
-        return self.graph("prefill", size, self.searches, self.sampling is not None)
+    def ask(self, ids: list[int], limit: int, stops: tuple[int, ...], known: int = 0) -> None:
+        """Runs the ids of a question behind the open clip's rows, and puts the first answer id into the state. The rows
+        of the first `known` are there already, as `cached` says.
 
-    def _prefill(self, size: int, searches: bool, sampled: bool):
-        pos_ids_S = torch.arange(size, device=self.device)
-        last_1 = self.state_W[PROMPT_LEN.value:PROMPT_LEN.value + 1] - 1
-        logits_1V = self.decoder.forward(self.hidden_MD[:size], pos_ids_S, only=last_1)
-        self._close(logits_1V, searches, sampled)
+        Forwards of a fixed number of rows: a row's bits depend neither on how many rows there are nor on which stand
+        beside it, so an answer depends on the clip and these ids alone, whatever was asked before."""
+        self.prompt_rows, rows = self.held + len(ids), self.decoder.steps.rows
+        replayed = self.graph("ask")
+        self._start(limit, stops, ids[-1])
+        self._send([known, len(ids), *ids, *[0] * rows], self.asked_W)
+        for _ in range(known, len(ids), rows):
+            last_1V = replayed()
+        self._close(last_1V, self.searches, self.sampling is not None)
+
+    def _ask(self):
+        """One forward of the next ids. Behind the last one come zeros, whose rows nobody sees."""
+        at_1, count_1 = (self.asked_W[i:i + 1] for i in range(2))
+        at_S = at_1 + torch.arange(self.decoder.steps.rows, device=self.device)
+        ids_S = self.asked_W.gather(0, 2 + at_S).clamp(max=self.config.V - 1)      # a target may know more ids
+        pos_ids_S = self.state_W[PROMPT_LEN.value] - count_1 + at_S
+        logits_SV = self.decoder.forward(self.decoder.embed_VD[ids_S], pos_ids_S)
+        last_1V = logits_SV.index_select(0, (count_1 - 1 - at_1).clamp(max=len(at_S) - 1))
+        at_1 += len(at_S)
+        return last_1V
 
     def round(self, G: int = 0) -> None:
         """One forward of [pending_id, up to G of the drafts in the state] and its accept; nothing is returned. A state
@@ -531,10 +598,11 @@ class Model:
     def replay(self, ids, drafts=(), sures=()) -> None:
         """From here on this model computes as ever, but its answer is `ids`, recorded elsewhere, then a stop id: real
         speed at a real acceptance without the checkpoint. drafts, sures: what its 4-bit copy drafts at each place of
-        the answer, and the probabilities it gives. Call it before the first request; later calls change the ids."""
+        the answer, and the probabilities it gives. Later calls change the ids."""
         words = self.decoder.cache_rows
         if self.recorded_W is None:
-            assert not self.step_graphs, "replay: graphs without it exist already"
+            same = "encode", "prefill", "ask"                # other graphs end with ids
+            self.step_graphs = {key: of for key, of in self.step_graphs.items() if key[0] in same}
             self.recorded_W = torch.zeros(3, words, dtype=torch.long, device=self.device)
         rows = [[*ids] + [self.stops[0]] * words, [*drafts] + [self.stops[0]] * words,
                 [int(1e6 * sure) for sure in sures] + [999_999] * words]
@@ -579,6 +647,10 @@ class Target(Model):
         self.keep_cls = config.get("vision_feature_select_strategy", "default") == "full"   # images only
         self.num_frames = frames_of(config, self.vision)
 
+    def visual(self, frames: int, image: bool = False) -> int:
+        """Visual rows of so many frames."""
+        return frames * (self.vision.P + int(not image or self.keep_cls))
+
     def prompt(self, question: str) -> Prompt:
         bos = [self.config.bos_id]
         return Prompt(bos + self.text.ids("USER: "), self.text.ids(f"\n{question} ASSISTANT:", first=False))
@@ -612,6 +684,14 @@ class Drafter(Model):
         first = 32000 + int(flags[1])                        # a patch token, if added, comes before the two markers
         self.marker_ids = (first, first + 1) if flags[0] else None
         self.committed_W = torch.zeros(1 + decoder.cache_rows, dtype=torch.long, device=self.device)     # see `resume`
+
+    def rest(self):
+        super().rest()
+        self.committed_W[:1].fill_(1)
+
+    def visual(self, frames: int, image: bool = False) -> int:
+        """Visual rows of so many frames."""
+        return frames + self.vision.P + 1
 
     def prompt(self, question: str) -> Prompt:
         """Each side of the placeholder is encoded alone, and both get a leading-space mark, as upstream."""
@@ -682,17 +762,16 @@ class Drafter(Model):
 class StepGraph:
     """One captured call of `fn`, which reads and writes static tensors only. Eager where there is no graph.
 
-    The warm-up run compiles kernels outside the capture; it and the capture write cache rows and state, so a
-    graph is built before prefill. `out` is what fn returned, valid until the next replay.
+    The warm-up run compiles kernels outside the capture; it and the capture write cache rows and state, so a graph is
+    built before prefill, or behind the rows of an open clip. `out` is what fn returned, valid until the next replay.
     """
 
-    def __init__(self, fn, model: Model):
+    def __init__(self, fn, model: Model, captured: bool = True):
         self.fn, self.graph, self.out = fn, None, None
-        if not model.graphs:
+        if not (model.graphs and captured):
             return
         kept = model.state_W.clone()
-        # The last request's lengths may not fit this shape: one id after a prompt of one row, no end in sight.
-        model.state_W[:STATE].copy_(new_state(0, n_out=1, prompt_len=1, limit=model.decoder.cache_rows))
+        model.rest()                                         # the last request's lengths may not fit this shape
         with torch.cuda.device(model.device), torch.inference_mode():
             model.stream.wait_stream(torch.cuda.current_stream(model.device))
             with model.on_stream():
@@ -765,7 +844,7 @@ class Verdict(NamedTuple):
 
 
 @dataclass
-class Result(collections.abc.Mapping):
+class Result(Mapping):
     """What `generate` returns: attributes, and the same as a mapping. Times in seconds from the request's start."""
     output_text: str = ""
     output_ids: list = field(default_factory=list)
@@ -806,6 +885,10 @@ class Result(collections.abc.Mapping):
 
     def __len__(self):
         return len(dataclasses.fields(self))
+
+    def as_dict(self) -> dict:
+        """All of it in plain types: `json.dumps` takes it."""
+        return {**vars(self), "round_log": [of._asdict() for of in self.round_log]}
 
     def count(self) -> None:
         """The figures that follow from the rounds. What was drafted beyond the answer's end is none of it."""
@@ -887,23 +970,86 @@ class Timeline:
 
 
 @dataclass
+class Media:
+    """What is asked about, as `Engine.stream` takes it."""
+    events: Any = None
+    video: Any = None
+    image: Any = None
+    columns: str | None = None              # the order of an array of events [N, 4]
+    time_unit: str | None = None            # of their times
+    event_path: Any = None
+    event_image_path: Any = None
+    video_path: Any = None
+    image_path: Any = None
+    frame_rule: str = "uniform"
+    event_frames: int = 5                   # pictures a recording is drawn in
+    canvas: tuple | None = None             # (H, W) of those pictures; None: each ends at its largest coordinate
+
+    def shown(self, target: Target | None, drafter: Drafter | None) -> dict[str, Shown]:
+        """{side: Shown} of the models that are used. InputError unless each has one clip, in memory or in a file."""
+        self.event_frames = insist_whole("event_frames", self.event_frames, 1, 1000)
+        found = {}
+        if target:
+            found["target"] = video_given(self.video, self.video_path, self.image, self.image_path, target.num_frames,
+                                          self.frame_rule, target.on_gpu)
+        if drafter:
+            found["drafter"] = events_given(self.events, self.event_path, self.event_image_path, self.columns,
+                                            self.time_unit)
+        return found
+
+
+@dataclass
+class Asking:
+    """How a question is to be answered, as `Engine.stream` takes it."""
+    mode: str = "speculative"
+    max_new_tokens: int = 50
+    draft_len: int | None = None
+    overlap_len: int | None = None
+    draft_source: Any = None
+    stop: Any = None
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    remember: bool = True
+    timeout: float | None = 60.0
+
+    def check(self) -> None:
+        if self.mode not in MODES:
+            raise InputError(f"mode {self.mode!r}: not one of {', '.join(MODES)}; pick one of these")
+        self.max_new_tokens = insist_whole("max_new_tokens", self.max_new_tokens, 1, 1_000_000)
+        for name in ("draft_len", "overlap_len"):
+            if getattr(self, name) is not None:
+                setattr(self, name, insist_whole(name, getattr(self, name), 0, STEP_ROWS - 1))
+        if self.timeout is not None:
+            self.timeout = insist_number("timeout", self.timeout, 0)
+        self.stop = check_stop(self.stop)
+        self.temperature, self.top_p, self.seed = check_sampling(self.temperature, self.top_p, self.seed)
+
+
+def asking_drafter(sources: list) -> list:
+    """The sources that read what the drafter writes."""
+    return [of for of in sources if getattr(of, "needs_drafter", False)]
+
+
+@dataclass
 class Request:
     """What was asked, and what its two workers share while they answer."""
     mode: str
-    question: str
-    video: collections.abc.Callable         # (call when decoding begins) -> list of uint8 frames [H, W, 3]
-    events: collections.abc.Callable        # () -> such frames, or an Events recording
-    paths: dict                             # side -> what was asked for, for messages
-    image: bool                             # one picture in place of a video
+    question: str | None                    # None: a clip is opened
+    shown: dict[str, Shown]                 # side -> what it is shown
     event_frames: int                       # pictures a recording is drawn in
     canvas: tuple | None                    # (H, W) of those pictures; None: each ends at its largest coordinate
+    prompts: dict[str, Prompt]              # side -> its prompt
+    clip: Clip | None                       # whose rows are in the caches already
+    goes_on: bool                           # behind the clip's last answer
     max_new_tokens: int
     draft_len: int
     overlap_len: int
+    stop: tuple[str, ...]                   # strings that end the answer
     ignore_eos: bool
     timeline: Timeline
     gate: Gate | None                       # None: draft whatever it costs
-    size: int                               # of the video file, in doublings: clips of a size take alike to decode
     line: Line | None                       # of a drafter on a device of its own
     earlier: Lookup | None = None           # the answers that are looked up
     tenant: Tenant = PLAIN                  # who drafts for the target
@@ -919,9 +1065,23 @@ class Request:
     draft_log: list = field(default_factory=list)
     prefill_end: float | None = None
     sent: int = 0                                       # ids of the answer that the caller has
-    tell_now: collections.abc.Callable = lambda: None   # hands over what the host has seen and not yet told
+    tell_now: Callable = lambda: None   # hands over what the host has seen and not yet told
     prompt_rows: dict = field(default_factory=dict)
     errors: list = field(default_factory=list)          # why drafters and sources gave up
+
+    @property
+    def image(self) -> bool:
+        """One picture in place of a video."""
+        return "target" in self.shown and self.shown["target"].pictures is not None
+
+    @property
+    def size(self) -> int:
+        """Of the video file, in doublings: clips of a size take alike to decode. 0: nothing is decoded."""
+        return self.shown["target"].size.bit_length() if "target" in self.shown and not self.clip else 0
+
+    def pictures(self, model: Model) -> int:
+        """How many a model sees."""
+        return self.shown[model.side].pictures or (model.num_frames if model.side == "target" else self.event_frames)
 
     def send(self, kind: str, ids: list[int]) -> float:
         """Hands ids to the caller, with the time; the lock keeps what both sides send in order of time."""
@@ -958,7 +1118,8 @@ class Request:
 class Engine:
     """A target and its drafter, answering one request at a time. See `load_engine`.
 
-    Two engines may live in one process; on one engine a second request waits for the first.
+    Two engines may live in one process; on one engine a second request waits for the first. `close`, or `with engine`,
+    ends its threads and gives its memory back.
     """
 
     def __init__(self, target: Target | None, drafter: Drafter | None, draft_len: int = 5, overlap_len: int = 15,
@@ -972,14 +1133,65 @@ class Engine:
         self.learners: list = []                             # what the last request left to `remember`
         self.apart = bool(target and drafter) and target.device != drafter.device   # the drafter has its own device
         self.target_first = bool(target and target.on_gpu)   # at the interpreter's lock, see `_drafter_side`
+        self._clip: weakref.ref[Clip] | None = None                # see `clip`
         self.lock = threading.Lock()
         self.owner: int | None = None                        # the thread whose request runs
+        self.running: Request | None = None
+        self.pid, self.closed = os.getpid(), False
         # One lasting thread a model: cuDNN keeps its plans per thread, and a new thread pays 70 ms to make them again.
         self.threads = {m.side: ThreadPoolExecutor(1, thread_name_prefix=m.side) for m in self.models}
 
     @property
     def models(self) -> list[Model]:
         return [m for m in (self.target, self.drafter) if m is not None]
+
+    def close(self) -> None:
+        """Ends the worker threads and frees the models' memory; twice is once. A request that still runs is cancelled,
+        and whoever reads it is told so."""
+        if self.closed or os.getpid() != self.pid:           # nothing of it came along with a fork
+            return
+        self.closed, running = True, self.running
+        if running:
+            running.cancelled.set()
+            running.stop_drafting.set()
+        if self.owner != threading.get_ident() and self.lock.acquire(timeout=1.0):     # longer, if nobody reads it
+            self.lock.release()
+        for thread in self.threads.values():
+            thread.shutdown()
+        self.target = self.drafter = self._clip = self.running = running = None
+        self.learners, self.in_ring = [], (None, 0)
+        gc.collect()                                         # a graph and its model refer to each other
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _insist_usable(self) -> None:
+        if self.closed:
+            raise InputError("engine: is closed; load another one")
+        if os.getpid() != self.pid:
+            raise InputError("engine: was loaded before os.fork(), which takes no threads along; load one in the child "
+                             "process, or start that by multiprocessing's \"spawn\"")
+
+    @contextlib.contextmanager
+    def _turn(self, timeout: float | None):
+        """This thread's turn. InputError if another's request runs for longer than so many seconds."""
+        self._insist_usable()
+        if not self.lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
+            owner = next((of.name for of in threading.enumerate() if of.ident == self.owner), "another thread")
+            raise InputError(f"engine: a request of {owner} has kept it busy for {timeout:g} s; finish or close that, "
+                             f"raise `timeout`, or load a second engine")
+        try:
+            self._insist_usable()
+            self.owner = threading.get_ident()
+            yield
+        finally:
+            self.owner = self.running = None
+            self.lock.release()
 
     # -- the loop
 
@@ -1031,15 +1243,16 @@ class Engine:
 
     def _target_side(self, req: Request) -> None:
         """Video to answer. Everything it sends is the target's own id."""
-        model, timeline = self.target, req.timeline
-        with timeline.stage("load", model, host=True):
-            frames = req.video(req.host_free.set)            # from here on FFmpeg's threads work
-        if self.target_first:
-            req.host_free.clear()
-        req.frames_at = timeline.now()
+        model, frames = self.target, None
+        if not req.clip:
+            with req.timeline.stage("load", model, host=True):
+                frames = req.shown["target"].read(req.host_free.set)       # from here on FFmpeg's threads work
+            if self.target_first:
+                req.host_free.clear()
+        req.frames_at = req.timeline.now()
         req.frames_ready.set()
         with model.on_stream():
-            encode_and_prefill(model, frames, req.max_new_tokens, req)
+            first_id(model, frames, req.max_new_tokens, req)
             req.host_free.set()
             self._rounds(model, req, req.tenant, req.max_new_tokens, "decode", req.show_answer)
 
@@ -1053,19 +1266,21 @@ class Engine:
         gain beyond the noise of 1 ms: waiting for a draft asleep instead of spinning, a lower priority for this thread,
         a shorter turn of the lock."""
         model = self.drafter
-        alone = req.mode in ("drafter_only", "prefill_only")
+        alone = req.mode in ("drafter_only", "prefill_only") or req.question is None
         gate = None if alone or self.apart else req.gate     # on a device of its own it disturbs nobody
         rest = req.max_new_tokens if req.mode == "speculative" else 0
         if gate and not gate.head_start(req.question, req.overlap_len, req.size, rest, req.draft_len):
             return
         req.host_free.wait()
-        with req.timeline.stage("load", model, host=True):
-            loaded = req.events()
+        loaded = None
+        if not req.clip:
+            with req.timeline.stage("load", model, host=True):
+                loaded = req.shown["drafter"].read()
         endless = alone or self.apart and req.mode == "speculative"
         limit = req.max_new_tokens if endless else min(req.overlap_len + 1, req.max_new_tokens)
         req.host_free.wait()
         with model.on_stream():
-            encode_and_prefill(model, loaded, limit, req)
+            first_id(model, loaded, limit, req)
             if req.line:
                 return self._draft_line(req, limit)
             self._rounds(model, req, OwnText(req, gate), limit, "draft", req.show_preview)
@@ -1122,40 +1337,71 @@ class Engine:
 
     # -- checks, assembly
 
-    def _check_rows(self, model: Model, prompt_rows: int, req: Request) -> None:
-        spare = max(req.draft_len, req.overlap_len, WIDTHS[-1] if model is self.target else model.decoder.steps.rows)
-        need, have = prompt_rows + req.max_new_tokens + spare + 2, model.decoder.cache_rows
-        if need > have:
-            raise InputError(f"{model.path}: {model.side} cache holds {have} rows, prompt {prompt_rows} + new "
-                             f"{req.max_new_tokens} + drafts {spare + 2} needs {need}: raise --cache-rows, ask for "
-                             f"fewer --max-new-tokens or shorten the question")
+    def _check_rows(self, model: Model, req: Request) -> int:
+        """Rows of the prompt; InputError if it and the answer do not fit the cache."""
+        prompt, d = req.prompts[model.side], model.decoder
+        rows = prompt.rows(model.visual(req.pictures(model), req.image))
+        spare = max(req.draft_len, req.overlap_len, WIDTHS[-1] if model is self.target else d.steps.rows,
+                    d.steps.rows - 1 if req.clip else 0)
+        need = rows + req.max_new_tokens + spare + 2
+        if need > d.cache_rows:
+            raise InputError(f"{model.path}: {model.side} cache holds {d.cache_rows} rows, prompt {rows} + new "
+                             f"{req.max_new_tokens} + drafts {spare + 2} needs {need}; raise `cache_rows`, lower "
+                             f"`max_new_tokens` or shorten the question{', or begin a new chat' * req.goes_on}")
+        return rows
 
-    def _prepare(self, req: Request, active, frames: int) -> None:
-        """Checks that the request fits the caches, and captures every graph it needs before anything runs: a capture
-        writes cache rows. `frames`: event frames of the drafter."""
+    def _prepare(self, req: Request, active) -> None:
+        """Checks that the request fits the caches, and captures every graph that it needs and loading did not: before
+        anything runs, since a capture writes cache rows."""
         drafts = req.tenant is not PLAIN
-        if self.target in active:
-            target, R = self.target, 1 if req.image else self.target.num_frames
-            rows = target.prompt(req.question).rows(R * (target.vision.P + int(not req.image or target.keep_cls)))
-            self._check_rows(target, rows, req)
-            with naming_stage(target, "preparation"):
-                target.encode_graph(R, req.image)
-                target.prefill_graph(rows)
-                for G in (0, *WIDTHS) if drafts and target.graphs else (0,):
-                    target.round_graph(G)
-                if drafts and target.copy:
-                    for first in (True, False):
-                        target.graph("draft", first, target.sampling is not None)
-        if self.drafter in active:
-            drafter = self.drafter
-            rows = drafter.prompt(req.question).rows(frames + drafter.vision.P + 1)
-            self._check_rows(drafter, rows, req)
-            with naming_stage(drafter, "preparation"):
-                drafter.encode_graph(frames)
-                drafter.round_graph(0)
-                drafter.prefill_graph(rows)
-                for size in (1, 2, drafter.decoder.steps.rows) if req.mode == "speculative" else ():
-                    drafter.graph("resume", size)
+        for model in active:
+            rows = self._check_rows(model, req)
+            with naming_stage(model, "preparation"):
+                if not req.clip:
+                    model.encode_graph(req.pictures(model), req.image and model is self.target)
+                    model.prefill_graph(rows, len(req.prompts[model.side].after))
+                if req.clip or req.question is None:
+                    model.graph("ask")
+                for G in (0, *WIDTHS) if model is self.target and drafts and model.graphs else (0,):
+                    model.round_graph(G)
+                for first in (True, False) if model is self.target and drafts and model.copy else ():
+                    model.graph("draft", first, model.sampling is not None)
+                speculates = model is self.drafter and req.mode == "speculative"
+                for size in (1, 2, model.decoder.steps.rows) if speculates else ():
+                    model.graph("resume", size)
+
+    def prepare(self, progress=None) -> None:
+        """Captures what ordinary requests replay, then answers about a black clip, so that neither the first answer
+        nor a question of a new length waits for it. Nothing is learnt. progress: called with ("preparation", steps
+        done, steps in all)."""
+        def capture(model: Model) -> None:
+            with naming_stage(model, "preparation"):
+                rows = len(model.prompt("").before) + model.visual(model.num_frames)
+                for room in reversed(QUESTION_ROWS):         # the longest first: others fit its scratch
+                    model.prefill_graph(rows + room, room)
+                model.graph("ask")
+
+        def answer(mode: str) -> None:
+            asking = Asking(mode, max_new_tokens=4, ignore_eos=True, remember=False)
+            collections.deque(self._answer("?", black, asking), 0)
+
+        if any(model.prompt("?").rows(model.visual(model.num_frames)) + 2 * STEP_ROWS + 8 > model.decoder.cache_rows
+               for model in self.models):
+            return                                           # a request will say what does not fit
+        x, frame_HW3 = torch.arange(100), torch.zeros(240, 320, 3, dtype=torch.uint8)
+        black = Media(video=[frame_HW3] * max(model.num_frames for model in self.models), events=(x, x, x, x % 2))
+        steps: list[Callable] = [functools.partial(capture, model) for model in self.models]
+        steps += [functools.partial(answer, mode) for mode in
+                  (("target_only", "speculative") if self.target else ("drafter_only",))]
+        kept, self.gate = self.gate, None
+        try:
+            for done, step in enumerate(steps, 1):
+                with torch.inference_mode():
+                    step()
+                if progress:
+                    progress("preparation", done, len(steps))
+        finally:
+            self.gate, self.learners, self.right = kept, [], 0.5
 
     def _tenant(self, req: Request, sources: list) -> Tenant:
         """Who drafts for the target, from the sources that were asked for."""
@@ -1175,10 +1421,10 @@ class Engine:
                 tenants.append(HostSource(req, self.target, source, name_of(source)))
         return Cascade(tenants, once=req.mode == "prefill_then_verify")
 
-    def _sources(self, draft_source, mode: str) -> list:
+    def _sources(self, draft_source, mode: str, clip: Clip | None = None) -> list:
         """The sources of a request. None: all that there is, the cheapest ids first."""
         if draft_source is None:
-            drafter = ["drafter"] if self.drafter else []
+            drafter = ["drafter"] if self.drafter and (not clip or "drafter" in clip.sides) else []
             if mode == "prefill_then_verify":
                 return drafter
             return [self.lookup, *drafter, *(["self"] if self.target and self.target.copy else [])]
@@ -1208,113 +1454,152 @@ class Engine:
                 self.target.ring.add(answer)
         self.in_ring = earlier, earlier.learnt
 
-    def stream(self, event_path=None, event_image_path=None, video_path=None, query="", *, image_path=None,
-               mode="speculative", max_new_tokens=50, draft_len: int | None = None,
-               overlap_len: int | None = None, draft_source=None, ignore_eos=False,
-               frame_rule="uniform", event_frames=5, canvas=None, temperature=0.0, top_p=1.0,
-               seed=0, remember=True) -> collections.abc.Iterator[Event]:
+    def stream(self, events: Any = None, video: Any = None, query: str = "", max_new_tokens: int = 50, *,
+               image: Any = None, columns: str | None = None, time_unit: str | None = None,
+               event_path: FilePath | None = None, event_image_path: FilePath | list[FilePath] | None = None,
+               video_path: FilePath | None = None, image_path: FilePath | None = None, frame_rule: str = "uniform",
+               event_frames: int = 5, canvas: tuple[int, int] | None = None, mode: str = "speculative",
+               draft_len: int | None = None, overlap_len: int | None = None, draft_source: Any = None,
+               stop: str | Sequence[str] | None = None, ignore_eos: bool = False, temperature: float = 0.0,
+               top_p: float = 1.0, seed: int = 0, remember: bool = True,
+               timeout: float | None = 60.0) -> Iterator[Event]:
         """Yields `Event`s while the answer forms; the last one carries `finish_reason` and the `Result`.
 
-        event_path: one `.npy`/`.npz`; event_image_path: one PNG or several; video_path: any mp4, mov, mkv, webm, avi;
-        image_path: one picture in place of a video; query: the question. mode: see MODES. draft_len, overlap_len:
-        drafts a round of the drafter or of your source (0..31), and drafts kept from the head start. draft_source: who
-        drafts, `drafter`, `self`, `lookup`, `adapter:DIR`, an object with `propose`, or a list of them, asked in this
-        order; None: earlier answers, then the drafter, then the target's 4-bit copy, as far as they are there.
-        temperature (0..100): 0 is greedy; above, ids are drawn from softmax(logits / temperature) cut at top_p (0..1),
-        and the seed (0..2**63 - 1) fixes the answer, whatever the mode and the drafts; in `drafter_only` the drafter
-        draws. remember: False leaves what there is to learn from this answer to `remember`.
+        events: an `.npy`/`.npz` file; x, y, t, p in memory (a mapping, four arrays, a structured array, or [N, 4] with
+        columns="txyp"; whole times in microseconds, others in seconds, or as time_unit says); or pictures of events,
+        paths or in memory. video: an mp4, mov, mkv, webm or avi, its content, a file object, or frames (a list of
+        pictures or of uint8 [H, W, 3], or one [R, H, W, 3] or [R, 3, H, W]); image: one picture in its place. Arrays of
+        any library, also on a GPU; they are copied. event_path, event_image_path, video_path, image_path: the same,
+        paths only. frame_rule: `uniform` or `first`, which frames of a longer video; event_frames: pictures that a
+        recording is drawn in; canvas: their (H, W), by default as large as their events need.
+        query: the question. max_new_tokens: ids of the answer, at most. mode: see MODES. draft_len, overlap_len: drafts
+        a round of the drafter or of your source (0..31), and drafts kept from the head start. draft_source: who drafts,
+        `drafter`, `self`, `lookup`, `adapter:DIR`, an object with `propose`, or a list of them, asked in this order;
+        None: earlier answers, then the drafter, then the target's 4-bit copy, as far as they are there.
+        stop: strings that end the answer. The text is cut before the one that is complete first, and nothing of it is
+        ever shown; `output_ids` are the fewest ids that hold the text, so the last one may reach beyond it.
+        ignore_eos: go on to max_new_tokens. temperature (0..100): 0 is greedy; above, ids are drawn from
+        softmax(logits / temperature) cut at top_p (0..1), and the seed (0..2**63 - 1) fixes the answer, whatever the
+        mode and the drafts; in `drafter_only` the drafter draws. remember: False leaves what there is to learn from
+        this answer to `remember`. timeout: seconds to wait for another thread's request, None: for as long as it takes.
         Raises InputError for anything the user can mend, before any model runs where possible.
         """
-        draft_len = self.draft_len if draft_len is None else draft_len
-        overlap_len = self.overlap_len if overlap_len is None else overlap_len
-        if mode not in MODES:
-            raise InputError(f"mode {mode!r}: not one of {', '.join(MODES)}; pick one of these")
-        for name, value, low, high in (("max_new_tokens", max_new_tokens, 1, 1_000_000),
-                                       ("draft_len", draft_len, 0, STEP_ROWS - 1),
-                                       ("overlap_len", overlap_len, 0, STEP_ROWS - 1),
-                                       ("event_frames", event_frames, 1, 1000)):
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise InputError(f"{name}: wanted a whole number {low}..{high}, got {value!r}; change it")
-        check_sampling(temperature, top_p, seed)
-        uses_target = mode != "drafter_only"
+        asked = {name: value for name, value in locals().items() if name not in ("self", "query")}
+        media = Media(**{of.name: asked.pop(of.name) for of in dataclasses.fields(Media)})
+        yield from self._answer(query, media, Asking(**asked))
+
+    def open(self, events: Any = None, video: Any = None, *, max_new_tokens: int = 50, image: Any = None,
+             columns: str | None = None, time_unit: str | None = None, event_path: FilePath | None = None,
+             event_image_path: FilePath | list[FilePath] | None = None, video_path: FilePath | None = None,
+             image_path: FilePath | None = None, frame_rule: str = "uniform", event_frames: int = 5,
+             canvas: tuple[int, int] | None = None, mode: str = "speculative", draft_len: int | None = None,
+             overlap_len: int | None = None, draft_source: Any = None, stop: str | Sequence[str] | None = None,
+             ignore_eos: bool = False, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+             remember: bool = True, timeout: float | None = 60.0) -> Clip:
+        """Reads and encodes a clip once, for any number of questions; arguments as `stream`, but for the question.
+
+        What says how to answer holds for every question that does not say it anew; mode and draft_source decide which
+        models see the clip. It fills their caches until it is closed: `stream`, `generate` and another `open` are
+        refused until then."""
+        asked = {name: value for name, value in locals().items() if name != "self"}
+        media = Media(**{of.name: asked.pop(of.name) for of in dataclasses.fields(Media)})
+        return Clip(self, media, Asking(**asked))
+
+    def _checked(self, asking: Asking, clip: Clip | None) -> tuple[list, bool, bool, str | None]:
+        """(sources, whether the target takes part, whether the drafter does, why not if it was to draft and broke at
+        the clip). InputError for what the user can mend; nothing has run then."""
+        self._insist_usable()
+        asking.check()
+        mode, uses_target = asking.mode, asking.mode != "drafter_only"
         if uses_target and self.target is None:
-            raise InputError(f"mode {mode}: needs the target, which was not loaded; pass --videollava")
-        sources = self._sources(draft_source, mode)
-        asks = [of for of in sources if getattr(of, "needs_drafter", False)]
+            raise InputError(f"mode {mode}: needs the target, which was not loaded; pass `videollava`")
+        sources, broke = self._sources(asking.draft_source, mode, clip), None
         uses_drafter = mode in ("drafter_only", "prefill_only") or mode != "target_only" and (
-            "drafter" in sources or bool(asks) or mode == "prefill_then_verify" and draft_source is None)
+            "drafter" in sources or bool(asking_drafter(sources))
+            or mode == "prefill_then_verify" and asking.draft_source is None)
         if uses_drafter and self.drafter is None:
-            raise InputError(f"mode {mode}: needs the drafter, which was not loaded; pass --eventgpt")
-        if uses_target and (video_path is None) == (image_path is None):
-            raise InputError("video_path: wanted one video (or one image_path), got "
-                             + ("none" if video_path is None else "both") + "; pass exactly one")
-        if uses_drafter and (event_path is None) == (event_image_path is None):
-            raise InputError("event_path: wanted one event file (or event images), got "
-                             + ("none" if event_path is None else "both") + "; pass exactly one")
-        if frame_rule not in VIDEO_RULES:
-            raise InputError(f"frame_rule {frame_rule!r}: not one of {', '.join(VIDEO_RULES)}; pick one of these")
-        images = event_image_path if isinstance(event_image_path, (list, tuple)) else [event_image_path]
-        if uses_drafter and event_path is None and not images:
-            raise InputError("event_image_path: an empty list; pass one PNG or several")
-        for path, wanted, used in ((video_path, "a video file", uses_target), (image_path, "an image", uses_target),
-                                   (event_path, "an .npy or .npz of events", uses_drafter),
-                                   *((image, "a PNG or JPEG", uses_drafter) for image in images)):
-            if used and path is not None:
-                insist_file(path, wanted)
-        question = check_question(query)
-
-        def frames(decoding):
-            if image_path is None:
-                return read_video(video_path, self.target.num_frames, frame_rule, self.target.on_gpu, decoding)
-            decoding()
-            return read_images([image_path])
-
-        events = (lambda: read_events(event_path)) if event_path is not None else (lambda: read_images(images))
+            raise InputError(f"mode {mode}: needs the drafter, which was not loaded; pass `eventgpt`")
+        if clip:
+            if uses_drafter and mode in ("prefill_then_verify", "speculative"):
+                broke = clip.opened.drafter_error
+                uses_drafter = not broke or "drafter" in clip.sides
+            clip.check(uses_target, uses_drafter)
         if self.owner == threading.get_ident():
             raise InputError("engine: a stream of this thread is still open; finish or close it first")
-        with self.lock:
-            self.owner = threading.get_ident()
-            try:
-                if uses_drafter and "drafter" not in sources and asks and self.gate and not self.apart:
-                    uses_drafter = any(self.gate.pays(name_of(of)) for of in asks)
-                active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
-                paths = {"target": video_path or image_path, "drafter": event_path or next(iter(images), None)}
-                gate = self.gate if mode in ("prefill_then_verify", "speculative") else None
-                size = insist_file(video_path or image_path, "a video file").bit_length() if uses_target else 0
-                runs_ahead = self.apart and mode == "speculative" and "drafter" in sources
-                line = Line(() if ignore_eos else self.drafter.stops, max_new_tokens) if runs_ahead else None
-                req = Request(mode, question, frames, events, paths, image_path is not None, event_frames, canvas,
-                              max_new_tokens, draft_len, overlap_len, ignore_eos, Timeline(active), gate, size, line)
-                req.earlier = next((of for of in sources if isinstance(of, Lookup)), None)
-                req.tenant = self._tenant(req, sources)
-                self.learners = [of for of in sources if hasattr(of, "learn")]
-                searches = req.tenant is not PLAIN and bool(req.earlier or line)
-                for model in active:                         # drafts stay greedy, whoever judges them
-                    model.begin((temperature, top_p, seed) if temperature and model is active[0] else None,
-                                searches and model is self.target)
-                    if model.on_gpu:
-                        torch.cuda.reset_peak_memory_stats(model.device)
-                if not (uses_target and self.target_first):
-                    req.host_free.set()
-                with torch.inference_mode():                 # not around the yields: it would leak to the caller
-                    self._prepare(req, active, len(images) if event_path is None and uses_drafter else event_frames)
-                    if searches:
-                        self._fill_ring(req.earlier or Lookup())
-                        self.target.ring.set_line([])
-                for source in sources:
-                    with noting(req.errors):
-                        getattr(source, "begin", lambda question: None)(question)
-                req.timeline.start()
-                yield from self._run(req, active, remember)
-            finally:
-                self.owner = None
+        return sources, uses_target, uses_drafter, broke
 
-    def generate(self, *args, **kwargs) -> Result:
-        """The finished `Result`; arguments as `stream`."""
-        result = None
-        for event in self.stream(*args, **kwargs):
-            result = event.result or result
-        return result
+    def _answer(self, query, media: Media, asking: Asking, clip: Clip | None = None, turns=None,
+                opens: Clip | None = None):
+        """The one path of every request: checks, then runs it. clip: whose rows are in the caches; turns: the chat that
+        the question goes on with; opens: a clip whose rows shall be there, and nothing is asked."""
+        sources, uses_target, uses_drafter, broke = self._checked(asking, clip)
+        shown = clip.shown if clip else media.shown(self.target if uses_target else None,
+                                                    self.drafter if uses_drafter else None)
+        question, mode = None if opens else check_question(query), asking.mode
+        new = 1 if opens else asking.max_new_tokens
+        with self._turn(asking.timeout):
+            if self.clip is not clip:
+                raise InputError("clip: is closed; open it again" if clip else "engine: an open clip fills the "
+                                 "caches; close it first (`with engine.open(..) as clip` does)")
+            for model in self.models:
+                model.held = clip.sides.get(model.side, 0) if clip else 0
+            asks = asking_drafter(sources)
+            if uses_drafter and "drafter" not in sources and asks and self.gate and not self.apart and not opens:
+                uses_drafter = any(self.gate.pays(name_of(of)) for of in asks)
+            active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
+            gate = self.gate if mode in ("prefill_then_verify", "speculative") and not opens else None
+            runs_ahead = self.apart and uses_drafter and mode == "speculative" and "drafter" in sources
+            line = Line(() if asking.ignore_eos else self.drafter.stops, new) if runs_ahead and not opens else None
+            prompts = {model.side: model.talk(question, turns or ()) for model in active}
+            req = Request(mode, question, shown, media.event_frames, media.canvas, prompts, clip,
+                          turns is not None, new,
+                          self.draft_len if asking.draft_len is None else asking.draft_len,
+                          self.overlap_len if asking.overlap_len is None else asking.overlap_len,
+                          asking.stop, asking.ignore_eos, Timeline(active), gate, line,
+                          errors=[broke] * bool(broke))
+            self.running = req
+            req.earlier = next((of for of in sources if isinstance(of, Lookup)), None)
+            req.tenant = self._tenant(req, sources)
+            self.learners = [of for of in sources if hasattr(of, "learn") and not opens]
+            searches = req.tenant is not PLAIN and bool(req.earlier or line)
+            for model in active:                         # drafts stay greedy, whoever judges them
+                drawn = (asking.temperature, asking.top_p, asking.seed)
+                model.begin(drawn if asking.temperature and model is active[0] else None,
+                            searches and model is self.target)
+                if model.on_gpu:
+                    torch.cuda.reset_peak_memory_stats(model.device)
+            if clip or not (uses_target and self.target_first):
+                req.host_free.set()
+            with torch.inference_mode():                 # not around the yields: it would leak to the caller
+                self._prepare(req, active)
+                if searches:
+                    self._fill_ring(req.earlier or Lookup())
+                    self.target.ring.set_line([])
+            for source in () if opens else sources:
+                with noting(req.errors):
+                    getattr(source, "begin", lambda question: None)(question)
+            req.timeline.start()
+            yield from self._run(req, active, asking.remember)
+            if opens:
+                opens.shown, opens.sides, self._clip = shown, dict(req.prompt_rows), weakref.ref(opens)
+
+    def generate(self, events: Any = None, video: Any = None, query: str = "", max_new_tokens: int = 50, *,
+                 image: Any = None, columns: str | None = None, time_unit: str | None = None,
+                 event_path: FilePath | None = None, event_image_path: FilePath | list[FilePath] | None = None,
+                 video_path: FilePath | None = None, image_path: FilePath | None = None, frame_rule: str = "uniform",
+                 event_frames: int = 5, canvas: tuple[int, int] | None = None, mode: str = "speculative",
+                 draft_len: int | None = None, overlap_len: int | None = None, draft_source: Any = None,
+                 stop: str | Sequence[str] | None = None, ignore_eos: bool = False, temperature: float = 0.0,
+                 top_p: float = 1.0, seed: int = 0, remember: bool = True, timeout: float | None = 60.0,
+                 on_event: Callable[[Event], Any] | None = None) -> Result:
+        """The finished `Result`; arguments as `stream`. on_event: called with each `Event`."""
+        asked = {name: value for name, value in locals().items() if name not in ("self", "on_event")}
+        return finished(self.stream(**asked), on_event)
+
+    @property
+    def clip(self) -> Clip | None:
+        """The open one; a clip that nobody holds any more is closed."""
+        return self._clip() if self._clip else None
 
     def remember(self, result: Result) -> None:
         """Lets the sources of the last request learn its answer, where `remember=False` had kept it from them."""
@@ -1326,12 +1611,15 @@ class Engine:
         deciding = "target" if self.target in active else "drafter"
         if self.drafter not in active:
             req.drafter_done.set()
-        texts = {"preview": TextStream(self.drafter.text), "final": None} if self.drafter in active else {}
-        texts["final"] = TextStream((self.target if deciding == "target" else self.drafter).text)
+        decider = {"target": "final", "drafter": "preview"}[deciding]        # the kind of event that is the answer
+        texts = {"preview": TextStream(self.drafter.text, req.stop)} if self.drafter in active else {}
+        texts["final"] = TextStream((self.target if deciding == "target" else self.drafter).text, req.stop)
         result, running, error = Result(mode=req.mode), {m.side for m in active}, None
+        self._insist_usable()
         working = [self.threads[model.side].submit(self._worker, req, model) for model in active]
         try:
             while running:
+                self._insist_usable()
                 kind, value, at = req.out.get()
                 if kind == "end":
                     running.discard(value)
@@ -1341,6 +1629,8 @@ class Engine:
                     error = error or at
                     req.cancelled.set()
                     req.stop_drafting.set()
+                elif texts[kind].stopped:                    # what the model wrote before it heard of that
+                    continue
                 elif kind == "preview":
                     result.ttfp = at if result.ttfp is None else result.ttfp
                     yield self._event("preview", texts["preview"], value, at)
@@ -1348,15 +1638,19 @@ class Engine:
                         result.ttft = result.ttfp
                 elif kind == "final":
                     result.ttft = at if result.ttft is None else result.ttft
-                    result.output_ids += value
                     result.wall_clock_time = at
                     yield self._event("final", texts["final"], value, at)
+                if texts[decider].stopped:
+                    req.cancelled.set()
+                    req.stop_drafting.set()
             if error is not None:
                 raise error
         finally:                                             # also when the caller closes the generator early
             req.cancelled.set()
             req.stop_drafting.set()
-            concurrent.futures.wait(working)
+            if os.getpid() == self.pid:                      # after a fork nobody would end
+                concurrent.futures.wait(working)
+        self._insist_usable()
         yield self._finish(req, result, deciding, texts, remember)
 
     @staticmethod
@@ -1373,6 +1667,10 @@ class Engine:
         except BaseException as thrown:                      # a panic of a library in Rust is no Exception
             error = thrown if isinstance(thrown, Exception) else RuntimeError(describe(thrown))
             bad_input = isinstance(error, InputError) and not isinstance(error, NonFinite)
+            if isinstance(error, NonFinite):                 # rows that nobody sees count as nought times their values
+                with torch.inference_mode(), model.on_stream():
+                    for cache in (model.decoder.k_cache_LNMK, model.decoder.v_cache_LNMK):
+                        cache[:, :, model.held:].zero_()
             if model is self.target or req.mode == "drafter_only" or bad_input:
                 req.out.put(("error", model.side, error))
             else:
@@ -1383,32 +1681,35 @@ class Engine:
 
     def _finish(self, req: Request, result: Result, deciding: str, texts, remember: bool) -> Event:
         decider = self.target if deciding == "target" else self.drafter
-        result.preview_ids = [i for i, _ in req.preview]
-        result.preview_end = req.preview[-1][1] if req.preview else None
-        if deciding == "drafter":
-            result.output_ids = result.preview_ids
-            result.wall_clock_time = req.preview[-1][1]
-            texts["final"].push(result.output_ids)
-        elif "preview" in texts:
+        if "preview" in texts:
             texts["preview"].push([], end=True)
-            result.preview_text = texts["preview"].out
-        delta = texts["final"].push([], end=True)
-        result.output_text = texts["final"].out
-        ended = not req.ignore_eos and result.output_ids[-1] in decider.stops
-        result.finish_reason = "stop" if ended else "length"
+            result.preview_ids, result.preview_text = texts["preview"].ids, texts["preview"].out
+        result.preview_end = req.preview[-1][1] if req.preview else None
+        final = texts["final"]
+        if deciding == "drafter":
+            result.preview_text, result.wall_clock_time = "", result.preview_end
+            final.push([i for i, _ in req.preview])
+        delta = final.push([], end=True)
+        result.output_text, result.output_ids = final.out, final.ids
+        ended = not req.ignore_eos and result.output_ids[-1:] and result.output_ids[-1] in decider.stops
+        result.finish_reason = "stop" if ended or final.stopped else "length"
         entries = req.timeline.resolve()
         result.timeline = [(of.row, of.stage, of.start, of.end, of.note or of.side if of.row == "host" else of.note)
                            for of in entries]
         for of in entries:
             stages = result.stages.setdefault(of.side, {})
             stages[of.stage] = stages.get(of.stage, 0.0) + of.end - of.start
-        if self.gate and deciding == "target" and req.mode != "prefill_only":
-            self._learn(req, result, entries)
+        if self.gate and deciding == "target" and req.mode != "prefill_only" and req.question is not None:
+            self._learn(req, result, entries, final.stopped)
         if remember:
             for source in self.learners:
                 with noting(req.errors):
                     source.learn(list(result.output_ids))
             self.learners = []
+        for model in self.models if req.clip else ():        # whose rows a chat may go on from
+            if model.side in req.prompt_rows:
+                model.cached = req.prompts[model.side].after + (result.output_ids[:-1] if model is decider else [])
+                model.cached *= model is decider or not req.errors
         result.prompt_rows, result.draft_log, result.round_log = req.prompt_rows, req.draft_log, req.round_log
         result.drafter_error = next(iter(req.errors), None)
         result.count()
@@ -1421,8 +1722,9 @@ class Engine:
         return Event("final", result.output_text, delta, result.output_ids, result.wall_clock_time * 1e3,
                      result.finish_reason, result)
 
-    def _learn(self, req: Request, result: Result, entries: list[Entry]) -> None:
-        """Tells the gate the times of a request's stages, and how far its head start agreed with the answer."""
+    def _learn(self, req: Request, result: Result, entries: list[Entry], stopped: bool) -> None:
+        """Tells the gate the times of a request's stages, and how far its head start agreed with the answer. stopped:
+        what would have followed the answer is not known."""
         gate, rounds = self.gate, []
         for of in entries:
             if of.row == "target" and of.stage in ("decode", "verify"):
@@ -1435,8 +1737,92 @@ class Engine:
             gate.timed("draft", sum(rounds) / len(rounds))
         gate.timed(("first id", req.size, "drafter" in req.prompt_rows), result.ttft)
         if result.preview_ids:
-            gate.accepted("head start", req.question, len(result.preview_ids),
-                          agreeing(result.preview_ids, result.output_ids))
+            judged = result.preview_ids[:len(result.output_ids) if stopped else None]
+            gate.accepted("head start", req.question, len(judged), agreeing(judged, result.output_ids))
+
+
+def finished(events, on_event=None) -> Result:
+    """The Result of a stream, each of whose events is handed on."""
+    with contextlib.closing(events):                         # also if that fails
+        for event in events:
+            if on_event:
+                on_event(event)
+    return event.result
+
+
+class Clip:
+    """A clip that was read and encoded once: the caches hold its rows, and those of a question go behind them. Made by
+    `Engine.open`.
+
+    An answer does not depend on what was asked before: it is what a fresh clip would give, in every mode, and a chat is
+    what the same chat asked at once would give; on a GPU that holds for every bit of the target's. Where two ids are
+    nearly as likely an answer may part from that of `Engine.generate`, whose prefill is one piece.
+    turns: the chat so far, (question, answer ids); `del clip.turns[-1]` takes the last one back."""
+
+    def __init__(self, engine: Engine, media: Media, asking: Asking):
+        self.engine, self.media, self.asking, self.turns = engine, media, asking, []
+        self.shown: dict[str, Shown] = {}
+        self.sides: dict[str, int] = {}                      # models that see it -> its rows in their caches
+        for event in engine._answer("", media, asking, opens=self):
+            self.opened = event.result                       # times of reading, encoding and prefill
+
+    def stream(self, query: str, max_new_tokens: int | None = None, *, mode: str | None = None,
+               draft_len: int | None = None, overlap_len: int | None = None, draft_source: Any = None,
+               stop: str | Sequence[str] | None = None, ignore_eos: bool | None = None,
+               temperature: float | None = None, top_p: float | None = None, seed: int | None = None,
+               remember: bool | None = None, timeout: float | None = None, chat: bool = False) -> Iterator[Event]:
+        """Yields `Event`s as `Engine.stream` does, whose arguments these are; None: as the clip was opened. chat: the
+        question goes on from the last answer of the chat, and its answer becomes part of it."""
+        asked = {name: value for name, value in locals().items() if value is not None}
+        asking = dataclasses.replace(self.asking, **{of.name: asked[of.name] for of in dataclasses.fields(Asking)
+                                                     if of.name in asked})
+        turns = list(self.turns) if chat else None
+        for event in self.engine._answer(query, self.media, asking, self, turns):
+            if event.result and chat:
+                self.turns = [*turns, (query, list(event.result.output_ids))]
+            yield event
+
+    def generate(self, query: str, max_new_tokens: int | None = None, *, mode: str | None = None,
+                 draft_len: int | None = None, overlap_len: int | None = None, draft_source: Any = None,
+                 stop: str | Sequence[str] | None = None, ignore_eos: bool | None = None,
+                 temperature: float | None = None, top_p: float | None = None, seed: int | None = None,
+                 remember: bool | None = None, timeout: float | None = None,
+                 on_event: Callable[[Event], Any] | None = None) -> Result:
+        """The finished `Result` of a question that knows of no other; arguments as `stream`."""
+        asked = {name: value for name, value in locals().items() if name not in ("self", "on_event")}
+        return finished(self.stream(**asked), on_event)
+
+    def chat(self, query: str, max_new_tokens: int | None = None, *, mode: str | None = None,
+             draft_len: int | None = None, overlap_len: int | None = None, draft_source: Any = None,
+             stop: str | Sequence[str] | None = None, ignore_eos: bool | None = None, temperature: float | None = None,
+             top_p: float | None = None, seed: int | None = None, remember: bool | None = None,
+             timeout: float | None = None, on_event: Callable[[Event], Any] | None = None) -> Result:
+        """The same for a question that goes on from the last answer."""
+        asked = {name: value for name, value in locals().items() if name not in ("self", "on_event")}
+        return finished(self.stream(**asked, chat=True), on_event)
+
+    def check(self, uses_target: bool, uses_drafter: bool) -> None:
+        """InputError unless the clip is open and the models that are used see it."""
+        if self.engine.clip is not self:
+            raise InputError("clip: is closed; open it again")
+        for side, used in (("target", uses_target), ("drafter", uses_drafter)):
+            if used and side not in self.sides:
+                raise InputError(f"clip: the {side} does not see it; open it with the {side}'s file and in a mode that "
+                                 f"uses both, or ask in another mode")
+
+    def close(self) -> None:
+        """Gives the caches back; twice is once."""
+        engine = self.engine
+        if engine.clip is self and not engine.closed and os.getpid() == engine.pid:
+            mine = engine.owner == threading.get_ident()     # a stream that was left half read
+            with contextlib.nullcontext() if mine else engine._turn(self.asking.timeout):
+                engine._clip = None
+
+    def __enter__(self) -> Clip:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
 
 @torch.inference_mode()
@@ -1445,8 +1831,8 @@ def explain(model: Model, result: Result) -> list[Verdict]:
     pass over the answer, in forwards of up to 32 rows, on the cache that still holds the request. Of a sampled answer
     the margins are those of the logits before the draw."""
     ids, d, first, verdicts, at = result.output_ids, model.decoder, model.prompt_rows - 1, [], 0
-    rows_SD = torch.cat([model.hidden_MD[first:first + 1], d.embed_VD[torch.tensor(ids[:-1], dtype=torch.long).to(
-        model.device).clamp(0, model.config.V - 1)]])
+    known = torch.cat([model.tail_id, torch.tensor(ids[:-1], dtype=torch.long).to(model.device)])
+    rows_SD = d.embed_VD[known.clamp(0, model.config.V - 1)]
     second, margins = [], []
     with model.on_stream():
         for start in range(0, len(ids), d.steps.rows):
@@ -1474,25 +1860,31 @@ def pixels_of(loaded, model: Model, req: Request):
             loaded = draw_events(loaded, req.event_frames, req.canvas, model.device)
         return clip_pixels(loaded, model.vision.image, model.vision.mean, model.vision.std, device=model.device)
     except ValueError as error:
-        raise InputError(f"{req.paths[model.side]}: {error}; use another recording or clip") from None
+        raise InputError(f"{req.shown[model.side].name}: {error}; use another recording or clip") from None
 
 
-def encode_and_prefill(model: Model, loaded, limit: int, req: Request) -> None:
-    """Queues all from frames or events to the first id of at most `limit`, which is then in the model's state.
+def first_id(model: Model, loaded, limit: int, req: Request) -> None:
+    """Queues all from frames or events, or from the rows of an open clip, to the first id of at most `limit`, which is
+    then in the model's state.
 
     Dropped: prefilling frame pairs as they come. The decoder gives the 8 frames of a 1 s clip after 18.0 to 23.4 ms and
     those of a 20 s clip, out of order, after 40 to 56; four parts take 52.7 ms on an H100 where the whole takes 45.5
     (two 48.5, 6 frames and 2 47.8). The first id would come 1 to 6 ms earlier, and the window in which a drafter has
     the GPU to itself would be gone.
     """
-    prompt = model.prompt(req.question)
-    with req.timeline.stage("preprocess", model, host=not model.on_gpu):
-        pixels = pixels_of(loaded, model, req)
-    with req.timeline.stage("encode", model):
-        visual_AD = model.visual_rows(pixels, req.image and model.side == "target")
-    with req.timeline.stage("prefill", model):
-        stops = () if req.ignore_eos else model.stops
-        model.prefill(model.splice(prompt, visual_AD), limit, stops, prompt.after[-1])
+    prompt, stops = req.prompts[model.side], () if req.ignore_eos else model.stops
+    known, model.cached = agreeing(model.cached, prompt.after[:-1]) if req.goes_on else 0, []
+    if req.clip:
+        with req.timeline.stage("prefill", model):
+            model.ask(prompt.after, limit, stops, known)
+    else:
+        with req.timeline.stage("preprocess", model, host=not model.on_gpu):
+            pixels = pixels_of(loaded, model, req)
+        with req.timeline.stage("encode", model):
+            visual_AD = model.visual_rows(pixels, req.image and model.side == "target")
+        with req.timeline.stage("prefill", model):
+            tail_id = (prompt.after or prompt.before)[-1]
+            model.prefill(model.splice(prompt, visual_AD), limit, stops, tail_id, len(prompt.after))
     req.prompt_rows[model.side] = model.prompt_rows
 
 
@@ -1515,7 +1907,7 @@ def naming_stage(model: Model, stage: str):
         reason = describe(error).partition(". ")[0]
     # Outside of the handler, where the failed frames and their tensors are gone.
     raise OutOfMemory(f"{model.path}: memory on {model.device} ran out in the {model.side}'s {stage} ({reason}); lower "
-                      f"--cache-rows, shorten the question, free memory or choose another --drafter-device")
+                      f"`cache_rows`, shorten the question, free memory or choose another `drafter_device`")
 
 
 def check_finite(state: State, model: Model, stage: str) -> None:
@@ -1597,8 +1989,8 @@ def open_model(cls, path):
                          f"another model's: give Video-LLaVA's folder")
     wanted, kind = "video_llava" if cls is Target else "EventChat_llama", checkpoint.config.get("model_type")
     if kind != wanted:
-        raise InputError(f"{path}: holds a {kind} model, the {cls.side} needs {wanted}; swap --eventgpt and "
-                         f"--videollava?")
+        raise InputError(f"{path}: holds a {kind} model, the {cls.side} needs {wanted}; swap `eventgpt` and "
+                         f"`videollava`?")
     return checkpoint.config, checkpoint
 
 
@@ -1616,7 +2008,7 @@ def model_name(target, tokenizer=None) -> str:
 def kernel_bytes(cls, config: dict, rows: int, gpu: bool, packed: str | None, itemsize: int) -> dict:
     """What kernels hold for one model: see `memory_needs`."""
     d = text_config(config)
-    held = {"scratch": Workspace.nbytes(d.D, d.H, d.K, rows, cls is Drafter) + 8 * (rows + STATE)}
+    held = {"scratch": Workspace.nbytes(d.D, d.H, d.K, rows, cls is Drafter) + 16 * (rows + STATE)}
     held["scratch"] += Ring.nbytes(LOOKUP_ROWS[gpu]) if cls is Target else 8 * (rows + 1)
     if packed:
         of_layers, of_head = BITS[packed]
@@ -1671,9 +2063,12 @@ def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=No
                   way_out(found, kind, where))
 
 
-def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,
-                draft_len=5, overlap_len=15, tokenizer=None, graphs=True, seed=0, gate=True,
-                drafter_dtype="bf16", self_draft=None, text_rows=TEXT_ROWS, progress=None) -> Engine:
+def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = None, device: str | None = None,
+                drafter_device: str | None = None, dtype: str | torch.dtype | None = None,
+                cache_rows: int | tuple[int, int] | None = None, draft_len: int = 5, overlap_len: int = 15,
+                tokenizer: FilePath | None = None, graphs: bool = True, seed: int = 0, gate: bool = True,
+                drafter_dtype: str = "bf16", self_draft: bool | None = None, text_rows: int = TEXT_ROWS,
+                progress: Callable[[str, int, int], Any] | None = None) -> Engine:
     """An Engine over the two checkpoints (either may be None).
 
     eventgpt, videollava: folders, hub ids already in the cache, or `random-7b`. device: `cuda`, `cuda:N` or `cpu`;
@@ -1683,8 +2078,8 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
     draft only where it is expected to pay; False: whatever it costs. drafter_dtype: `int4` packs the drafter's weights
     as they are read, `fp8+int4` too, with e4m3 ones beside them for a quicker prefill (answers stay the same, drafts
     are cheaper and a little worse); `bf16` leaves them as they are. self_draft: True keeps a 4-bit copy of the target,
-    which drafts for it (see `SelfRounds`); None: on a GPU, if it fits. progress: see `load_model`. Raises InputError
-    for what cannot be loaded or does not fit.
+    which drafts for it (see `SelfRounds`); None: on a GPU, if it fits. progress: see `load_model`, then
+    `Engine.prepare`. Raises InputError for what cannot be loaded or does not fit.
     """
     if drafter_dtype not in ("bf16", *BITS):
         raise InputError(f"drafter_dtype: {drafter_dtype!r} is not one of bf16, {', '.join(BITS)}; pick from these")
@@ -1695,9 +2090,9 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
                          f"take int4")
     if type(gate) is not bool:
         raise InputError(f"gate: wanted True or False, got {gate!r}; change it")
-    for name, value, low in (("text_rows", text_rows, 1), ("draft_len", draft_len, 0), ("overlap_len", overlap_len, 0)):
-        if type(value) is not int or value < low:
-            raise InputError(f"{name}: wanted a whole number from {low} up, got {value!r}; change it")
+    draft_len = insist_whole("draft_len", draft_len, 0, STEP_ROWS - 1)
+    overlap_len = insist_whole("overlap_len", overlap_len, 0, STEP_ROWS - 1)
+    text_rows = insist_whole("text_rows", text_rows, 1)
     budget = memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype, self_draft,
                            text_rows)
     options = dict(dtype=dtype, graphs=graphs, progress=progress)
@@ -1714,7 +2109,10 @@ def load_engine(eventgpt=None, videollava=None, device=None, drafter_device=None
     if target and drafter and (apart := target.text.differing(drafter.text)):
         told = "%s: %d pieces have other ids than in %s, so drafts are seldom right; take the checkpoints' own files"
         logging.getLogger(__name__).warning(told, drafter.text.path, apart, target.text.path)
-    return Engine(target, drafter, draft_len, overlap_len, gate)
+    engine = Engine(target, drafter, draft_len, overlap_len, gate)
+    if any(model.graphs for model in engine.models):
+        engine.prepare(progress)
+    return engine
 
 
 class PrefillOnlyInference:
@@ -1724,8 +2122,10 @@ class PrefillOnlyInference:
     weights are packed in 4 bits, the target's never are. Other options: those of `load_engine`."""
     OPTIONS = frozenset(inspect.signature(load_engine).parameters) - {"eventgpt", "videollava"}
 
-    def __init__(self, eventgpt_path=None, videollava_model_id="LanguageBind/Video-LLaVA-7B-hf", device=None,
-                 mode="prefill_then_verify", adapter_path=None, use_adapter=None, use_4bit=False, **options):
+    def __init__(self, eventgpt_path: FilePath | None = None,
+                 videollava_model_id: FilePath | None = "LanguageBind/Video-LLaVA-7B-hf", device: str | None = None,
+                 mode: str = "prefill_then_verify", adapter_path: FilePath | None = None,
+                 use_adapter: bool | None = None, use_4bit: bool = False, **options):
         known = [*inspect.signature(type(self)).parameters][:-1] + sorted(self.OPTIONS)
         for name in options.keys() - self.OPTIONS:
             raise InputError(f"{name}: not an option of PrefillOnlyInference; did you mean "
@@ -1735,29 +2135,58 @@ class PrefillOnlyInference:
         self.source = source_named(f"adapter:{adapter_path}") if adapter_path and use_adapter is not False else None
         self.arguments = dict(eventgpt=eventgpt_path, videollava=videollava_model_id, device=device,
                               **{"drafter_dtype": "int4"} | options if use_4bit else options)
-        self.mode, self.engine, self.lock = mode, None, threading.Lock()
+        self.mode, self.lock = mode, threading.Lock()
+        self.engine: Engine | None = None
 
     def load(self) -> Engine:
-        with self.lock:                                      # two threads, one engine
-            if self.engine is None:
-                self.engine = load_engine(**self.arguments)
-            return self.engine
+        if self.engine is None:
+            with self.lock:                                  # two threads, one engine
+                self.engine = self.engine or load_engine(**self.arguments)
+        return self.engine
 
-    def generate(self, event_image_path=None, video_path=None, query="", max_new_tokens=50, max_draft_tokens=None, *,
-                 event_path=None, image_path=None, mode=None, draft_len=None, draft_source=None, ignore_eos=False,
-                 frame_rule="uniform", event_frames=5, canvas=None, temperature=0.0, top_p=1.0, seed=0) -> Result:
-        """The finished Result, which also answers to the research code's words (`in_old_words`). max_draft_tokens:
-        drafts of the head start, 0..31; mode: in place of the constructor's; all others as in `Engine.stream`."""
-        asked = {name: value for name, value in locals().items() if name != "self"}
-        return collections.deque(self.stream(**asked), 1)[0].result
+    def close(self) -> None:
+        """Gives the models' memory back; see `Engine.close`."""
+        if self.engine:
+            self.engine.close()
 
-    def stream(self, *args, mode=None, max_draft_tokens=None, **options) -> collections.abc.Iterator[Event]:
-        """Yields the preview and the answer as they form; arguments as `generate`. The last event has the Result."""
-        asked = dict(zip(("event_image_path", "video_path", "query", "max_new_tokens"), args, strict=False)) | options
-        asked |= {"mode": mode or self.mode, "draft_source": options.get("draft_source") or self.source}
+    def __enter__(self) -> PrefillOnlyInference:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def generate(self, events: Any = None, video: Any = None, query: str = "", max_new_tokens: int = 50,
+                 max_draft_tokens: int | None = None, *, image: Any = None, columns: str | None = None,
+                 time_unit: str | None = None, event_path: FilePath | None = None,
+                 event_image_path: FilePath | list[FilePath] | None = None, video_path: FilePath | None = None,
+                 image_path: FilePath | None = None, frame_rule: str = "uniform", event_frames: int = 5,
+                 canvas: tuple[int, int] | None = None, mode: str | None = None, draft_len: int | None = None,
+                 overlap_len: int | None = None, draft_source: Any = None, stop: str | Sequence[str] | None = None,
+                 ignore_eos: bool = False, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+                 remember: bool = True, timeout: float | None = 60.0,
+                 on_event: Callable[[Event], Any] | None = None) -> Result:
+        """The finished Result, which also answers to the research code's words (`in_old_words`); arguments as
+        `stream`."""
+        asked = {name: value for name, value in locals().items() if name not in ("self", "on_event")}
+        return finished(self.stream(**asked), on_event)
+
+    def stream(self, events: Any = None, video: Any = None, query: str = "", max_new_tokens: int = 50,
+               max_draft_tokens: int | None = None, *, image: Any = None, columns: str | None = None,
+               time_unit: str | None = None, event_path: FilePath | None = None,
+               event_image_path: FilePath | list[FilePath] | None = None, video_path: FilePath | None = None,
+               image_path: FilePath | None = None, frame_rule: str = "uniform", event_frames: int = 5,
+               canvas: tuple[int, int] | None = None, mode: str | None = None, draft_len: int | None = None,
+               overlap_len: int | None = None, draft_source: Any = None, stop: str | Sequence[str] | None = None,
+               ignore_eos: bool = False, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+               remember: bool = True, timeout: float | None = 60.0) -> Iterator[Event]:
+        """Yields the preview and the answer as they form; the last event has the Result. Arguments as `Engine.stream`.
+        max_draft_tokens: another word for overlap_len; mode, draft_source: by default the constructor's."""
+        asked = {name: value for name, value in locals().items() if name not in ("self", "max_draft_tokens")}
+        asked |= {"mode": mode or self.mode, "draft_source": self.source if draft_source is None else draft_source,
+                  "overlap_len": overlap_len if max_draft_tokens is None else max_draft_tokens}
         if asked["mode"] == "prefill_with_alignment" and self.source:
             asked |= {"mode": "prefill_then_verify", "draft_source": self.source}
-        for event in self.load().stream(overlap_len=max_draft_tokens, **asked):
+        for event in self.load().stream(**asked):
             yield dataclasses.replace(event, result=event.result and self.in_old_words(event.result))
 
     @staticmethod
@@ -1797,9 +2226,8 @@ def main(argv=None) -> None:
     of.query or parser.error("--query: the question is missing")
     if not of.eventgpt and not of.videollava:
         of.eventgpt, of.videollava = TINY / "drafter", TINY / "target"
-    source, recorded = of.draft_source and of.draft_source.split(","), str(of.events).endswith((".npy", ".npz"))
-    asked = {"event_path" if recorded else "event_image_path": of.events, "video_path": of.video,
-             "image_path": of.image, "query": of.query, "max_new_tokens": of.max_new_tokens}
+    source = of.draft_source and of.draft_source.split(",")
+    asked = {name: getattr(of, name) for name in ("events", "video", "image", "query", "max_new_tokens")}
     try:
         engine = load_engine(of.eventgpt, of.videollava, of.device, self_draft="self" in source if source else None,
                              text_rows=PROMPT_ROWS + len(of.query) + max(0, of.max_new_tokens))
@@ -1810,7 +2238,7 @@ def main(argv=None) -> None:
                 print(start + event.delta, end="", flush=True)
                 kind = event.kind
     except InputError as error:
-        parser.exit(2, f"{error}\n")
+        parser.exit(2, f"{in_flags(error, parser)}\n")
     r = event.result
     print(f"\n{(r.preview_end or 0) * 1e3:7.1f} ms  preview  {r.preview_text}" * (r.mode == "prefill_only"), end="")
     by = ", ".join(dict.fromkeys(of.source for of in r.round_log if of.drafts)) or r.drafter_error or "nobody drafted"

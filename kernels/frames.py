@@ -91,7 +91,7 @@ def drawn_at_once(x, y, p, sizes):
 
 def extent(values):
     """(smallest, largest) of a tensor, in parts that wake none of torch's workers."""
-    parts = [part.aminmax() for part in values.split(SERIAL)]
+    parts = [part.aminmax() for part in values.split(len(values) if values.is_cuda else SERIAL)]
     return min(int(part.min) for part in parts), max(int(part.max) for part in parts)
 
 
@@ -115,6 +115,7 @@ def draw_events(events, num_frames=5, canvas=None, device=None):
     device = torch.device(device or x.device)
     if device.type == "cuda":
         return drawn_at_once(*(to_device(values, device) for values in (x, y, p)), sizes)
+    x, y, p = (values.to(device) for values in (x, y, p))
     # "The last event wins" has to survive a scatter in any order: the largest of index * 2 + polarity is that event,
     # and its low bit is the colour. Later frames have larger indices, so what an earlier one left behind loses by
     # itself.

@@ -87,8 +87,8 @@ def loaded_pair():
 @pytest.fixture(scope="session")
 def read_once():
     """`read_video` that decodes each clip once: for tests that are about ids."""
-    import engine
-    once = functools.cache(engine.read_video)
+    import weights.given
+    once = functools.cache(weights.given.read_video)
     return lambda path, count, rule="uniform", *_: once(path, count, rule)
 
 
@@ -96,7 +96,7 @@ def read_once():
 def pair(loaded_pair, read_once, monkeypatch):
     """The embedded pair on one device, which has learnt nothing yet; each clip is decoded once."""
     import engine
-    monkeypatch.setattr(engine, "read_video", read_once)
+    monkeypatch.setattr("weights.given.read_video", read_once)
     monkeypatch.setattr(loaded_pair, "gate", None)
     monkeypatch.setattr(loaded_pair, "apart", False)
     monkeypatch.setattr(loaded_pair, "lookup", engine.Lookup())

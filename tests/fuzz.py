@@ -151,6 +151,7 @@ def config(folder):
     from test_load import CLIP, TEXT, tensors_of, write
 
     import engine
+    import weights.given
     text = {**TEXT, "vocab_size": 576, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
             "bos_token_id": 1, "eos_token_id": 2, "rope_scaling": None, "tie_word_embeddings": False}
     both = [{"model_type": "video_llava", "text_config": text, "vision_config": CLIP, "vision_feature_layer": -2,
@@ -161,8 +162,8 @@ def config(folder):
         write(folder / side, raw, tensors_of(raw))
         shutil.copy(ROOT / "weights/tiny/target/tokenizer.json", folder / side)
     frames = [torch.zeros(32, 32, 3, dtype=torch.uint8)] * 8
-    engine.read_video = lambda path, count, *_: frames * (count // 8) + frames[:count % 8]
-    engine.read_images = lambda paths: frames[:1]
+    weights.given.read_video = lambda path, count, *_: frames * (count // 8) + frames[:count % 8]
+    weights.given.read_image = lambda path: frames[0]
     here = str(ROOT / "README.md")                           # a path that exists; the frames above stand for its pixels
 
     def read(path):

@@ -46,13 +46,14 @@ from test_media import (
 
 import bench
 import engine
+import weights.given
 import weights.load
 import weights.memory
 from engine import InputError
 from weights import convert
 from weights.dataset import read_dataset
 from weights.events import read_events
-from weights.video import read_images, read_video
+from weights.video import read_image, read_video
 
 TINY = bench.TINY
 RECORDS = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_text())
@@ -126,7 +127,7 @@ def image(blob, *words, exit=1):
         flags = dataset(folder, event_data="gone", event_image=["bad.png"])
         path = folder / "data" / "event_image" / "bad.png"
         path.write_bytes(blob)
-        return Case(lambda e: read_images([path]), [*flags, "--modes", "drafter_only"], list(words), exit)
+        return Case(lambda e: read_image(path), [*flags, "--modes", "drafter_only"], list(words), exit)
     return make
 
 
@@ -319,13 +320,13 @@ def vanishes(folder):
     case.call = lambda e: e.generate(video_path=path, **sound)
 
     def patch(monkeypatch):
-        real = engine.read_video
+        real = weights.given.read_video
 
         def read(name, *args, **kwargs):
             if Path(name) == path:
                 path.unlink(missing_ok=True)
             return real(name, *args, **kwargs)
-        monkeypatch.setattr(engine, "read_video", read)
+        monkeypatch.setattr("weights.given.read_video", read)
     case.patch = patch
     return case
 
@@ -555,13 +556,13 @@ CASES = {
     "64 no drafts": request({"draft_len": 0}, ["--draft-len", "0"], exit=0),
     "64 too many drafts": request({"draft_len": 32}, ["--draft-len", "32"], "31"),
     "65 prompt too long": request({"query": "why " * 400}, ["--question", "why " * 400, "--warmup", "1"],
-                                  "raise --cache-rows"),
+                                  "cache holds"),
     "65 too many new ids": request({"max_new_tokens": 5000}, ["--max-new-tokens", "5000", "--warmup", "1"],
-                                   "raise --cache-rows"),
+                                   "cache holds"),
     **{f"66 {name or 'no'} device": run(lambda folder, name=name: ["--device", name], "device") for name in
        ("cuda:9", "tpu", "", "meta", "cuda:x")},
     "67 8 GB": little_memory,
-    "67 cache beyond memory": run(lambda folder: ["--cache-rows", str(10 ** 9)], "GB", "--cache-rows"),
+    "67 cache beyond memory": run(lambda folder: ["--cache-rows", str(10 ** 9)], "GB", "cache"),
     "68 no sampling": run(lambda folder: ["--temperature", "nan"], "--temperature"),
     "68 flag without a value": run(lambda folder: ["--repeats"], "--repeats"),
     # data sets

@@ -256,6 +256,7 @@ def generations(count: int, seed: int, adapter=None) -> dict:
 
     import engine
     from weights import adapter as adapters
+    from weights import given
 
     def breaking(name):
         def method(self, *given):
@@ -275,9 +276,9 @@ def generations(count: int, seed: int, adapter=None) -> dict:
                    for name in engine.SOURCES} | {"ahead": None, "raises": Raises(), "odd": engine.Fixed(
                        [chance.choice([2, -1, 10 ** 9, -2 ** 70, chance.randrange(576)]) for _ in range(64)])}
     records = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_text())
-    reads = engine.read_video, engine.read_events            # these are about ids: every clip is read once
-    once, engine.read_events = map(functools.cache, reads)
-    engine.read_video = lambda path, count, rule, *_: once(path, count, rule)
+    reads = given.read_video, given.read_events              # these are about ids: every clip is read once
+    once, given.read_events = map(functools.cache, reads)
+    given.read_video = lambda path, count, rule, *_: once(path, count, rule)
     delays = [late(model, random.Random(seed)) for model in e.models]
     try:
         for turn in range(count):
@@ -285,12 +286,12 @@ def generations(count: int, seed: int, adapter=None) -> dict:
             e.apart = name == "ahead"
             i, question, stop = chance.randrange(len(records)), chance.randrange(3), chance.random() < 0.5
             sampling = chance.choice([{}, {}, {"temperature": 3.0, "top_p": 0.9, "seed": chance.randrange(3)}])
-            given = dict(video_path=TINY / "clips/mp4" / records[i]["mp4_data"], query=QUESTIONS[question],
-                         event_path=TINY / "clips/event_npy" / records[i]["event_data"],
-                         max_new_tokens=24, ignore_eos=not stop, **sampling)
+            ask = dict(video_path=TINY / "clips/mp4" / records[i]["mp4_data"], query=QUESTIONS[question],
+                       event_path=TINY / "clips/event_npy" / records[i]["event_data"],
+                       max_new_tokens=24, ignore_eos=not stop, **sampling)
             key = i, question, stop, *sampling.values()
             if key not in truths:
-                truths[key] = e.generate(mode="target_only", **given).output_ids
+                truths[key] = e.generate(mode="target_only", **ask).output_ids
             if name == "forced":
                 sources[name] = engine.Fixed([
                     token if chance.random() < 0.85 else chance.choice([2, -1, 10 ** 9, chance.randrange(576)])
@@ -298,13 +299,13 @@ def generations(count: int, seed: int, adapter=None) -> dict:
             for delay in delays:
                 delay[0] = chance.choice([0.0, 0.003, 0.01]) if e.apart else 0.0
             result = e.generate(mode="speculative", draft_source=sources[name], draft_len=chance.randrange(0, 32),
-                                overlap_len=chance.randrange(0, 32), remember=chance.random() < 0.8, **given)
+                                overlap_len=chance.randrange(0, 32), remember=chance.random() < 0.8, **ask)
             for delay in delays:
                 delay[0] = 0.0
             equal += result.output_ids == truths[key]
             accepted[name] += result.accepted_tokens
     finally:
-        engine.read_video, engine.read_events = reads
+        given.read_video, given.read_events = reads
     return {"generations": count, "equal": equal, "accepted": accepted}
 
 

@@ -36,7 +36,7 @@ def run(main, argv=None) -> int:
     try:
         return main(argv)
     except InputError as error:
-        print(error, file=sys.stderr)
+        print(bench.told(error), file=sys.stderr)
         return 2
 
 

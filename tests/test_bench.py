@@ -21,12 +21,13 @@ from safetensors.torch import load_file, save_file
 
 import bench
 import engine
+import weights.given
 import weights.load
 from bench import AGAIN, TINY
 from engine import MODES, InputError
 from weights import show
 from weights.dataset import read_dataset
-from weights.rows import estimate, forwards, judged, mode_figures, per_forward, why_not
+from weights.rows import estimate, forwards, judged, mode_figures, per_forward, per_question, why_not
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIPS = TINY / "clips"
@@ -143,6 +144,37 @@ def test_one_id_answers_divide_by_nothing():
     report = bench.assemble(HEAD, rows)
     assert report["modes"]["speculative"]["ids_a_forward"] is None and report["modes"]["speculative"]["why_not"]
     assert bench.screen(report) and bench.details(report)
+
+
+def test_first_ids_of_a_clips_first_and_further_questions_are_told_apart():
+    rows = rows_of(*({"target_only": made([1, 2], (9.0,), (ttft,))} for ttft in (7.0, 4.0, 5.0, 9.0, 6.0)))
+    assert per_question(rows) is None                        # a question a clip
+    for row, open_ms in zip(rows, (100.0, None, None, 300.0, None), strict=True):
+        row.update({"several": True} | ({"open_ms": open_ms} if open_ms else {}))
+    assert per_question(rows) == {"open": 200.0, "first": 208.0, "further": 5.0}
+    lines = "\n".join(bench.screen(bench.assemble(HEAD, rows)))
+    assert "first question after 208.0 ms (200.0 to read and prefill it), of a further one after 5.0 ms" in " ".join(
+        lines.split())
+    assert not any("TFLOP" in str(row) for row in bench.stage_rows(bench.assemble(HEAD, rows)))
+
+
+def test_several_questions_of_a_clip_read_it_once_and_are_held_to_the_target(tmp_path, monkeypatch, capsys,
+                                                                            quick_ceilings):
+    (tmp_path / "q.txt").write_text("What are the key elements in this scene?\n\nDescribe the following scene.\n")
+    opened, real = [], engine.Engine.open
+    monkeypatch.setattr(engine.Engine, "open", lambda *of, **how: opened.append(how["video_path"]) or real(*of, **how))
+    report = report_of("--questions", str(tmp_path / "q.txt"), *"--max-samples 2 --device cpu --max-new-tokens 6 "
+                       "--repeats 2 --warmup 0 --modes target_only,speculative,lookup_again".split())
+    assert report["identical"]["equal"] == report["identical"]["compared"] == 8 and len(set(opened)) == len(opened) == 2
+    rows = report["samples"]
+    assert ["open_ms" in row for row in rows] == [True, False] * 2 and rows[1]["id"] == rows[0]["id"] + "#2"
+    first = rows[0]["open_ms"] + rows[0]["modes"]["target_only"]["ttft_ms"]
+    assert "of a further one after" in " ".join(capsys.readouterr().out.split())
+    assert first > rows[1]["modes"]["target_only"]["ttft_ms"]
+    for text, words in (("\n \n", "holds no question"), ("Why?", "cannot stand beside")):
+        (tmp_path / "q.txt").write_text(text)
+        flags = ["--questions", str(tmp_path / "q.txt")] + ["--question", "Why?"] * (words[0] == "c")
+        assert bench.main(flags) == 2 and words in capsys.readouterr().err
 
 
 def test_controls_of_the_report_are_those_of_the_targets_answers():
@@ -452,7 +484,7 @@ def test_details_name_commit_checkpoints_and_pixels(run, tmp_path):
     _, lines, report = run
     e = engine.load_engine(TINY / "drafter", TINY / "target", device="cpu")
     sample = read_dataset(CLIPS, None, 1)[0][0]
-    frames = engine.read_video(sample.video, 8, "uniform")
+    frames = weights.given.read_video(sample.video, 8, "uniform")
     pixels = engine.clip_pixels(frames, e.target.vision.image, e.target.vision.mean, e.target.vision.std)
     digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
     assert report["samples"][0]["pixels"]["target"] == digest and len(report["samples"][0]["pixels"]["drafter"]) == 16

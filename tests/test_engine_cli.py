@@ -1,11 +1,14 @@
 """`python engine.py`, and the words of the research code: PrefillOnlyInference."""
 
+import ast
+import re
 import subprocess
 import sys
 
 import pytest
 from common import NEW, QUESTIONS, ROOT, TINY, asked, truth
 
+import bench
 import engine
 from engine import InputError, PrefillOnlyInference
 
@@ -19,7 +22,7 @@ CLIP = ["--events", str(TINY / "clips/event_npy/scenes/000001.npz"), "--device",
 @pytest.fixture
 def line(pair, monkeypatch, capsys):
     """Runs a command line on the shared pair: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(engine, "load_engine", lambda *models, **options: pair)
+    monkeypatch.setattr(engine, "load_engine", lambda *models, **options: engine.pick_device(models[2]) and pair)
 
     def run(*words):
         try:
@@ -57,14 +60,42 @@ def test_the_line_of_figures_says_who_drafted_and_in_how_many_forwards(line, pai
 
 
 @pytest.mark.parametrize("words,said", [
-    (["--nope"], "--nope"), (["--max-new-tokens"], "--max-new-tokens"), ([*CLIP, "--mode", "fast"], "mode 'fast'"),
-    (["--video", "x.mp4"], "--query"), (["--query", "Q"], "video_path"), ([*CLIP, "--max-new-tokens", "0"], "max_new"),
+    (["--nope"], "--nope"), (["--max-new-tokens"], "--max-new-tokens"), ([*CLIP, "--mode", "fast"], "--mode 'fast'"),
+    (["--video", "x.mp4"], "--query"), (["--query", "Q"], "--video: wanted"),
+    ([*CLIP, "--max-new-tokens", "0"], "--max-new-tokens: "),
     (["--query", "Q", "--video", "no.mp4", "--events", "no.npz"], "no.mp4"),
-    ([*CLIP, "--draft-source", "magic"], "magic"),
+    ([*CLIP, "--draft-source", "magic"], "--draft-source 'magic'"), ([*CLIP, "--device", "gpu"], "--device 'gpu'"),
+    ([*CLIP, "--max-new-tokens", "999999"], "raise `cache_rows`, lower --max-new-tokens or"),
 ])
 def test_bad_input_is_one_line_and_exit_2(line, words, said):
     code, out, err = line(*words)
     assert code == 2 and not out and err.count("\n") == 1 and said in err
+
+
+def named_by(error):
+    """What an InputError's text names as a flag, in the source of a module that a library's user may call."""
+    return [text.value for text in ast.walk(error) if isinstance(text, ast.Constant) and isinstance(text.value, str)
+            and re.search(r"(^|[ (])--[a-z]", text.value.replace("python -m weights.load --check", ""))]
+
+
+@pytest.mark.parametrize("module", ["engine", *(f"weights/{name}" for name in (
+    "dataset", "drafting", "events", "files", "given", "memory", "shapes", "sources", "text", "video"))])
+def test_the_library_names_arguments_and_never_flags(module):
+    tree = ast.parse((ROOT / f"{module}.py").read_text())
+    made = [call for call in ast.walk(tree) if isinstance(call, ast.Call) and getattr(call.func, "id", "") in
+            ("InputError", "Refused", "refusal", "NonFinite", "OutOfMemory")]
+    assert not [text for call in made for text in named_by(call)]
+    assert made or module in ("weights/shapes", "weights/drafting")
+
+
+def test_bench_names_its_flags(capsys):
+    for words, said in (("--weights random-7b --device cpu --cache-rows 999999999", "lower --cache-rows"),
+                        ("--device gpu", "--device 'gpu': "), ("--temperature -1", "--temperature: ")):
+        assert bench.main(words.split()) == 2 and said in capsys.readouterr().err
+    assert bench.told(InputError("query: x; lower `max_new_tokens`, `git lfs`")) == (
+        "--question: x; lower --max-new-tokens, `git lfs`")
+    assert bench.told(InputError("mode 'x': a path/mode: y")) == "--modes 'x': a path/mode: y"
+    assert bench.told(InputError("modes.mp4: no such file")) == "modes.mp4: no such file"
 
 
 def test_the_version_is_the_one_to_cite(line):

@@ -40,6 +40,13 @@ tiny = "weights/tiny/"
 e = engine.load_engine(tiny + "drafter", tiny + "target", device="cpu")
 r = e.generate(event_path=tiny + "clips/event_npy/scenes/000000.npz", video_path=tiny + "clips/mp4/scenes/000000.mp4",
                query="What is going on in this scene?", max_new_tokens=8)
+from array import array
+from weights.given import read_events, read_video
+events, clip = read_events(tiny + "clips/event_npy/scenes/000000.npz"), tiny + "clips/mp4/scenes/000000.mp4"
+for given in (dict(events={key: array("q", getattr(events, key).tolist()) for key in "xytp"}, video=open(clip, "rb")),
+              dict(events=events, video=read_video(clip))):
+    held = e.generate(query="What is going on in this scene?", max_new_tokens=8, **given)
+    assert held.output_ids == r.output_ids and held.drafter_error is None
 print(len(r.output_ids))
 """
     done = run(code, user_env, "-W", "default")

@@ -28,8 +28,7 @@ def two_best(pair):
     ids = pair.generate(mode="target_only", **ASKED).output_ids
     target = pair.target
     with torch.inference_mode():
-        pixels = engine.pixels_of(read_video(ASKED["video_path"], target.num_frames, "uniform"), target,
-                                  type("Asked", (), {"paths": {"target": ""}, "image": False})())
+        pixels = engine.pixels_of(read_video(ASKED["video_path"], target.num_frames, "uniform"), target, None)
         prompt_SD = target.splice(target.prompt(QUESTION), target.encode(pixels))
         rows_SD = torch.cat([prompt_SD, target.decoder.embed_VD[torch.tensor(ids[:-1])]])
         logits_SV = target.decoder.forward(rows_SD, torch.arange(len(rows_SD)))[len(prompt_SD) - 1:]

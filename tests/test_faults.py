@@ -19,6 +19,7 @@ from common import RECORDS, ROOT, TINY, script, truth
 
 import bench
 import engine
+import weights.given
 import weights.memory
 import weights.packed
 from engine import InputError
@@ -73,8 +74,8 @@ def test_a_drafter_that_dies_midway_costs_nothing_but_its_drafts(pair, monkeypat
             raise RuntimeError("the device fell off the bus")
     with monkeypatch.context() as patch:
         script(patch, pair.drafter, [*ids[:7], 3, 3, *ids[9:]], before=dying)
-        read = engine.read_video
-        patch.setattr(engine, "read_video", lambda *given: (died.wait(20), read(*given))[1])
+        read = weights.given.read_video
+        patch.setattr("weights.given.read_video", lambda *given: (died.wait(20), read(*given))[1])
         patch.setattr(pair, "apart", apart)
         result = pair.generate(mode=mode, **asked())
     assert result.output_ids == ids and "fell off the bus" in result.drafter_error
@@ -176,10 +177,11 @@ def test_a_path_may_be_bytes(pair):
 
 
 @pytest.mark.parametrize("options", [{"cache_rows": 0}, {"cache_rows": -1}, {"cache_rows": "many"}, {"cache_rows": 1.5},
-                                     {"draft_len": -1}, {"overlap_len": None, "draft_len": "five"}], ids=str)
+                                     {"draft_len": 32}, {"draft_len": -1}, {"overlap_len": None, "draft_len": "five"}],
+                         ids=str)
 def test_sizes_of_an_engine_are_checked_before_anything_is_read(options, monkeypatch):
     monkeypatch.setattr(engine, "open_model", dies)
-    with pytest.raises(InputError, match="wanted a whole number from"):
+    with pytest.raises(InputError, match="wanted a whole number"):
         engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", **options)
 
 
@@ -299,13 +301,13 @@ def test_memory_that_runs_out_while_loading_is_one_line_with_figures_and_flag(er
 
 def test_a_sample_that_fails_in_an_unforeseen_way_is_counted_and_the_others_run(monkeypatch, capsys, quick_ceilings,
                                                                                report):
-    real = engine.read_video
+    real = weights.given.read_video
 
     def fails(path, *args):
         if Path(path).name == "000002.mp4":
             raise ZeroDivisionError("unforeseen")
         return real(path, *args)
-    monkeypatch.setattr(engine, "read_video", fails)
+    monkeypatch.setattr("weights.given.read_video", fails)
     flags, read = report
     assert bench.main([*QUICK, "--max-samples", "4", *flags]) == 1
     out, err = capsys.readouterr()

@@ -211,6 +211,23 @@ def test_a_list_gives_its_samples_in_order_as_far_as_they_are_wanted():
     assert {s.question for s in read_dataset(CLIPS, "Why?", -1)[0]} == {"Why?"}
 
 
+def test_a_record_of_several_questions_is_a_sample_for_each(tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(CLIPS, folder)
+    records = json.loads((CLIPS / LIST).read_text())[:2]
+    records[1]["conversations"] = [
+        {"from": "human", "value": "<event>\nWhat?"}, {"from": "gpt", "value": "A car."},
+        {"from": "human", "value": "Who?"}, {"from": "human", "value": "Where?"}, {"from": "gpt", "value": "There."}]
+    (folder / LIST).write_text(json.dumps(records))
+    one, *three = read_dataset(folder, None, -1)[0]
+    a, b = (record["id"] for record in records)
+    assert [(s.id, s.question, s.truth, s.at, s.several) for s in three] == [
+        (b, "What?", "A car.", 1, True), (f"{b}#2", "Who?", None, 1, True), (f"{b}#3", "Where?", "There.", 1, True)]
+    assert one.id == a and not one.several and one.truth == records[0]["conversations"][1]["value"]
+    asked, _ = read_dataset(folder, ["Why?", "How?"], 1)
+    assert [(s.id, s.question, s.truth) for s in asked] == [(a, "Why?", None), (f"{a}#2", "How?", None)]
+
+
 @pytest.mark.parametrize("records, words", [
     ({"a": 1}, ["JSON object", "list of records"]), ([], ["the list is empty"]), ([3], ["record 0", "is a int"]),
     ([{"id": "a"}], ["no question"]), ([{"id": "a", "event_data": "../../x.npy", "video_data": "b", "conversations": [

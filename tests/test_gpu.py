@@ -5,13 +5,16 @@ import time
 
 import pytest
 import torch
-from common import TINY, asked
+from common import QUESTIONS, TINY, asked
 
 import bench
 import engine
 from engine import MODES, Fixed
 from kernels.check import differing
 from kernels.round import STATE, State
+from weights.events import read_events
+from weights.given import events_given, video_given
+from weights.video import read_video
 
 pytestmark = pytest.mark.gpu
 
@@ -229,10 +232,10 @@ def test_memory_that_really_runs_out_in_a_request_is_one_line_and_the_next_reque
     forget()
     free, _ = torch.cuda.mem_get_info()
     taken = torch.empty(free - (64 << 20), dtype=torch.uint8, device="cuda")
-    longer = {**asked(0), "query": "why " * 60}              # a prompt that has no graph yet
+    longer = {**asked(0), "query": "why " * 120}             # 373 rows, for which there is no graph
     with pytest.raises(engine.InputError) as error:
         e.generate(mode="speculative", ignore_eos=True, **longer)
-    assert "ran out in the target's preparation" in str(error.value) and "--cache-rows" in str(error.value)
+    assert "ran out in the target's prefill" in str(error.value) and "`cache_rows`" in str(error.value)
     assert "\n" not in str(error.value)
     del taken                                                # a request without new graphs needs some memory as well
     forget()
@@ -253,3 +256,98 @@ def test_every_source_gives_the_targets_ids(drafter_dtype):
                 assert result.output_ids == truth and result.drafter_error is None, source
                 drafted += result.accepted_tokens
             assert drafted > 20
+
+
+# ---- a clip
+
+
+@pytest.mark.parametrize("sampling", [{}, dict(temperature=3.0, top_p=0.9, seed=4)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("drafter_dtype", ["bf16", "int4", "fp8+int4"])
+def test_a_clips_answers_are_those_of_a_fresh_one_to_the_bit(drafter_dtype, sampling):
+    """After 0, 1 and 9 earlier questions, by every source; and a chat of three turns is one that is built at once."""
+    e, given = load(drafter_dtype=drafter_dtype, self_draft=True), asked(0, ignore_eos=True, **sampling)
+    del given["query"]
+
+    def keys(clip):
+        rows = clip.engine.target.prompt_rows + given["max_new_tokens"] - 1
+        return e.target.decoder.k_cache_LNMK[:, :, clip.sides["target"]:rows].clone()
+
+    with e.open(**given) as clip:
+        first = clip.generate(QUESTIONS[1], mode="target_only")
+        kept = keys(clip)
+    with e.open(**given) as clip:
+        for earlier in (1, 9):
+            for k in range(earlier):
+                clip.generate("why " * (5 * k + 1), mode=MODES[k % len(MODES)], max_new_tokens=k + 1)
+            assert clip.generate(QUESTIONS[1], mode="target_only").output_ids == first.output_ids
+            assert differing(keys(clip), kept) == 0
+        for source in ("lookup", "drafter", "self", ["lookup", "drafter", "self"], None):
+            result = clip.generate(QUESTIONS[1], draft_source=source)
+            assert result.output_ids == first.output_ids and result.drafter_error is None, source
+            assert differing(keys(clip), kept) == 0, source
+        short = dict(max_new_tokens=24)
+        turns = [clip.chat(q, **short).output_ids for q in QUESTIONS]
+        known, rows = clip.turns, keys(clip)[:, :, :-16]
+    with e.open(**given) as clip:
+        clip.turns = known[:2]
+        assert clip.chat(QUESTIONS[2], mode="target_only", **short).output_ids == turns[2]
+        assert differing(keys(clip)[:, :, :-16], rows) == 0
+
+
+def test_no_question_of_a_new_length_captures_anything():
+    e = load(self_draft=True)
+    made = [set(m.step_graphs) for m in e.models]
+    for words in (1, 9, 30, 40):
+        for mode in ("target_only", "speculative"):
+            e.generate(mode=mode, **{**asked(0), "query": "why " * words})
+    given = asked(0)
+    del given["query"]
+    with e.open(**given) as clip:
+        for words in (2, 40):
+            clip.generate("why " * words)
+    assert [set(m.step_graphs) for m in e.models] == made
+
+
+# ---- what lies on the GPU, and what is given back
+
+
+def test_events_and_frames_on_the_gpu_stay_there_and_give_the_answer_of_the_files():
+    e, files = load(), asked(0)
+    recording, frames = read_events(files["event_path"]), read_video(files["video_path"])
+    columns = {name: getattr(recording, name).cuda() for name in "xytp"}
+    stacked = torch.stack(frames).cuda()
+
+    class Foreign:                                           # as Numba's arrays, which have no DLPack
+        def __init__(self, tensor):
+            self.__cuda_array_interface__, self.owner = tensor.__cuda_array_interface__, tensor
+
+    table = torch.stack([getattr(recording, name).double() for name in "txyp"], 1).cuda()
+    for events, options in ((columns, {}), ({name: Foreign(of) for name, of in columns.items()}, {}),
+                            (table, {"columns": "txyp", "time_unit": "us"})):
+        held = events_given(events, **options).read()
+        assert all(of.is_cuda and torch.equal(of.cpu(), kept) for of, kept in zip(held, recording, strict=True))
+    for video in (stacked, stacked.permute(0, 3, 1, 2).contiguous(), list(stacked), Foreign(stacked)):
+        held = video_given(video).read()
+        assert all(of.is_cuda and torch.equal(of.cpu(), kept) for of, kept in zip(held, frames, strict=True))
+    asking = dict(query=files["query"], max_new_tokens=files["max_new_tokens"])
+    for mode in MODES:
+        ids = e.generate(mode=mode, **files).output_ids
+        assert e.generate(mode=mode, events=columns, video=stacked, **asking).output_ids == ids, mode
+    on_cpu = engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", gate=False)
+    ids = on_cpu.generate(mode="drafter_only", **files).output_ids
+    assert on_cpu.generate(mode="drafter_only", events=columns, **asking).output_ids == ids
+
+
+def test_a_closed_engine_gives_the_gpus_memory_back():
+    """But for what cuBLAS keeps for each stream that it has met."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    e = load(cache_rows=200_000)
+    e.generate(mode="speculative", **asked(0))
+    taken = torch.cuda.memory_allocated() - before
+    e.close()
+    assert torch.cuda.memory_allocated() - before <= taken / 4 and taken > 1e9
+    assert torch.cuda.memory_reserved() - before <= taken / 2
+    with pytest.raises(engine.InputError, match="is closed"):
+        e.generate(**asked(0))

@@ -532,7 +532,7 @@ def some_image(mode, size=(31, 17)):
 def test_images_equal_pillows_rgb(tmp_path, mode, kind):
     path = saved(tmp_path, image_bytes(some_image(mode), kind), "a.png")
     wanted = numpy.asarray(Image.open(path).convert("RGB"))
-    frame = video.read_images([path])[0]
+    frame = video.read_image(path)
     assert frame.dtype == torch.uint8 and numpy.array_equal(frame.numpy(), wanted)
 
 
@@ -545,7 +545,7 @@ def test_exif_rotation_is_not_applied(tmp_path):
 
 def test_several_images_keep_their_order(tmp_path):
     paths = [saved(tmp_path, image_bytes(Image.new("RGB", (3 + i, 2), (i, 0, 0))), f"{i}.png") for i in range(4)]
-    assert [(f.shape[1], f[0, 0, 0].item()) for f in video.read_images(paths)] == [(3, 0), (4, 1), (5, 2), (6, 3)]
+    assert [(f.shape[1], f[0, 0, 0].item()) for f in map(video.read_image, paths)] == [(3, 0), (4, 1), (5, 2), (6, 3)]
 
 
 def png_claiming(width, height):
@@ -1109,7 +1109,7 @@ def test_everything_works_without_numpy(tmp_path, user_env):
         "from weights import video\nfrom weights.events import read_events\nfrom kernels import frames\n"
         "d = sys.argv[1]\n"
         "for name in ('e.npy', 'e.npz'): drawn = frames.draw_events(read_events(f'{d}/{name}'))\n"
-        "for given in (drawn, video.read_images([f'{d}/e.png']), video.read_video(f'{d}/e.mp4')):\n"
+        "for given in (drawn, [video.read_image(f'{d}/e.png')], video.read_video(f'{d}/e.mp4')):\n"
         "    print(tuple(frames.clip_pixels(given, 28).shape))\n")
     command = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=user_env)

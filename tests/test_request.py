@@ -8,6 +8,7 @@ from common import NEW, QUESTIONS, RECORDS, TINY, asked, guesses, script, truth
 from PIL import Image
 
 import engine
+import weights.given
 from engine import MODES, DraftSource, Fixed, InputError
 from kernels.frames import draw_events
 
@@ -251,7 +252,7 @@ def test_nan_in_the_drafter_is_noted_and_nan_in_the_target_is_an_error(pair):
 
 def test_event_images_give_the_same_drafts_as_the_recording_they_were_drawn_from(pair, tmp_path):
     given, paths = asked(0), []
-    for i, frame_HW3 in enumerate(draw_events(engine.read_events(given["event_path"]))):
+    for i, frame_HW3 in enumerate(draw_events(weights.given.read_events(given["event_path"]))):
         paths.append(tmp_path / f"{i}.png")
         height, width, _ = frame_HW3.shape
         Image.frombytes("RGB", (width, height), bytes(frame_HW3.flatten().tolist())).save(paths[-1])
@@ -361,11 +362,12 @@ def test_the_seeds_api_answers(pair, monkeypatch):
 
 @pytest.mark.parametrize("change,words", [
     ({"mode": "fast"}, "mode 'fast'"), ({"max_new_tokens": 0}, "max_new_tokens"), ({"draft_len": 32}, "draft_len"),
-    ({"max_new_tokens": 10 ** 6}, "raise --cache-rows"), ({"video_path": None}, "video_path"),
+    ({"max_new_tokens": 10 ** 6}, "raise `cache_rows`, lower `max_new_tokens`"),
+    ({"video_path": None}, "video: wanted one"),
     ({"video_path": "no/such.mp4"}, "no/such.mp4"), ({"event_path": "no/such.npy"}, "no/such.npy"),
-    ({"event_path": None}, "event_path"), ({"event_path": None, "event_image_path": []}, "event_image_path"),
-    ({"query": None}, "question"), ({"query": "\ud800"}, "question"),
-    ({"query": "x" * 200_000}, "question"), ({"video_path": __file__}, "test_request.py"),
+    ({"event_path": None}, "events: wanted one"), ({"event_path": None, "event_image_path": []}, "event_image_path"),
+    ({"query": None}, "query: "), ({"query": "\ud800"}, "query: "),
+    ({"query": "x" * 200_000}, "query: "), ({"video_path": __file__}, "test_request.py"),
     ({"event_path": __file__}, "test_request.py"), ({"frame_rule": "random"}, "rule"),
 ], ids=str)
 def test_bad_input_is_one_line_and_the_engine_goes_on(pair, change, words):
@@ -377,7 +379,7 @@ def test_bad_input_is_one_line_and_the_engine_goes_on(pair, change, words):
 
 def test_events_wait_until_the_videos_packets_are_read_and_no_longer(pair, monkeypatch):
     """Both readers hold the interpreter's lock; the target's goes first. Its frames may come much later."""
-    order, drafted, real = [], threading.Event(), (engine.read_video, engine.read_events)
+    order, drafted, real = [], threading.Event(), (weights.given.read_video, weights.given.read_events)
     answer = truth(pair, 0)
 
     def video(path, count, rule, for_gpu, decoding):
@@ -391,8 +393,8 @@ def test_events_wait_until_the_videos_packets_are_read_and_no_longer(pair, monke
         order.append("events")
         drafted.set()
         return real[1](path)
-    monkeypatch.setattr(engine, "read_video", video)
-    monkeypatch.setattr(engine, "read_events", events)
+    monkeypatch.setattr("weights.given.read_video", video)
+    monkeypatch.setattr("weights.given.read_events", events)
     monkeypatch.setattr(pair, "target_first", True)          # as beside a GPU
     assert pair.generate(mode="speculative", **asked(0)).output_ids == answer
     assert order == ["packets", "events"]
@@ -408,7 +410,7 @@ def test_a_target_that_goes_first_keeps_nobody_waiting_for_good(pair, monkeypatc
 def test_a_video_that_cannot_be_read_keeps_no_drafter_waiting(pair, monkeypatch):
     def video(*_):
         raise engine.InputError("clip.mp4: unreadable; another one")
-    monkeypatch.setattr(engine, "read_video", video)
+    monkeypatch.setattr("weights.given.read_video", video)
     monkeypatch.setattr(pair, "target_first", True)
     with pytest.raises(engine.InputError, match="unreadable"):
         pair.generate(mode="speculative", **asked(0))

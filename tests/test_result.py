@@ -7,6 +7,7 @@ import pytest
 from common import EOS, asked, script
 
 import engine
+import weights.given
 from engine import Fixed
 
 ANSWER = [11, 12, 13, 14, 15, 16, 17, 18, EOS]
@@ -14,7 +15,7 @@ ANSWER = [11, 12, 13, 14, 15, 16, 17, 18, EOS]
 
 def timed_reads(monkeypatch, clock, video=0.0, events=0.0, wait=lambda: None):
     """Reading a clip takes `video` seconds after `wait()`, reading events `events`."""
-    real = engine.read_video, engine.read_events
+    real = weights.given.read_video, weights.given.read_events
 
     def read_video(*given):
         wait()
@@ -26,8 +27,8 @@ def timed_reads(monkeypatch, clock, video=0.0, events=0.0, wait=lambda: None):
         found = real[1](path)
         clock.spend(events)
         return found
-    monkeypatch.setattr(engine, "read_video", read_video)
-    monkeypatch.setattr(engine, "read_events", read_events)
+    monkeypatch.setattr("weights.given.read_video", read_video)
+    monkeypatch.setattr("weights.given.read_events", read_events)
 
 
 def ask(e, clock, **options):

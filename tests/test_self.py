@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import engine
+import weights.given
 from weights.drafting import Gate
 
 TINY = Path(engine.__file__).resolve().parent / "weights" / "tiny"
@@ -17,11 +18,11 @@ RECORDS = json.loads((TINY / "clips" / "EventGPT_Instruction_Subset.json").read_
 @pytest.fixture(scope="module")
 def target():
     e = engine.load_engine(None, TINY / "target", device="cpu", gate=False, self_draft=True)
-    real = engine.read_video
+    real = weights.given.read_video
     once = functools.lru_cache(real)
-    engine.read_video = lambda path, count, rule, *_: once(path, count, rule)
+    weights.given.read_video = lambda path, count, rule, *_: once(path, count, rule)
     yield e
-    engine.read_video = real
+    weights.given.read_video = real
 
 
 def asked(i=0, **options):

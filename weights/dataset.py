@@ -28,23 +28,26 @@ class Sample:
     truth: str | None = None
     seq: str = ""                   # folder and number of the clip, as the data set names them
     clip: str = ""
-    at: int = 0                     # place in the data set
+    at: int = 0                     # of its record in the data set
+    several: bool = False           # whether more than one question is asked of this clip; they follow one another
 
 
-def read_dataset(folder: Path, question: str | None, limit: int):
-    """([Sample], [reason a listed record cannot be run]) of the first `limit` records, of all if it is negative.
-    question: asked of every clip in place of its own. InputError if the list cannot be read or no record can be run."""
+def read_dataset(folder: Path, question: str | list[str] | None, limit: int):
+    """([Sample], [reason a listed record cannot be run]) of the first `limit` records, of all if it is negative. A
+    record whose `conversations` ask several questions is a sample for each: ID, ID#2, .. question: one or several that
+    are asked of every clip in place of its own. InputError if the list cannot be read or no record can be run."""
     index = Path(folder) / LIST
     records = read_json(index, "a list of records (--dataset-dir is the folder that holds it)", MAX_LIST, list)
     samples, problems, ids = [], [], set()
     for i, record in enumerate(records if limit < 0 else records[:limit]):
         try:
-            sample = read_record(Path(folder), record, question)
-            if sample.id in ids:                             # --resume and --merge go by id
-                raise InputError(f"id {sample.id} is there twice; give each record its own")
-            ids.add(sample.id)
-            sample.at = i
-            samples.append(sample)
+            found = read_record(Path(folder), record, [question] if isinstance(question, str) else question)
+            if found[0].id in ids:                           # --resume and --merge go by id
+                raise InputError(f"id {found[0].id} is there twice; give each record its own")
+            for sample in found:
+                ids.add(sample.id)
+                sample.at = i
+            samples += found
         except InputError as error:
             problems.append(f"record {i}: {error}")
     if not samples:
@@ -71,8 +74,8 @@ def bare(question: str) -> str:
     return question
 
 
-def read_record(folder: Path, record: dict, question: str | None) -> Sample:
-    """One listed record as a Sample. InputError says which key is wrong, or which file is not there."""
+def read_record(folder: Path, record: dict, questions: list[str] | None) -> list[Sample]:
+    """One listed record, a Sample a question. InputError says which key is wrong, or which file is not there."""
     def wanted(of, key, kinds=(str,)):
         value = of.get(key) if isinstance(of, dict) else None
         if not isinstance(value, kinds) or isinstance(value, bool) or value in ("", []):
@@ -100,10 +103,14 @@ def read_record(folder: Path, record: dict, question: str | None) -> Sample:
         raise InputError(f"is a {type(record).__name__}, wanted an object; mend the list")
     turns = wanted(record, "conversations", (list,)) if record.get("conversations") else []
     turns = [turn for turn in turns if isinstance(turn, dict)]
-    human, truth = (next((turn for turn in turns if turn.get("from") == who), None) for who in ("human", "gpt"))
-    asked = question or (bare(wanted(human, "value")) if human else "")
+    asked = [(question, None) for question in questions or ()]
+    for turn, reply in zip(turns, [*turns[1:], {}], strict=False) if not questions else ():
+        if turn.get("from") == "human":
+            answer = wanted(reply, "value") if reply.get("from") == "gpt" and reply.get("value") else None
+            asked.append((bare(wanted(turn, "value")), answer))
+    asked = [of for of in asked if of[0]]
     if not asked:
-        raise InputError("conversations hold no question; pass --question")
+        raise InputError("conversations hold no question; pass `question`")
     try:
         events = inside("event_npy", wanted(record, "event_data"))
     except InputError:                                       # pictures may stand in for a recording that is not there
@@ -112,5 +119,6 @@ def read_record(folder: Path, record: dict, question: str | None) -> Sample:
         names = wanted(record, "event_image", (list,))
         events = [inside("event_image", wanted({"event_image": name}, "event_image")) for name in names]
     name = Path(wanted(record, "mp4_data") if record.get("mp4_data") else wanted(record, "video_data") + ".mp4")
-    return Sample(str(wanted(record, "id", (str, int))), asked, inside("mp4", name), events,
-                  wanted(truth, "value") if truth and truth.get("value") else None, str(name.parent), name.stem)
+    known, video = str(wanted(record, "id", (str, int))), inside("mp4", name)
+    return [Sample(f"{known}#{k}" if k > 1 else known, question, video, events, truth, str(name.parent), name.stem,
+                   several=len(asked) > 1) for k, (question, truth) in enumerate(asked, 1)]

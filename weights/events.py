@@ -101,7 +101,9 @@ def polarity(codes):
 
 def as_type(values, dtype):
     """[N] of this type; itself if it is."""
-    return values if values.dtype == dtype else quiet_copy(values, torch.empty(len(values), dtype=dtype))
+    if values.dtype == dtype:
+        return values
+    return quiet_copy(values, torch.empty(len(values), dtype=dtype, device=values.device))
 
 
 TORCH_TYPES = {"b1": torch.uint8, "?": torch.uint8, "u1": torch.uint8, "u2": torch.uint16, "u4": torch.uint32,

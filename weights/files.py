@@ -8,10 +8,15 @@ regular files are read: opening a pipe or a terminal would wait, and a device ha
 
 import contextlib
 import difflib
+import io
 import json
+import math
+import numbers
+import operator
 import os
 import re
 import stat
+from dataclasses import dataclass
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
               RecursionError)        # what taking a damaged JSON file at its word may raise
@@ -35,6 +40,7 @@ LOOK_ALIKES = [                      # what comes in place of a file, by its fir
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: path, reason, way out. bench.py exits 2 with it.
+    Arguments are named in backquotes, or by the first word; `in_flags` makes flags of them.
 
     Whatever a path or a file puts into it, the line stays one: line breaks, control characters and halves of surrogate
     pairs are spelt out."""
@@ -48,6 +54,47 @@ class Refused(Exception):
 
     def __init__(self, reason: str, way_out: str):
         super().__init__(reason, way_out)
+
+
+def in_flags(error: InputError, parser, **others: str) -> str:
+    """The line in the words of a command: a library names arguments, in backquotes or as the first word, a command its
+    flags. others: flags of arguments that the parser calls otherwise."""
+    flags = {of.dest: of.option_strings[-1] for of in parser._actions if of.option_strings} | others
+    return re.sub(r"^(\w+)(?=[:\s[])|`(\w+)`", lambda of: flags.get(of[1] or of[2], of[0]), str(error))
+
+
+def insist_whole(name: str, value, low: int, high: float = math.inf) -> int:
+    """The whole number that an argument is, of any library's type."""
+    try:
+        whole = None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, ValueError, RuntimeError):            # ValueError, RuntimeError: an array or a tensor of several
+        whole = None
+    if whole is None or not low <= whole <= high:
+        wanted = f"{low}..{high}" if high < math.inf else f"from {low} up"
+        raise InputError(f"{name}: wanted a whole number {wanted}, got {brief(repr(value))}; change it")
+    return whole
+
+
+def insist_number(name: str, value, low: float, high: float = math.inf, above: bool = False) -> float:
+    """The number that an argument is, of any library's type. above: `low` itself is too low."""
+    fits = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) <= high
+    if not fits or above and value == low:
+        wanted = f"{'above ' * above}{low:g}" + (f"{' and up to ' if above else '..'}{high:g}" if high < math.inf else
+                                                 " or more")
+        raise InputError(f"{name}: wanted a number {wanted}, got {brief(repr(value))}; change it")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Held:
+    """The content of a file that the caller holds in memory, read wherever a path is; `name` is what messages say."""
+    name: str
+    content: bytes
+
+    def __fspath__(self) -> str:
+        return self.name
+
+    __str__ = __fspath__
 
 
 def refusal(path, reason, way_out) -> InputError:
@@ -87,6 +134,10 @@ def reason_of(error: BaseException) -> str:
 
 def open_regular(path, wanted: str):
     """(open binary file, size in bytes). Refused: missing, a folder, a pipe or device, a URL, unreadable, empty."""
+    if isinstance(path, Held):
+        if not path.content:
+            raise Refused(f"0 bytes, wanted {wanted}", "is it read to its end already?")
+        return io.BytesIO(path.content), len(path.content)
     if not isinstance(path, (str, bytes, os.PathLike)):
         raise Refused(f"is a {type(path).__name__}, wanted the path of {wanted}", "give it as text")
     name = os.fsdecode(path)

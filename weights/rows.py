@@ -118,6 +118,16 @@ def median(values):
     return statistics.median(values) if values else None
 
 
+def per_question(rows: list) -> dict | None:
+    """Of clips that are asked several questions, medians in ms: "open", to read, encode and prefill a clip; "first", to
+    the first id of its first question, files on disk; "further", to that of a further one. None: no clip is."""
+    asked = [(row.get("open_ms"), (row["modes"].get("target_only") or next(iter(row["modes"].values())))["ttft_ms"])
+             for row in rows if row.get("several") and row["modes"]]
+    opened = [(open_ms, open_ms + ttft) for open_ms, ttft in asked if open_ms is not None]
+    return {"open": median([open_ms for open_ms, _ in opened]), "first": median([first for _, first in opened]),
+            "further": median([ttft for open_ms, ttft in asked if open_ms is None])} if asked else None
+
+
 def forwards(ids: list[int], accepted: int, rounds: int) -> int:
     """The target's forwards behind its prefill: its rounds, and a step for each id that they did not make."""
     return rounds + max(0, len(ids) - 1 - accepted - rounds)

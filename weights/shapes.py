@@ -114,11 +114,12 @@ def memory_needs(side: str, config: dict, itemsize: int, rows: int, gpu: bool, k
     weights that exist in packed form alone.
 
     scratch: fixed buffers, and the larger of what encode and prefill hold at once, as counted in their code: units of
-    a row's width, of the longest prompt (its pictures and 64 rows of text). Names of widths as everywhere: D, F, ...
+    a row's width, of the longest prompt (its pictures and 64 rows of text, 256 on a GPU, which prepares for as many).
+    Names of widths as everywhere: D, F, ...
     """
     d, vision, b, wanted = text_config(config), VisionConfig.read(config["vision_config"]), itemsize, plan(config)
     R, T, A = frames_of(config, vision) if side == "target" else 5, vision.P + 1, visual_rows(side, config)
-    S, HK = min(A + 64, rows), d.H * d.K
+    S, HK = min(A + (256 if gpu else 64), rows), d.H * d.K
     pixels = R * 3 * vision.image ** 2 * 4
     F1 = max((t.shape[0] for t in wanted.wanted if t.name.endswith(".fc1.w")), default=0)
     encode = R * T * b * max(7 * vision.C + (2 if gpu else 3) * F1, vision.C + 2 * d.D)

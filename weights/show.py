@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+import textwrap
 
 from weights import replace_file
 
@@ -17,10 +18,35 @@ COLOURS = {"load": "#9aa5b1", "preprocess": "#c3cad2", "encode": "#6aa9d8", "pre
 ROWS = ("host", "drafter", "target")
 MARKS = {"accepted": ("\x01", "\x02"), "rejected": ("\x03", "\x04"), "own": ("", "")}
 PLAIN = {1: "[", 2: "]", 3: "~", 4: "~"}                     # what stands for the marks in a pipe, and on a terminal
+WIDTH = 100                                                  # of the screen
 PAINT = {1: "\x1b[32m", 2: "\x1b[0m", 3: "\x1b[31m", 4: "\x1b[0m"}
 
 
 # ---- in words --------------------------------------------------------------------------------------------------
+
+
+def fmt(value, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def shown(of: dict | None, form: str = ".2f") -> str:
+    """An estimate, with its interval if it has one."""
+    return "-" if not of else f"{of['p50']:{form}}" + (
+        "" if of["low"] is None else f" [{of['low']:{form}}, {of['high']:{form}}]")
+
+
+def columns(rows: list[list[str]]) -> list[str]:
+    """Rows of cells as lines: the first column to the left, the last as it is, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:-1], widths[1:], strict=True)),
+                       row[-1]]).rstrip() for row in rows]
+
+
+def block(name: str, text: str, most: int) -> list[str]:
+    """Text under a name, on at most so many lines of the screen."""
+    text = "".join(c if c.isprintable() or c in "\x01\x02\x03\x04" else " " for c in text)
+    return textwrap.wrap(text, WIDTH, initial_indent=f"{name:10}", subsequent_indent=" " * 10, max_lines=most,
+                         placeholder=" ..", break_on_hyphens=False) or [name]
 
 
 def colourful() -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from weights.files import InputError, read_json, reason_of, refusal
+from weights.files import InputError, brief, insist_number, insist_whole, read_json, reason_of, refusal
 
 # EventGPT's prompt begins with it.
 DRAFTER_SYSTEM = ("A chat between a curious human and an artificial intelligence assistant. "
@@ -81,37 +81,65 @@ class Text:
 
 class TextStream:
     """Grows a text id by id: what `push` returned, joined, is `Text.decode` of all ids. An unfinished character waits
-    for its last byte, and for the id after it."""
+    for its last byte, and for the id after it.
 
-    def __init__(self, text: Text):
-        self.text, self.ids, self.out = text, [], ""
+    stops: the text ends before the one of these that is complete first, however the ids come in; what may still become
+    one waits. `ids` are the fewest that hold all of the text shown, so the last one may reach beyond it; without stops,
+    and at an end that none of them brought about, they are all."""
+
+    def __init__(self, text: Text, stops: tuple[str, ...] = ()):
+        self.text, self.stops, self.given, self.out, self.stopped = text, stops, [], "", False
+        self.ids = [] if stops else self.given
 
     def push(self, ids: list[int], end: bool = False) -> str:
-        """What the ids add to the text. end: nothing will follow."""
-        self.ids += ids
-        whole = self.text.decode(self.ids if end else self.ids[:self.text.settled(self.ids)])
-        delta = whole[len(self.out):]
-        self.out += delta
-        return delta
+        """What the ids add to the text; nothing once it has ended. end: nothing will follow."""
+        if self.stopped:
+            return ""
+        self.given += ids
+        whole, before = self._whole(len(self.given), end), len(self.out)
+        found = [(at + len(of), at) for of in self.stops if (at := whole.find(of, before)) >= 0]
+        self.stopped = bool(found)
+        if found:
+            whole = whole[:min(found)[1]]
+        elif not end:
+            waits = [n for of in self.stops for n in range(1, len(of)) if whole.endswith(of[:n])]
+            whole = whole[:max(before, len(whole) - max(waits, default=0))]
+        self.out = whole
+        if self.stops:
+            count = len(self.given) if end and not found else len(self.ids)
+            while count < len(self.given) and len(self._whole(count, False)) < len(whole):
+                count += 1
+            self.ids = self.given[:count]
+        return whole[before:]
+
+    def _whole(self, count: int, end: bool) -> str:
+        ids = self.given[:count]
+        return self.text.decode(ids if end else ids[:self.text.settled(ids)])
+
+
+def check_stop(stop) -> tuple[str, ...]:
+    """The strings that end an answer; InputError unless it is one, or several."""
+    stops = (stop,) if isinstance(stop, str) else stop if stop is not None else ()
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(of, str) and 0 < len(of) <= 1000 for of in stops):
+        raise InputError(f"stop: wanted a string of 1 to 1000 characters, or a list of some, got {brief(repr(stop))}; "
+                         f"change it")
+    return tuple(stops)
 
 
 def check_question(question) -> str:
     if not isinstance(question, str):
-        raise InputError(f"question: wanted text, got {type(question).__name__}; pass a str")
+        raise InputError(f"query: wanted the question as text, got {type(question).__name__}; pass a str")
     try:
         question.encode("utf-8")
     except UnicodeEncodeError:
-        raise InputError("question: holds half a surrogate pair, not valid text; decode it as UTF-8 first") from None
+        raise InputError("query: half a surrogate pair, not valid text; decode it as UTF-8 first") from None
     if len(question) > 100_000:
-        raise InputError(f"question: {len(question)} characters, at most 100000; shorten it")
+        raise InputError(f"query: the question has {len(question)} characters, at most 100000; shorten it")
     return question
 
 
-def check_sampling(temperature, top_p, seed, names=("temperature", "top_p", "seed")) -> None:
-    """InputError unless temperature is 0..100, top_p above 0 and up to 1, and seed a whole number 0..2**63 - 1."""
-    for name, value, kinds, fits, wanted in (
-            (names[0], temperature, (int, float), lambda x: 0 <= x <= 100, "a number 0..100"),
-            (names[1], top_p, (int, float), lambda x: 0 < x <= 1, "a number above 0 and up to 1"),
-            (names[2], seed, int, lambda x: 0 <= x < 2 ** 63, "a whole number 0..2**63 - 1")):
-        if not isinstance(value, kinds) or isinstance(value, bool) or not fits(value):
-            raise InputError(f"{name}: wanted {wanted}, got {value!r}; change it")
+def check_sampling(temperature, top_p, seed, names=("temperature", "top_p", "seed")) -> tuple[float, float, int]:
+    """The three as plain numbers. InputError unless temperature is 0..100, top_p above 0 and up to 1, and seed a whole
+    number 0..2**63 - 1."""
+    return (insist_number(names[0], temperature, 0, 100), insist_number(names[1], top_p, 0, 1, above=True),
+            insist_whole(names[2], seed, 0, 2 ** 63 - 1))

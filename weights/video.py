@@ -1,7 +1,7 @@
 """video: clips and pictures as frames, [H, W, 3] uint8 tensors.
 
     frames = read_video("clip.mp4", num_frames=8)  # list of [H, W, 3] uint8
-    frames = read_images(["a.png", "b.png"])       # the same
+    frame = read_image("a.png")                    # one of them
 
 Whatever is wrong with a file ends in InputError: one line with the path, what was wanted, what came, what to try.
 `python -m weights.video FILE` says what a file holds."""
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from kernels.frames import cores, pinned, pool
-from weights.files import InputError, Refused, looks_like, naming, open_regular, reason_of, refusal
+from weights.files import Held, InputError, Refused, looks_like, naming, open_regular, reason_of, refusal
 
 MAX_IMAGE_PIXELS = 50_000_000
 MAX_VIDEO_PIXELS = 4096 * 4096       # of one frame
@@ -44,15 +44,10 @@ IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, MemoryError, Arithme
                 Image.DecompressionBombWarning)
 
 
-def read_images(paths):
-    """List of [H, W, 3] uint8, one per PNG or JPEG, converted to RGB as upstream does: `Image.convert("RGB")`.
+def read_image(path):
+    """[H, W, 3] uint8 of one PNG or JPEG, converted to RGB as upstream does: `Image.convert("RGB")`.
 
     That means: alpha is dropped, palettes are looked up, EXIF rotation is not applied. Raises InputError."""
-    return [read_image(path) for path in paths]
-
-
-def read_image(path):
-    """[H, W, 3] uint8 of one PNG or JPEG; see `read_images`."""
     try:
         with naming(path):
             file, _ = open_regular(path, "a PNG or JPEG")
@@ -216,17 +211,18 @@ def open_video(path, decoders="all"):
     decoders: "none" keeps FFmpeg from decoding the first pictures when it opens the file, 0.9 in place of 9.0 ms for a
     clip of 640 x 480 beside an H100; what it would learn from them, such as the order of H.264 pictures, then stays
     unknown unless the headers say it."""
-    file, size = open_regular(path, "a video file")
-    with file:
-        head = file.read(256)
-        if announced_samples(file, 0, size) > MAX_SAMPLES:
+    opened, size = open_regular(path, "a video file")
+    with opened:
+        head = opened.read(256)
+        if announced_samples(opened, 0, size) > MAX_SAMPLES:
             raise Refused(f"its tables announce more than {MAX_SAMPLES} samples", "damaged, or cut it shorter")
     try:
         # Absolute: nothing in a relative name then reads as a protocol.
+        file = open_regular(path, "")[0] if isinstance(path, Held) else os.path.abspath(os.fsdecode(path))
         options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
         if decoders == "none":
             options["codec_whitelist"] = "none"
-        container = av.open(os.path.abspath(os.fsdecode(path)), metadata_errors="ignore", options=options)
+        container = av.open(file, metadata_errors="ignore", options=options)
     except VIDEO_ERRORS as error:
         if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide") or \
                 head.startswith((b"\x1aE\xdf\xa3", b"RIFF")):

@@ -1,0 +1,320 @@
+"""One clip, many questions: an answer is what a fresh clip gives, whatever was asked before, in any mode."""
+
+import gc
+import random
+
+import pytest
+import torch
+from common import QUESTIONS, TINY, asked, truth
+from safetensors.torch import load_file
+from test_models import model as golden
+from test_models import split
+
+import engine
+from engine import Fixed, InputError, Prompt
+from kernels.round import State
+from weights.drafting import NonFinite
+
+GOLDEN = TINY.parents[1] / "tests" / "golden" / "video_llava_tiny"
+SHORT = dict(max_new_tokens=12)      # ids of an answer
+
+
+def files(i, **options):
+    """Arguments of `Engine.open` for the embedded clip i."""
+    given = asked(i, **options)
+    del given["query"]
+    return given
+
+
+@pytest.fixture(scope="module")
+def own():
+    """The embedded pair with its target's 4-bit copy; these tests leave no clip open."""
+    return engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", dtype="fp32", gate=False,
+                              self_draft=True)
+
+
+@pytest.fixture
+def e(own, read_once, monkeypatch):
+    monkeypatch.setattr("weights.given.read_video", read_once)
+    monkeypatch.setattr(own, "lookup", engine.Lookup())
+    yield own
+    assert own.clip is None
+
+
+def behind(model, clip):
+    """Key rows of the last question's prompt and answer."""
+    held = clip.sides[model.side]
+    return model.decoder.k_cache_LNMK[:, :, held:model.prompt_rows + 10].clone()
+
+
+def test_an_answer_is_the_same_after_0_1_and_9_earlier_questions(e):
+    """To the bit: the keys behind the clip are equal. And it is what `generate` gives."""
+    expected = truth(e, 3, 1)[:12]
+    with e.open(**files(3, **SHORT)) as clip:
+        first = clip.generate(QUESTIONS[1], mode="target_only")
+        rows = behind(e.target, clip)
+    assert first.output_ids == expected and first.prompt_rows == {"target": 304 + 26}
+    order = random.Random(0)
+    with e.open(**files(3, **SHORT)) as clip:
+        kept = e.target.decoder.k_cache_LNMK[:, :, :304].clone()
+        for earlier in (1, 9):
+            for _ in range(earlier):
+                q, temperature = order.choice([*QUESTIONS, "why " * order.randint(1, 30)]), order.choice([0.0, 2.0])
+                clip.generate(q, mode=order.choice(engine.MODES), temperature=temperature,
+                              max_new_tokens=order.randint(1, 6))
+            again = clip.generate(QUESTIONS[1], mode="target_only")
+            assert again.output_ids == first.output_ids and torch.equal(behind(e.target, clip), rows)
+        assert torch.equal(e.target.decoder.k_cache_LNMK[:, :, :304], kept)
+
+
+SOURCES = [None, "lookup", "drafter", "self", ["lookup", "self"], "fixed"]
+
+
+@pytest.mark.parametrize("sampling", [{}, dict(temperature=3.0, top_p=0.9, seed=5)], ids=["greedy", "sampled"])
+def test_every_mode_and_source_gives_target_only_of_the_same_clip(e, sampling):
+    order = random.Random(1)
+    with e.open(**files(0, **SHORT)) as clip:
+        alone = {q: clip.generate(q, mode="target_only", **sampling).output_ids for q in QUESTIONS[:2]}
+        tries = [("speculative", source) for source in SOURCES]
+        tries += [("prefill_then_verify", None), ("prefill_only", None)]
+        order.shuffle(tries)
+        drafted = 0
+        for mode, source in tries:
+            q = order.choice(QUESTIONS[:2])
+            source = Fixed([*alone[q][:5], 3, 3]) if source == "fixed" else source
+            result = clip.generate(q, mode=mode, draft_source=source, **sampling)
+            assert result.output_ids == alone[q] and result.drafter_error is None, (mode, source)
+            drafted += result.accepted_tokens
+        assert drafted > 10
+    if not sampling:
+        assert list(alone.values()) == [truth(e, 0, q)[:12] for q in (0, 1)]
+
+
+def test_a_drafter_on_its_own_device_has_its_own_clip(e, monkeypatch):
+    expected = [truth(e, 1, q)[:20] for q in (0, 1)]
+    monkeypatch.setattr(e, "apart", True)
+    with e.open(**files(1, max_new_tokens=20)) as clip:
+        for q in (1, 0, 1):
+            result = clip.generate(QUESTIONS[q], draft_source="drafter")
+            assert result.output_ids == expected[q] and result.drafter_error is None and result.draft_log
+            assert set(result.stages["drafter"]) == {"prefill", "draft"}
+
+
+@pytest.mark.parametrize("mode, sampling", [("speculative", {}), ("target_only", dict(temperature=2.0, seed=3))])
+def test_a_chat_of_three_turns_equals_one_built_at_once(e, mode, sampling):
+    turns = [*QUESTIONS[:2], QUESTIONS[0]]
+    with e.open(**files(2, mode=mode, **SHORT, **sampling)) as clip:
+        step_by_step = [clip.chat(q) for q in turns[:2]]
+        clip.generate(QUESTIONS[2])                          # what is asked between the turns is no part of them
+        step_by_step.append(clip.chat(turns[2]))
+        known = clip.turns
+        assert known == [(q, r.output_ids) for q, r in zip(turns, step_by_step, strict=True)]
+        del clip.turns[-1]                                   # one turn taken back, and asked again
+        assert clip.chat(turns[2]).output_ids == step_by_step[2].output_ids
+    with e.open(**files(2, mode=mode, **SHORT, **sampling)) as fresh:
+        for n in (2, 1):
+            fresh.turns = known[:n]
+            at_once = fresh.chat(turns[n])
+            assert at_once.output_ids == step_by_step[n].output_ids
+            assert at_once.prompt_rows == step_by_step[n].prompt_rows
+
+
+def test_a_turn_runs_only_the_rows_that_are_not_there(e, monkeypatch):
+    sent, ask = [], e.target.ask
+    monkeypatch.setattr(e.target, "ask", lambda ids, limit, stops, known: sent.append((len(ids), known)) or ask(
+        ids, limit, stops, known))
+    with e.open(**files(2, mode="target_only", ignore_eos=True, **SHORT)) as clip:
+        clip.chat(QUESTIONS[0])
+        clip.chat(QUESTIONS[1])
+        clip.generate(QUESTIONS[1])
+    turn, asks = len(e.target.prompt(QUESTIONS[0]).after), len(e.target.prompt(QUESTIONS[1]).after)
+    assert sent[0] == (turn, 0) and sent[1][1] == turn + 11 and sent[2] == (asks, 0)     # its last id has no row yet
+
+
+def test_turns_stand_in_the_template_of_both_models(e):
+    """`USER: .. ASSISTANT: ..</s>USER: ..`; the visual rows are spliced in before the first question."""
+    said = e.target.text.ids("A red car.")
+    for model, opening in ((e.target, ""), (e.drafter, "<ev_end>")):
+        for answer in (said, [*said, 2]):                    # cut by the limit, ended by itself
+            prompt = model.talk("Where?", [("What?", answer), ("Who?", answer)])
+            text = model.text.head.decode(prompt.after, skip_special_tokens=False)
+            assert text.strip() == (f"{opening}\nWhat? ASSISTANT: A red car.</s>USER: Who? ASSISTANT: A red car.</s>"
+                                    f"USER: Where? ASSISTANT:").strip()
+        assert model.talk("What?") == model.prompt("What?") and prompt.before == model.prompt("What?").before
+
+
+@torch.inference_mode()
+def test_two_turns_equal_transformers():
+    """Recorded with transformers: a clip, a question, its answer of 12 ids, </s>, and a question more."""
+    m, want = golden(engine.Target, GOLDEN / "gqa", cache_rows=192), load_file(GOLDEN / "two_turns.safetensors")
+    given = load_file(GOLDEN / "inputs.safetensors")
+    prompt, ids = split(given["input_ids"], 381), want["input_ids"][0].tolist()
+    after = ids[ids.index(381) + 40:]
+    m.prefill(m.splice(Prompt(prompt.before, []), m.encode(given["pixel_values_videos"][0])), 1, (), prompt.before[-1])
+    m.held = m.prompt_rows
+
+    def answer(text, count, known=0):
+        m.ask(text, count, (), known)
+        for _ in range(count - 1):
+            m.round()
+        return State(m.state_W.tolist()).ids
+
+    first = answer(prompt.after, 12)
+    assert first == after[len(prompt.after):len(prompt.after) + 12] and after[:len(prompt.after)] == prompt.after
+    assert after[len(prompt.after) + 12] == 2
+    for known in (len(prompt.after) + 11, 0, len(after) - 1):
+        assert answer(after, 24, known) == want["greedy_tokens"][0].tolist()
+        assert answer(prompt.after, 12) == first
+        m.ask(after, 2, (), 0)                               # the rows that the next one takes as known
+
+
+@torch.inference_mode()
+def test_what_a_capture_runs_lies_behind_the_rows_of_the_clip(e):
+    """A graph may be captured while a clip is open, for a mode that was not asked before."""
+    with e.open(**files(0, **SHORT)) as clip:
+        first = clip.generate(QUESTIONS[0], mode="speculative", draft_source=["drafter", "self"])
+        for model in e.models:
+            held, kinds = clip.sides[model.side], set()
+            kept = model.decoder.k_cache_LNMK[:, :, :held].clone()
+            for (kind, *_), graph in list(model.step_graphs.items()):
+                if kind not in ("encode", "prefill"):        # no question of a clip needs these
+                    model.rest()
+                    graph.fn()
+                    kinds.add(kind)
+            assert torch.equal(model.decoder.k_cache_LNMK[:, :, :held], kept)
+            assert kinds == {"ask", "round"} | ({"draft"} if model is e.target else {"resume"})
+        assert clip.generate(QUESTIONS[0]).output_ids == first.output_ids
+
+
+def test_questions_of_a_length_share_a_prefill_that_is_there_from_loading_on():
+    """On a GPU: no capture for a new length, and none of a length that is rare."""
+    class OnGpu(engine.Model):
+        def __init__(self):
+            self.on_gpu, self.graphs, self.made = True, False, []
+            self.decoder = type("Cache", (), {"cache_rows": 2500})()
+
+        def graph(self, name, size):
+            self.made.append(size)
+
+    m = OnGpu()
+    for question in (1, 25, 32, 33, 64, 65, 256):
+        m.prefill_graph(2061 + question, question)
+    assert m.made == [2096, 2096, 2096, 2128, 2128, 2192, 2320]          # 2061 + 32, 64, 128, 256, in sixteens
+    assert m.prefill_graph(2061 + 257, 257).graph is None and len(m.made) == 7
+    m.prefill_graph(2061, 0)                                 # up to the visual rows, for a clip
+    m.prefill_graph(2490, 40)                                # no more rows than the cache has
+    assert m.made[7:] == [2096, 2500]
+
+
+def test_loading_prepares_both_modes_with_progress_and_learns_nothing(e, monkeypatch):
+    told, answered = [], e._answer
+    asked_for = []
+    monkeypatch.setattr(e, "_answer", lambda query, media, asking: asked_for.append(asking.mode) or answered(
+        query, media, asking))
+    gate = e.gate = engine.Gate()
+    try:
+        e.prepare(lambda *of: told.append(of))
+        assert e.gate is gate and not gate.times and not gate.tries and not e.lookup.learnt and not e.learners
+    finally:
+        e.gate = None
+    assert asked_for == ["target_only", "speculative"]
+    assert told == [("preparation", i + 1, len(told)) for i in range(len(told))] and len(told) == 4
+
+
+# ---- what cannot be done is said in one line, and the next question is answered
+
+
+def refused(call, *words):
+    with pytest.raises(InputError) as error:
+        call()
+    line = str(error.value)
+    assert "\n" not in line and all(word in line for word in words), line
+
+
+def test_an_open_clip_keeps_the_caches_until_it_is_closed(e):
+    expected = truth(e, 0), truth(e, 1)[:12]
+    clip = e.open(**files(0, **SHORT))
+    ids = clip.generate(QUESTIONS[0]).output_ids
+    refused(lambda: e.generate(**asked(0)), "open clip", "close it first")
+    refused(lambda: e.open(**files(1)), "open clip", "close it first")
+    assert clip.generate(QUESTIONS[0]).output_ids == ids
+    stream = clip.stream(QUESTIONS[0])
+    next(stream)
+    refused(lambda: clip.generate(QUESTIONS[0]), "stream of this thread")
+    stream.close()
+    assert clip.generate(QUESTIONS[0]).output_ids == ids and clip.turns == []
+    clip.close()
+    clip.close()
+    refused(lambda: clip.generate(QUESTIONS[0]), "closed", "open it again")
+    with e.open(**files(1, **SHORT)) as other:
+        refused(lambda: clip.generate(QUESTIONS[0]), "closed")
+        assert other.generate(QUESTIONS[0]).output_ids == expected[1]
+    left = e.open(**files(0))                                # nobody holds it any more
+    del left
+    gc.collect()
+    assert e.generate(mode="target_only", **asked(0)).output_ids == expected[0]
+
+
+def test_bad_questions_cost_nothing(e):
+    with e.open(video_path=files(0)["video_path"], mode="target_only", max_new_tokens=12) as clip:
+        ids = clip.chat(QUESTIONS[0]).output_ids
+        for options, words in ((dict(query=7), ["question"]), (dict(query="why " * 4000), ["cache holds", "shorten"]),
+                               (dict(query="?", max_new_tokens=4000), ["cache holds", "begin a new chat"]),
+                               (dict(query="?", mode="guess"), ["mode"]), (dict(query="?", seed=-1), ["seed"]),
+                               (dict(query="?", mode="drafter_only"), ["drafter does not see"]),
+                               (dict(query="?", mode="speculative", draft_source="drafter"), ["drafter does not see"])):
+            refused(lambda options=options: clip.chat(**options), *words)
+        assert clip.turns == [(QUESTIONS[0], ids)]
+        assert clip.generate(QUESTIONS[0], mode="speculative").output_ids == ids     # what there is drafts: no drafter
+    refused(lambda: e.open(event_path=files(0)["event_path"]), "video: wanted one")
+    refused(lambda: e.open(video_path=__file__, mode="target_only"), "test_clip.py")
+    assert truth(e, 0)[:12] == ids
+
+
+def test_a_clip_belongs_to_its_engine(e, loaded_pair):
+    expected = truth(e, 0, 1)[:12], truth(loaded_pair, 1, 1)[:12]
+    with e.open(**files(0, **SHORT)) as clip, loaded_pair.open(**files(1, **SHORT)) as other:
+        for _ in range(2):
+            assert clip.generate(QUESTIONS[1]).output_ids == expected[0]
+            assert other.generate(QUESTIONS[1]).output_ids == expected[1]
+        assert clip.engine is e and e.clip is clip and loaded_pair.clip is other
+
+
+def test_a_drafter_that_fails_at_a_clip_costs_its_drafts_alone(e, monkeypatch):
+    def broken(*_):
+        raise NonFinite("the events are too bright")
+
+    expected = truth(e, 0)[:12]
+    with monkeypatch.context() as patch:
+        patch.setattr(e.drafter, "encode", broken)
+        clip = e.open(draft_source=["drafter", "lookup"], **files(0, **SHORT))
+    with clip:
+        result = clip.generate(QUESTIONS[0])
+        assert result.output_ids == expected and "too bright" in result.drafter_error
+        refused(lambda: clip.generate(QUESTIONS[0], mode="drafter_only"), "drafter does not see")
+
+
+def test_nan_in_a_question_is_named_and_the_next_is_answered(e, monkeypatch):
+    with e.open(**files(0, mode="target_only", **SHORT)) as clip:
+        clip.chat(QUESTIONS[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(e.target.decoder, "embed_VD", torch.full_like(e.target.decoder.embed_VD, float("nan")))
+            refused(lambda: clip.chat(QUESTIONS[1]), "NaN")
+        for cache in (e.target.decoder.k_cache_LNMK, e.target.decoder.v_cache_LNMK):
+            assert cache.isfinite().all()                    # what it left behind would reach into the next question
+        turn = clip.chat(QUESTIONS[1])
+        assert len(clip.turns) == 2
+    with e.open(**files(0, mode="target_only", **SHORT)) as clip:
+        clip.chat(QUESTIONS[0])
+        assert clip.chat(QUESTIONS[1]).output_ids == turn.output_ids
+
+
+def test_an_answer_of_a_clip_can_be_explained(e):
+    guess = truth(e, 0)[:6]
+    with e.open(**files(0, **SHORT)) as clip:
+        result = clip.generate(QUESTIONS[0], draft_source=Fixed(guess))
+        for of in (result, clip.generate(QUESTIONS[0], mode="target_only")):
+            verdicts = engine.explain(e.target, of)
+            assert [i for v in verdicts for i in v.ids] == of.output_ids
+            assert min(m for v in verdicts for m in v.margins) > 0
+        assert clip.generate(QUESTIONS[0]).output_ids == result.output_ids

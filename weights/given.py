@@ -1,0 +1,417 @@
+"""given: events, frames and clips as a caller has them, in memory or as paths.
+
+    media = events_given({"x": x, "y": y, "t": t, "p": p})        # media.read() gives Events
+    media = video_given(frames, num_frames=8)                     # media.read() gives eight frames [H, W, 3] uint8
+
+An array is anything with `__array_interface__`, the buffer protocol, DLPack, `__cuda_array_interface__` or `__array__`:
+numpy, torch, CuPy, Numba, JAX, array.array. numpy itself is never imported. What lies on a GPU stays there. Arrays are
+checked and copied at once, so that the caller may write over them; of files only the presence is checked, they are
+read later. Whatever is wrong ends in InputError: one line with the argument or path, what was wanted, what came, what
+to try."""
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from kernels.frames import quiet_copy
+from weights.events import MAX_CANVAS, TORCH_TYPES, Events, events_of, plain_type, read_events, short_shape
+from weights.files import Held, InputError, Refused, brief, insist_file, naming, reason_of
+from weights.video import (
+    IMAGE_ERRORS,
+    MAX_IMAGE_PIXELS,
+    MAX_VIDEO_PIXELS,
+    VIDEO_RULES,
+    check_size,
+    one_size,
+    read_image,
+    read_video,
+    sample_indices,
+)
+
+MAX_CONTENT = 1 << 30                # bytes of a file object
+PICTURES = (".png", ".jpg", ".jpeg")
+PATHS = (str, os.PathLike)           # a Held is one
+CONTENTS = (bytes, bytearray)
+TYPES = {**TORCH_TYPES, "u8": torch.uint64, "f2": torch.float16, "f4": torch.float32, "f8": torch.float64,
+         "b1": torch.bool}
+LETTERS = {"?": "b", **dict.fromkeys("bhilqn", "i"), **dict.fromkeys("BHILQN", "u"), **dict.fromkeys("efd", "f")}
+UNITS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}     # microseconds
+
+
+class Shown(NamedTuple):
+    """What one model is shown."""
+    name: Any                        # what messages call it: a path, or an argument
+    read: Callable                   # (called when decoding begins, or nothing) -> frames [H, W, 3] uint8, or Events
+    size: int = 0                    # bytes of the file; 0 where there is none
+    pictures: int | None = None      # how many there are; None: a recording, or a clip
+
+
+# ---- arrays ----------------------------------------------------------------------------------------------------------
+
+def tensor_of(value) -> torch.Tensor:
+    """A dense tensor on the CPU or a GPU over the memory of any array, or a copy where its layout asks for one. Of a
+    structured array uint8 [.., bytes of a record]. Refused if the value is no array."""
+    found, kind = value, type(value).__name__
+    try:
+        if isinstance(value, torch.Tensor):
+            found = value.detach()
+        elif isinstance(value, (list, tuple)):
+            found = torch.tensor(value, dtype=None if value else torch.int64)
+        elif isinstance(getattr(value, "__array_interface__", None), dict):
+            found = strided(value, value.__array_interface__)
+        elif any(step < 0 for step in getattr(value, "strides", None) or ()):
+            raise Refused("runs backwards", "pass a contiguous copy")        # torch aborts the process over such a one
+        elif hasattr(value, "__dlpack__"):
+            found = torch.from_dlpack(value)
+        elif isinstance(getattr(value, "__cuda_array_interface__", None), dict):
+            torch.cuda.synchronize()                         # whoever wrote it
+            found = strided(value, value.__cuda_array_interface__, gpu=True).clone()     # it may be gone sooner
+        elif callable(getattr(value, "__array__", None)):    # a pandas Series, an h5py Dataset
+            found = strided(made := value.__array__(), made.__array_interface__)
+        else:
+            found = from_buffer(memoryview(value))
+    except (TypeError, ValueError, BufferError, RuntimeError, OverflowError, AttributeError) as error:
+        what = "holds more than numbers" if isinstance(value, (list, tuple)) else "is no array of numbers"
+        raise Refused(f"is a {kind}, which {what} ({reason_of(error)})", "pass a tensor, a numpy array, or anything "
+                      "with the buffer protocol or DLPack") from None
+    if found.layout != torch.strided or found.is_quantized or found.device.type not in ("cpu", "cuda"):
+        raise Refused(f"is a tensor of layout {found.layout} on {found.device}", "pass a dense one on cpu or cuda")
+    return found
+
+
+def from_buffer(view: memoryview) -> torch.Tensor:
+    letter = view.format.lstrip("@=<>!")
+    raw = torch.frombuffer(bytearray(view.tobytes() or b"\0"), dtype=torch.uint8)[:view.nbytes]
+    return typed(raw.view(*view.shape, view.itemsize), f"{LETTERS.get(letter, letter)}{view.itemsize}", view.format[0])
+
+
+def strided(owner, interface: dict, gpu: bool = False) -> torch.Tensor:
+    """A tensor over what an array interface describes, whose owner lives as long, unless it lies on a GPU; steps may be
+    negative and bytes swapped."""
+    order, kind = plain_type(interface["typestr"])
+    data, shape, item = interface.get("data"), interface["shape"], int(interface["typestr"][2:])
+    if interface["typestr"][1] == "V" and len(interface.get("descr", ())) > 1:
+        kind = "record"
+    steps, step = [], item
+    for length in reversed(shape):
+        steps.insert(0, step)
+        step *= length
+    steps = interface.get("strides") or steps
+    if 0 in shape:
+        raw = torch.empty((*shape, item), dtype=torch.uint8)
+    elif isinstance(data, (*CONTENTS, memoryview)):
+        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(*shape, item)
+    else:
+        ends = [step * (length - 1) for step, length in zip(steps, shape, strict=True)]
+        begin, span = data[0] + sum(min(0, end) for end in ends), sum(map(abs, ends)) + item
+        if gpu:
+            device = torch.device("cuda", torch.cuda.current_device())
+            memory = torch._C._construct_storage_from_data_pointer(begin, device, span)
+            raw = torch.empty(0, dtype=torch.uint8, device=device).set_(memory)
+        else:
+            held = (ctypes.c_uint8 * span).from_address(begin)
+            held.owner = owner                               # type: ignore
+            raw = torch.frombuffer(held, dtype=torch.uint8)
+        raw = raw.as_strided((*shape, item), (*map(abs, steps), 1))
+        backwards = [axis for axis, step in enumerate(steps) if step < 0]
+        raw = raw.flip(backwards) if backwards else raw
+    return typed(raw, kind, order)
+
+
+def typed(raw: torch.Tensor, kind: str, order: str) -> torch.Tensor:
+    """Bytes [.., size of an item] as numbers [..]; those of records stay bytes."""
+    if kind == "record":
+        return raw
+    if kind not in TYPES:
+        raise TypeError(f"its items are of type {brief(kind, 20)}")
+    item = raw.shape[-1]
+    if item == 1:
+        return raw.squeeze(-1).view(TYPES[kind])
+    flat = (raw.flip(-1) if order in (">", "!") else raw).contiguous().view(-1)
+    if flat.storage_offset() % item or flat.data_ptr() % item:               # a field of a record may begin anywhere
+        flat = flat.clone()
+    return flat.view(TYPES[kind]).view(raw.shape[:-1])
+
+
+def own(tensor: torch.Tensor, pin: bool = False) -> torch.Tensor:
+    """A contiguous copy; in page-locked memory if a GPU will fetch it."""
+    if tensor.is_cuda:
+        copied = tensor.clone(memory_format=torch.contiguous_format)
+        torch.cuda.current_stream(tensor.device).synchronize()               # another stream will read it
+        return copied
+    return quiet_copy(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin))
+
+
+def shape_of(value) -> str:
+    return short_shape(tuple(value.shape))
+
+
+def dimensions(value) -> int:
+    return len(getattr(value, "shape", ()))
+
+
+# ---- events ----------------------------------------------------------------------------------------------------------
+
+class Column:
+    """One of x, y, t, p in memory, as `events_of` asks for it. unit: of times, one of UNITS; None: whole ones are
+    microseconds, others seconds."""
+
+    def __init__(self, values: torch.Tensor, unit: str | None = None):
+        self.values, self.unit = values, unit or ("s" if values.is_floating_point() else "us")
+
+    def length(self, key):
+        if self.values.ndim != 1 or self.values.is_complex():
+            raise Refused(f"{key} has type {self.values.dtype} and shape {shape_of(self.values)}, wanted one dimension "
+                          f"of numbers", "pass four flat arrays, or one [N, 4] with columns")
+        return len(self.values)
+
+    def integers(self, key):
+        """int64 [N] in memory of its own: whole numbers; times in microseconds, rounded."""
+        values, scale = self.values, UNITS[self.unit] if key == "t" else 1.0
+        if not values.is_floating_point():
+            whole = values.view(torch.int64) if values.dtype == torch.uint64 else values.long()
+            if values.dtype == torch.uint64 and whole.amin().item() < 0:
+                raise Refused(f"{key} holds values beyond 2^63", f"pass {key} as int64")
+            return own(whole * int(scale) if scale >= 1 else whole // int(1 / scale))
+        exact = values.double() * scale
+        for wrong, wanted in ((~(exact.abs() < 2.0 ** 53), "finite numbers"),
+                              (exact != exact.round() if key != "t" else None, "whole numbers")):
+            if wrong is not None and wrong.any():
+                at = int(wrong.int().argmax())
+                raise Refused(f"{key} is {values[at].item()} at event {at}, wanted {wanted}",
+                              "drop such events" if wanted == "finite numbers" else f"round {key}, or mend columns")
+        return exact.round().long()
+
+
+def columns_of(value, columns: str | None) -> dict:
+    """{name: array or tensor} of a mapping, four arrays, a structured array, or one array [N, 4]."""
+    if callable(getattr(value, "keys", None)):
+        return {str(name): value[name] for name in value.keys()}
+    if isinstance(value, (list, tuple)):
+        if len(value) != 4:
+            raise Refused(f"is a {type(value).__name__} of {len(value)}, wanted the four arrays x, y, t, p",
+                          "pass them in this order, or as a mapping")
+        return dict(zip(columns or "xytp", value, strict=True))
+    table, fields = tensor_of(value), getattr(getattr(value, "dtype", None), "names", None)
+    if fields:
+        found, begin = {}, 0
+        for name, spelling, *more in value.__array_interface__["descr"]:
+            order, kind = plain_type(spelling)
+            size = int(kind[1:] or 0) if kind != "unknown" else 0
+            if kind in TYPES and not more:
+                found[name] = typed(table[..., begin:begin + size], kind, order)
+            elif name in ("x", "y", "t", "p"):
+                raise Refused(f"its field {name} is no plain number", "pass x, y, t, p as a mapping")
+            elif name:
+                found[name] = None
+            begin += size
+        return found
+    if table.ndim != 2 or table.shape[1] != 4:
+        raise Refused(f"is one array of shape {shape_of(table)}, wanted [N, 4]" + ", so turned over"
+                      * (table.ndim == 2 and table.shape[0] == 4), "or pass x, y, t, p as a mapping")
+    if columns is None:
+        raise Refused("is one array [N, 4] that does not say what its columns are",
+                      "pass columns=\"xytp\", or \"txyp\" for time first")
+    return dict(zip(columns, table.unbind(1), strict=True))
+
+
+def events_in_memory(value, columns: str | None = None, time_unit: str | None = None, max_canvas=MAX_CANVAS) -> Events:
+    """Events of x, y, t, p in memory, copied; they stay on their device. columns: the order of an array [N, 4] or of
+    four arrays. time_unit: s, ms, us or ns; None: whole times are microseconds, others seconds."""
+    with naming("events"):
+        found = columns_of(value, columns)
+        if found.keys() >= {"x", "y", "t", "p"}:
+            for name in "xytp":
+                try:
+                    found[name] = Column(tensor_of(found[name]), time_unit)
+                except Refused as refused:
+                    raise Refused(f"{name} {refused.args[0]}", refused.args[1]) from None
+            if len({found[name].values.device for name in "xytp"}) > 1:
+                raise Refused("x, y, t, p lie on several devices", "bring them to one")
+        return events_of(found, max_canvas)
+
+
+def events_given(events=None, event_path=None, event_image_path=None, columns=None, time_unit=None) -> Shown:
+    """What the drafter is shown. events: a path, a file's content or a file object, x, y, t, p in memory, or pictures
+    of events; the two others are paths."""
+    insist_one("recording, or pictures of events", events=events, event_path=event_path,
+               event_image_path=event_image_path)
+    if columns is not None and (type(columns) is not str or sorted(columns) != sorted("xytp")):
+        raise InputError(f"columns: wanted the letters x, y, t, p in their order, got {brief(repr(columns), 20)}; "
+                         f"write \"txyp\" for time first")
+    if time_unit is not None and (type(time_unit) is not str or time_unit not in UNITS):
+        raise InputError(f"time_unit: {brief(repr(time_unit), 20)} is not one of {', '.join(UNITS)}; pick from these")
+    argument, value = "events", events
+    if event_path is not None:
+        value = path_of("event_path", event_path, "events", "an .npy or .npz of events")
+    elif event_image_path is not None:
+        argument, value = "event_image_path", listed(event_image_path)
+        value = [path_of(argument, path, "events", "a PNG or JPEG") for path in value]
+    if event_image_path is not None or event_path is None and are_pictures(value):
+        kept = kept_pictures(argument, listed(value))
+        return Shown(name_of(kept[0], argument), lambda *_: read_kept(kept), pictures=len(kept))
+    if is_file(value):
+        file = file_of(argument, value, "an .npy or .npz of events")
+        return Shown(file, lambda *_: read_events(file), insist_file(file, "an .npy or .npz of events"))
+    made = events_in_memory(value, columns, time_unit)
+    return Shown(argument, lambda *_: made)
+
+
+def are_pictures(value) -> bool:
+    """Whether `events` are pictures: PIL's, paths of some, a list of paths, or arrays of three dimensions or four."""
+    several = isinstance(value, Sequence) and not is_file(value)
+    first = next(iter(value), None) if several else value
+    if is_file(first):
+        return several or isinstance(first, PATHS) and os.fspath(first).lower().endswith(PICTURES)
+    return isinstance(first, Image.Image) or dimensions(first) > (1 if several else 2)
+
+
+# ---- pictures and clips ----------------------------------------------------------------------------------------------
+
+def video_given(video=None, video_path=None, image=None, image_path=None, num_frames: int = 8, rule: str = "uniform",
+                for_gpu: bool = False) -> Shown:
+    """What the target is shown. video: a path, a file's content, a file object, or frames, of which `rule` takes
+    num_frames; image: one picture in its place; the two others are paths."""
+    if rule not in VIDEO_RULES:
+        raise InputError(f"frame_rule {brief(repr(rule))}: not one of {', '.join(VIDEO_RULES)}; pick one of these")
+    insist_one("video, or one image", video=video, video_path=video_path, image=image, image_path=image_path)
+    if image_path is not None:
+        image = path_of("image_path", image_path, "image", "an image")
+    if image is not None:
+        kept = kept_pictures("image", [image], for_gpu)
+        return Shown(name_of(kept[0], "image"), lambda *decoding: read_kept(kept, *decoding), file_size(kept[0]), 1)
+    if video_path is not None:
+        video = path_of("video_path", video_path, "video", "a video file")
+    if is_file(video):
+        file = file_of("video", video, "a video file")
+        return Shown(file, lambda *decoding: read_video(file, num_frames, rule, for_gpu, *decoding), file_size(file))
+    with naming("video"):
+        frames = frames_in(video)
+        chosen = sample_indices(len(frames), num_frames, rule)
+        several = sorted({*chosen})
+        kept = kept_pictures("video", [frames[i] for i in several], for_gpu, several, MAX_VIDEO_PIXELS)
+        one_size([of for of in kept if not is_file(of)])
+    places = [several.index(i) for i in chosen]
+
+    def read(*decoding):
+        with naming("video"):
+            found = one_size(read_kept(kept, *decoding))
+        return [found[place] for place in places]
+    return Shown("video", read)
+
+
+def frames_in(value):
+    """A sequence of frames: the list that was given, or one array by its first dimension."""
+    if isinstance(value, Image.Image) or dimensions(value) == 3:
+        raise Refused("is one picture, wanted frames", "pass it as image, or in a list")
+    if isinstance(value, Sequence) and not isinstance(value, memoryview):
+        if not value:
+            raise Refused("is an empty list, wanted frames", "pass at least one")
+        return value
+    frames = tensor_of(value)
+    if frames.ndim != 4 or not len(frames):
+        raise Refused(f"is an array of shape {shape_of(frames)}, wanted frames [R, H, W, 3] or [R, 3, H, W]",
+                      "bring it to this shape")
+    return frames
+
+
+def kept_pictures(argument: str, values, pin=False, numbers=None, max_pixels=MAX_IMAGE_PIXELS) -> list:
+    """Each one a path, which `read_kept` reads, or a copy, uint8 [H, W, 3]."""
+    kept = []
+    for number, value in zip(numbers or range(len(values)), values, strict=True):
+        if is_file(value):
+            kept.append(file_of(argument, value, "a PNG or JPEG"))
+            insist_file(kept[-1], "a PNG or JPEG")
+        else:
+            with naming(argument if len(values) == 1 else f"{argument}[{number}]"):
+                kept.append(own(picture_of(value, max_pixels), pin))
+    if not kept:
+        raise InputError(f"{argument}: an empty list; pass one picture or several")
+    return kept
+
+
+def read_kept(kept: list, decoding=lambda: None) -> list:
+    decoding()
+    return [read_image(of) if is_file(of) else of for of in kept]
+
+
+def picture_of(value, max_pixels: int) -> torch.Tensor:
+    """[H, W, 3] uint8 of a PIL picture, converted as `read_image` does it, or of an array [H, W, 3] or [3, H, W]."""
+    if isinstance(value, Image.Image):
+        check_size(*value.size, max_pixels)
+        try:
+            rgb = value.convert("RGB")
+        except IMAGE_ERRORS as error:
+            raise Refused(f"truncated or damaged image ({reason_of(error)})", "open it in a viewer") from None
+        return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
+    picture = tensor_of(value)
+    channels = [axis for axis in (0, 2) if picture.ndim == 3 and picture.shape[axis] == 3]
+    if picture.dtype != torch.uint8 or len(channels) != 1:
+        raise Refused(f"is an array of {str(picture.dtype).removeprefix('torch.')} and shape {shape_of(picture)}, "
+                      f"wanted uint8 [H, W, 3] or [3, H, W]", "convert it to RGB, 0 to 255")
+    picture = picture if channels == [2] else picture.permute(1, 2, 0)
+    check_size(picture.shape[1], picture.shape[0], max_pixels)
+    return picture
+
+
+# ---- paths and contents ----------------------------------------------------------------------------------------------
+
+def insist_one(wanted: str, **given) -> None:
+    """InputError unless exactly one of these arguments was given."""
+    found = [name for name, value in given.items() if value is not None]
+    if len(found) != 1:
+        raise InputError(f"{next(iter(given))}: wanted one {wanted}, got {' and '.join(found) or 'none'}; pass exactly "
+                         f"one")
+
+
+def path_of(argument: str, value, better: str, wanted: str):
+    """A path as such an argument takes it. InputError for what is in memory."""
+    if not isinstance(value, (*PATHS, bytes)):
+        raise InputError(f"{argument}: is a {type(value).__name__}, wanted the path of {wanted}; pass what is in "
+                         f"memory as {better}")
+    return os.fsdecode(value) if isinstance(value, bytes) else value
+
+
+def is_file(value) -> bool:
+    """Whether it is a path, a file's content, or a file object."""
+    return isinstance(value, (*PATHS, *CONTENTS)) or callable(getattr(value, "read", None))
+
+
+def file_of(argument: str, value, wanted: str):
+    """The path, or the content as a Held. A file object is read from where it stands, and put back there."""
+    if isinstance(value, PATHS):
+        return value
+    if not isinstance(value, CONTENTS):
+        try:
+            at = value.tell() if value.seekable() else None
+            content = value.read(MAX_CONTENT + 1)
+            if at is not None:
+                value.seek(at)
+        except (OSError, ValueError, AttributeError, TypeError, MemoryError) as error:
+            raise InputError(f"{argument}: a file object that cannot be read ({reason_of(error)}); open it again, or "
+                             f"pass its path") from None
+        if not isinstance(content, CONTENTS) or len(content) > MAX_CONTENT:
+            came = f"a {type(content).__name__}" if not isinstance(content, CONTENTS) else f"more than {MAX_CONTENT}"
+            raise InputError(f"{argument}: a file object that reads {came}, wanted bytes of {wanted}; open it with "
+                             f"\"rb\", or pass its path")
+        value = content
+    return Held(argument, bytes(value))
+
+
+def file_size(value) -> int:
+    return insist_file(value, "a video file or an image") if is_file(value) else 0
+
+
+def listed(value) -> list:
+    """What a list or an array of several pictures holds; else the one that it is."""
+    if isinstance(value, Sequence) and not is_file(value) and not isinstance(value, memoryview):
+        return list(value)
+    return list(tensor_of(value)) if dimensions(value) == 4 else [value]
+
+
+def name_of(kept, argument: str):
+    return kept if is_file(kept) else argument
