@@ -848,7 +848,7 @@ class Result(Mapping):
     """What `generate` returns: attributes, and the same as a mapping. Times in seconds from the request's start."""
     output_text: str = ""
     output_ids: list = field(default_factory=list)
-    finish_reason: str = ""                 # "stop" (end of sequence) or "length"
+    finish_reason: str = ""                 # "stop" (end of sequence, or a stop string) or "length"
     mode: str = ""
     preview_text: str = ""
     preview_ids: list = field(default_factory=list)

@@ -170,13 +170,15 @@ class Column:
         return len(self.values)
 
     def integers(self, key):
-        """int64 [N] in memory of its own: whole numbers; times in microseconds, rounded."""
+        """int32 or int64 [N] in memory of its own: whole numbers; times in microseconds, rounded."""
         values, scale = self.values, UNITS[self.unit] if key == "t" else 1.0
         if not values.is_floating_point():
-            whole = values.view(torch.int64) if values.dtype == torch.uint64 else values.long()
+            whole = values.view(torch.int64) if values.dtype == torch.uint64 else values
             if values.dtype == torch.uint64 and whole.amin().item() < 0:
                 raise Refused(f"{key} holds values beyond 2^63", f"pass {key} as int64")
-            return own(whole * int(scale) if scale >= 1 else whole // int(1 / scale))
+            if scale != 1:
+                return whole.long() * int(scale) if scale > 1 else whole.long() // int(1 / scale)
+            return own(whole) if whole.dtype in (torch.int32, torch.int64) else whole.long()
         exact = values.double() * scale
         for wrong, wanted in ((~(exact.abs() < 2.0 ** 53), "finite numbers"),
                               (exact != exact.round() if key != "t" else None, "whole numbers")):
