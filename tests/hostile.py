@@ -379,7 +379,7 @@ def little_memory(folder):
         monkeypatch.setattr(weights.memory, "free_bytes", lambda device: (6 << 30, 8 << 30))
     return Case(lambda e: engine.load_engine("random-7b", "random-7b", device="cpu"),
                 [*QUICK, "--weights", "random-7b"],
-                ["6.442 of 8.590 GB free", "held by", "(pid ", "the float32 target needs 29.4 GB", "another --device"],
+                ["6.442 of 8.590 GB free", "held by", "(pid ", "the float32 target needs 29.4 GB", "choose another"],
                 patch=patch)
 
 

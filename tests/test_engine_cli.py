@@ -89,7 +89,7 @@ def test_the_library_names_arguments_and_never_flags(module):
 
 
 def test_bench_names_its_flags(capsys):
-    for words, said in (("--weights random-7b --device cpu --cache-rows 999999999", "lower --cache-rows"),
+    for words, said in (("--weights random-7b --device cpu --cache-rows 999999999", "or choose another --device"),
                         ("--device gpu", "--device 'gpu': "), ("--temperature -1", "--temperature: ")):
         assert bench.main(words.split()) == 2 and said in capsys.readouterr().err
     assert bench.told(InputError("query: x; lower `max_new_tokens`, `git lfs`")) == (

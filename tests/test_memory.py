@@ -231,7 +231,7 @@ def test_a_card_below_the_target_is_told_so_and_what_is_left(gigabytes, cards):
     cards(gigabytes)
     line = refused(*PAIR, text_rows=210)
     assert "the bfloat16 target needs 14.7 GB for its weights, 16.4 in all, and is never packed: take 5.4 GB" in line
-    assert "--modes drafter_only --drafter-dtype int4`" in line and "another --device, cpu" in line
+    assert "--modes drafter_only --drafter-dtype int4`" in line and "another `device`, cpu" in line
     assert "--draft-source" not in line, "nothing with the target fits"
     assert "drafter_only" not in refused(None, "random-7b"), "no drafter was named"
     assert engine.memory_budget("random-7b", None, drafter_dtype="int4", text_rows=210)
@@ -268,8 +268,11 @@ def test_a_request_of_the_size_that_caches_were_made_for_fits(pair, monkeypatch)
         new = 600 + -(visual + 160 + 600) % 64
         rows = engine.rows_for(model.side, config, 160 + new)
         monkeypatch.setattr(engine.Decoder, "cache_rows", property(lambda self, rows=rows: rows))
-        request = SimpleNamespace(draft_len=5, overlap_len=31, max_new_tokens=new)
-        pair._check_rows(model, visual + 160, request)
+        prompt = engine.Prompt([1] * 60, [1] * 100)
+        request = SimpleNamespace(
+            draft_len=5, overlap_len=31, max_new_tokens=new, clip=None, goes_on=False, image=False,
+            prompts={model.side: prompt}, pictures=lambda model: 8 if model is pair.target else 5)
+        assert pair._check_rows(model, request) == visual + 160
         assert rows <= visual + 160 + new + 34 + 64
 
 

@@ -12,7 +12,7 @@ import torch
 from weights.files import InputError, refusal
 
 PARTS = ("weights", "cache", "packed", "scratch")            # of what one side needs; "packed" if there is such
-ENOUGH_ELSEWHERE = "lower --cache-rows, free memory, or choose another --device"
+ENOUGH_ELSEWHERE = "lower `cache_rows`, free memory, or choose another `device`"
 
 
 def pick_device(name) -> torch.device:
@@ -106,9 +106,9 @@ def way_out(budgets: dict, kind: str, where: torch.device) -> str:
     if has_target and not target_fits:
         return (f"the {kind} target needs {smallest['target']['weights'] / 1e9:.1f} GB for its weights, "
                 f"{bytes_of(smallest) / 1e9:.1f} in all, and is never packed: {f'take {said}, ' * bool(said)}free "
-                f"memory, or choose another --device{', cpu' * (where.type != 'cpu')}")
+                f"memory, or choose another `device`{', cpu' * (where.type != 'cpu')}")
     if said:
-        return f"lower --cache-rows, or take what fits, the most last, as flags of bench.py: {said}"
+        return f"lower `cache_rows`, or take what fits, the most last, as flags of bench.py: {said}"
     return ENOUGH_ELSEWHERE
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weights import InputError
+from weights.files import InputError, brief, insist_whole
 from weights.names import CLIP_MEAN, CLIP_STD, TEXT_DEFAULTS, VISION_DEFAULTS, plan, with_defaults
 
 
@@ -101,10 +101,10 @@ def rows_for(side: str, config: dict, text_rows: int = TEXT_ROWS) -> int:
 def rows_of_sides(cache_rows) -> dict:
     """{side: rows or None} of one number for both, or of a pair (target, drafter)."""
     pair = cache_rows if isinstance(cache_rows, (tuple, list)) else (cache_rows, cache_rows)
-    if len(pair) != 2 or not all(of is None or type(of) is int and of > 0 for of in pair):
-        raise InputError(f"cache_rows: wanted a whole number from 1 up, or two, (target, drafter), got {cache_rows!r}; "
-                         f"change it")
-    return dict(zip(("target", "drafter"), pair, strict=True))
+    if len(pair) != 2:
+        raise InputError(f"cache_rows: wanted (target, drafter), got {brief(repr(cache_rows))}; give one number, or two")
+    return {side: of if of is None else insist_whole("cache_rows", of, 1)
+            for side, of in zip(("target", "drafter"), pair, strict=True)}
 
 
 def memory_needs(side: str, config: dict, itemsize: int, rows: int, gpu: bool, kernels: dict) -> dict:
