@@ -45,16 +45,14 @@ import inspect
 import logging
 import os
 import queue
-import subprocess
 import sys
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import kernels  # noqa: F401  first: it keeps torch quiet where numpy is absent
 
@@ -133,6 +131,7 @@ from weights.memory import (
     way_out,
 )
 from weights.packed import PRODUCTS, SOME, assembled, gains_by_turning, packing, replaced_bytes
+from weights.result import Event, Result, Round, Verdict
 from weights.shapes import (
     PROMPT_ROWS,
     TEXT_ROWS,
@@ -146,6 +145,7 @@ from weights.shapes import (
 )
 from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named
 from weights.text import Text, TextStream, check_question, check_sampling, check_stop
+from weights.timeline import Entry, Timeline, check_finite, naming_stage
 
 __all__ = ["MODES", "SOURCES", "Adapted", "Clip", "DraftSource", "Engine", "Event", "Fixed", "Gate", "InputError",
            "Lookup", "PrefillOnlyInference", "Result", "Round", "Verdict", "agreeing", "explain", "load_engine",
@@ -813,160 +813,6 @@ class Snapshot:
 
 
 # ---- the request -----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Event:
-    """One moment of a stream. `text` is all text of this kind so far, `delta` what this event added to it."""
-    kind: str                               # "preview": the drafter's, may be wrong; "final": the target's, append-only
-    text: str
-    delta: str
-    ids: list[int]
-    t_ms: float                             # since the request came in
-    finish_reason: str | None = None        # on the last event: "stop" or "length"
-    result: Result | None = None            # on the last event
-
-
-class Round(NamedTuple):
-    """One forward of the target after its prefill."""
-    source: str                             # who drafted: "drafter", "head start", "lookup", "self", ..; "": nobody
-    drafts: list[int]                       # what the forward looked at
-    accepted: int                           # of them; the bonus id is not counted
-
-
-class Verdict(NamedTuple):
-    """One forward of the deciding model that made ids of the answer, as `explain` shows it."""
-    first: int                              # place in the answer of its first id
-    drafts: list[int]                       # of the places from there on; none: prefill or a plain step
-    ids: list[int]                          # the accepted drafts, then the model's own id
-    second: list[int]                       # the most likely other id of each place
-    margins: list[float]                    # logit of the id less that of `second`
-
-
-@dataclass
-class Result(Mapping):
-    """What `generate` returns: attributes, and the same as a mapping. Times in seconds from the request's start."""
-    output_text: str = ""
-    output_ids: list = field(default_factory=list)
-    finish_reason: str = ""                 # "stop" (end of sequence, or a stop string) or "length"
-    mode: str = ""
-    preview_text: str = ""
-    preview_ids: list = field(default_factory=list)
-    round_log: list = field(default_factory=list)     # a `Round` for each forward that could have had drafts
-    drafted: int = 0                        # drafts the target looked at, those beyond the answer's end left out
-    accepted_tokens: int = 0                # drafts it agreed with; bonus ids not counted
-    rejected_at: int = -1                   # index of the first rejected draft of the first span, -1 if none
-    rounds: int = 0
-    accept_lens: list = field(default_factory=list)   # of each round; of the last one what is in the answer
-    acceptance_rate: float = 0.0            # accepted / drafted
-    tokens_per_round: float = 0.0           # mean of accept_len + 1
-    free_tokens_count: int = 0              # drafts the host had before the target's prefill ended
-    window_drafts: int = 0                  # those of them it had before the last frame was decoded
-    wall_clock_time: float = 0.0
-    ttfp: float | None = None               # first preview id on the host
-    preview_end: float | None = None        # the last one
-    ttft: float | None = None               # first answer id on the host
-    tpot: float | None = None               # (end - ttft) / (ids - 1)
-    stages: dict = field(default_factory=dict)        # side -> stage -> seconds
-    timeline: list = field(default_factory=list)      # (row, stage, start_s, end_s, note)
-    draft_log: list = field(default_factory=list)     # (place in the answer, id) of each of the drafter's forwards
-    prompt_rows: dict = field(default_factory=dict)   # side -> rows
-    peak_memory: int = 0                    # bytes on the target's device; on the CPU the process's peak
-    drafter_error: str | None = None        # why a drafter or source gave up, if one did; the answer is not affected
-
-    def __getitem__(self, key):
-        try:
-            return getattr(self, key)
-        except AttributeError:
-            raise KeyError(key) from None
-
-    def __iter__(self):
-        return iter(f.name for f in dataclasses.fields(self))
-
-    def __len__(self):
-        return len(dataclasses.fields(self))
-
-    def as_dict(self) -> dict:
-        """All of it in plain types: `json.dumps` takes it."""
-        return {**vars(self), "round_log": [of._asdict() for of in self.round_log]}
-
-    def count(self) -> None:
-        """The figures that follow from the rounds. What was drafted beyond the answer's end is none of it."""
-        log, left = self.round_log, len(self.output_ids) - 1
-        for i, (source, drafts, accepted) in enumerate(log):
-            log[i] = Round(source, drafts[:max(0, left)], min(accepted, max(0, left)))
-            left -= accepted + 1
-        self.rounds, self.accept_lens = len(log), [of.accepted for of in log]
-        self.drafted, self.accepted_tokens = sum(len(of.drafts) for of in log), sum(self.accept_lens)
-        self.acceptance_rate = self.accepted_tokens / self.drafted if self.drafted else 0.0
-        self.tokens_per_round = self.accepted_tokens / self.rounds + 1 if log else 0.0
-        span = next((of for of in log if of.drafts), None)
-        self.rejected_at = span.accepted if span and span.accepted < len(span.drafts) else -1
-
-
-class Entry(NamedTuple):
-    """One stage on a request's timeline; start and end in seconds, or GPU events until they are resolved."""
-    row: str
-    side: str
-    stage: str
-    start: Any
-    end: Any
-    note: str
-    device: torch.device
-    drafts: int                             # that a forward looked at, or made
-
-
-class Timeline:
-    """Stages of one request, host clock and GPU events on one axis."""
-
-    def __init__(self, models):
-        self.entries, self.lock = [], threading.Lock()
-        self.base = {model.device: torch.cuda.Event(enable_timing=True) for model in models if model.on_gpu}
-
-    def start(self) -> None:
-        """Sets time zero, on the host and on every GPU. They are idle here, so the clocks agree to microseconds."""
-        for device, event in self.base.items():
-            torch.cuda.synchronize(device)
-            event.record(torch.cuda.current_stream(device))
-        self.t0 = time.perf_counter()
-
-    def now(self) -> float:
-        return time.perf_counter() - self.t0
-
-    @contextlib.contextmanager
-    def stage(self, name: str, model: Model, host: bool = False, note: str = "", drafts: int = 0):
-        """Times the block: by GPU events on the model's stream, or by the host clock for CPU work. Yields a dict in
-        which the block may set the number of its drafts."""
-        gpu, kept = model.on_gpu and not host, {"drafts": drafts}
-        if model.on_gpu:
-            torch.cuda.nvtx.range_push(name)
-        start = end = None
-        began = self.now()
-        if gpu:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record(model.stream)
-        try:
-            with naming_stage(model, name):
-                yield kept
-        finally:
-            if gpu:
-                end.record(model.stream)
-            if model.on_gpu:
-                torch.cuda.nvtx.range_pop()
-            with self.lock:
-                self.entries.append(Entry("host" if host else model.side, model.side, name, start or began,
-                                          end or self.now(), note, model.device, kept["drafts"]))
-
-    def resolve(self) -> list[Entry]:
-        """The entries by start, in seconds; waits for the GPU."""
-        for device in self.base:
-            torch.cuda.synchronize(device)
-        for i, of in enumerate(self.entries):
-            if not isinstance(of.start, float):
-                start, end = (self.base[of.device].elapsed_time(event) / 1e3 for event in (of.start, of.end))
-                self.entries[i] = of._replace(start=start, end=end)
-        self.entries.sort(key=lambda of: of.start)
-        return self.entries
 
 
 @dataclass
@@ -1694,11 +1540,7 @@ class Engine:
         ended = not req.ignore_eos and result.output_ids[-1:] and result.output_ids[-1] in decider.stops
         result.finish_reason = "stop" if ended or final.stopped else "length"
         entries = req.timeline.resolve()
-        result.timeline = [(of.row, of.stage, of.start, of.end, of.note or of.side if of.row == "host" else of.note)
-                           for of in entries]
-        for of in entries:
-            stages = result.stages.setdefault(of.side, {})
-            stages[of.stage] = stages.get(of.stage, 0.0) + of.end - of.start
+        result.add_stages(entries)
         if self.gate and deciding == "target" and req.mode != "prefill_only" and req.question is not None:
             self._learn(req, result, entries, final.stopped)
         if remember:
@@ -1716,8 +1558,6 @@ class Engine:
         if deciding == "target":
             result.free_tokens_count = sum(at <= req.prefill_end for _, at in req.preview)
             result.window_drafts = sum(at <= req.frames_at for _, at in req.preview)
-        if len(result.output_ids) > 1:
-            result.tpot = (result.wall_clock_time - result.ttft) / (len(result.output_ids) - 1)
         result.peak_memory = peak_memory(decider.device)
         return Event("final", result.output_text, delta, result.output_ids, result.wall_clock_time * 1e3,
                      result.finish_reason, result)
@@ -1886,34 +1726,6 @@ def first_id(model: Model, loaded, limit: int, req: Request) -> None:
             tail_id = (prompt.after or prompt.before)[-1]
             model.prefill(model.splice(prompt, visual_AD), limit, stops, tail_id, len(prompt.after))
     req.prompt_rows[model.side] = model.prompt_rows
-
-
-class OutOfMemory(NonFinite):
-    """Memory ran out inside a stage. Ends the same as NaN does."""
-
-
-@contextlib.contextmanager
-def naming_stage(model: Model, stage: str):
-    """Turns memory that runs out in the block, and a compiler that Triton misses, into one line."""
-    try:
-        yield
-        return
-    except Exception as error:
-        if isinstance(error, subprocess.CalledProcessError) or "C compiler" in str(error):
-            raise InputError(f"{model.device}: Triton cannot compile its driver ({describe(error)[:200]}); install gcc "
-                             f"or clang and Python's headers (python3-dev), or set CC to a compiler") from None
-        if not ran_out(error):
-            raise
-        reason = describe(error).partition(". ")[0]
-    # Outside of the handler, where the failed frames and their tensors are gone.
-    raise OutOfMemory(f"{model.path}: memory on {model.device} ran out in the {model.side}'s {stage} ({reason}); lower "
-                      f"`cache_rows`, shorten the question, free memory or choose another `drafter_device`")
-
-
-def check_finite(state: State, model: Model, stage: str) -> None:
-    if state.nonfinite:
-        raise NonFinite(f"{model.path}: the {model.side}'s logits hold NaN or infinity after {stage}; check the "
-                        f"checkpoint (python -m weights.load --check) and the dtype")
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------

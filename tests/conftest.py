@@ -107,8 +107,6 @@ def pair(loaded_pair, read_once, monkeypatch):
 def clock(monkeypatch):
     """A clock that stands still until a test's script spends seconds on it; the engine reads no other."""
     import common
-
-    import engine
     clock = common.Clock()
-    monkeypatch.setattr(engine, "time", common.ClockedTime(clock))
+    monkeypatch.setattr("weights.timeline.time", common.ClockedTime(clock))
     return clock
