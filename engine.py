@@ -40,7 +40,6 @@ import dataclasses
 import difflib
 import functools
 import gc
-import hashlib
 import inspect
 import logging
 import os
@@ -65,7 +64,7 @@ from kernels.fp8 import norm8, product8, rows8
 from kernels.frames import clip_pixels, draw_events, to_device
 from kernels.lookup import AFTER, FIRST, ONLY, Ring, lookup
 from kernels.products import product
-from kernels.quant import BITS, MAX_PACKED_ROWS, NotPackable, Packed, packed_bytes, turned
+from kernels.quant import BITS, MAX_PACKED_ROWS, NotPackable, Packed, turned
 from kernels.rmsnorm import add_rmsnorm, rmsnorm, row_sums
 from kernels.rope_store import rope_store
 from kernels.round import (
@@ -88,6 +87,16 @@ from kernels.swiglu import swiglu
 from kernels.tower import add_layernorm, layernorm, quick_gelu
 from kernels.unpack import unpack
 from weights import InputError, describe
+from weights.budget import (
+    LOOKUP_ROWS,
+    TINY,
+    form_of,
+    memory_budget,
+    model_name,
+    needs_of,
+    open_model,
+    unpackable,
+)
 from weights.drafting import (
     ENOUGH,
     PLAIN,
@@ -109,28 +118,21 @@ from weights.drafting import (
     smoothed,
 )
 from weights.events import Events
-from weights.files import in_flags, insist_file, insist_number, insist_whole
+from weights.files import in_flags, insist_number, insist_whole
 from weights.given import Shown, events_given, video_given
 from weights.load import (
-    DRAFTER_7B,
-    TARGET_7B,
-    open_checkpoint,
     random_weights,
     stop_ids,
 )
 from weights.memory import (
     as_dtype,
     default_dtype,
-    free_bytes,
-    lacking,
     no_room,
     peak_memory,
     pick_device,
     ran_out,
-    settings,
-    way_out,
 )
-from weights.packed import PRODUCTS, SOME, assembled, gains_by_turning, packing, replaced_bytes
+from weights.packed import PRODUCTS, SOME, assembled, gains_by_turning, packing
 from weights.result import Event, Result, Round, Verdict
 from weights.shapes import (
     PROMPT_ROWS,
@@ -138,9 +140,7 @@ from weights.shapes import (
     DecoderConfig,
     VisionConfig,
     frames_of,
-    memory_needs,
     rows_for,
-    rows_of_sides,
     text_config,
 )
 from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named
@@ -152,12 +152,10 @@ __all__ = ["MODES", "SOURCES", "Adapted", "Clip", "DraftSource", "Engine", "Even
            "model_name", "source_named"]
 
 VERSION = "0.1.0"
-TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 FilePath = str | os.PathLike
 MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
 QUESTION_ROWS = (32, 64, 128, 256)               # a GPU has a prefill graph for questions of up to so many rows
-LOOKUP_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of earlier answers that are searched, on a GPU and on a CPU
 
 # ---- prompts ---------------------------------------------------------------------------------------------------
 
@@ -1731,23 +1729,6 @@ def first_id(model: Model, loaded, limit: int, req: Request) -> None:
 # ---- loading ---------------------------------------------------------------------------------------------------
 
 
-class Unpackable(InputError):
-    """Weights whose shapes make no whole groups."""
-
-
-def unpackable(cls, path, error: NotPackable) -> Unpackable:
-    return Unpackable(f"{path}: cannot be packed ({error}); leave out "
-                      f"{'drafter_dtype' if cls is Drafter else 'self_draft'}")
-
-
-def form_of(cls, path, config: dict, drafter_dtype: str) -> str | None:
-    """The packed form of a drafter's weights, one of BITS: what was asked for, or what its folder holds."""
-    asked = None if cls is Target or drafter_dtype == "bf16" else drafter_dtype
-    if config.get("packed") and asked not in (None, config["packed"]["form"]):
-        raise InputError(f"{path}: holds 4-bit weights alone, drafter_dtype {asked} needs the original; take int4")
-    return config["packed"]["form"] if config.get("packed") else asked
-
-
 def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, graphs=True, seed=0, packed=None,
                progress=None):
     """A Target or a Drafter from a folder, a hub id in the local cache, or the word `random-7b` (real shapes,
@@ -1756,9 +1737,9 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
     is read."""
     device = pick_device(device)
     dtype = dtype or default_dtype(device)
-    config, checkpoint = open_model(cls, path)
-    packed = form_of(cls, path, config, packed or "bf16") if cls is Drafter else packed
-    folder = Path(__file__).parent / "weights/tiny/target" if checkpoint is None else checkpoint.folder
+    config, checkpoint = open_model(cls.side, path)
+    packed = form_of(cls.side, path, config, packed or "bf16") if cls is Drafter else packed
+    folder = checkpoint.folder if checkpoint else TINY / "target"
     text = Text(tokenizer or Path(folder) / "tokenizer.json")
     V = text_config(config).V
     if text.size > V:
@@ -1784,95 +1765,11 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
                 model.copy = model.decoder.packed(packed)
             return model
     except NotPackable as error:
-        raise unpackable(cls, path, error) from None
+        raise unpackable(cls.side, path, error) from None
     except (RuntimeError, MemoryError) as error:             # torch.OutOfMemoryError is one
         if not ran_out(error):
             raise
-        raise no_room(path, device, needs_of(cls, config, device, dtype, cache_rows, packed)) from None
-
-
-def open_model(cls, path):
-    """(config, Checkpoint) of one side, from its headers alone; the Checkpoint of `random-7b` is None."""
-    if str(path) == "random-7b":
-        return TARGET_7B if cls is Target else DRAFTER_7B, None
-    checkpoint = open_checkpoint(path)
-    if cls is Target and checkpoint.config.get("packed"):
-        raise InputError(f"{path}: holds a drafter packed in 4 bits; a target is never packed, its answers would be "
-                         f"another model's: give Video-LLaVA's folder")
-    wanted, kind = "video_llava" if cls is Target else "EventChat_llama", checkpoint.config.get("model_type")
-    if kind != wanted:
-        raise InputError(f"{path}: holds a {kind} model, the {cls.side} needs {wanted}; swap `eventgpt` and "
-                         f"`videollava`?")
-    return checkpoint.config, checkpoint
-
-
-def model_name(target, tokenizer=None) -> str:
-    """Names a target and its tokenizer: a hash of the checkpoint's fingerprint and of tokenizer.json. What a source
-    saved belongs to one such name. InputError if a file is not there; nothing is loaded."""
-    _, checkpoint = open_model(Target, target)
-    folder = Path(__file__).parent / "weights/tiny/target" if checkpoint is None else checkpoint.folder
-    file = Path(tokenizer or folder / "tokenizer.json")
-    insist_file(file, "a tokenizer.json")
-    name = "random-7b" if checkpoint is None else checkpoint.fingerprint()
-    return hashlib.sha256(name.encode() + file.read_bytes()).hexdigest()[:16]
-
-
-def kernel_bytes(cls, config: dict, rows: int, gpu: bool, packed: str | None, itemsize: int) -> dict:
-    """What kernels hold for one model: see `memory_needs`."""
-    d = text_config(config)
-    held = {"scratch": Workspace.nbytes(d.D, d.H, d.K, rows, cls is Drafter) + 16 * (rows + STATE)}
-    held["scratch"] += Ring.nbytes(LOOKUP_ROWS[gpu]) if cls is Target else 8 * (rows + 1)
-    if packed:
-        of_layers, of_head = BITS[packed]
-        products = ((d.H + 2 * d.N) * d.K, d.D), (d.D, d.H * d.K), (2 * d.F, d.D), (d.D, d.F)
-        held["packed"] = packed_bytes(d.V, d.D, of_head) + d.L * sum(packed_bytes(*of, of_layers) for of in products)
-        if cls is Target:
-            held["scratch"] += Workspace.nbytes(d.D, d.H, d.K, rows, True)
-        else:
-            held["replaced"] = replaced_bytes(config, packed, itemsize)
-            held["scratch"] += d.largest * itemsize * (gpu and packed == "int4")
-    return held
-
-
-def needs_of(cls, config: dict, where: torch.device, dtype: torch.dtype, cache_rows=None, packed=None) -> dict:
-    rows, gpu = cache_rows or rows_for(cls.side, config), where.type == "cuda"
-    held = kernel_bytes(cls, config, rows, gpu, packed, dtype.itemsize)
-    return memory_needs(cls.side, config, dtype.itemsize, rows, gpu, held)
-
-
-def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,
-                  drafter_dtype="bf16", self_draft=None, text_rows=TEXT_ROWS) -> dict:
-    """{side: {"device", "free", "rows" of its cache, and the parts of `memory_needs`}}, bytes, from headers alone.
-    "packed" of the target is its 4-bit copy, see `load_engine`. InputError if it cannot fit, with the settings that
-    do: nothing is allocated then."""
-    def budget_of(eventgpt, videollava, drafter_device, cache_rows, drafter_dtype, copied) -> dict:
-        budget, rows = {}, rows_of_sides(cache_rows)
-        for cls, path, name in ((Target, videollava, device), (Drafter, eventgpt, drafter_device or device)):
-            if path is not None:
-                config, where = open_model(cls, path)[0], pick_device(name)
-                of = rows[cls.side] or rows_for(cls.side, config, text_rows)
-                packed = "int4" if cls is Target and copied else form_of(cls, path, config, drafter_dtype)
-                try:
-                    needs = needs_of(cls, config, where, dtype or default_dtype(where), of, packed)
-                except NotPackable as error:
-                    raise unpackable(cls, path, error) from None
-                budget[cls.side] = {"device": str(where), "rows": of, **needs, "free": free_bytes(where)[0]}
-        return budget
-
-    asked = (eventgpt, videollava, drafter_device, cache_rows, drafter_dtype)
-    if self_draft is None and pick_device(device).type == "cuda":
-        with contextlib.suppress(Unpackable):
-            if not lacking(budget := budget_of(*asked, True)):
-                return budget
-    if not (short := lacking(budget := budget_of(*asked, bool(self_draft)))):
-        return budget
-    where, kind = pick_device(device), str(dtype or default_dtype(pick_device(device))).removeprefix("torch.")
-    found = {}
-    for flags, given in settings(eventgpt, videollava, where).items():
-        with contextlib.suppress(Unpackable):
-            found[flags] = budget_of(*given)
-    raise no_room(" and ".join(str(p) for p in (videollava, eventgpt) if p is not None), *short,
-                  way_out(found, kind, where))
+        raise no_room(path, device, needs_of(cls.side, config, device, dtype, cache_rows, packed)) from None
 
 
 def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = None, device: str | None = None,

@@ -20,7 +20,7 @@ from common import RECORDS, ROOT, TINY, script, truth
 import bench
 import engine
 import weights.given
-import weights.memory
+import weights.load
 import weights.packed
 from engine import InputError
 
@@ -180,7 +180,7 @@ def test_a_path_may_be_bytes(pair):
                                      {"draft_len": 32}, {"draft_len": -1}, {"overlap_len": None, "draft_len": "five"}],
                          ids=str)
 def test_sizes_of_an_engine_are_checked_before_anything_is_read(options, monkeypatch):
-    monkeypatch.setattr(engine, "open_model", dies)
+    monkeypatch.setattr("weights.budget.open_model", dies)
     with pytest.raises(InputError, match="wanted a whole number"):
         engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", **options)
 
@@ -197,12 +197,12 @@ def test_a_target_that_cannot_be_packed_does_without_its_copy_unless_told(monkey
     """As on a GPU, where a copy is made if it fits; and what fits in its place names no packed form."""
     def fails(*_):
         raise engine.NotPackable("96 inner columns")
-    monkeypatch.setattr(engine, "packed_bytes", fails)
-    monkeypatch.setattr(engine, "pick_device", lambda name: torch.device("cuda:0"))
-    monkeypatch.setattr(weights.memory, "pick_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr("weights.budget.packed_bytes", fails)
+    monkeypatch.setattr("weights.budget.pick_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr("weights.memory.pick_device", lambda name: torch.device("cuda:0"))
     for free in (10 ** 9, 10 ** 6):
-        for module in (engine, weights.memory):
-            monkeypatch.setattr(module, "free_bytes", lambda device, free=free: (free, free))
+        for module in ("weights.budget", "weights.memory"):
+            monkeypatch.setattr(f"{module}.free_bytes", lambda device, free=free: (free, free))
         if free > 10 ** 8:
             assert "packed" not in engine.memory_budget(None, TINY / "target")["target"]
             with pytest.raises(InputError, match="target: cannot be packed .96 inner columns.; leave out self_draft"):
@@ -286,7 +286,7 @@ def test_memory_that_runs_out_while_loading_is_one_line_with_figures_and_flag(er
         raise error
     with monkeypatch.context() as patch:
         if where == "load":
-            patch.setattr(engine.open_checkpoint(TINY / "target").__class__, "load", fails)
+            patch.setattr(weights.load.Checkpoint, "load", fails)
         else:
             patch.setattr(engine.Workspace, "__init__", fails)
         assert bench.main(QUICK) == 2

@@ -14,6 +14,7 @@ from kernels.check import differing
 from kernels.round import STATE, State
 from weights.events import read_events
 from weights.given import events_given, video_given
+from weights.load import DRAFTER_7B, TARGET_7B
 from weights.video import read_video
 
 pytestmark = pytest.mark.gpu
@@ -187,9 +188,9 @@ MID = 16                                                     # layers of the two
 
 def mid_size(monkeypatch, cache_rows=2560, **options):
     """An engine of 7B widths and half the layers, random weights, and its budget."""
-    text = engine.TARGET_7B["text_config"]
-    monkeypatch.setattr(engine, "TARGET_7B", {**engine.TARGET_7B, "text_config": {**text, "num_hidden_layers": MID}})
-    monkeypatch.setattr(engine, "DRAFTER_7B", {**engine.DRAFTER_7B, "num_hidden_layers": MID})
+    text = TARGET_7B["text_config"]
+    monkeypatch.setattr("weights.budget.TARGET_7B", {**TARGET_7B, "text_config": {**text, "num_hidden_layers": MID}})
+    monkeypatch.setattr("weights.budget.DRAFTER_7B", {**DRAFTER_7B, "num_hidden_layers": MID})
     given = dict(device="cuda", cache_rows=cache_rows, **options)
     return engine.load_engine("random-7b", "random-7b", gate=False, **given), engine.memory_budget(
         "random-7b", "random-7b", **given)

@@ -14,11 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import engine
+import weights.budget
 import weights.memory
 from engine import Drafter, InputError, Target
 from kernels import fp8, quant
-from weights.load import random_tensors
+from weights.load import DRAFTER_7B, TARGET_7B, random_tensors
 from weights.packed import packing
+from weights.timeline import OutOfMemory
 
 TEXT = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3,
         "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 1024, "vocab_size": 2048}
@@ -103,12 +105,12 @@ def one_request(model, frames, text):
       for of in (*((name, None) for name in CONFIGS), ("drafter", "int4"))), ("as on a CPU", "target", "int4")])
 def test_the_budget_is_within_5_percent_of_what_is_allocated(name, packed, kernels, monkeypatch):
     cls, config = CONFIGS[name]
-    monkeypatch.setattr(engine, "TARGET_7B" if cls is Target else "DRAFTER_7B", config)
+    monkeypatch.setattr(weights.budget, "TARGET_7B" if cls is Target else "DRAFTER_7B", config)
     device, dtype = torch.device("cpu"), torch.float32
-    needs = engine.needs_of(cls, config, device, dtype, None, packed)
+    needs = weights.budget.needs_of(cls.side, config, device, dtype, None, packed)
     if kernels == "as on a GPU":
         launchers(monkeypatch)
-        needs = engine.needs_of(cls, config, torch.device("cuda"), dtype, None, packed)
+        needs = weights.budget.needs_of(cls.side, config, torch.device("cuda"), dtype, None, packed)
         needs["scratch"] -= (2 << 25) + (2 << 26)            # a library's and the resized pictures, which are not here
     with Allocations() as counted:
         model = engine.load_model(cls, "random-7b", device, dtype, packed=packed)
@@ -188,7 +190,7 @@ def cards(monkeypatch):
     """cards(GB, ...): as many GPUs, all free."""
     def put_in(*gigabytes):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gigabytes))
-        for module in (engine, weights.memory):
+        for module in (weights.budget, weights.memory):
             monkeypatch.setattr(module, "pick_device", lambda name: torch.device(name or "cuda:0"))
             monkeypatch.setattr(module, "free_bytes", lambda at: (int(gigabytes[at.index] * 1e9),) * 2)
         monkeypatch.setattr(weights.memory, "holders", lambda device: [])
@@ -253,17 +255,17 @@ def test_caches_are_sized_to_a_clip_its_text_and_the_answer_or_as_told(rows, sid
     cards(99)
     budget = engine.memory_budget(*PAIR, cache_rows=rows, text_rows=210)
     assert tuple(budget[side]["rows"] for side in ("target", "drafter")) == sides
-    for cls in (Target, Drafter):
-        needs = engine.needs_of(cls, engine.open_model(cls, "random-7b")[0], torch.device("cuda"), torch.bfloat16,
-                                budget[cls.side]["rows"], "int4" if cls is Target else None)
-        assert {part: budget[cls.side][part] for part in needs} == needs
+    for side, config, packed in (("target", TARGET_7B, "int4"), ("drafter", DRAFTER_7B, None)):
+        needs = weights.budget.needs_of(side, config, torch.device("cuda"), torch.bfloat16, budget[side]["rows"],
+                                        packed)
+        assert {part: budget[side][part] for part in needs} == needs
 
 
 def test_a_request_of_the_size_that_caches_were_made_for_fits(pair, monkeypatch):
     """As `rows_for` counts it: any question of 100 ids, any answer of so many, here a whole number of 64 rows."""
     longer = {"max_position_embeddings": 4096}
     for model, visual in ((pair.target, 8 * (pair.target.vision.P + 1)), (pair.drafter, 5 + pair.drafter.vision.P + 1)):
-        config = engine.open_model(type(model), engine.TINY / model.side)[0]
+        config = weights.budget.open_model(model.side, engine.TINY / model.side)[0]
         config = config | longer | {"text_config": config.get("text_config", {}) | longer}
         new = 600 + -(visual + 160 + 600) % 64
         rows = engine.rows_for(model.side, config, 160 + new)
@@ -317,4 +319,4 @@ def test_a_compiler_that_triton_misses_is_named_in_one_line(pair, error, monkeyp
     monkeypatch.setattr(pair.target, "prefill_graph", failing)
     with pytest.raises(InputError, match="install gcc or clang") as told:
         pair.generate(mode="target_only", **asked(0))
-    assert "\n" not in str(told.value) and not isinstance(told.value, engine.OutOfMemory)
+    assert "\n" not in str(told.value) and not isinstance(told.value, OutOfMemory)

@@ -120,13 +120,13 @@ def test_a_source_that_was_not_loaded_is_refused_by_name():
 
 def test_a_copy_that_does_not_fit_is_left_out_unless_it_was_asked_for(monkeypatch):
     """By arithmetic alone: room for all but the copy."""
-    monkeypatch.setattr(engine, "pick_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(engine, "default_dtype", lambda _: torch.float32)
-    monkeypatch.setattr(engine, "no_room", lambda path, *_: engine.InputError("no room"))
-    monkeypatch.setattr(engine, "free_bytes", lambda _: (10 ** 9, 10 ** 9))
+    monkeypatch.setattr("weights.budget.pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("weights.budget.default_dtype", lambda _: torch.float32)
+    monkeypatch.setattr("weights.budget.no_room", lambda path, *_: engine.InputError("no room"))
+    monkeypatch.setattr("weights.budget.free_bytes", lambda _: (10 ** 9, 10 ** 9))
     need = engine.memory_budget(None, TINY / "target", "cuda", self_draft=True)["target"]
     most = sum(need[part] for part in ("weights", "cache", "scratch")) + need["packed"] // 2
-    monkeypatch.setattr(engine, "free_bytes", lambda _: (most, most))
+    monkeypatch.setattr("weights.budget.free_bytes", lambda _: (most, most))
     with pytest.raises(engine.InputError, match="no room"):
         engine.memory_budget(None, TINY / "target", "cuda", self_draft=True)
     assert "packed" not in engine.memory_budget(None, TINY / "target", "cuda")["target"]
