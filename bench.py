@@ -48,6 +48,7 @@ from weights.memory import PARTS, nvidia_smi
 from weights.rows import RowFile, by_source, compare, estimate, forwards, judged, median, merge, mode_figures, parting
 from weights.shapes import PROMPT_ROWS
 from weights.show import WIDTH, block, columns, fmt, shown
+from weights.text import check_sampling
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "weights" / "tiny"
@@ -740,7 +741,7 @@ def check(options) -> None:
     options.modes = [m for m in options.modes.split(",") if m]
     insist(set(options.modes) <= {*MODES, AGAIN} and set(options.modes) & set(MODES),
            f"--modes: {','.join(options.modes)!r} is none of {', '.join(MODES)} (and {AGAIN}); pick from these")
-    engine.check_sampling(options.temperature, options.top_p, options.seed, ("--temperature", "--top-p", "--seed"))
+    check_sampling(options.temperature, options.top_p, options.seed, ("--temperature", "--top-p", "--seed"))
     insist(options.temperature or options.top_p == 1 and not options.seed,
            "--top-p, --seed: do nothing at temperature 0, which is greedy; pass --temperature as well")
     local, processes = (os.environ.get(*of) for of in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))

@@ -47,7 +47,7 @@ import queue
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +87,19 @@ from kernels.swiglu import swiglu
 from kernels.tower import add_layernorm, layernorm, quick_gelu
 from kernels.unpack import unpack
 from weights import InputError, describe
+from weights.asking import (
+    MODES,
+    Asked,
+    AskedTold,
+    FilePath,
+    Further,
+    FurtherChat,
+    FurtherTold,
+    OldAsked,
+    OldTold,
+    Opening,
+    takes,
+)
 from weights.budget import (
     LOOKUP_ROWS,
     TINY,
@@ -118,8 +131,8 @@ from weights.drafting import (
     smoothed,
 )
 from weights.events import Events
-from weights.files import in_flags, insist_number, insist_whole
-from weights.given import Shown, events_given, video_given
+from weights.files import in_flags, insist_whole
+from weights.given import Shown
 from weights.load import (
     random_weights,
     stop_ids,
@@ -144,7 +157,7 @@ from weights.shapes import (
     text_config,
 )
 from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named
-from weights.text import Text, TextStream, check_question, check_sampling, check_stop
+from weights.text import Text, TextStream, check_question
 from weights.timeline import Entry, Timeline, check_finite, naming_stage
 
 __all__ = ["MODES", "SOURCES", "Adapted", "Clip", "DraftSource", "Engine", "Event", "Fixed", "Gate", "InputError",
@@ -152,8 +165,6 @@ __all__ = ["MODES", "SOURCES", "Adapted", "Clip", "DraftSource", "Engine", "Even
            "model_name", "source_named"]
 
 VERSION = "0.1.0"
-FilePath = str | os.PathLike
-MODES = ("target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative")
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
 QUESTION_ROWS = (32, 64, 128, 256)               # a GPU has a prefill graph for questions of up to so many rows
 
@@ -813,64 +824,6 @@ class Snapshot:
 # ---- the request -----------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Media:
-    """What is asked about, as `Engine.stream` takes it."""
-    events: Any = None
-    video: Any = None
-    image: Any = None
-    columns: str | None = None              # the order of an array of events [N, 4]
-    time_unit: str | None = None            # of their times
-    event_path: Any = None
-    event_image_path: Any = None
-    video_path: Any = None
-    image_path: Any = None
-    frame_rule: str = "uniform"
-    event_frames: int = 5                   # pictures a recording is drawn in
-    canvas: tuple | None = None             # (H, W) of those pictures; None: each ends at its largest coordinate
-
-    def shown(self, target: Target | None, drafter: Drafter | None) -> dict[str, Shown]:
-        """{side: Shown} of the models that are used. InputError unless each has one clip, in memory or in a file."""
-        self.event_frames = insist_whole("event_frames", self.event_frames, 1, 1000)
-        found = {}
-        if target:
-            found["target"] = video_given(self.video, self.video_path, self.image, self.image_path, target.num_frames,
-                                          self.frame_rule, target.on_gpu)
-        if drafter:
-            found["drafter"] = events_given(self.events, self.event_path, self.event_image_path, self.columns,
-                                            self.time_unit)
-        return found
-
-
-@dataclass
-class Asking:
-    """How a question is to be answered, as `Engine.stream` takes it."""
-    mode: str = "speculative"
-    max_new_tokens: int = 50
-    draft_len: int | None = None
-    overlap_len: int | None = None
-    draft_source: Any = None
-    stop: Any = None
-    ignore_eos: bool = False
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    remember: bool = True
-    timeout: float | None = 60.0
-
-    def check(self) -> None:
-        if self.mode not in MODES:
-            raise InputError(f"mode {self.mode!r}: not one of {', '.join(MODES)}; pick one of these")
-        self.max_new_tokens = insist_whole("max_new_tokens", self.max_new_tokens, 1, 1_000_000)
-        for name in ("draft_len", "overlap_len"):
-            if getattr(self, name) is not None:
-                setattr(self, name, insist_whole(name, getattr(self, name), 0, STEP_ROWS - 1))
-        if self.timeout is not None:
-            self.timeout = insist_number("timeout", self.timeout, 0)
-        self.stop = check_stop(self.stop)
-        self.temperature, self.top_p, self.seed = check_sampling(self.temperature, self.top_p, self.seed)
-
-
 def asking_drafter(sources: list) -> list:
     """The sources that read what the drafter writes."""
     return [of for of in sources if getattr(of, "needs_drafter", False)]
@@ -1226,14 +1179,14 @@ class Engine:
                 model.graph("ask")
 
         def answer(mode: str) -> None:
-            asking = Asking(mode, max_new_tokens=4, ignore_eos=True, remember=False)
-            collections.deque(self._answer("?", black, asking), 0)
+            asked = Asked((x, x, x, x % 2), [frame_HW3] * most, "?", 4, mode=mode, ignore_eos=True, remember=False)
+            collections.deque(self._answer(asked), 0)
 
         if any(model.prompt("?").rows(model.visual(model.num_frames)) + 2 * STEP_ROWS + 8 > model.decoder.cache_rows
                for model in self.models):
             return                                           # a request will say what does not fit
         x, frame_HW3 = torch.arange(100), torch.zeros(240, 320, 3, dtype=torch.uint8)
-        black = Media(video=[frame_HW3] * max(model.num_frames for model in self.models), events=(x, x, x, x % 2))
+        most = max(model.num_frames for model in self.models)
         steps: list[Callable] = [functools.partial(capture, model) for model in self.models]
         steps += [functools.partial(answer, mode) for mode in
                   (("target_only", "speculative") if self.target else ("drafter_only",))]
@@ -1298,69 +1251,38 @@ class Engine:
                 self.target.ring.add(answer)
         self.in_ring = earlier, earlier.learnt
 
-    def stream(self, events: Any = None, video: Any = None, query: str = "", max_new_tokens: int = 50, *,
-               image: Any = None, columns: str | None = None, time_unit: str | None = None,
-               event_path: FilePath | None = None, event_image_path: FilePath | list[FilePath] | None = None,
-               video_path: FilePath | None = None, image_path: FilePath | None = None, frame_rule: str = "uniform",
-               event_frames: int = 5, canvas: tuple[int, int] | None = None, mode: str = "speculative",
-               draft_len: int | None = None, overlap_len: int | None = None, draft_source: Any = None,
-               stop: str | Sequence[str] | None = None, ignore_eos: bool = False, temperature: float = 0.0,
-               top_p: float = 1.0, seed: int = 0, remember: bool = True,
-               timeout: float | None = 60.0) -> Iterator[Event]:
-        """Yields `Event`s while the answer forms; the last one carries `finish_reason` and the `Result`.
+    @takes(Asked)
+    def stream(self, asked: Asked) -> Iterator[Event]:
+        """Yields `Event`s while the answer forms; the last one carries `finish_reason` and the `Result`. InputError for
+        anything the user can mend, before any model runs where possible."""
+        yield from self._answer(asked)
 
-        events: an `.npy`/`.npz` file; x, y, t, p in memory (a mapping, four arrays, a structured array, or [N, 4] with
-        columns="txyp"; whole times in microseconds, others in seconds, or as time_unit says); or pictures of events,
-        paths or in memory. video: an mp4, mov, mkv, webm or avi, its content, a file object, or frames (a list of
-        pictures or of uint8 [H, W, 3], or one [R, H, W, 3] or [R, 3, H, W]); image: one picture in its place. Arrays of
-        any library, also on a GPU; they are copied. event_path, event_image_path, video_path, image_path: the same,
-        paths only. frame_rule: `uniform` or `first`, which frames of a longer video; event_frames: pictures that a
-        recording is drawn in; canvas: their (H, W), by default as large as their events need.
-        query: the question. max_new_tokens: ids of the answer, at most. mode: see MODES. draft_len, overlap_len: drafts
-        a round of the drafter or of your source (0..31), and drafts kept from the head start. draft_source: who drafts,
-        `drafter`, `self`, `lookup`, `adapter:DIR`, an object with `propose`, or a list of them, asked in this order;
-        None: earlier answers, then the drafter, then the target's 4-bit copy, as far as they are there.
-        stop: strings that end the answer. The text is cut before the one that is complete first, and nothing of it is
-        ever shown; `output_ids` are the fewest ids that hold the text, so the last one may reach beyond it.
-        ignore_eos: go on to max_new_tokens. temperature (0..100): 0 is greedy; above, ids are drawn from
-        softmax(logits / temperature) cut at top_p (0..1), and the seed (0..2**63 - 1) fixes the answer, whatever the
-        mode and the drafts; in `drafter_only` the drafter draws. remember: False leaves what there is to learn from
-        this answer to `remember`. timeout: seconds to wait for another thread's request, None: for as long as it takes.
-        Raises InputError for anything the user can mend, before any model runs where possible.
-        """
-        asked = {name: value for name, value in locals().items() if name not in ("self", "query")}
-        media = Media(**{of.name: asked.pop(of.name) for of in dataclasses.fields(Media)})
-        yield from self._answer(query, media, Asking(**asked))
+    @takes(AskedTold)
+    def generate(self, asked: AskedTold) -> Result:
+        """The finished `Result`; arguments as `stream`."""
+        return finished(self._answer(asked), asked.on_event)
 
-    def open(self, events: Any = None, video: Any = None, *, max_new_tokens: int = 50, image: Any = None,
-             columns: str | None = None, time_unit: str | None = None, event_path: FilePath | None = None,
-             event_image_path: FilePath | list[FilePath] | None = None, video_path: FilePath | None = None,
-             image_path: FilePath | None = None, frame_rule: str = "uniform", event_frames: int = 5,
-             canvas: tuple[int, int] | None = None, mode: str = "speculative", draft_len: int | None = None,
-             overlap_len: int | None = None, draft_source: Any = None, stop: str | Sequence[str] | None = None,
-             ignore_eos: bool = False, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-             remember: bool = True, timeout: float | None = 60.0) -> Clip:
+    @takes(Opening)
+    def open(self, opening: Opening) -> Clip:
         """Reads and encodes a clip once, for any number of questions; arguments as `stream`, but for the question.
 
         What says how to answer holds for every question that does not say it anew; mode and draft_source decide which
         models see the clip. It fills their caches until it is closed: `stream`, `generate` and another `open` are
         refused until then."""
-        asked = {name: value for name, value in locals().items() if name != "self"}
-        media = Media(**{of.name: asked.pop(of.name) for of in dataclasses.fields(Media)})
-        return Clip(self, media, Asking(**asked))
+        return Clip(self, Asked(**vars(opening)))
 
-    def _checked(self, asking: Asking, clip: Clip | None) -> tuple[list, bool, bool, str | None]:
+    def _checked(self, asked: Asked, clip: Clip | None) -> tuple[list, bool, bool, str | None]:
         """(sources, whether the target takes part, whether the drafter does, why not if it was to draft and broke at
         the clip). InputError for what the user can mend; nothing has run then."""
         self._insist_usable()
-        asking.check()
-        mode, uses_target = asking.mode, asking.mode != "drafter_only"
+        asked.check()
+        mode, uses_target = asked.mode, asked.mode != "drafter_only"
         if uses_target and self.target is None:
             raise InputError(f"mode {mode}: needs the target, which was not loaded; pass `videollava`")
-        sources, broke = self._sources(asking.draft_source, mode, clip), None
+        sources, broke = self._sources(asked.draft_source, mode, clip), None
         uses_drafter = mode in ("drafter_only", "prefill_only") or mode != "target_only" and (
             "drafter" in sources or bool(asking_drafter(sources))
-            or mode == "prefill_then_verify" and asking.draft_source is None)
+            or mode == "prefill_then_verify" and asked.draft_source is None)
         if uses_drafter and self.drafter is None:
             raise InputError(f"mode {mode}: needs the drafter, which was not loaded; pass `eventgpt`")
         if clip:
@@ -1372,16 +1294,15 @@ class Engine:
             raise InputError("engine: a stream of this thread is still open; finish or close it first")
         return sources, uses_target, uses_drafter, broke
 
-    def _answer(self, query, media: Media, asking: Asking, clip: Clip | None = None, turns=None,
-                opens: Clip | None = None):
+    def _answer(self, asked: Asked, clip: Clip | None = None, turns=None, opens: Clip | None = None):
         """The one path of every request: checks, then runs it. clip: whose rows are in the caches; turns: the chat that
         the question goes on with; opens: a clip whose rows shall be there, and nothing is asked."""
-        sources, uses_target, uses_drafter, broke = self._checked(asking, clip)
-        shown = clip.shown if clip else media.shown(self.target if uses_target else None,
+        sources, uses_target, uses_drafter, broke = self._checked(asked, clip)
+        shown = clip.shown if clip else asked.shown(self.target if uses_target else None,
                                                     self.drafter if uses_drafter else None)
-        question, mode = None if opens else check_question(query), asking.mode
-        new = 1 if opens else asking.max_new_tokens
-        with self._turn(asking.timeout):
+        question, mode = None if opens else check_question(asked.query), asked.mode
+        new = 1 if opens else asked.max_new_tokens
+        with self._turn(asked.timeout):
             if self.clip is not clip:
                 raise InputError("clip: is closed; open it again" if clip else "engine: an open clip fills the "
                                  "caches; close it first (`with engine.open(..) as clip` does)")
@@ -1393,13 +1314,13 @@ class Engine:
             active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
             gate = self.gate if mode in ("prefill_then_verify", "speculative") and not opens else None
             runs_ahead = self.apart and uses_drafter and mode == "speculative" and "drafter" in sources
-            line = Line(() if asking.ignore_eos else self.drafter.stops, new) if runs_ahead and not opens else None
+            line = Line(() if asked.ignore_eos else self.drafter.stops, new) if runs_ahead and not opens else None
             prompts = {model.side: model.talk(question, turns or ()) for model in active}
-            req = Request(mode, question, shown, media.event_frames, media.canvas, prompts, clip,
+            req = Request(mode, question, shown, asked.event_frames, asked.canvas, prompts, clip,
                           turns is not None, new,
-                          self.draft_len if asking.draft_len is None else asking.draft_len,
-                          self.overlap_len if asking.overlap_len is None else asking.overlap_len,
-                          asking.stop, asking.ignore_eos, Timeline(active), gate, line,
+                          self.draft_len if asked.draft_len is None else asked.draft_len,
+                          self.overlap_len if asked.overlap_len is None else asked.overlap_len,
+                          tuple(asked.stop), asked.ignore_eos, Timeline(active), gate, line,
                           errors=[broke] * bool(broke))
             self.running = req
             req.earlier = next((of for of in sources if isinstance(of, Lookup)), None)
@@ -1407,8 +1328,8 @@ class Engine:
             self.learners = [of for of in sources if hasattr(of, "learn") and not opens]
             searches = req.tenant is not PLAIN and bool(req.earlier or line)
             for model in active:                         # drafts stay greedy, whoever judges them
-                drawn = (asking.temperature, asking.top_p, asking.seed)
-                model.begin(drawn if asking.temperature and model is active[0] else None,
+                drawn = (asked.temperature, asked.top_p, asked.seed)
+                model.begin(drawn if asked.temperature and model is active[0] else None,
                             searches and model is self.target)
                 if model.on_gpu:
                     torch.cuda.reset_peak_memory_stats(model.device)
@@ -1423,22 +1344,9 @@ class Engine:
                 with noting(req.errors):
                     getattr(source, "begin", lambda question: None)(question)
             req.timeline.start()
-            yield from self._run(req, active, asking.remember)
+            yield from self._run(req, active, asked.remember)
             if opens:
                 opens.shown, opens.sides, self._clip = shown, dict(req.prompt_rows), weakref.ref(opens)
-
-    def generate(self, events: Any = None, video: Any = None, query: str = "", max_new_tokens: int = 50, *,
-                 image: Any = None, columns: str | None = None, time_unit: str | None = None,
-                 event_path: FilePath | None = None, event_image_path: FilePath | list[FilePath] | None = None,
-                 video_path: FilePath | None = None, image_path: FilePath | None = None, frame_rule: str = "uniform",
-                 event_frames: int = 5, canvas: tuple[int, int] | None = None, mode: str = "speculative",
-                 draft_len: int | None = None, overlap_len: int | None = None, draft_source: Any = None,
-                 stop: str | Sequence[str] | None = None, ignore_eos: bool = False, temperature: float = 0.0,
-                 top_p: float = 1.0, seed: int = 0, remember: bool = True, timeout: float | None = 60.0,
-                 on_event: Callable[[Event], Any] | None = None) -> Result:
-        """The finished `Result`; arguments as `stream`. on_event: called with each `Event`."""
-        asked = {name: value for name, value in locals().items() if name not in ("self", "on_event")}
-        return finished(self.stream(**asked), on_event)
 
     @property
     def clip(self) -> Clip | None:
@@ -1597,47 +1505,36 @@ class Clip:
     nearly as likely an answer may part from that of `Engine.generate`, whose prefill is one piece.
     turns: the chat so far, (question, answer ids); `del clip.turns[-1]` takes the last one back."""
 
-    def __init__(self, engine: Engine, media: Media, asking: Asking):
-        self.engine, self.media, self.asking, self.turns = engine, media, asking, []
+    def __init__(self, engine: Engine, asked: Asked):
+        self.engine, self.asked, self.turns = engine, asked, []
         self.shown: dict[str, Shown] = {}
         self.sides: dict[str, int] = {}                      # models that see it -> its rows in their caches
-        for event in engine._answer("", media, asking, opens=self):
+        for event in engine._answer(asked, opens=self):
             self.opened = event.result                       # times of reading, encoding and prefill
 
-    def stream(self, query: str, max_new_tokens: int | None = None, *, mode: str | None = None,
-               draft_len: int | None = None, overlap_len: int | None = None, draft_source: Any = None,
-               stop: str | Sequence[str] | None = None, ignore_eos: bool | None = None,
-               temperature: float | None = None, top_p: float | None = None, seed: int | None = None,
-               remember: bool | None = None, timeout: float | None = None, chat: bool = False) -> Iterator[Event]:
-        """Yields `Event`s as `Engine.stream` does, whose arguments these are; None: as the clip was opened. chat: the
-        question goes on from the last answer of the chat, and its answer becomes part of it."""
-        asked = {name: value for name, value in locals().items() if value is not None}
-        asking = dataclasses.replace(self.asking, **{of.name: asked[of.name] for of in dataclasses.fields(Asking)
-                                                     if of.name in asked})
-        turns = list(self.turns) if chat else None
-        for event in self.engine._answer(query, self.media, asking, self, turns):
-            if event.result and chat:
-                self.turns = [*turns, (query, list(event.result.output_ids))]
-            yield event
+    @takes(FurtherChat)
+    def stream(self, further: FurtherChat) -> Iterator[Event]:
+        """Yields `Event`s as `Engine.stream` does, whose arguments these are; None: as the clip was opened."""
+        yield from self._answer(further, further.chat)
 
-    def generate(self, query: str, max_new_tokens: int | None = None, *, mode: str | None = None,
-                 draft_len: int | None = None, overlap_len: int | None = None, draft_source: Any = None,
-                 stop: str | Sequence[str] | None = None, ignore_eos: bool | None = None,
-                 temperature: float | None = None, top_p: float | None = None, seed: int | None = None,
-                 remember: bool | None = None, timeout: float | None = None,
-                 on_event: Callable[[Event], Any] | None = None) -> Result:
+    @takes(FurtherTold)
+    def generate(self, further: FurtherTold) -> Result:
         """The finished `Result` of a question that knows of no other; arguments as `stream`."""
-        asked = {name: value for name, value in locals().items() if name not in ("self", "on_event")}
-        return finished(self.stream(**asked), on_event)
+        return finished(self._answer(further, chat=False), further.on_event)
 
-    def chat(self, query: str, max_new_tokens: int | None = None, *, mode: str | None = None,
-             draft_len: int | None = None, overlap_len: int | None = None, draft_source: Any = None,
-             stop: str | Sequence[str] | None = None, ignore_eos: bool | None = None, temperature: float | None = None,
-             top_p: float | None = None, seed: int | None = None, remember: bool | None = None,
-             timeout: float | None = None, on_event: Callable[[Event], Any] | None = None) -> Result:
+    @takes(FurtherTold)
+    def chat(self, further: FurtherTold) -> Result:
         """The same for a question that goes on from the last answer."""
-        asked = {name: value for name, value in locals().items() if name not in ("self", "on_event")}
-        return finished(self.stream(**asked, chat=True), on_event)
+        return finished(self._answer(further, chat=True), further.on_event)
+
+    def _answer(self, further: Further, chat: bool) -> Iterator[Event]:
+        given = {of.name: getattr(further, of.name) for of in dataclasses.fields(Further)}
+        asked = dataclasses.replace(self.asked, **{name: value for name, value in given.items() if value is not None})
+        turns = list(self.turns) if chat else None
+        for event in self.engine._answer(asked, self, turns):
+            if event.result and chat:
+                self.turns = [*turns, (asked.query, list(event.result.output_ids))]
+            yield event
 
     def check(self, uses_target: bool, uses_drafter: bool) -> None:
         """InputError unless the clip is open and the models that are used see it."""
@@ -1653,7 +1550,7 @@ class Clip:
         engine = self.engine
         if engine.clip is self and not engine.closed and os.getpid() == engine.pid:
             mine = engine.owner == threading.get_ident()     # a stream that was left half read
-            with contextlib.nullcontext() if mine else engine._turn(self.asking.timeout):
+            with contextlib.nullcontext() if mine else engine._turn(self.asked.timeout):
                 engine._clip = None
 
     def __enter__(self) -> Clip:
@@ -1864,38 +1761,24 @@ class PrefillOnlyInference:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def generate(self, events: Any = None, video: Any = None, query: str = "", max_new_tokens: int = 50,
-                 max_draft_tokens: int | None = None, *, image: Any = None, columns: str | None = None,
-                 time_unit: str | None = None, event_path: FilePath | None = None,
-                 event_image_path: FilePath | list[FilePath] | None = None, video_path: FilePath | None = None,
-                 image_path: FilePath | None = None, frame_rule: str = "uniform", event_frames: int = 5,
-                 canvas: tuple[int, int] | None = None, mode: str | None = None, draft_len: int | None = None,
-                 overlap_len: int | None = None, draft_source: Any = None, stop: str | Sequence[str] | None = None,
-                 ignore_eos: bool = False, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-                 remember: bool = True, timeout: float | None = 60.0,
-                 on_event: Callable[[Event], Any] | None = None) -> Result:
-        """The finished Result, which also answers to the research code's words (`in_old_words`); arguments as
-        `stream`."""
-        asked = {name: value for name, value in locals().items() if name not in ("self", "on_event")}
-        return finished(self.stream(**asked), on_event)
+    @takes(OldTold)
+    def generate(self, asked: OldTold) -> Result:
+        """The finished Result, which also answers to the research code's words (`in_old_words`)."""
+        return finished(self._answer(asked), asked.on_event)
 
-    def stream(self, events: Any = None, video: Any = None, query: str = "", max_new_tokens: int = 50,
-               max_draft_tokens: int | None = None, *, image: Any = None, columns: str | None = None,
-               time_unit: str | None = None, event_path: FilePath | None = None,
-               event_image_path: FilePath | list[FilePath] | None = None, video_path: FilePath | None = None,
-               image_path: FilePath | None = None, frame_rule: str = "uniform", event_frames: int = 5,
-               canvas: tuple[int, int] | None = None, mode: str | None = None, draft_len: int | None = None,
-               overlap_len: int | None = None, draft_source: Any = None, stop: str | Sequence[str] | None = None,
-               ignore_eos: bool = False, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-               remember: bool = True, timeout: float | None = 60.0) -> Iterator[Event]:
-        """Yields the preview and the answer as they form; the last event has the Result. Arguments as `Engine.stream`.
-        max_draft_tokens: another word for overlap_len; mode, draft_source: by default the constructor's."""
-        asked = {name: value for name, value in locals().items() if name not in ("self", "max_draft_tokens")}
-        asked |= {"mode": mode or self.mode, "draft_source": self.source if draft_source is None else draft_source,
-                  "overlap_len": overlap_len if max_draft_tokens is None else max_draft_tokens}
-        if asked["mode"] == "prefill_with_alignment" and self.source:
-            asked |= {"mode": "prefill_then_verify", "draft_source": self.source}
-        for event in self.load().stream(**asked):
+    @takes(OldAsked)
+    def stream(self, asked: OldAsked) -> Iterator[Event]:
+        """Yields the preview and the answer as they form; the last event has the Result."""
+        yield from self._answer(asked)
+
+    def _answer(self, old: OldAsked) -> Iterator[Event]:
+        asked = Asked(**{of.name: getattr(old, of.name) for of in dataclasses.fields(Asked)})
+        asked.mode = old.mode or self.mode
+        asked.draft_source = self.source if old.draft_source is None else old.draft_source
+        asked.overlap_len = old.overlap_len if old.max_draft_tokens is None else old.max_draft_tokens
+        if asked.mode == "prefill_with_alignment" and self.source:
+            asked.mode, asked.draft_source = "prefill_then_verify", self.source
+        for event in self.load().stream(**vars(asked)):
             yield dataclasses.replace(event, result=event.result and self.in_old_words(event.result))
 
     @staticmethod

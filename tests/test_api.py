@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import traceback
+import typing
 import weakref
 
 import numpy
@@ -19,6 +20,7 @@ from PIL import Image
 import engine
 from engine import InputError, PrefillOnlyInference
 from kernels.frames import draw_events
+from weights.asking import Asking, Media
 from weights.events import read_events
 
 
@@ -202,7 +204,7 @@ def test_every_call_has_the_same_arguments_in_the_same_order_with_the_same_defau
     assert named[:4] == ["events", "video", "query", "max_new_tokens"]
     for name, call in ((name, call) for name, calls in CALLS.items() for call in calls):
         given, function = parameters(name, call), getattr(getattr(engine, name), call)
-        of_media = {of.name for of in dataclasses.fields(engine.Media)}
+        of_media = {of.name for of in dataclasses.fields(Media)}
         wanted = [of for of in named if (name, of) != ("Engine", "query") or call != "open"]
         wanted = [of for of in wanted if of not in of_media] if name == "Clip" else wanted
         assert [of for of in given if of not in OWN] == wanted, (name, call)
@@ -213,8 +215,14 @@ def test_every_call_has_the_same_arguments_in_the_same_order_with_the_same_defau
             default = parameters("Engine", "generate")[of].default
             changed = name == "Clip" and of != "query" or (name, of) == ("PrefillOnlyInference", "mode")
             assert given[of].default == (None if changed else inspect.Parameter.empty if name == "Clip" else default)
-    for of in (*dataclasses.fields(engine.Media), *dataclasses.fields(engine.Asking)):
+        assert set(typing.get_type_hints(function)) == {*given, "return"} - {"self"}
+    for of in (*dataclasses.fields(Media), *dataclasses.fields(Asking)):
         assert of.default == parameters("Engine", "generate")[of.name].default, of.name
+
+
+def test_an_argument_that_there_is_not_is_refused_before_a_stream_is_read(pair):
+    with pytest.raises(TypeError, match="max_tokens"):
+        pair.stream(max_tokens=5, **asked(0))
 
 
 def test_help_begins_with_what_is_called_first():

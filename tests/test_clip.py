@@ -209,8 +209,7 @@ def test_questions_of_a_length_share_a_prefill_that_is_there_from_loading_on():
 def test_loading_prepares_both_modes_with_progress_and_learns_nothing(e, monkeypatch):
     told, answered = [], e._answer
     asked_for = []
-    monkeypatch.setattr(e, "_answer", lambda query, media, asking: asked_for.append(asking.mode) or answered(
-        query, media, asking))
+    monkeypatch.setattr(e, "_answer", lambda asked: asked_for.append(asked.mode) or answered(asked))
     gate = e.gate = engine.Gate()
     try:
         e.prepare(lambda *of: told.append(of))
