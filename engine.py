@@ -100,65 +100,35 @@ from weights.asking import (
     Opening,
     takes,
 )
-from weights.budget import (
-    LOOKUP_ROWS,
-    TINY,
-    form_of,
-    memory_budget,
-    model_name,
-    needs_of,
-    open_model,
-    unpackable,
-)
+from weights.budget import LOOKUP_ROWS, TINY, form_of, memory_budget, model_name, needs_of, open_model, unpackable
 from weights.drafting import (
     ENOUGH,
     PLAIN,
     WIDTHS,
-    Cascade,
-    DrafterRounds,
-    Found,
     Gate,
-    HeadStart,
-    HostSource,
     Line,
     NonFinite,
     OwnText,
     Proposal,
-    SelfRounds,
     Tenant,
+    asking_drafter,
+    learn,
     name_of,
     noting,
     smoothed,
+    tenant_of,
 )
 from weights.events import Events
 from weights.files import in_flags, insist_whole
 from weights.given import Shown
-from weights.load import (
-    random_weights,
-    stop_ids,
-)
-from weights.memory import (
-    as_dtype,
-    default_dtype,
-    no_room,
-    peak_memory,
-    pick_device,
-    ran_out,
-)
+from weights.load import random_weights, stop_ids
+from weights.memory import as_dtype, default_dtype, no_room, peak_memory, pick_device, ran_out
 from weights.packed import PRODUCTS, SOME, assembled, gains_by_turning, packing
 from weights.result import Event, Result, Round, Verdict
-from weights.shapes import (
-    PROMPT_ROWS,
-    TEXT_ROWS,
-    DecoderConfig,
-    VisionConfig,
-    frames_of,
-    rows_for,
-    text_config,
-)
-from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named
-from weights.text import Text, TextStream, check_question
-from weights.timeline import Entry, Timeline, check_finite, naming_stage
+from weights.shapes import PROMPT_ROWS, TEXT_ROWS, DecoderConfig, VisionConfig, frames_of, rows_for, text_config
+from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named, sources_of
+from weights.text import DRAFTER_SYSTEM, Text, TextStream, check_question
+from weights.timeline import Timeline, check_finite, naming_stage
 
 __all__ = ["MODES", "SOURCES", "Adapted", "Clip", "DraftSource", "Engine", "Event", "Fixed", "Gate", "InputError",
            "Lookup", "PrefillOnlyInference", "Result", "Round", "Verdict", "agreeing", "explain", "load_engine",
@@ -677,8 +647,6 @@ class Target(Model):
 class Drafter(Model):
     """EventGPT. It proposes, and never decides. Source: the original EventChatModel."""
     side = "drafter"
-    SYSTEM = ("A chat between a curious human and an artificial intelligence assistant. "
-              "The assistant gives helpful, detailed, and polite answers to the human's questions.")
 
     def __init__(self, config: dict, weights: dict, text: Text, path: str, stops, cache_rows=None, graphs=True):
         decoder_config = DecoderConfig.read(config)
@@ -707,9 +675,9 @@ class Drafter(Model):
         bos, ids = [self.config.bos_id], self.text.ids
         if self.marker_ids:
             start, end = self.marker_ids
-            return Prompt(bos + ids(f"{self.SYSTEM} USER: ") + [start],
+            return Prompt(bos + ids(f"{DRAFTER_SYSTEM} USER: ") + [start],
                           [end] + ids(f"\n{question} ASSISTANT:", first=False))
-        return Prompt(bos + ids(f"{self.SYSTEM} USER: <ev_start>"), ids(f"<ev_end>\n{question} ASSISTANT:"))
+        return Prompt(bos + ids(f"{DRAFTER_SYSTEM} USER: <ev_start>"), ids(f"<ev_end>\n{question} ASSISTANT:"))
 
     def encode(self, pixels_R3XX, image: bool = False):
         """Visual rows [R + P + 1, D]: one a frame (mean over its rows), then one a patch (mean over frames).
@@ -822,11 +790,6 @@ class Snapshot:
 
 
 # ---- the request -----------------------------------------------------------------------------------------------
-
-
-def asking_drafter(sources: list) -> list:
-    """The sources that read what the drafter writes."""
-    return [of for of in sources if getattr(of, "needs_drafter", False)]
 
 
 @dataclass
@@ -1200,46 +1163,6 @@ class Engine:
         finally:
             self.gate, self.learners, self.right = kept, [], 0.5
 
-    def _tenant(self, req: Request, sources: list) -> Tenant:
-        """Who drafts for the target, from the sources that were asked for."""
-        if req.mode not in ("prefill_then_verify", "speculative"):
-            return PLAIN
-        tenants: list[Tenant] = []
-        if req.earlier or req.line:
-            tenants.append(Found(req, self.target, req.earlier, req.line))
-        for source in sources:
-            if source == "self":
-                tenants.append(SelfRounds(req, self.target))
-            elif source == "drafter" and not req.line:
-                tenants.append(HeadStart(req, self.target))
-                if req.mode == "speculative":
-                    tenants.append(DrafterRounds(req, self.target, self.drafter))
-            elif not isinstance(source, (str, Lookup)):
-                tenants.append(HostSource(req, self.target, source, name_of(source)))
-        return Cascade(tenants, once=req.mode == "prefill_then_verify")
-
-    def _sources(self, draft_source, mode: str, clip: Clip | None = None) -> list:
-        """The sources of a request. None: all that there is, the cheapest ids first."""
-        if draft_source is None:
-            drafter = ["drafter"] if self.drafter and (not clip or "drafter" in clip.sides) else []
-            if mode == "prefill_then_verify":
-                return drafter
-            return [self.lookup, *drafter, *(["self"] if self.target and self.target.copy else [])]
-        named = draft_source if isinstance(draft_source, (list, tuple)) else [draft_source]
-        found = []
-        for source in named:
-            source = source_named(source) if isinstance(source, str) else source
-            if isinstance(source, Lookup) and not isinstance(draft_source, Lookup) and "lookup" in named:
-                source = self.lookup
-            if source == "self" and (self.target is None or self.target.copy is None):
-                raise InputError("draft_source self: the target's 4-bit copy was not made; load the engine with "
-                                 "self_draft=True")
-            if not isinstance(source, str) and not callable(getattr(source, "propose", None)):
-                raise InputError(f"draft_source: wanted a name or an object with `propose`, got "
-                                 f"{type(source).__name__}; make one by source_named")
-            found.append(source)
-        return found
-
     def _fill_ring(self, earlier: Lookup) -> None:
         """Brings the target's ring up to what a Lookup has learnt."""
         owner, count = self.in_ring
@@ -1279,7 +1202,9 @@ class Engine:
         mode, uses_target = asked.mode, asked.mode != "drafter_only"
         if uses_target and self.target is None:
             raise InputError(f"mode {mode}: needs the target, which was not loaded; pass `videollava`")
-        sources, broke = self._sources(asked.draft_source, mode, clip), None
+        copied = bool(self.target and self.target.copy)
+        drafts = bool(self.drafter) and (not clip or "drafter" in clip.sides)
+        sources, broke = sources_of(asked.draft_source, self.lookup, drafts, copied, mode), None
         uses_drafter = mode in ("drafter_only", "prefill_only") or mode != "target_only" and (
             "drafter" in sources or bool(asking_drafter(sources))
             or mode == "prefill_then_verify" and asked.draft_source is None)
@@ -1324,7 +1249,7 @@ class Engine:
                           errors=[broke] * bool(broke))
             self.running = req
             req.earlier = next((of for of in sources if isinstance(of, Lookup)), None)
-            req.tenant = self._tenant(req, sources)
+            req.tenant = tenant_of(req, sources, self.target, self.drafter)
             self.learners = [of for of in sources if hasattr(of, "learn") and not opens]
             searches = req.tenant is not PLAIN and bool(req.earlier or line)
             for model in active:                         # drafts stay greedy, whoever judges them
@@ -1448,7 +1373,7 @@ class Engine:
         entries = req.timeline.resolve()
         result.add_stages(entries)
         if self.gate and deciding == "target" and req.mode != "prefill_only" and req.question is not None:
-            self._learn(req, result, entries, final.stopped)
+            learn(self.gate, req, result, entries, final.stopped)
         if remember:
             for source in self.learners:
                 with noting(req.errors):
@@ -1467,24 +1392,6 @@ class Engine:
         result.peak_memory = peak_memory(decider.device)
         return Event("final", result.output_text, delta, result.output_ids, result.wall_clock_time * 1e3,
                      result.finish_reason, result)
-
-    def _learn(self, req: Request, result: Result, entries: list[Entry], stopped: bool) -> None:
-        """Tells the gate the times of a request's stages, and how far its head start agreed with the answer. stopped:
-        what would have followed the answer is not known."""
-        gate, rounds = self.gate, []
-        for of in entries:
-            if of.row == "target" and of.stage in ("decode", "verify"):
-                gate.timed("step" if of.stage == "decode" else ("verify", of.drafts), of.end - of.start)
-            elif (of.row, of.stage) == ("drafter", "draft") and of.start > req.prefill_end:
-                rounds.append(of.end - of.start)
-            elif (of.row, of.stage) == ("drafter", "draft"):
-                gate.timed("head draft", of.end - of.start)
-        if rounds:                                           # the first draft of a round runs two rows
-            gate.timed("draft", sum(rounds) / len(rounds))
-        gate.timed(("first id", req.size, "drafter" in req.prompt_rows), result.ttft)
-        if result.preview_ids:
-            judged = result.preview_ids[:len(result.output_ids) if stopped else None]
-            gate.accepted("head start", req.question, len(judged), agreeing(judged, result.output_ids))
 
 
 def finished(events, on_event=None) -> Result:

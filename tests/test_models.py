@@ -227,7 +227,7 @@ needs_llama = pytest.mark.skipif(not TOKENIZER.exists(), reason=f"{TOKENIZER} is
 class Only:
     """Just enough of a model to build prompts with."""
     def __init__(self, text, marker_ids=None):
-        self.text, self.marker_ids, self.SYSTEM = text, marker_ids, Drafter.SYSTEM
+        self.text, self.marker_ids = text, marker_ids
         self.config = type("C", (), {"bos_id": 1})
 
 

@@ -360,6 +360,30 @@ class Cascade(Tenant):
             tenant.saw(proposal, before, state)
 
 
+def tenant_of(req, sources: list, target, drafter) -> Tenant:
+    """Who drafts for the target, from the sources that were asked for."""
+    if req.mode not in ("prefill_then_verify", "speculative"):
+        return PLAIN
+    tenants: list[Tenant] = []
+    if req.earlier or req.line:
+        tenants.append(Found(req, target, req.earlier, req.line))
+    for source in sources:
+        if source == "self":
+            tenants.append(SelfRounds(req, target))
+        elif source == "drafter" and not req.line:
+            tenants.append(HeadStart(req, target))
+            if req.mode == "speculative":
+                tenants.append(DrafterRounds(req, target, drafter))
+        elif not isinstance(source, (str, Lookup)):
+            tenants.append(HostSource(req, target, source, name_of(source)))
+    return Cascade(tenants, once=req.mode == "prefill_then_verify")
+
+
+def asking_drafter(sources: list) -> list:
+    """The sources that read what the drafter writes."""
+    return [of for of in sources if getattr(of, "needs_drafter", False)]
+
+
 def name_of(source) -> str:
     name = getattr(source, "name", None)
     return name if isinstance(name, str) else type(source).__name__
@@ -525,6 +549,25 @@ class Gate:
         the chance that it and all before it are right, and an id is worth what it costs now."""
         tried, right = map(sum, zip(*self.rights, strict=True))
         return alive * right / tried * (self.pace("self") or 0.6 * step) > draft
+
+
+def learn(gate: Gate, req, result, entries, stopped: bool) -> None:
+    """Tells a gate the times of a request's stages, and how far its head start agreed with the answer. stopped: what
+    would have followed the answer is not known."""
+    rounds = []
+    for of in entries:
+        if of.row == "target" and of.stage in ("decode", "verify"):
+            gate.timed("step" if of.stage == "decode" else ("verify", of.drafts), of.end - of.start)
+        elif (of.row, of.stage) == ("drafter", "draft") and of.start > req.prefill_end:
+            rounds.append(of.end - of.start)
+        elif (of.row, of.stage) == ("drafter", "draft"):
+            gate.timed("head draft", of.end - of.start)
+    if rounds:                                               # the first draft of a round runs two rows
+        gate.timed("draft", sum(rounds) / len(rounds))
+    gate.timed(("first id", req.size, "drafter" in req.prompt_rows), result.ttft)
+    if result.preview_ids:
+        judged = result.preview_ids[:len(result.output_ids) if stopped else None]
+        gate.accepted("head start", req.question, len(judged), agreeing(judged, result.output_ids))
 
 
 class Line:

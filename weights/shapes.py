@@ -102,7 +102,7 @@ def rows_of_sides(cache_rows) -> dict:
     """{side: rows or None} of one number for both, or of a pair (target, drafter)."""
     pair = cache_rows if isinstance(cache_rows, (tuple, list)) else (cache_rows, cache_rows)
     if len(pair) != 2:
-        raise InputError(f"cache_rows: wanted a number or (target, drafter), got {brief(repr(cache_rows))}; give either")
+        raise InputError(f"cache_rows: wanted one number or two, got {brief(repr(cache_rows))}; pass a pair")
     return {side: of if of is None else insist_whole("cache_rows", of, 1)
             for side, of in zip(("target", "drafter"), pair, strict=True)}
 

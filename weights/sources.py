@@ -159,6 +159,28 @@ def source_named(name: str, model: str = ""):
     return Adapted(path) if kind == "adapter" else kind
 
 
+def sources_of(asked, own: Lookup, drafter: bool, copy: bool, mode: str) -> list:
+    """The sources of a request. asked: its draft_source, None: all that there is, the cheapest ids first. own: the
+    engine's Lookup; drafter, copy: whether there is a drafter, and a 4-bit copy of the target."""
+    if asked is None:
+        drafts = ["drafter"] * drafter
+        return drafts if mode == "prefill_then_verify" else [own, *drafts, *["self"] * copy]
+    named = asked if isinstance(asked, (list, tuple)) else [asked]
+    found = []
+    for source in named:
+        source = source_named(source) if isinstance(source, str) else source
+        if isinstance(source, Lookup) and not isinstance(asked, Lookup) and "lookup" in named:
+            source = own
+        if source == "self" and not copy:
+            raise InputError("draft_source self: the target's 4-bit copy was not made; load the engine with "
+                             "self_draft=True")
+        if not isinstance(source, str) and not callable(getattr(source, "propose", None)):
+            raise InputError(f"draft_source: wanted a name or an object with `propose`, got {type(source).__name__}; "
+                             f"make one by source_named")
+        found.append(source)
+    return found
+
+
 def agreeing(ours, theirs) -> int:
     """How many ids two lists share from their start."""
     return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
