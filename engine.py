@@ -103,7 +103,7 @@ from weights.drafting import (
     smoothed,
 )
 from weights.events import Events, read_events
-from weights.files import insist_file
+from weights.files import command, insist_file, printable
 from weights.load import (
     DRAFTER_7B,
     TARGET_7B,
@@ -1719,6 +1719,7 @@ class PrefillOnlyInference:
 # ---- demo and command line -------------------------------------------------------------------------------------
 
 
+@command
 def main(argv=None) -> None:
     """One question about one clip, answered as it forms. Without any flag: a demo on the embedded pair."""
     parser = argparse.ArgumentParser(prog="python engine.py", description=main.__doc__, allow_abbrev=False)
@@ -1744,18 +1745,16 @@ def main(argv=None) -> None:
     source, recorded = of.draft_source and of.draft_source.split(","), str(of.events).endswith((".npy", ".npz"))
     asked = {"event_path" if recorded else "event_image_path": of.events, "video_path": of.video,
              "image_path": of.image, "query": of.query, "max_new_tokens": of.max_new_tokens}
-    try:
-        engine = load_engine(of.eventgpt, of.videollava, of.device, self_draft="self" in source if source else None)
-        kind = ""
-        for event in engine.stream(mode=of.mode, draft_source=source, **asked):
-            if event.delta and (event.kind, kind) != ("preview", "final"):     # a preview that goes on comes at the end
-                start = f"{kind and chr(10)}{event.t_ms:7.1f} ms  {event.kind:7}  " * (event.kind != kind)
-                print(start + event.delta, end="", flush=True)
-                kind = event.kind
-    except InputError as error:
-        parser.exit(2, f"{error}\n")
+    engine = load_engine(of.eventgpt, of.videollava, of.device, self_draft="self" in source if source else None)
+    kind = ""
+    for event in engine.stream(mode=of.mode, draft_source=source, **asked):
+        if event.delta and (event.kind, kind) != ("preview", "final"):         # a preview that goes on comes at the end
+            start = f"{kind and chr(10)}{event.t_ms:7.1f} ms  {event.kind:7}  " * (event.kind != kind)
+            print(start + printable(event.delta, "\n\t"), end="", flush=True)
+            kind = event.kind
     r = event.result
-    print(f"\n{(r.preview_end or 0) * 1e3:7.1f} ms  preview  {r.preview_text}" * (r.mode == "prefill_only"), end="")
+    if r.mode == "prefill_only":
+        print(f"\n{(r.preview_end or 0) * 1e3:7.1f} ms  preview  {printable(r.preview_text)}", end="")
     by = ", ".join(dict.fromkeys(of.source for of in r.round_log if of.drafts)) or r.drafter_error or "nobody drafted"
     print(f"\n{len(r.output_ids)} ids in {r.wall_clock_time * 1e3:.1f} ms, {len(r.output_ids) - r.accepted_tokens} "
           f"forwards; accepted {r.accepted_tokens} of {r.drafted} drafts ({by})")
@@ -1764,4 +1763,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

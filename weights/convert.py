@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, TensorSpec, serialize_file
 
-from weights.files import InputError, brief, read_json, refusal
+from weights.files import brief, command, naming, open_regular, read_json, refusal
 from weights.load import INDEX, SINGLE, listed, read_header, reject_impostor
 
 PICKLED = re.compile(r"(?i)\.(bin|pt|pth|ckpt)$")
@@ -156,10 +156,8 @@ def write(source, target):
 
 def read_pickled(path):
     """The tensors and plain containers of a torch file. Anything that would have to be called is refused by name."""
-    with open(path, "rb") as file:
+    with naming(path), open_regular(path, "a file of torch.save")[0] as file:
         first = file.read(64)
-    if not first:
-        raise refusal(path, "is empty (0 bytes)", "copy or download it again")
     if not first.startswith(b"PK"):
         reject_impostor(path, first)
     try:
@@ -218,19 +216,16 @@ def unpack(path, content) -> tuple:
     return tensors, metadata
 
 
+@command
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weights.convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a folder with pytorch_model*.bin, or one .bin, .pt, .pth or .ckpt file")
     parser.add_argument("target", nargs="?", help="where to put the result; beside the source unless given")
     args = parser.parse_args(argv)
-    try:
-        for path in convert(args.source, args.target):
-            tensors = read_header(path).values() if path.suffix == ".safetensors" else ()
-            print(f"{path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors):,} bytes" if tensors else path)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    for path in convert(args.source, args.target):
+        tensors = read_header(path).values() if path.suffix == ".safetensors" else ()
+        print(f"{path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors):,} bytes" if tensors else path)
     return 0
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.frames import extent, quiet_copy
-from weights.files import InputError, Refused, brief, looks_like, naming, open_regular, reason_of, refusal
+from weights.files import Refused, brief, command, looks_like, naming, open_regular, reason_of, refusal
 
 MAX_EVENT_BYTES = 1 << 30            # of a file, and of the arrays an .npz unpacks to
 MAX_PACKED = 100                     # bytes that a byte of an .npz may unpack to; recordings have some 3
@@ -440,22 +440,17 @@ def columns_of_pickle(file, size):
     return {key: value if type(value) is RawArray else RawArray(type(value).__name__) for key, value in top.items()}
 
 
-def main(argv) -> int:
+@command
+def main(argv=None) -> int:
     """One line for each file: its events."""
-    if not argv:
-        print(__doc__)
-        return 2
-    try:
-        for path in argv:
-            events = read_events(path)
-            span = (events.t.max() - events.t.min()).item() / 1e3
-            print(f"{path}: {events.x.numel()} events over {span:.3f} ms, x up to {events.x.max().item()}, y up to "
-                  f"{events.y.max().item()}, {events.p.sum(dtype=torch.int64).item()} positive")
-    except InputError as error:
-        print(error)
-        return 2
-    return 0
+    argv = sys.argv[1:] if argv is None else argv
+    for path in argv:
+        events = read_events(path)
+        span = (events.t.max() - events.t.min()).item() / 1e3
+        print(f"{path}: {events.x.numel()} events over {span:.3f} ms, x up to {events.x.max().item()}, y up to "
+              f"{events.y.max().item()}, {events.p.sum(dtype=torch.int64).item()} positive")
+    return 0 if argv else print(__doc__) or 2
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -8,13 +8,17 @@ regular files are read: opening a pipe or a terminal would wait, and a device ha
 
 import contextlib
 import difflib
+import errno
+import functools
 import json
 import os
 import re
 import stat
+import sys
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
               RecursionError)        # what taking a damaged JSON file at its word may raise
+STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)    # all other files name themselves
 MAX_SMALL = 64 << 20                 # bytes of a config, an index, a tokenizer
 MAX_LIST = 256 << 20                 # bytes of a list of samples or of recorded pairs
 LOOK_ALIKES = [                      # what comes in place of a file, by its first bytes, and the way out if it is sure
@@ -36,11 +40,10 @@ LOOK_ALIKES = [                      # what comes in place of a file, by its fir
 class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: path, reason, way out. bench.py exits 2 with it.
 
-    Whatever a path or a file puts into it, the line stays one: line breaks, control characters and halves of surrogate
-    pairs are spelt out."""
+    Whatever a path or a file puts into it, the line stays one."""
 
     def __init__(self, line: str):
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+        super().__init__(printable(line))
 
 
 class Refused(Exception):
@@ -48,6 +51,38 @@ class Refused(Exception):
 
     def __init__(self, reason: str, way_out: str):
         super().__init__(reason, way_out)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text from outside as a terminal may see it: control characters but for those to `keep`, line breaks and halves of
+    surrogate pairs are spelt out."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def command(main):
+    """main(argv) -> exit code, as the program's end wants it: bad input is a line and 2, Ctrl-C a word and 130. A pipe
+    that nobody reads any more ends it in silence, a full disk behind stdout in a line; closed ones are /dev/null."""
+    @functools.wraps(main)
+    def run(argv=None) -> int:
+        for name in ("stdout", "stderr"):        # closed: the next file that is opened would be written to
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        try:
+            code = main(argv)
+            sys.stdout.flush()
+            return code or 0
+        except (InputError, KeyboardInterrupt) as error:
+            print(error if isinstance(error, InputError) else "interrupted", file=sys.stderr)
+            return 2 if isinstance(error, InputError) else 130
+        except OSError as error:
+            if error.filename is not None or error.errno not in STDOUT_ERRORS:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # nothing more goes there
+            if isinstance(error, BrokenPipeError):
+                return 1
+            print(f"stdout: cannot be written ({reason_of(error)}); free some room", file=sys.stderr)
+            return 2
+    return run
 
 
 def refusal(path, reason, way_out) -> InputError:
@@ -201,7 +236,7 @@ def json_lines(path, wanted: str, most: int = MAX_LIST) -> list:
 # ---- writing -----------------------------------------------------------------------------------------------------
 
 
-def replace_file(path, content: bytes) -> None:
+def replace_file(path, content: bytes | memoryview) -> None:
     """Puts `content` where `path` leads. A regular file, or a new one, is written beside its place and renamed, so that
     nobody ever sees half of it; its mode and owner stay. A device or a pipe is written to, never replaced. InputError
     if it cannot be done; a regular file is then untouched."""

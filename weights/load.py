@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from weights.files import (
     InputError,
     Refused,
     brief,
+    command,
     look_alike,
     naming,
     open_regular,
@@ -709,6 +709,7 @@ def peak_resident() -> int:
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
 
 
+@command
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weights.load", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -717,17 +718,12 @@ def main(argv=None) -> int:
     parser.add_argument("--check", action="store_true", help="also read every value and look for NaN and infinity")
     parser.add_argument("--device", default="cpu", help="of --check: where to (default %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        checkpoint = open_checkpoint(args.checkpoint, args.revision)
-        report(checkpoint)
-        if args.check:
-            print(checked(checkpoint, args.device))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    checkpoint = open_checkpoint(args.checkpoint, args.revision)
+    report(checkpoint)
+    if args.check:
+        print(checked(checkpoint, args.device))
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` is a fine way to read this
     sys.exit(main())

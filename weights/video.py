@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from kernels.frames import cores, pinned, pool
-from weights.files import InputError, Refused, looks_like, naming, open_regular, reason_of, refusal
+from weights.files import InputError, Refused, command, looks_like, naming, open_regular, reason_of, refusal
 
 MAX_IMAGE_PIXELS = 50_000_000
 MAX_VIDEO_PIXELS = 4096 * 4096       # of one frame
@@ -405,24 +405,19 @@ def rgb_tensor(frame):
     return torch.frombuffer(pixels, dtype=torch.uint8, count=height * used).view(height, width, 3)
 
 
-def main(argv) -> int:
+@command
+def main(argv=None) -> int:
     """One line for each file: its picture's size, of a video also its number of frames."""
-    if not argv:
-        print(__doc__)
-        return 2
-    try:
-        for path in argv:
-            if os.path.splitext(path)[1].lower() in (".png", ".jpg", ".jpeg"):
-                print(f"{path}: image of {' x '.join(map(str, read_image(path).shape[1::-1]))} pixels")
-            else:
-                with naming(path):
-                    kept, total = decode_frames(path, [0], False, rgb_tensor)
-                print(f"{path}: video of {kept[0].shape[1]} x {kept[0].shape[0]}, {total} frames")
-    except InputError as error:
-        print(error)
-        return 2
-    return 0
+    argv = sys.argv[1:] if argv is None else argv
+    for path in argv:
+        if os.path.splitext(path)[1].lower() in (".png", ".jpg", ".jpeg"):
+            print(f"{path}: image of {' x '.join(map(str, read_image(path).shape[1::-1]))} pixels")
+        else:
+            with naming(path):
+                kept, total = decode_frames(path, [0], False, rgb_tensor)
+            print(f"{path}: video of {kept[0].shape[1]} x {kept[0].shape[0]}, {total} frames")
+    return 0 if argv else print(__doc__) or 2
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
