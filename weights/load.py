@@ -48,13 +48,14 @@ from weights.names import (
     KINDS,
     RESCALE,
     TEXT_DEFAULTS,
+    TEXT_RULES,
     VISION_DEFAULTS,
     Plan,
     canonical,
     extra_rows,
     on_disk,
     plan,
-    size,
+    settled,
     with_defaults,
 )
 
@@ -151,6 +152,9 @@ def read_config(folder) -> dict:
         else:
             vision = read_json(clip / "config.json", "the config of a CLIP tower")   # or of a whole CLIP, in a section
             config["vision_config"] = vision.get("vision_config") or vision
+    layer = config.get("vision_feature_layer")
+    if isinstance(layer, list) and len(layer) == 1:          # upstream joins the layers of a list
+        config["vision_feature_layer"] = layer[0]
     return config
 
 
@@ -404,9 +408,13 @@ def open_checkpoint(path_or_id, revision=None) -> Checkpoint:
     gather(headers, kind, stored, unread, complaints)
     embed = stored.get("language_model.embed_tokens.weight")
     if kind == "EventChat_llama" and embed and embed.shape:
-        V, extra = size(config, "vocab_size", folder / "config.json"), extra_rows(config)
+        V, extra = settled(config, TEXT_RULES, folder / "config.json")["vocab_size"], extra_rows(config)
         if extra and embed.shape[0] == V + extra:
             config["vocab_size"] = V + extra            # rows that the marker flags explain
+    text = config.get("text_config")
+    for of in (config, text if isinstance(text, dict) else {}):          # a head of its own is never the embeddings
+        if of.get("tie_word_embeddings") is True and "lm_head.weight" in stored:
+            of["tie_word_embeddings"] = False
     wanted = plan(config, folder / "config.json")
     insist_ids(folder, config)
     of_events = kind == "EventChat_llama" and config.get("mm_visual_tower")
@@ -422,6 +430,9 @@ def open_checkpoint(path_or_id, revision=None) -> Checkpoint:
     complaints += mismatches(wanted, stored)
     if complaints:
         way_out = advice(kind, [s.key for s in stored.values()])
+        for name in ("text_config", "vision_config"):
+            if kind == "video_llava" and not config.get(name):
+                way_out = f"config.json has no {name}: {way_out}"
         if kind == "EventChat_llama" and config["vision_config"] == ASSUMED_CLIP:
             way_out += f" (mm_visual_tower {brief(config.get('mm_visual_tower'))} is not here: {CLIP_336} was assumed)"
         raise refusal(folder, "; ".join(complaints), way_out)
@@ -461,7 +472,7 @@ def stop_ids(folder, config: dict) -> tuple[int, ...]:
         places.append((beside, settings))
     places += [(folder / "config.json", config), (folder / "config.json", config.get("text_config") or {})]
     where, stops = next(((path, of["eos_token_id"]) for path, of in places if of.get("eos_token_id") is not None),
-                        (None, TEXT_DEFAULTS["eos_token_id"]))
+                        (None, 2))
     stops, V = stops if isinstance(stops, list) else [stops], rows_of_table(config)
     if not 0 < len(stops) <= 16 or not all(type(i) is int and 0 <= i < V for i in stops):
         raise refusal(where, f"eos_token_id is {brief(stops, 60)}, wanted 1 to 16 ids of the vocabulary, 0 to "
@@ -471,7 +482,7 @@ def stop_ids(folder, config: dict) -> tuple[int, ...]:
 
 def rows_of_table(config: dict) -> int:
     """Rows of the embedding table: ids below it exist."""
-    return size(config.get("text_config") or config, "vocab_size", "config.json")
+    return with_defaults(config.get("text_config") or config, TEXT_DEFAULTS)["vocab_size"]
 
 
 def insist_ids(folder, config: dict) -> None:
@@ -486,9 +497,9 @@ def insist_ids(folder, config: dict) -> None:
 def insist_processor(folder, config: dict) -> None:
     """Refuses an image processor beside the vision tower, `folder`, that makes other pixels than CLIP's of the tower's
     size. Absent files and keys mean that one, as upstream."""
-    if folder is None or not config.get("vision_config"):
+    if folder is None or config["model_type"] == "llama":
         return
-    side = size(config["vision_config"], "image_size", Path(folder) / "config.json", VISION_DEFAULTS)
+    side = with_defaults(config.get("vision_config") or {}, VISION_DEFAULTS)["image_size"]
     wanted = PROCESSOR | {"size": side, "crop_size": side}
     for path in (Path(folder) / name for name in PROCESSOR_FILES):
         raw = read_json(path, "the config of an image processor") if os.path.lexists(path) else {}
