@@ -102,7 +102,7 @@ from weights.drafting import (
     noting,
     smoothed,
 )
-from weights.events import Events, read_events
+from weights.events import EVENT_FILE, Events, check_canvas, read_events
 from weights.files import command, insist_file, printable
 from weights.load import (
     DRAFTER_7B,
@@ -124,7 +124,7 @@ from weights.memory import (
 from weights.shapes import DecoderConfig, VisionConfig, frames_of, memory_needs, text_config
 from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named
 from weights.text import Text, TextStream, check_question, check_sampling
-from weights.video import VIDEO_RULES, read_images, read_video
+from weights.video import PICTURE_FILE, VIDEO_RULES, read_images, read_video
 
 __all__ = ["MODES", "SOURCES", "Adapted", "DraftSource", "Engine", "Event", "Fixed", "Gate", "InputError", "Lookup",
            "PrefillOnlyInference", "Result", "Round", "Verdict", "agreeing", "explain", "load_engine", "model_name",
@@ -1244,12 +1244,12 @@ class Engine:
         images = event_image_path if isinstance(event_image_path, (list, tuple)) else [event_image_path]
         if uses_drafter and event_path is None and not images:
             raise InputError("event_image_path: an empty list; pass one PNG or several")
-        for path, wanted, used in ((video_path, "a video file", uses_target), (image_path, "an image", uses_target),
-                                   (event_path, "an .npy or .npz of events", uses_drafter),
-                                   *((image, "a PNG or JPEG", uses_drafter) for image in images)):
+        for path, kind, used in ((video_path, ["a video file"], uses_target), (image_path, PICTURE_FILE, uses_target),
+                                 (event_path, EVENT_FILE, uses_drafter),
+                                 *((image, PICTURE_FILE, uses_drafter) for image in images)):
             if used and path is not None:
-                insist_file(path, wanted)
-        question = check_question(query)
+                insist_file(path, *kind)
+        question, canvas = check_question(query), check_canvas(canvas)
 
         def frames(decoding):
             if image_path is None:

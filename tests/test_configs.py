@@ -61,9 +61,9 @@ ONLY = {      # key -> another value, which is refused by the key's name
     "model_type": "qwen2", "hidden_act": "gelu", "attention_bias": True, "mlp_bias": True, "sliding_window": 4096,
     "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_type": "yarn", "num_channels": 4,
     "use_event_qformer": True, "projector_hidden_act": "relu", "multimodal_projector_bias": False,
-    "mm_use_im_start_end": True, "do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False, "resample": 2,
-    "rescale_factor": 1.0, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 100},
-    "crop_size": 100, "image_size": 448}
+    "mm_use_im_start_end": True, "do_resize": False, "do_center_crop": False, "do_rescale": False,
+    "do_normalize": False, "resample": 2, "rescale_factor": 1.0, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    "size": {"shortest_edge": 100}, "crop_size": 100, "image_size": 448}
 NOTHING = {   # key -> why it changes no answer
     "architectures": "model_type says it", "_name_or_path": "a remark", "transformers_version": "a remark",
     "_from_model_config": "a remark", "image_processor_type": "a remark", "processor_class": "a remark",

@@ -87,7 +87,8 @@ def command(main):
 
 def refusal(path, reason, way_out) -> InputError:
     """InputError "PATH: reason; way out"."""
-    return InputError(f"{os.fsdecode(path)}: {reason}; {way_out}")
+    name = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else brief(repr(path))
+    return InputError(f"{name}: {reason}; {way_out}")
 
 
 @contextlib.contextmanager
@@ -156,10 +157,23 @@ def nearest_name(name: str) -> str:
     return f"did you mean {near[0]}?" if near else f"check the name; {folder} exists"
 
 
-def insist_file(path, wanted: str) -> int:
-    """Bytes of the file `path`. InputError unless it can be opened now; nothing of it is read."""
-    with naming(path if isinstance(path, (str, bytes, os.PathLike)) else brief(repr(path))):
-        file, size = open_regular(path, wanted)
+def open_kind(path, wanted: str, heads: tuple = (), way_out: str = ""):
+    """(open binary file, size in bytes, its first bytes). Refused as by `open_regular`, and for other heads."""
+    file, size = open_regular(path, wanted)
+    head = file.read(256)
+    file.seek(0)
+    if heads and not head.startswith(heads):
+        file.close()
+        what, way_out = looks_like(head, way_out)
+        raise Refused(f"not {wanted} but {what}", way_out)
+    return file, size, head
+
+
+def insist_file(path, *kind) -> int:
+    """Bytes of the file `path`. InputError unless it can be opened now and, of a kind with heads, begins with one; the
+    arguments of `open_kind`."""
+    with naming(path):
+        file, size, _ = open_kind(path, *kind)
         file.close()
     return size
 

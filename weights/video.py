@@ -18,10 +18,20 @@ from concurrent.futures import wait
 
 import av
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from kernels.frames import cores, pinned, pool
-from weights.files import InputError, Refused, command, looks_like, naming, open_regular, reason_of, refusal
+from weights.files import (
+    InputError,
+    Refused,
+    command,
+    looks_like,
+    naming,
+    open_kind,
+    open_regular,
+    reason_of,
+    refusal,
+)
 
 MAX_IMAGE_PIXELS = 50_000_000
 MAX_VIDEO_PIXELS = 4096 * 4096       # of one frame
@@ -35,6 +45,10 @@ VIDEO_RULES = ("uniform", "first")
 MAX_SAMPLES = 4_000_000              # of all tracks of an mp4, a day of sound; FFmpeg keeps 12 to 36 bytes for each
 EDIT_SAMPLES = 4_000                 # as many an edit counts for: at most 1,000 edits
 MP4_FOLDERS = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"mvex", b"moof", b"traf", b"edts", b"dinf", b"udta"}
+
+
+ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+PICTURE_FILE = ("a PNG or JPEG", (b"\x89PNG\r\n\x1a\n", b"\xff\xd8"), "convert it to PNG")
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -55,19 +69,16 @@ def read_image(path):
     """[H, W, 3] uint8 of one PNG or JPEG; see `read_images`."""
     try:
         with naming(path):
-            file, _ = open_regular(path, "a PNG or JPEG")
-            with file:
-                head = file.read(256)
-                file.seek(0)
-                if not head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8")):
-                    what, way_out = looks_like(head, "convert it to PNG")
-                    raise Refused(f"not a PNG or JPEG but {what}", way_out)
+            with open_kind(path, *PICTURE_FILE)[0] as file:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error", Image.DecompressionBombWarning)
                     warnings.simplefilter("ignore", UserWarning)      # remarks on damaged EXIF, which is not used
                     image = Image.open(file, formats=("PNG", "JPEG"))
                     width, height = image.size
                     check_size(width, height, MAX_IMAGE_PIXELS)
+                    image.load()
+                    if image.format == "PNG" and short_of_rows(image, file):
+                        raise OSError("it ends before its last row")
                     image = image.convert("RGB")
         return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
     except InputError:
@@ -75,8 +86,27 @@ def read_image(path):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise refusal(path, f"an image of more than {MAX_IMAGE_PIXELS} pixels", "make it smaller first") from None
     except IMAGE_ERRORS as error:
-        raise refusal(path, f"truncated or damaged image ({reason_of(error)})",
-                      "open it in a viewer, or fetch it again") from None
+        reason = "no picture behind its first bytes" if isinstance(error, UnidentifiedImageError) else reason_of(error)
+        raise refusal(path, f"truncated or damaged image ({reason})", "open it in a viewer, or fetch it again") from None
+
+
+def short_of_rows(image, file) -> bool:
+    """Whether a PNG's data end early. Pillow leaves what is missing at 0: only a last row of zeros is looked into."""
+    width, height = image.size
+    if image.crop((0, height - 1, width, height)).getbbox(alpha_only=False):
+        return False
+    file.seek(8)
+    unpack, got, header = zlib.decompressobj(), 0, b""
+    while len(chunk := file.read(8)) == 8 and chunk[4:] != b"IEND":
+        content = file.read(int.from_bytes(chunk[:4], "big"))
+        header = content if chunk[4:] == b"IHDR" else header
+        while content and chunk[4:] == b"IDAT" and not unpack.eof:
+            got, content = got + len(unpack.decompress(content, 1 << 20)), unpack.unconsumed_tail
+        file.seek(4, os.SEEK_CUR)
+    bits = header[8] * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[header[9]]
+    passes = ADAM7 if header[12] else [(0, 0, 1, 1)]
+    sides = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in passes]
+    return got < sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sides if columns > 0 and rows > 0)
 
 
 def check_size(width, height, max_pixels):
