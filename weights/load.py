@@ -60,7 +60,7 @@ from weights.names import (
 )
 
 MAX_NAMES = 10                       # tensors listed in one message
-MAX_HEADER_BYTES = 16 << 20           # a 7B model has 80 KB; the library would read 100 MB, for half a minute
+MAX_HEADER_BYTES = 4 << 20           # a 7B model has 80 KB; the library would read 100 MB, for half a minute
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE, READERS = 8 << 20, 4          # bytes read at a time, threads that read
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -42,6 +42,9 @@ LONG_PIXELS = 1 << 22                # decoded one after the other: 13 frames of
 MAX_SIDE_RATIO = 256                 # the shorter side grows to the model's 224 or 336, and the longer with it
 VIDEO_FORMATS = "mov,mp4,matroska,webm,avi"    # an open list lets a playlist named .mp4 read other files
 VIDEO_RULES = ("uniform", "first")
+NO_FILM = (av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+           | av.stream.Disposition.still_image)          # covers and previews that some files carry beside it
+LEAST_PIXELS, PIXELS_A_BYTE = 1 << 32, 1 << 12       # decoded of any clip, and for each byte of it; H.264 has 50 to 500
 MAX_SAMPLES = 4_000_000              # of all tracks of an mp4, a day of sound; FFmpeg keeps 12 to 36 bytes for each
 EDIT_SAMPLES = 4_000                 # as many an edit counts for: at most 1,000 edits
 MP4_FOLDERS = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"mvex", b"moof", b"traf", b"edts", b"dinf", b"udta"}
@@ -86,8 +89,10 @@ def read_image(path):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise refusal(path, f"an image of more than {MAX_IMAGE_PIXELS} pixels", "make it smaller first") from None
     except IMAGE_ERRORS as error:
-        reason = "no picture behind its first bytes" if isinstance(error, UnidentifiedImageError) else reason_of(error)
-        raise refusal(path, f"truncated or damaged image ({reason})", "open it in a viewer, or fetch it again") from None
+        unknown = isinstance(error, UnidentifiedImageError)
+        raise refusal(path, "truncated or damaged image ("
+                      f"{'no picture behind its first bytes' if unknown else reason_of(error)})",
+                      "open it in a viewer, or fetch it again") from None
 
 
 def short_of_rows(image, file) -> bool:
@@ -168,14 +173,15 @@ def uniform_frames(path, num_frames, take, decoding):
         packets, total = held_packets(container, stream, codec)
         frames = planned_frames(packets, stream, num_frames, take, decoding)
         # Of an avi a packet may be no frame, or two; other containers have no count, or count what they hide.
-        sure = ("mp4" in container.format.name and stream.frames == len(packets)
+        times = [packet.pts for packet in packets]
+        sure = ("mp4" in container.format.name and stream.frames == len(packets) and None not in times
                 and not any(packet.is_discard for packet in packets))
     if frames:
         return frames
     decoding()
     indices = sample_indices(total, num_frames)
-    kept, decoded = decode_frames(path, indices, stop_early=sure, take=take)
-    if decoded <= indices[-1] or (not sure and decoded != total):
+    kept, decoded = decode_frames(path, indices, stop_early=False, take=take, times=sorted(times) if sure else ())
+    if decoded != total:
         indices = sample_indices(decoded, num_frames)
         if not kept.keys() >= set(indices):
             kept, _ = decode_frames(path, indices, stop_early=True, take=take)
@@ -265,11 +271,12 @@ def open_video(path, decoders="all"):
         what, way_out = looks_like(head, "give an mp4, mov, mkv, webm or avi file")
         raise Refused(f"not a video container but {what}", way_out) from None
     try:
-        films = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        films = [stream for stream in container.streams.video if not stream.disposition & NO_FILM]
         if not films:
             kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
             raise Refused(f"no video stream (streams found: {kinds})", "give a file with pictures")
-        stream = films[0]                        # not the cover that some files carry beside it
+        # As FFmpeg's players: the track that is on, and of several not the one of a picture or two.
+        stream = max(films, key=lambda s: (bool(s.disposition & av.stream.Disposition.default), min(s.frames or 5, 5)))
         try:
             width, height, codec = stream.width, stream.height, stream.codec_context.name
         except (AttributeError, *VIDEO_ERRORS):
@@ -285,19 +292,25 @@ def open_video(path, decoders="all"):
         raise
 
 
-def decode_frames(path, indices, stop_early, take):
+def decode_frames(path, indices, stop_early, take, times=()):
     """({index: what `take` makes of that frame}, frames decoded). stop_early: leave after the last index, else count
-    to the end."""
+    to the end. times: of all frames, if the container says so; as long as they come true it is left there as well, and
+    taken at its word."""
     container, stream, codec = open_video(path)
     wanted, last, kept, decoded = set(indices), indices[-1], {}, 0
+    left = most_pixels(container)
     try:
         with container:
             for frame in whole_frames(container, stream):
                 if decoded in wanted:
                     kept[decoded] = take(frame)
-                decoded += 1
-                if stop_early and decoded > last:
-                    break
+                times = times if decoded < len(times) and frame.pts == times[decoded] else ()
+                decoded, left = decoded + 1, left - frame.width * frame.height
+                if left < 0:
+                    raise Refused(f"{decoded} frames of {frame.width} x {frame.height} and more in {container.size} "
+                                  f"bytes", "cut the clip to the part in question")
+                if decoded > last and (stop_early or times):
+                    return kept, len(times) or decoded
                 if decoded > MAX_VIDEO_FRAMES:
                     raise Refused(f"more than {MAX_VIDEO_FRAMES} frames", "cut the clip to the part in question")
     except VIDEO_ERRORS as error:
@@ -306,6 +319,11 @@ def decode_frames(path, indices, stop_early, take):
     if decoded == 0:
         raise Refused("0 frames", "an empty or incomplete recording: fetch it again")
     return kept, decoded
+
+
+def most_pixels(container) -> int:
+    """Pixels that a file of its size may make us decode: a few kilobytes can announce hours of still pictures."""
+    return max(LEAST_PIXELS, PIXELS_A_BYTE * container.size)
 
 
 def whole_frames(container, stream):
@@ -330,7 +348,7 @@ KIND, PLAIN, IDR, REFERRED = 31, 1, 5, 0x60      # of an H.264 unit's first byte
 def planned_frames(packets, stream, num_frames, take, decoding):
     """Uniformly sampled frames as decoding them all gives them, or None wherever that cannot be shown beforehand."""
     runs, order = plan(packets, stream, num_frames) or ([], [])
-    if not runs:
+    if not runs or sum(map(len, runs)) * stream.width * stream.height > most_pixels(stream.container):
         return None
     if max(map(len, runs)) * stream.width * stream.height > LONG_PIXELS:
         decoding()
