@@ -209,6 +209,7 @@ def test_every_message_is_one_printable_line():
 
 
 @pytest.mark.parametrize("change", [{"kind": []}, {"sees": 5}, {"layers": 1_000_000}, {"layers": "4"}, {"heads": 0},
+                                    {"hidden": 0}, {"vocab": 0}, {"shift": -1},
                                     {"width": None}, {"no_such_size": 1}])
 def test_an_adapters_config_that_fits_no_network_is_refused(tmp_path, change):
     adapter.save(tmp_path, adapter.Follower(SMALL), SMALL)

@@ -155,10 +155,11 @@ class AdapterConfig:
     sees: str = "previous,drafter"   # what a follower reads before the answer
 
     def __post_init__(self):
-        sizes = [getattr(self, f.name) for f in fields(self) if f.type is int]
+        sizes = [getattr(self, f.name) + (f.name == "shift") for f in fields(self) if f.type is int
+                 and type(getattr(self, f.name)) is int]
         named = isinstance(self.kind, str) and isinstance(self.sees, str) and self.kind in NETWORKS
-        if not named or not all(type(s) is int and 0 <= s < 1 << 20 for s in sizes) or self.layers > 128 \
-                or not self.heads or self.width % self.heads or not set(self.sees.split(",")) <= {*SEGMENTS, ""}:
+        if not named or len(sizes) < 7 or not all(0 < s < 1 << 20 for s in sizes) or self.layers > 128 \
+                or self.width % self.heads or not set(self.sees.split(",")) <= {*SEGMENTS, ""}:
             raise InputError(f"adapter: sizes that fit no network ({brief(asdict(self), 200)}); check its config.json")
 
 
