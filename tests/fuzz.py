@@ -132,8 +132,8 @@ def npy_with_one_field(raw: bytes, chance) -> bytes:
 
 
 def zip_with_one_member(raw: bytes, chance, change=None) -> bytes:
-    """A zip with a member dropped, doubled, renamed, emptied, exchanged, packed otherwise or changed. What is no zip, as
-    pickles before torch 1.6, loses a byte."""
+    """A zip with a member dropped, doubled, renamed, emptied, exchanged, packed otherwise or changed. What is no zip,
+    as pickles before torch 1.6, loses a byte."""
     if raw[:2] != b"PK":
         at = chance.randrange(len(raw))
         return raw[:at] + raw[at + 1:]
