@@ -766,6 +766,12 @@ def read_shard(text: str | None, environ) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def speaks() -> bool:
+    """Of torchrun's processes one does; where the environment says nonsense, all."""
+    rank, count = (os.environ.get(*of) for of in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    return not (rank.isdecimal() and count.isdecimal() and 0 < int(rank) < int(count))
+
+
 @command
 def main(argv=None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -777,7 +783,7 @@ def main(argv=None) -> int:
         if "--debug" in words:
             raise
         stopped = isinstance(error, KeyboardInterrupt)       # before the first sample: nothing to show
-        if os.environ.get("RANK", "0") == "0":                # of torchrun's processes one speaks
+        if speaks():
             print("interrupted" if stopped else error if isinstance(error, InputError) else
                   f"out of GPU memory: {str(error).splitlines()[0]}; lower --cache-rows, or use another "
                   f"--drafter-device", file=sys.stderr)
@@ -785,8 +791,12 @@ def main(argv=None) -> int:
 
 
 def run(options, command: str) -> int:
+    taken = {}
     for flag in ("json", "out", "rows", "record", "timeline", "trace"):
-        insist_writable(getattr(options, flag), flag)
+        insist_writable(path := getattr(options, flag), flag)
+        place = Path(path or "-").resolve()
+        if path and (place.is_file() or not place.exists()) and taken.setdefault(place, flag) != flag:
+            raise InputError(f"{path}: would be written by --{taken[place]} and by --{flag}; name two files")
     if options.from_json:
         return publish(read_report(options.from_json), options)
     if options.merge:
@@ -877,7 +887,7 @@ def hand_over(lines, report, options) -> None:
     """Prints the lines, or the JSON object alone, then writes what else was asked for."""
     if options.json == "-":
         print(json.dumps(report), flush=True)
-    elif os.environ.get("RANK", "0") == "0":                 # of torchrun's processes one speaks
+    elif speaks():
         print("\n".join(lines), flush=True)
     if options.json and options.json != "-":
         replace_file(options.json, json.dumps(report).encode() + b"\n")

@@ -1179,7 +1179,8 @@ class Engine:
             if source == "self" and (self.target is None or self.target.copy is None):
                 raise InputError("draft_source self: the target's 4-bit copy was not made; load the engine with "
                                  "self_draft=True")
-            if not isinstance(source, str) and not callable(getattr(source, "propose", None)):
+            if not isinstance(source, str) and (isinstance(source, type) or not callable(
+                    getattr(source, "propose", None))):
                 raise InputError(f"draft_source: wanted a name or an object with `propose`, got "
                                  f"{type(source).__name__}; make one by source_named")
             found.append(source)

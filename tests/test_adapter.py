@@ -130,7 +130,8 @@ def test_weights_that_fit_no_config_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"videollava_ids": None}, {"videollava_ids": [1, 32010]}, {"eventgpt_ids": [-1]},
-                                    {"eventgpt_ids": [1.5]}, {"videollava_ids": [True]}, {"clip": "x"}])
+                                    {"eventgpt_ids": [1.5]}, {"videollava_ids": [True]}, {"clip": "x"},
+                                    {"clip": {}}, {"eventgpt_stops": "2"}, {"videollava_stops": [[2]]}])
 def test_pairs_of_another_vocabulary_are_refused_and_nothing_is_written(tmp_path, capsys, change):
     path = write_pairs(tmp_path / "pairs.jsonl", rows_of())
     lines = path.read_text().splitlines()

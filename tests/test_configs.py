@@ -79,8 +79,8 @@ NOTHING = {   # key -> why it changes no answer
     "do_sample": "temperature"}
 ELSEWHERE = {  # (file, section) -> keys that have another verdict there
     ("target/config.json", ""): {"vocab_size": "the text section's is read"},
-    ("target/config.json", "vision_config"): {"vocab_size": "of CLIP's text side", "model_type": "a tower in any case"},
-    ("drafter/clip/config.json", ""): {"vocab_size": "of CLIP's text side", "model_type": "a tower in any case"},
+    ("target/config.json", "vision_config"): {"vocab_size": "of CLIP's text side"},
+    ("drafter/clip/config.json", ""): {"vocab_size": "of CLIP's text side"},
     ("target/generation_config.json", ""): {"bos_token_id": "the config's is read"},
     ("drafter/generation_config.json", ""): {"bos_token_id": "the config's is read"},
     ("target/config.json", "text_config"): {"eos_token_id": "generation_config.json goes before it"},

@@ -77,18 +77,20 @@ def read_pairs(path, src: str | None = None, vocab: int = 1 << 31) -> list[dict]
             pair = {"seq": str(row["seq"]), "clip": row["clip"], "question": str(row["question"]),
                     "target": row["llava15_ids" if "llava15_ids" in row else "videollava_ids"],
                     "drafter": row["eventgpt_ids"], "src": str(row["src"])}
-            stops = {"target": set(row.get("videollava_stops", [2])), "drafter": set(row.get("eventgpt_stops", [2]))}
-            if type(pair["clip"]) is not type(rows[0]["clip"] if rows else pair["clip"]) or pair["clip"] is None:
+            stops = {"target": row.get("videollava_stops", [2]), "drafter": row.get("eventgpt_stops", [2])}
+            if type(pair["clip"]) is not type(rows[0]["clip"] if rows else pair["clip"]) or not isinstance(
+                    pair["clip"], (int, str)):
                 raise TypeError("clips are neither all numbers nor all names")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise refusal(path, f"line {at} is no recorded pair ({type(error).__name__}: {brief(error)})",
                           "wants src, seq, clip, question, videollava_ids, eventgpt_ids") from None
         for side in ("target", "drafter"):
-            ids = pair[side]
-            if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab for i in ids):
+            ids, ends = pair[side], stops[side]
+            if not (isinstance(ids, list) and isinstance(ends, list)) or not all(
+                    type(i) is int and 0 <= i < vocab for i in ids + ends):
                 raise refusal(path, f"line {at}: the {side}'s ids are not whole numbers from 0 to {vocab - 1}",
                               "record it with the tokenizer both models share")
-            pair[side] = [i for i in ids if i not in stops[side]]
+            pair[side] = [i for i in ids if i not in ends]
         if not pair["target"]:
             raise refusal(path, f"line {at}: an answer without ids", "record it again")
         rows.append(pair)

@@ -90,7 +90,9 @@ def resolve(path_or_id, revision=None) -> Path:
     path_or_id: a path, `ORG/NAME` or `ORG/NAME@REVISION`. revision: a branch, or better the 40 digits of a commit,
     which pin the files; `main` as the cache last saw it unless told.
     """
-    name = os.path.expanduser(os.fspath(path_or_id))
+    if not isinstance(path_or_id, (str, bytes, os.PathLike)):
+        raise refusal(path_or_id, f"is a {type(path_or_id).__name__}, wanted a folder or ORG/NAME", "give it as text")
+    name = os.path.expanduser(os.fsdecode(path_or_id))
     if os.path.isdir(name):
         return Path(name)
     if os.path.lexists(name):

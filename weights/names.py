@@ -105,7 +105,8 @@ ROPE_RULES = {"rope_theta": _number(None), "rope_type": _only("default"), "type"
 VISION_RULES = {
     "hidden_size": _size(1024), "intermediate_size": _size(4096), "num_attention_heads": _size(16),
     "num_hidden_layers": _size(24, 1000), "image_size": _size(224), "patch_size": _size(14),
-    "layer_norm_eps": _number(1e-5), "hidden_act": _only("quick_gelu"), "num_channels": _only(3)}
+    "layer_norm_eps": _number(1e-5), "hidden_act": _only("quick_gelu"), "num_channels": _only(3),
+    "model_type": _only("clip_vision_model", "clip")}
 RULES = {                                               # of the top level, by `model_type`
     "video_llava": {
         "projector_hidden_act": _only("gelu"), "multimodal_projector_bias": _only(True),

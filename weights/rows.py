@@ -85,7 +85,8 @@ def read_rows(path: Path) -> tuple[dict, list, int]:
         head, *rows = [parse_json(path, line, wanted, at) for at, line in enumerate(whole.split("\n"), 1)]
         assert isinstance(head["config"], dict) and type(head["config"]["samples"]) is int
         modes = set(head["config"]["modes"])
-        sound = (type(row["id"]) is str and type(row["at"]) is int and row["modes"].keys() <= modes for row in rows)
+        sound = (type(row["id"]) is str and type(row["at"]) is int and row["modes"].keys() <= modes
+                 and type(row.get("took_s", 0)) in (int, float) for row in rows)
         assert all(sound), "a line that is no finished sample"
     except InputError:
         raise
