@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, TensorSpec, serialize_file
 
-from weights.files import brief, command, naming, open_regular, read_json, refusal
-from weights.load import INDEX, SINGLE, listed, read_header, reject_impostor
+from weights.files import brief, command, naming, open_regular, refusal
+from weights.load import INDEX, SINGLE, listed, read_header, reject_impostor, shards_of
 
 PICKLED = re.compile(r"(?i)\.(bin|pt|pth|ckpt)$")
 WRAPPERS = ("model_state_dict", "state_dict", "model")   # where training scripts put the tensors, beside other things
@@ -64,17 +64,7 @@ def convert_folder(source, target) -> list:
         found = sorted(name for name in os.listdir(source) if PICKLED.search(name))
         raise refusal(source, "no pytorch_model.bin and no pytorch_model.bin.index.json here"
                       + (f", only {listed(found)}" if found else ""), "give one file by its name")
-    weight_map = read_json(old_index, "an index of shards").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise refusal(old_index, "weight_map is not a table of key to file", "copy it from the checkpoint again")
-    shards = sorted(set(weight_map.values()))
-    odd = [name for name in shards if not re.fullmatch(r"pytorch_model[\w.-]*\.bin", name)]
-    if odd:
-        raise refusal(old_index, f"names shards that are none ({listed(odd)})", "copy it from the checkpoint again")
-    missing = [name for name in shards if not os.path.exists(source / name)]
-    if missing:
-        raise refusal(source, f"{len(missing)} of {len(shards)} shards missing: {listed(missing)}",
-                      "finish the download")
+    shards, weight_map = shards_of(old_index, r"pytorch_model[\w.-]*\.bin")
     jobs = {source / name: target / (name.removeprefix("pytorch_").removesuffix(".bin") + ".safetensors")
             for name in shards}
     return write_all(jobs, copies(source, target), (old_index, weight_map, target / INDEX))

@@ -258,19 +258,23 @@ def weight_files(folder) -> tuple:
                           f"turn them into safetensors with `python -m weights.convert {folder}`")
         raise refusal(folder, f"no weights here, wanted {SINGLE} or {INDEX} with its shards",
                       "finish the download, or point at the folder that has them")
-    weight_map = read_json(folder / INDEX, "an index of shards").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise refusal(folder / INDEX, "weight_map is not a table of key to file", "copy it from the checkpoint again")
-    shards = sorted(set(weight_map.values()))
-    outside = [name for name in shards if name in ("", ".", "..") or os.path.basename(name) != name or "\0" in name]
-    if outside:
-        raise refusal(folder / INDEX, f"names files outside its folder ({listed(outside)})",
-                      "copy it from the checkpoint again")
-    missing = [name for name in shards if not os.path.exists(folder / name)]
-    if missing:
-        raise refusal(folder, f"{len(missing)} of {len(shards)} shards missing: {listed(missing)}",
-                      "finish the download")
+    shards, weight_map = shards_of(folder / INDEX, r"[^/\0]*[^/.\0][^/\0]*")
     return [folder / name for name in shards], weight_map
+
+
+def shards_of(index, pattern: str) -> tuple[list[str], dict]:
+    """(names of the shards, {key: name}) of an index; all are there, beside it, and named by `pattern`."""
+    again = "copy it from the checkpoint again"
+    weight_map = read_json(index, "an index of shards").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise refusal(index, "weight_map is not a table of key to file", again)
+    shards = sorted(set(weight_map.values()))
+    if odd := [name for name in shards if not re.fullmatch(pattern, name)]:
+        raise refusal(index, f"names files outside its folder, or no shards ({listed(odd)})", again)
+    if missing := [name for name in shards if not os.path.exists(index.parent / name)]:
+        raise refusal(index.parent, f"{len(missing)} of {len(shards)} shards missing: {listed(missing)}",
+                      "finish the download")
+    return shards, weight_map
 
 
 def listed(names, room=MAX_NAMES) -> str:
@@ -639,19 +643,12 @@ def stored_values(stored):
 
 # ---- random weights at real shapes -------------------------------------------------------------------------------
 
-_TEXT_7B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-            "tie_word_embeddings": False}
-_CLIP_L = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-           "num_attention_heads": 16, "patch_size": 14, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-TARGET_7B = {"model_type": "video_llava", "text_config": {**_TEXT_7B, "vocab_size": 32064},
-             "vision_config": {**_CLIP_L, "image_size": 224}, "image_token_index": 32000, "video_token_index": 32001,
-             "pad_token_id": 32002, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-             "image_seq_length": 256, "video_seq_length": 2056, "projector_hidden_act": "gelu"}
-DRAFTER_7B = {**_TEXT_7B, "model_type": "EventChat_llama", "vocab_size": 32000, "mm_visual_tower": CLIP_336,
+# All other sizes are those of LLaMA-7B and CLIP ViT-L/14, which weights/names.py puts in.
+TARGET_7B = {"model_type": "video_llava", "text_config": {"vocab_size": 32064, "num_hidden_layers": 32},
+             "vision_config": {"image_size": 224}, "vision_feature_layer": -2, "video_seq_length": 2056}
+DRAFTER_7B = {"model_type": "EventChat_llama", "vocab_size": 32000, "mm_visual_tower": CLIP_336,
               "event_feature_adaptor": True, "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
-              "vision_config": {**_CLIP_L, "image_size": 336}}
+              "vision_config": {"image_size": 336}}
 
 
 def random_weights(config, device, dtype, seed) -> dict:
