@@ -51,6 +51,7 @@ def main(argv=None) -> int:
 def peer_model(config: dict, device):
     """transformers' model of our config's shapes, random weights in bf16 on the device (fp32 on a CPU)."""
     from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
+
     from weights.names import TEXT_DEFAULTS, VISION_DEFAULTS
     text, vision = ({"model_type": kind, **defaults, **config[part]} for part, kind, defaults in
                     (("text_config", "llama", TEXT_DEFAULTS), ("vision_config", "clip_vision_model", VISION_DEFAULTS)))
