@@ -369,7 +369,8 @@ def test_the_seeds_api_answers(pair, monkeypatch):
     ({"query": None}, "query: "), ({"query": "\ud800"}, "query: "),
     ({"query": "x" * 200_000}, "query: "), ({"video_path": __file__}, "test_request.py"),
     ({"event_path": __file__}, "test_request.py"), ({"frame_rule": "random"}, "rule"),
-    ({"event_path": None, "event_image_path": [None]}, "None: is a NoneType, wanted the path of a PNG or JPEG"),
+    ({"event_path": None, "event_image_path": [None]},
+     "event_image_path: is a NoneType, wanted the path of a PNG or JPEG"),
     ({"event_path": None, "event_image_path": [b""]}, "no such file"),
 ], ids=str)
 def test_bad_input_is_one_line_and_the_engine_goes_on(pair, change, words):

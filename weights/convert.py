@@ -221,7 +221,7 @@ def main(argv=None) -> int:
     if args.pack and args.target is None:
         raise refusal(args.source, "--pack makes a new folder and was given none", "name it behind the source")
     if args.pack:
-        from weights.packed import save                      # Triton, a second of start that others need not
+        from weights.packed import save  # Triton, a second of start that others need not
         found = save(open_checkpoint(args.source), args.target, pick_device(None))
     else:
         found = convert(args.source, args.target)

@@ -101,7 +101,7 @@ def rows_of_sides(cache_rows) -> dict:
     """{side: rows or None} of one number for both, or of a pair (target, drafter)."""
     pair = cache_rows if isinstance(cache_rows, (tuple, list)) else (cache_rows, cache_rows)
     if len(pair) != 2:
-        raise InputError(f"cache_rows: wanted (target, drafter), got {brief(repr(cache_rows))}; give one number, or two")
+        raise InputError(f"cache_rows: wanted (target, drafter), got {brief(repr(cache_rows))}; give one, or both")
     return {side: of if of is None else insist_whole("cache_rows", of, 1)
             for side, of in zip(("target", "drafter"), pair, strict=True)}
 
