@@ -125,7 +125,8 @@ OPENERS = {     # who opens a file, and what for; everything else goes through w
     "weights/load.py": {"open_weights", "peak_resident", "fingerprint", "stored_values", "read_header"},
     "weights/video.py": {"open_video", "read_image"}, "weights/events.py": {"columns_of_npz"},
     "weights/memory.py": {"free_bytes", "holders"}, "weights/adapter.py": {"train", "unfinished"},
-    "weights/convert.py": {"write_all", "read_pickled"}, "engine.py": {"model_name", "run"}, "bench.py": {"set_up"}}
+    "weights/convert.py": {"write_all", "read_pickled"}, "weights/packed.py": {"save", "write"},
+    "engine.py": {"model_name", "run"}, "bench.py": {"set_up"}}
 
 
 def test_nothing_else_opens_a_file():
