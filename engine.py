@@ -119,7 +119,7 @@ from weights.drafting import (
     tenant_of,
 )
 from weights.events import Events
-from weights.files import in_flags, insist_whole
+from weights.files import command, in_flags, insist_whole, printable
 from weights.given import Shown
 from weights.load import random_weights, stop_ids
 from weights.memory import as_dtype, default_dtype, no_room, peak_memory, pick_device, ran_out
@@ -1703,6 +1703,7 @@ class PrefillOnlyInference:
 # ---- demo and command line -------------------------------------------------------------------------------------
 
 
+@command
 def main(argv=None) -> None:
     """One question about one clip, answered as it forms. Without any flag: a demo on the embedded pair."""
     parser = argparse.ArgumentParser(prog="python engine.py", description=main.__doc__, allow_abbrev=False)
@@ -1734,12 +1735,13 @@ def main(argv=None) -> None:
         for event in engine.stream(mode=of.mode, draft_source=source, **asked):
             if event.delta and (event.kind, kind) != ("preview", "final"):     # a preview that goes on comes at the end
                 start = f"{kind and chr(10)}{event.t_ms:7.1f} ms  {event.kind:7}  " * (event.kind != kind)
-                print(start + event.delta, end="", flush=True)
+                print(start + printable(event.delta, "\n\t"), end="", flush=True)
                 kind = event.kind
     except InputError as error:
-        parser.exit(2, f"{in_flags(error, parser)}\n")
+        raise InputError(in_flags(error, parser)) from None
     r = event.result
-    print(f"\n{(r.preview_end or 0) * 1e3:7.1f} ms  preview  {r.preview_text}" * (r.mode == "prefill_only"), end="")
+    if r.mode == "prefill_only":
+        print(f"\n{(r.preview_end or 0) * 1e3:7.1f} ms  preview  {printable(r.preview_text)}", end="")
     by = ", ".join(dict.fromkeys(of.source for of in r.round_log if of.drafts)) or r.drafter_error or "nobody drafted"
     print(f"\n{len(r.output_ids)} ids in {r.wall_clock_time * 1e3:.1f} ms, {len(r.output_ids) - r.accepted_tokens} "
           f"forwards; accepted {r.accepted_tokens} of {r.drafted} drafts ({by})")
@@ -1748,4 +1750,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

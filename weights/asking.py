@@ -16,6 +16,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from weights.drafting import WIDTHS
+from weights.events import check_canvas
 from weights.files import InputError, insist_number, insist_whole
 from weights.given import Shown, events_given, video_given
 from weights.result import Event
@@ -51,6 +52,7 @@ class Media:
     def shown(self, target, drafter) -> dict[str, Shown]:
         """{side: Shown} of the models that are used. InputError unless each has one clip, in memory or in a file."""
         self.event_frames = insist_whole("event_frames", self.event_frames, 1, 1000)
+        self.canvas = check_canvas(self.canvas)
         found = {}
         if target:
             found["target"] = video_given(self.video, self.video_path, self.image, self.image_path, target.num_frames,
