@@ -20,7 +20,7 @@ target's own, token for token: greedy, or with a temperature the one that it alo
         +-- cache_len += accept_len + 1, pending_id = bonus_id <---- accept <----------+
 
 Every mode is this loop with another source of drafts: `Engine._rounds`. Read the file in the order of the picture:
-prompts, decoder, vision, drafter and target, step graphs, the request, the engine, loading. Kernels are in kernels/;
+decoder, vision, drafter and target, step graphs, the request, the engine, loading. Kernels are in kernels/;
 who drafts and whether it pays in weights/drafting.py, which needs no torch; what reads files in the rest of weights/.
 `python engine.py` shows the claim on the embedded tiny pair.
 
@@ -51,7 +51,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import kernels  # noqa: F401  first: it keeps torch quiet where numpy is absent
 
@@ -61,7 +61,7 @@ import torch.nn.functional as F
 
 from kernels.attention import attention, step_attention
 from kernels.fp8 import norm8, product8, rows8
-from kernels.frames import clip_pixels, draw_events, to_device
+from kernels.frames import to_device
 from kernels.lookup import AFTER, FIRST, ONLY, Ring, lookup
 from kernels.products import product
 from kernels.quant import BITS, MAX_PACKED_ROWS, NotPackable, Packed, turned
@@ -81,26 +81,13 @@ from kernels.round import (
     new_state,
     open_round,
 )
-from kernels.sample import sample, sampling_words
+from kernels.sample import Recorded, sample, sampling_words
 from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 from kernels.tower import add_layernorm, layernorm, quick_gelu
 from kernels.unpack import unpack
-from weights import InputError, describe
-from weights.asking import (
-    MODES,
-    Asked,
-    AskedTold,
-    FilePath,
-    Further,
-    FurtherChat,
-    FurtherTold,
-    OldAsked,
-    OldTold,
-    Opening,
-    takes,
-)
-from weights.budget import LOOKUP_ROWS, TINY, form_of, memory_budget, model_name, needs_of, open_model, unpackable
+from weights import InputError, asking, describe
+from weights.asking import MODES, Asked, FilePath, takes
 from weights.drafting import (
     ENOUGH,
     PLAIN,
@@ -118,16 +105,30 @@ from weights.drafting import (
     smoothed,
     tenant_of,
 )
-from weights.events import Events
 from weights.files import command, in_flags, insist_whole, printable
 from weights.given import Shown
 from weights.load import random_weights, stop_ids
-from weights.memory import as_dtype, default_dtype, no_room, peak_memory, pick_device, ran_out
+from weights.memory import (
+    LOOKUP_ROWS,
+    TINY,
+    as_dtype,
+    default_dtype,
+    form_of,
+    memory_budget,
+    model_name,
+    needs_of,
+    no_room,
+    open_model,
+    peak_memory,
+    pick_device,
+    ran_out,
+    unpackable,
+)
 from weights.packed import PRODUCTS, SOME, assembled, gains_by_turning, packing
 from weights.result import Event, Result, Round, Verdict
 from weights.shapes import PROMPT_ROWS, TEXT_ROWS, DecoderConfig, VisionConfig, frames_of, rows_for, text_config
 from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named, sources_of
-from weights.text import DRAFTER_SYSTEM, Text, TextStream, check_question
+from weights.text import DRAFTER_SYSTEM, Prompt, Text, TextStream, check_question
 from weights.timeline import Timeline, check_finite, naming_stage
 
 __all__ = ["MODES", "SOURCES", "Adapted", "Clip", "DraftSource", "Engine", "Event", "Fixed", "Gate", "InputError",
@@ -137,19 +138,6 @@ __all__ = ["MODES", "SOURCES", "Adapted", "Clip", "DraftSource", "Engine", "Even
 VERSION = "0.1.0"
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
 QUESTION_ROWS = (32, 64, 128, 256)               # a GPU has a prefill graph for questions of up to so many rows
-
-# ---- prompts ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Ids around the visual rows. `rows` is the whole prompt's length once they are spliced in."""
-    before: list[int]
-    after: list[int]
-
-    def rows(self, visual_rows: int) -> int:
-        return len(self.before) + visual_rows + len(self.after)
-
 
 # ---- decoder ---------------------------------------------------------------------------------------------------
 
@@ -371,7 +359,7 @@ class Model:
         self.searches = False                                # of this request, as is the next: see `begin`
         self.sampling: tuple | None = None
         self.sampling_3 = torch.zeros(3, dtype=torch.long, device=self.device)
-        self.recorded_W: torch.Tensor | None = None          # see `replay`
+        self.recorded: Recorded | None = None                # see `replay`
         self.pixels, self.step_graphs, self.prompt_rows = {}, {}, 0
         self.held, self.cached = 0, []                       # rows of the open clip, and ids whose rows lie behind them
         self.asked_W = torch.zeros(2 + decoder.cache_rows + STEP_ROWS, dtype=torch.long, device=self.device)
@@ -544,8 +532,8 @@ class Model:
             at = self.state_W[:1] if first else self.state_W[:1] + self.state_W[FOUND.value]
             logits_SV = sample(logits_SV, at, self.sampling_3)
         close_draft(logits_SV, self.state_W, work, behind=not first)
-        if self.recorded_W is not None:
-            self._record_draft()
+        if self.recorded:
+            self.recorded.draft(self.state_W)
 
     def draft_sure(self) -> float:
         """The probability of the draft that was queued last; waits for it. Below 0: its logits hold NaN."""
@@ -575,33 +563,20 @@ class Model:
             self.host_read.record(self.stream)
 
     def replay(self, ids, drafts=(), sures=()) -> None:
-        """From here on this model computes as ever, but its answer is `ids`, recorded elsewhere, then a stop id: real
-        speed at a real acceptance without the checkpoint. drafts, sures: what its 4-bit copy drafts at each place of
-        the answer, and the probabilities it gives. Later calls change the ids."""
-        words = self.decoder.cache_rows
-        if self.recorded_W is None:
+        """From here on this model computes as ever, but what it gives is recorded elsewhere (see `Recorded`): real
+        speed at a real acceptance without the checkpoint. Later calls change the ids."""
+        if self.recorded is None:
             same = "encode", "prefill", "ask"                # other graphs end with ids
             self.step_graphs = {key: of for key, of in self.step_graphs.items() if key[0] in same}
-            self.recorded_W = torch.zeros(3, words, dtype=torch.long, device=self.device)
-        rows = [[*ids] + [self.stops[0]] * words, [*drafts] + [self.stops[0]] * words,
-                [int(1e6 * sure) for sure in sures] + [999_999] * words]
-        self.recorded_W.copy_(torch.tensor([row[:words] for row in rows]))
-
-    def _record_draft(self) -> None:
-        at_1 = self.state_W[FOUND.value:FOUND.value + 1] - 1
-        place_1 = (self.state_W[:1] + at_1).clamp(max=self.recorded_W.shape[1] - 1)
-        self.state_W.index_copy_(0, SLOTS.value + at_1, self.recorded_W[1].gather(0, place_1))
-        self.state_W[SURE.value:SURE.value + 1].copy_(self.recorded_W[2].gather(0, place_1))
+            self.recorded = Recorded(self.decoder.cache_rows, self.stops[0], self.device)
+        self.recorded.set(ids, drafts, sures)
 
     def _chosen(self, logits_SV, sampled: bool):
-        """Rows of a step, after n_out ids, whose largest elements are the model's ids. In a replay the recorded ids win
-        every row. Sampled, the draws do: they are made before any draft is looked at and depend on none, so accepting
-        what equals them is Leviathan et al. 2023's rule for a draft that is certain: d with probability p(d), else
-        an id of p without d."""
-        if self.recorded_W is not None:
-            at_S = self.state_W[:1] + torch.arange(len(logits_SV), device=self.device)
-            ids_S = self.recorded_W[0].index_select(0, at_S.clamp(max=self.recorded_W.shape[1] - 1))
-            logits_SV.scatter_(1, ids_S[:, None], torch.finfo(logits_SV.dtype).max)
+        """Rows of a step, after n_out ids, whose largest elements are the model's ids. Sampled, the draws win: they are
+        made before any draft is looked at and depend on none, so accepting what equals them is Leviathan et al. 2023's
+        rule for a draft that is certain: d with probability p(d), else an id of p without d."""
+        if self.recorded:
+            self.recorded.choose(logits_SV, self.state_W)
         return sample(logits_SV, self.state_W, self.sampling_3) if sampled else logits_SV
 
     def snapshot(self, words: int) -> Snapshot:
@@ -795,19 +770,12 @@ class Snapshot:
 @dataclass
 class Request:
     """What was asked, and what its two workers share while they answer."""
-    mode: str
+    asked: Asked
     question: str | None                    # None: a clip is opened
     shown: dict[str, Shown]                 # side -> what it is shown
-    event_frames: int                       # pictures a recording is drawn in
-    canvas: tuple | None                    # (H, W) of those pictures; None: each ends at its largest coordinate
     prompts: dict[str, Prompt]              # side -> its prompt
     clip: Clip | None                       # whose rows are in the caches already
     goes_on: bool                           # behind the clip's last answer
-    max_new_tokens: int
-    draft_len: int
-    overlap_len: int
-    stop: tuple[str, ...]                   # strings that end the answer
-    ignore_eos: bool
     timeline: Timeline
     gate: Gate | None                       # None: draft whatever it costs
     line: Line | None                       # of a drafter on a device of its own
@@ -841,7 +809,8 @@ class Request:
 
     def pictures(self, model: Model) -> int:
         """How many a model sees."""
-        return self.shown[model.side].pictures or (model.num_frames if model.side == "target" else self.event_frames)
+        ours = model.num_frames if model.side == "target" else self.asked.event_frames
+        return self.shown[model.side].pictures or ours
 
     def send(self, kind: str, ids: list[int]) -> float:
         """Hands ids to the caller, with the time; the lock keeps what both sides send in order of time."""
@@ -852,7 +821,7 @@ class Request:
 
     def log(self, model: Model, round: Round, proposal: Proposal) -> None:
         """Keeps a round of the target: every forward in `speculative`, else those that had rows for drafts."""
-        if model.side == "target" and (self.mode == "speculative" or proposal.rows):
+        if model.side == "target" and (self.asked.mode == "speculative" or proposal.rows):
             self.round_log.append(round)
 
     def show_answer(self, state: State) -> None:
@@ -875,7 +844,18 @@ class Request:
 # ---- the engine ------------------------------------------------------------------------------------------------
 
 
-class Engine:
+class Closing:
+    """`with` ends in `close`."""
+    close: Callable[[], None]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class Engine(Closing):
     """A target and its drafter, answering one request at a time. See `load_engine`.
 
     Two engines may live in one process; on one engine a second request waits for the first. `close`, or `with engine`,
@@ -923,12 +903,6 @@ class Engine:
         gc.collect()                                         # a graph and its model refer to each other
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
     def _insist_usable(self) -> None:
         if self.closed:
@@ -1012,9 +986,9 @@ class Engine:
         req.frames_at = req.timeline.now()
         req.frames_ready.set()
         with model.on_stream():
-            first_id(model, frames, req.max_new_tokens, req)
+            first_id(model, frames, req.asked.max_new_tokens, req)
             req.host_free.set()
-            self._rounds(model, req, req.tenant, req.max_new_tokens, "decode", req.show_answer)
+            self._rounds(model, req, req.tenant, req.asked.max_new_tokens, "decode", req.show_answer)
 
     def _drafter_side(self, req: Request) -> None:
         """Events to drafts. It stops when the target is ready, at its limit, at the end of its own text, or when the
@@ -1026,18 +1000,18 @@ class Engine:
         gain beyond the noise of 1 ms: waiting for a draft asleep instead of spinning, a lower priority for this thread,
         a shorter turn of the lock."""
         model = self.drafter
-        alone = req.mode in ("drafter_only", "prefill_only") or req.question is None
+        alone = req.asked.mode in ("drafter_only", "prefill_only") or req.question is None
         gate = None if alone or self.apart else req.gate     # on a device of its own it disturbs nobody
-        rest = req.max_new_tokens if req.mode == "speculative" else 0
-        if gate and not gate.head_start(req.question, req.overlap_len, req.size, rest, req.draft_len):
+        rest = req.asked.max_new_tokens if req.asked.mode == "speculative" else 0
+        if gate and not gate.head_start(req.question, req.asked.overlap_len, req.size, rest, req.asked.draft_len):
             return
         req.host_free.wait()
         loaded = None
         if not req.clip:
             with req.timeline.stage("load", model, host=True):
                 loaded = req.shown["drafter"].read()
-        endless = alone or self.apart and req.mode == "speculative"
-        limit = req.max_new_tokens if endless else min(req.overlap_len + 1, req.max_new_tokens)
+        endless = alone or self.apart and req.asked.mode == "speculative"
+        limit = req.asked.max_new_tokens if endless else min(req.asked.overlap_len + 1, req.asked.max_new_tokens)
         req.host_free.wait()
         with model.on_stream():
             first_id(model, loaded, limit, req)
@@ -1101,12 +1075,12 @@ class Engine:
         """Rows of the prompt; InputError if it and the answer do not fit the cache."""
         prompt, d = req.prompts[model.side], model.decoder
         rows = prompt.rows(model.visual(req.pictures(model), req.image))
-        spare = max(req.draft_len, req.overlap_len, WIDTHS[-1] if model is self.target else d.steps.rows,
+        spare = max(req.asked.draft_len, req.asked.overlap_len, WIDTHS[-1] if model is self.target else d.steps.rows,
                     d.steps.rows - 1 if req.clip else 0)
-        need = rows + req.max_new_tokens + spare + 2
+        need = rows + req.asked.max_new_tokens + spare + 2
         if need > d.cache_rows:
             raise InputError(f"{model.path}: {model.side} cache holds {d.cache_rows} rows, prompt {rows} + new "
-                             f"{req.max_new_tokens} + drafts {spare + 2} needs {need}; raise `cache_rows`, lower "
+                             f"{req.asked.max_new_tokens} + drafts {spare + 2} needs {need}; raise `cache_rows`, lower "
                              f"`max_new_tokens` or shorten the question{', or begin a new chat' * req.goes_on}")
         return rows
 
@@ -1126,7 +1100,7 @@ class Engine:
                     model.round_graph(G)
                 for first in (True, False) if model is self.target and drafts and model.copy else ():
                     model.graph("draft", first, model.sampling is not None)
-                speculates = model is self.drafter and req.mode == "speculative"
+                speculates = model is self.drafter and req.asked.mode == "speculative"
                 for size in (1, 2, model.decoder.steps.rows) if speculates else ():
                     model.graph("resume", size)
 
@@ -1180,13 +1154,13 @@ class Engine:
         anything the user can mend, before any model runs where possible."""
         yield from self._answer(asked)
 
-    @takes(AskedTold)
-    def generate(self, asked: AskedTold) -> Result:
+    @takes(asking.AskedTold)
+    def generate(self, asked: asking.AskedTold) -> Result:
         """The finished `Result`; arguments as `stream`."""
         return finished(self._answer(asked), asked.on_event)
 
-    @takes(Opening)
-    def open(self, opening: Opening) -> Clip:
+    @takes(asking.Opening)
+    def open(self, opening: asking.Opening) -> Clip:
         """Reads and encodes a clip once, for any number of questions; arguments as `stream`, but for the question.
 
         What says how to answer holds for every question that does not say it anew; mode and draft_source decide which
@@ -1226,7 +1200,10 @@ class Engine:
         shown = clip.shown if clip else asked.shown(self.target if uses_target else None,
                                                     self.drafter if uses_drafter else None)
         question, mode = None if opens else check_question(asked.query), asked.mode
-        new = 1 if opens else asked.max_new_tokens
+        asked = dataclasses.replace(
+            asked, draft_len=self.draft_len if asked.draft_len is None else asked.draft_len,
+            overlap_len=self.overlap_len if asked.overlap_len is None else asked.overlap_len,
+            max_new_tokens=1 if opens else asked.max_new_tokens)
         with self._turn(asked.timeout):
             if self.clip is not clip:
                 raise InputError("clip: is closed; open it again" if clip else "engine: an open clip fills the "
@@ -1238,14 +1215,10 @@ class Engine:
                 uses_drafter = any(self.gate.pays(name_of(of)) for of in asks)
             active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
             gate = self.gate if mode in ("prefill_then_verify", "speculative") and not opens else None
-            runs_ahead = self.apart and uses_drafter and mode == "speculative" and "drafter" in sources
-            line = Line(() if asked.ignore_eos else self.drafter.stops, new) if runs_ahead and not opens else None
+            ahead = self.apart and uses_drafter and mode == "speculative" and "drafter" in sources and not opens
+            line = Line(() if asked.ignore_eos else self.drafter.stops, asked.max_new_tokens) if ahead else None
             prompts = {model.side: model.talk(question, turns or ()) for model in active}
-            req = Request(mode, question, shown, asked.event_frames, asked.canvas, prompts, clip,
-                          turns is not None, new,
-                          self.draft_len if asked.draft_len is None else asked.draft_len,
-                          self.overlap_len if asked.overlap_len is None else asked.overlap_len,
-                          tuple(asked.stop), asked.ignore_eos, Timeline(active), gate, line,
+            req = Request(asked, question, shown, prompts, clip, turns is not None, Timeline(active), gate, line,
                           errors=[broke] * bool(broke))
             self.running = req
             req.earlier = next((of for of in sources if isinstance(of, Lookup)), None)
@@ -1289,9 +1262,9 @@ class Engine:
         if self.drafter not in active:
             req.drafter_done.set()
         decider = {"target": "final", "drafter": "preview"}[deciding]        # the kind of event that is the answer
-        texts = {"preview": TextStream(self.drafter.text, req.stop)} if self.drafter in active else {}
-        texts["final"] = TextStream((self.target if deciding == "target" else self.drafter).text, req.stop)
-        result, running, error = Result(mode=req.mode), {m.side for m in active}, None
+        texts = {"preview": TextStream(self.drafter.text, req.asked.stop)} if self.drafter in active else {}
+        texts["final"] = TextStream((self.target if deciding == "target" else self.drafter).text, req.asked.stop)
+        result, running, error = Result(mode=req.asked.mode), {m.side for m in active}, None
         self._insist_usable()
         working = [self.threads[model.side].submit(self._worker, req, model) for model in active]
         try:
@@ -1348,7 +1321,7 @@ class Engine:
                 with torch.inference_mode(), model.on_stream():
                     for cache in (model.decoder.k_cache_LNMK, model.decoder.v_cache_LNMK):
                         cache[:, :, model.held:].zero_()
-            if model is self.target or req.mode == "drafter_only" or bad_input:
+            if model is self.target or req.asked.mode == "drafter_only" or bad_input:
                 req.out.put(("error", model.side, error))
             else:
                 req.errors.append(describe(error))
@@ -1368,11 +1341,11 @@ class Engine:
             final.push([i for i, _ in req.preview])
         delta = final.push([], end=True)
         result.output_text, result.output_ids = final.out, final.ids
-        ended = not req.ignore_eos and result.output_ids[-1:] and result.output_ids[-1] in decider.stops
+        ended = not req.asked.ignore_eos and result.output_ids[-1:] and result.output_ids[-1] in decider.stops
         result.finish_reason = "stop" if ended or final.stopped else "length"
         entries = req.timeline.resolve()
         result.add_stages(entries)
-        if self.gate and deciding == "target" and req.mode != "prefill_only" and req.question is not None:
+        if self.gate and deciding == "target" and req.asked.mode != "prefill_only" and req.question is not None:
             learn(self.gate, req, result, entries, final.stopped)
         if remember:
             for source in self.learners:
@@ -1403,7 +1376,7 @@ def finished(events, on_event=None) -> Result:
     return event.result
 
 
-class Clip:
+class Clip(Closing):
     """A clip that was read and encoded once: the caches hold its rows, and those of a question go behind them. Made by
     `Engine.open`.
 
@@ -1419,23 +1392,23 @@ class Clip:
         for event in engine._answer(asked, opens=self):
             self.opened = event.result                       # times of reading, encoding and prefill
 
-    @takes(FurtherChat)
-    def stream(self, further: FurtherChat) -> Iterator[Event]:
+    @takes(asking.FurtherChat)
+    def stream(self, further: asking.FurtherChat) -> Iterator[Event]:
         """Yields `Event`s as `Engine.stream` does, whose arguments these are; None: as the clip was opened."""
         yield from self._answer(further, further.chat)
 
-    @takes(FurtherTold)
-    def generate(self, further: FurtherTold) -> Result:
+    @takes(asking.FurtherTold)
+    def generate(self, further: asking.FurtherTold) -> Result:
         """The finished `Result` of a question that knows of no other; arguments as `stream`."""
         return finished(self._answer(further, chat=False), further.on_event)
 
-    @takes(FurtherTold)
-    def chat(self, further: FurtherTold) -> Result:
+    @takes(asking.FurtherTold)
+    def chat(self, further: asking.FurtherTold) -> Result:
         """The same for a question that goes on from the last answer."""
         return finished(self._answer(further, chat=True), further.on_event)
 
-    def _answer(self, further: Further, chat: bool) -> Iterator[Event]:
-        given = {of.name: getattr(further, of.name) for of in dataclasses.fields(Further)}
+    def _answer(self, further: asking.Further, chat: bool) -> Iterator[Event]:
+        given = {of.name: getattr(further, of.name) for of in dataclasses.fields(asking.Further)}
         asked = dataclasses.replace(self.asked, **{name: value for name, value in given.items() if value is not None})
         turns = list(self.turns) if chat else None
         for event in self.engine._answer(asked, self, turns):
@@ -1459,12 +1432,6 @@ class Clip:
             mine = engine.owner == threading.get_ident()     # a stream that was left half read
             with contextlib.nullcontext() if mine else engine._turn(self.asked.timeout):
                 engine._clip = None
-
-    def __enter__(self) -> Clip:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
 
 @torch.inference_mode()
@@ -1494,17 +1461,6 @@ def explain(model: Model, result: Result) -> list[Verdict]:
     return verdicts
 
 
-def pixels_of(loaded, model: Model, req: Request):
-    """Float pixels [R, 3, X, X] of a recording or of frames, on the model's device, which draws and resizes: what
-    travels is bytes. What cannot be drawn or resized is the user's to mend."""
-    try:
-        if isinstance(loaded, Events):
-            loaded = draw_events(loaded, req.event_frames, req.canvas, model.device)
-        return clip_pixels(loaded, model.vision.image, model.vision.mean, model.vision.std, device=model.device)
-    except ValueError as error:
-        raise InputError(f"{req.shown[model.side].name}: {error}; use another recording or clip") from None
-
-
 def first_id(model: Model, loaded, limit: int, req: Request) -> None:
     """Queues all from frames or events, or from the rows of an open clip, to the first id of at most `limit`, which is
     then in the model's state.
@@ -1514,14 +1470,15 @@ def first_id(model: Model, loaded, limit: int, req: Request) -> None:
     (two 48.5, 6 frames and 2 47.8). The first id would come 1 to 6 ms earlier, and the window in which a drafter has
     the GPU to itself would be gone.
     """
-    prompt, stops = req.prompts[model.side], () if req.ignore_eos else model.stops
+    prompt, stops = req.prompts[model.side], () if req.asked.ignore_eos else model.stops
     known, model.cached = agreeing(model.cached, prompt.after[:-1]) if req.goes_on else 0, []
     if req.clip:
         with req.timeline.stage("prefill", model):
             model.ask(prompt.after, limit, stops, known)
     else:
         with req.timeline.stage("preprocess", model, host=not model.on_gpu):
-            pixels = pixels_of(loaded, model, req)
+            pixels = req.shown[model.side].pixels(loaded, model.vision, model.device, req.asked.event_frames,
+                                                  req.asked.canvas)
         with req.timeline.stage("encode", model):
             visual_AD = model.visual_rows(pixels, req.image and model.side == "target")
         with req.timeline.stage("prefill", model):
@@ -1628,7 +1585,7 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     return engine
 
 
-class PrefillOnlyInference:
+class PrefillOnlyInference(Closing):
     """The library API of egpt_prefill_only, which this engine grew from; models load on the first call. mode: one of
     MODES, or `prefill_with_alignment`: the adapter's drafts, verified once. adapter_path: a folder of `python -m
     weights.adapter train`; it drafts in the drafter's place unless use_adapter is False. use_4bit: the drafter's
@@ -1651,6 +1608,8 @@ class PrefillOnlyInference:
         self.mode, self.lock = mode, threading.Lock()
         self.engine: Engine | None = None
 
+    in_old_words = staticmethod(Result.in_old_words)
+
     def load(self) -> Engine:
         if self.engine is None:
             with self.lock:                                  # two threads, one engine
@@ -1662,23 +1621,17 @@ class PrefillOnlyInference:
         if self.engine:
             self.engine.close()
 
-    def __enter__(self) -> PrefillOnlyInference:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    @takes(OldTold)
-    def generate(self, asked: OldTold) -> Result:
+    @takes(asking.OldTold)
+    def generate(self, asked: asking.OldTold) -> Result:
         """The finished Result, which also answers to the research code's words (`in_old_words`)."""
         return finished(self._answer(asked), asked.on_event)
 
-    @takes(OldAsked)
-    def stream(self, asked: OldAsked) -> Iterator[Event]:
+    @takes(asking.OldAsked)
+    def stream(self, asked: asking.OldAsked) -> Iterator[Event]:
         """Yields the preview and the answer as they form; the last event has the Result."""
         yield from self._answer(asked)
 
-    def _answer(self, old: OldAsked) -> Iterator[Event]:
+    def _answer(self, old: asking.OldAsked) -> Iterator[Event]:
         asked = Asked(**{of.name: getattr(old, of.name) for of in dataclasses.fields(Asked)})
         asked.mode = old.mode or self.mode
         asked.draft_source = self.source if old.draft_source is None else old.draft_source
@@ -1686,18 +1639,8 @@ class PrefillOnlyInference:
         if asked.mode == "prefill_with_alignment" and self.source:
             asked.mode, asked.draft_source = "prefill_then_verify", self.source
         for event in self.load().stream(**vars(asked)):
-            yield dataclasses.replace(event, result=event.result and self.in_old_words(event.result))
+            yield dataclasses.replace(event, result=event.result and event.result.in_old_words())
 
-    @staticmethod
-    def in_old_words(result: Result) -> Result:
-        """Adds the research code's words. Times in seconds; a prefill has the vision encoder in it, not the files."""
-        egpt, vl = (collections.Counter(result.stages.get(side, {})) for side in ("drafter", "target"))
-        vars(result).update(
-            output_tokens=result.output_ids, draft_tokens=[i for of in result.round_log for i in of.drafts],
-            num_draft_tokens=result.drafted, overlap_window=max(0.0, (result.ttft or 0) - (result.ttfp or 1e9)),
-            egpt_prefill_time=egpt["encode"] + egpt["prefill"], egpt_draft_time=egpt["draft"],
-            vl_prefill_time=vl["encode"] + vl["prefill"], vl_verify_time=vl["verify"], vl_decode_time=vl["decode"])
-        return result
 
 
 # ---- demo and command line -------------------------------------------------------------------------------------

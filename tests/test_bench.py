@@ -25,6 +25,7 @@ import weights.given
 import weights.load
 from bench import AGAIN, TINY
 from engine import MODES, InputError
+from kernels.frames import clip_pixels
 from weights import show
 from weights.dataset import read_dataset
 from weights.rows import estimate, forwards, judged, mode_figures, per_forward, per_question, why_not
@@ -485,7 +486,7 @@ def test_details_name_commit_checkpoints_and_pixels(run, tmp_path):
     e = engine.load_engine(TINY / "drafter", TINY / "target", device="cpu")
     sample = read_dataset(CLIPS, None, 1)[0][0]
     frames = weights.given.read_video(sample.video, 8, "uniform")
-    pixels = engine.clip_pixels(frames, e.target.vision.image, e.target.vision.mean, e.target.vision.std)
+    pixels = clip_pixels(frames, e.target.vision.image, e.target.vision.mean, e.target.vision.std)
     digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
     assert report["samples"][0]["pixels"]["target"] == digest and len(report["samples"][0]["pixels"]["drafter"]) == 16
     assert any(line.startswith(f"commit   {report['commit']}") for line in lines)

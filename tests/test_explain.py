@@ -8,6 +8,7 @@ import torch
 import bench
 import engine
 from weights import show
+from weights.given import Shown
 from weights.video import read_video
 
 TINY = bench.TINY
@@ -28,7 +29,8 @@ def two_best(pair):
     ids = pair.generate(mode="target_only", **ASKED).output_ids
     target = pair.target
     with torch.inference_mode():
-        pixels = engine.pixels_of(read_video(ASKED["video_path"], target.num_frames, "uniform"), target, None)
+        pixels = Shown("", None).pixels(read_video(ASKED["video_path"], target.num_frames, "uniform"), target.vision,
+                                         target.device, 5, None)
         prompt_SD = target.splice(target.prompt(QUESTION), target.encode(pixels))
         rows_SD = torch.cat([prompt_SD, target.decoder.embed_VD[torch.tensor(ids[:-1])]])
         logits_SV = target.decoder.forward(rows_SD, torch.arange(len(rows_SD)))[len(prompt_SD) - 1:]

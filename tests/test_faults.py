@@ -190,7 +190,7 @@ def test_a_path_may_be_bytes(pair):
                                      {"draft_len": 32}, {"draft_len": -1}, {"overlap_len": None, "draft_len": "five"}],
                          ids=str)
 def test_sizes_of_an_engine_are_checked_before_anything_is_read(options, monkeypatch):
-    monkeypatch.setattr("weights.budget.open_model", dies)
+    monkeypatch.setattr("weights.memory.open_model", dies)
     with pytest.raises(InputError, match="wanted a whole number"):
         engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", **options)
 
@@ -207,12 +207,11 @@ def test_a_target_that_cannot_be_packed_does_without_its_copy_unless_told(monkey
     """As on a GPU, where a copy is made if it fits; and what fits in its place names no packed form."""
     def fails(*_):
         raise engine.NotPackable("96 inner columns")
-    monkeypatch.setattr("weights.budget.packed_bytes", fails)
-    monkeypatch.setattr("weights.budget.pick_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr("weights.memory.packed_bytes", fails)
+    monkeypatch.setattr("weights.memory.pick_device", lambda name: torch.device("cuda:0"))
     monkeypatch.setattr("weights.memory.pick_device", lambda name: torch.device("cuda:0"))
     for free in (10 ** 9, 10 ** 6):
-        for module in ("weights.budget", "weights.memory"):
-            monkeypatch.setattr(f"{module}.free_bytes", lambda device, free=free: (free, free))
+        monkeypatch.setattr("weights.memory.free_bytes", lambda device, free=free: (free, free))
         if free > 10 ** 8:
             assert "packed" not in engine.memory_budget(None, TINY / "target")["target"]
             with pytest.raises(InputError, match="target: cannot be packed .96 inner columns.; leave out self_draft"):

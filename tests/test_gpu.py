@@ -189,8 +189,8 @@ MID = 16                                                     # layers of the two
 def mid_size(monkeypatch, cache_rows=2560, **options):
     """An engine of 7B widths and half the layers, random weights, and its budget."""
     text = TARGET_7B["text_config"]
-    monkeypatch.setattr("weights.budget.TARGET_7B", {**TARGET_7B, "text_config": {**text, "num_hidden_layers": MID}})
-    monkeypatch.setattr("weights.budget.DRAFTER_7B", {**DRAFTER_7B, "num_hidden_layers": MID})
+    monkeypatch.setattr("weights.memory.TARGET_7B", {**TARGET_7B, "text_config": {**text, "num_hidden_layers": MID}})
+    monkeypatch.setattr("weights.memory.DRAFTER_7B", {**DRAFTER_7B, "num_hidden_layers": MID})
     given = dict(device="cuda", cache_rows=cache_rows, **options)
     return engine.load_engine("random-7b", "random-7b", gate=False, **given), engine.memory_budget(
         "random-7b", "random-7b", **given)

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import engine
-import weights.budget
 import weights.memory
 from engine import Drafter, InputError, Target
 from kernels import fp8, quant
+from weights.asking import Asked
 from weights.load import DRAFTER_7B, TARGET_7B, random_tensors
 from weights.packed import packing
 from weights.timeline import OutOfMemory
@@ -105,12 +105,12 @@ def one_request(model, frames, text):
       for of in (*((name, None) for name in CONFIGS), ("drafter", "int4"))), ("as on a CPU", "target", "int4")])
 def test_the_budget_is_within_5_percent_of_what_is_allocated(name, packed, kernels, monkeypatch):
     cls, config = CONFIGS[name]
-    monkeypatch.setattr(weights.budget, "TARGET_7B" if cls is Target else "DRAFTER_7B", config)
+    monkeypatch.setattr(weights.memory, "TARGET_7B" if cls is Target else "DRAFTER_7B", config)
     device, dtype = torch.device("cpu"), torch.float32
-    needs = weights.budget.needs_of(cls.side, config, device, dtype, None, packed)
+    needs = weights.memory.needs_of(cls.side, config, device, dtype, None, packed)
     if kernels == "as on a GPU":
         launchers(monkeypatch)
-        needs = weights.budget.needs_of(cls.side, config, torch.device("cuda"), dtype, None, packed)
+        needs = weights.memory.needs_of(cls.side, config, torch.device("cuda"), dtype, None, packed)
         needs["scratch"] -= (2 << 25) + (2 << 26)            # a library's and the resized pictures, which are not here
     with Allocations() as counted:
         model = engine.load_model(cls, "random-7b", device, dtype, packed=packed)
@@ -190,9 +190,8 @@ def cards(monkeypatch):
     """cards(GB, ...): as many GPUs, all free."""
     def put_in(*gigabytes):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gigabytes))
-        for module in (weights.budget, weights.memory):
-            monkeypatch.setattr(module, "pick_device", lambda name: torch.device(name or "cuda:0"))
-            monkeypatch.setattr(module, "free_bytes", lambda at: (int(gigabytes[at.index] * 1e9),) * 2)
+        monkeypatch.setattr(weights.memory, "pick_device", lambda name: torch.device(name or "cuda:0"))
+        monkeypatch.setattr(weights.memory, "free_bytes", lambda at: (int(gigabytes[at.index] * 1e9),) * 2)
         monkeypatch.setattr(weights.memory, "holders", lambda device: [])
     return put_in
 
@@ -256,7 +255,7 @@ def test_caches_are_sized_to_a_clip_its_text_and_the_answer_or_as_told(rows, sid
     budget = engine.memory_budget(*PAIR, cache_rows=rows, text_rows=210)
     assert tuple(budget[side]["rows"] for side in ("target", "drafter")) == sides
     for side, config, packed in (("target", TARGET_7B, "int4"), ("drafter", DRAFTER_7B, None)):
-        needs = weights.budget.needs_of(side, config, torch.device("cuda"), torch.bfloat16, budget[side]["rows"],
+        needs = weights.memory.needs_of(side, config, torch.device("cuda"), torch.bfloat16, budget[side]["rows"],
                                         packed)
         assert {part: budget[side][part] for part in needs} == needs
 
@@ -265,14 +264,14 @@ def test_a_request_of_the_size_that_caches_were_made_for_fits(pair, monkeypatch)
     """As `rows_for` counts it: any question of 100 ids, any answer of so many, here a whole number of 64 rows."""
     longer = {"max_position_embeddings": 4096}
     for model, visual in ((pair.target, 8 * (pair.target.vision.P + 1)), (pair.drafter, 5 + pair.drafter.vision.P + 1)):
-        config = weights.budget.open_model(model.side, engine.TINY / model.side)[0]
+        config = weights.memory.open_model(model.side, engine.TINY / model.side)[0]
         config = config | longer | {"text_config": config.get("text_config", {}) | longer}
         new = 600 + -(visual + 160 + 600) % 64
         rows = engine.rows_for(model.side, config, 160 + new)
         monkeypatch.setattr(engine.Decoder, "cache_rows", property(lambda self, rows=rows: rows))
         prompt = engine.Prompt([1] * 60, [1] * 100)
         request = SimpleNamespace(
-            draft_len=5, overlap_len=31, max_new_tokens=new, clip=None, goes_on=False, image=False,
+            asked=Asked(draft_len=5, overlap_len=31, max_new_tokens=new), clip=None, goes_on=False, image=False,
             prompts={model.side: prompt}, pictures=lambda model: 8 if model is pair.target else 5)
         assert pair._check_rows(model, request) == visual + 160
         assert rows <= visual + 160 + new + 34 + 64

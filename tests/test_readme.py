@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench
 import engine
-import weights.budget
 import weights.memory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,9 +102,8 @@ def gigabytes(cards: str, command: str) -> str:
     count, size = (int(n) for n in re.fullmatch(r"(?:(\d) x )?(\d+) GB", cards).groups("1"))
     flags, needed = bench.parse(shlex.split(command.strip("`"))[2:]), {}
     with pytest.MonkeyPatch.context() as patch:
-        for module in (weights.memory, weights.budget):
-            patch.setattr(module, "free_bytes", lambda device: (size * 10 ** 9, size * 10 ** 9))
-        patch.setattr(weights.budget, "pick_device", lambda name: torch.device(name or "cuda:0"))
+        patch.setattr(weights.memory, "free_bytes", lambda device: (size * 10 ** 9, size * 10 ** 9))
+        patch.setattr(weights.memory, "pick_device", lambda name: torch.device(name or "cuda:0"))
         budget = engine.memory_budget(
             flags.eventgpt and "random-7b", flags.videollava and "random-7b", flags.device, flags.drafter_device,
             cache_rows=flags.cache_rows, drafter_dtype=flags.drafter_dtype, self_draft="self" in flags.draft_source,

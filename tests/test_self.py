@@ -84,7 +84,7 @@ def test_a_round_stops_at_the_first_unsure_draft(target, monkeypatch):
         monkeypatch.setattr(target.gate, "next_draft", lambda alive, draft, step: alive > 0.5)
         result = target.generate(mode="speculative", draft_source="self", **asked(0))
     finally:
-        t.recorded_W, t.step_graphs = None, graphs
+        t.recorded, t.step_graphs = None, graphs
     assert result.output_ids == ids
     ends = []
     at = 1
@@ -120,13 +120,13 @@ def test_a_source_that_was_not_loaded_is_refused_by_name():
 
 def test_a_copy_that_does_not_fit_is_left_out_unless_it_was_asked_for(monkeypatch):
     """By arithmetic alone: room for all but the copy."""
-    monkeypatch.setattr("weights.budget.pick_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr("weights.budget.default_dtype", lambda _: torch.float32)
-    monkeypatch.setattr("weights.budget.no_room", lambda path, *_: engine.InputError("no room"))
-    monkeypatch.setattr("weights.budget.free_bytes", lambda _: (10 ** 9, 10 ** 9))
+    monkeypatch.setattr("weights.memory.pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("weights.memory.default_dtype", lambda _: torch.float32)
+    monkeypatch.setattr("weights.memory.no_room", lambda path, *_: engine.InputError("no room"))
+    monkeypatch.setattr("weights.memory.free_bytes", lambda _: (10 ** 9, 10 ** 9))
     need = engine.memory_budget(None, TINY / "target", "cuda", self_draft=True)["target"]
     most = sum(need[part] for part in ("weights", "cache", "scratch")) + need["packed"] // 2
-    monkeypatch.setattr("weights.budget.free_bytes", lambda _: (most, most))
+    monkeypatch.setattr("weights.memory.free_bytes", lambda _: (most, most))
     with pytest.raises(engine.InputError, match="no room"):
         engine.memory_budget(None, TINY / "target", "cuda", self_draft=True)
     assert "packed" not in engine.memory_budget(None, TINY / "target", "cuda")["target"]

@@ -111,7 +111,7 @@ class Found(Tenant):
         """Rows for what the line holds now, and a few more: it may grow before the forward runs."""
         if not self.line or (self.req.drafter_done.is_set() and not self.line.tail()[1]) or self.line.right < 0.1:
             return 0
-        return min(self.req.overlap_len, max(WIDTHS[1], self.line.tail()[1]) if self.line.spoke else WIDTHS[-1])
+        return min(self.req.asked.overlap_len, max(WIDTHS[1], self.line.tail()[1]) if self.line.spoke else WIDTHS[-1])
 
     def cost(self, state):
         return self._best(state)[1]
@@ -146,11 +146,12 @@ def fit_class(fit: int) -> str:
 
 
 class HostTenant(Tenant):
-    """A tenant that has to see each state. While the gate refuses it, the host is left out of the rounds."""
+    """A tenant that has to see each state. While the gate refuses it, the host is left out of the rounds. name: what
+    the gate calls its rounds."""
 
-    def __init__(self, req, target):
-        self.req, self.target = req, target
-        self.ended, self.resting, self.granted = False, False, 0
+    def __init__(self, req, target, name: str = ""):
+        self.req, self.target, self.name, self.gate = req, target, name, req.gate
+        self.ended, self.resting, self.granted, self.began = False, False, 0, 0.0
 
     @property
     def needs_host(self):
@@ -162,7 +163,7 @@ class HostTenant(Tenant):
         if self.ended or not self.granted or state is None:
             self.resting = not self.granted
             return None
-        granted, self.granted, drafts = self.granted, 0, None
+        granted, self.granted, self.began, drafts = self.granted, 0, self.req.timeline.now(), None
         with noting(self.req.errors):
             drafts = self.drafted(state, granted)
         return drafts
@@ -174,6 +175,18 @@ class HostTenant(Tenant):
     def drafted(self, state, limit: int) -> Proposal | None:
         raise NotImplementedError
 
+    def cost(self, state):
+        return self.gate.pace(self.name) if self.gate and not self.ended else None
+
+    def saw(self, proposal, before, state):
+        if proposal and proposal.tenant is self:
+            if self.gate:
+                self.gate.round(self.name, self.req.timeline.now() - self.began, state.accept_len + 1)
+            self.judged(state)
+
+    def judged(self, state) -> None:
+        """What the target said of the last drafts."""
+
 
 class HeadStart(HostTenant):
     """What the drafter wrote before the target's prefill ended, for as long as the answer is the same."""
@@ -183,7 +196,7 @@ class HeadStart(HostTenant):
         return super().needs_host and not (self.req.drafter_done.is_set() and not self.req.preview)
 
     def allowed(self):
-        return self.req.overlap_len
+        return self.req.asked.overlap_len
 
     def drafted(self, state, limit):
         preview = [i for i, _ in list(self.req.preview)]
@@ -209,8 +222,8 @@ class DrafterRounds(HostTenant):
     """draft -> verify -> accept with both models on one device. Ends with the drafter, or if it breaks."""
 
     def __init__(self, req, target, drafter):
-        super().__init__(req, target)
-        self.drafter, self.began = drafter, 0.0
+        super().__init__(req, target, "drafter")
+        self.drafter = drafter
 
     @property
     def needs_host(self):
@@ -218,9 +231,9 @@ class DrafterRounds(HostTenant):
 
     def allowed(self):
         req = self.req
-        if not req.gate or not req.draft_len:
-            return req.draft_len
-        return req.gate.best_len("drafter", req.question, range(1, req.draft_len + 1), req.gate.draft)
+        if not req.gate or not req.asked.draft_len:
+            return req.asked.draft_len
+        return req.gate.best_len("drafter", req.question, range(1, req.asked.draft_len + 1), req.gate.draft)
 
     def drafted(self, state, limit):
         req, drafter, target = self.req, self.drafter, self.target
@@ -239,14 +252,9 @@ class DrafterRounds(HostTenant):
         self.ended = False
         return Proposal("drafter", target.rows_for(limit), self)
 
-    def cost(self, state):
-        gate = self.req.gate
-        return gate.pace("drafter") if gate and not self.ended else None
-
-    def saw(self, proposal, before, state):
-        if proposal and proposal.tenant is self and self.req.gate:
-            self.req.gate.accepted("drafter", self.req.question, state.drafted, state.accept_len)
-            self.req.gate.round("drafter", self.req.timeline.now() - self.began, state.accept_len + 1)
+    def judged(self, state):
+        if self.gate:
+            self.gate.accepted("drafter", self.req.question, state.drafted, state.accept_len)
 
 
 class SelfRounds(HostTenant):
@@ -255,9 +263,9 @@ class SelfRounds(HostTenant):
     some 2 % of a draft."""
 
     def __init__(self, req, target):
-        super().__init__(req, target)
-        self.gate, self.sures, self.began = req.gate or Gate(), [], 0.0
-        self.resting = req.gate is not None and req.gate.refuses("self")
+        super().__init__(req, target, "self")
+        self.gate, self.sures = req.gate or Gate(), []
+        self.resting = self.gate.refuses("self")
 
     def allowed(self):
         most = WIDTHS[-2] if self.target.on_gpu else WIDTHS[1]
@@ -266,10 +274,10 @@ class SelfRounds(HostTenant):
     def drafted(self, state, limit):
         req, target, gate, clock = self.req, self.target, self.gate, self.req.timeline.now
         self.sures, alive = [], 1.0
-        limit = min(limit, req.max_new_tokens - state.n_out - 1)
+        limit = min(limit, req.asked.max_new_tokens - state.n_out - 1)
         if limit < 1:
             return None
-        self.began = now = clock()
+        now = clock()
         with req.timeline.stage("draft", target) as entry:
             while len(self.sures) < limit:
                 target.draft(first=not self.sures)
@@ -288,47 +296,34 @@ class SelfRounds(HostTenant):
             entry["drafts"] = len(self.sures)
         return Proposal("self", target.rows_for(len(self.sures)), self)
 
-    def cost(self, state):
-        return None if self.ended else self.gate.pace("self")
-
-    def saw(self, proposal, before, state):
-        if proposal and proposal.tenant is self:
-            self.gate.judged(self.sures, state.accept_len)
-            self.gate.round("self", self.req.timeline.now() - self.began, state.accept_len + 1)
+    def judged(self, state):
+        self.gate.judged(self.sures, state.accept_len)
 
 
 class HostSource(HostTenant):
     """A DraftSource, or any object with `propose`."""
 
     def __init__(self, req, target, source, name: str):
-        super().__init__(req, target)
-        self.source, self.name, self.began = source, name, 0.0
-        self.resting = req.gate is not None and req.gate.refuses(name)
+        super().__init__(req, target, name)
+        self.source, self.resting = source, req.gate is not None and req.gate.refuses(name)
 
     def allowed(self):
-        limit = self.req.draft_len if self.req.mode == "speculative" else self.req.overlap_len
+        limit = self.req.asked.draft_len if self.req.asked.mode == "speculative" else self.req.asked.overlap_len
         return limit if not self.req.gate or self.req.gate.pays(self.name) else 0
 
     def drafted(self, state, limit):
-        self.began = self.req.timeline.now()
         if self.req.preview and hasattr(self.source, "read"):
             self.source.read([i for i, _ in list(self.req.preview)])
-        limit = min(limit, self.req.max_new_tokens - state.n_out)
+        limit = min(limit, self.req.asked.max_new_tokens - state.n_out)
         drafts = [int(i) for i in self.source.propose(list(state.ids), limit)][:limit]
         if not drafts:
             return None
         self.target.put(drafts)
         return Proposal(self.name, self.target.rows_for(len(drafts)), self)
 
-    def cost(self, state):
-        return self.req.gate.pace(self.name) if self.req.gate else None
-
-    def saw(self, proposal, before, state):
-        if proposal and proposal.tenant is self:
-            if self.req.gate:
-                self.req.gate.round(self.name, self.req.timeline.now() - self.began, state.accept_len + 1)
-            with noting(self.req.errors):
-                getattr(self.source, "verdict", lambda *_: None)(state.drafted, state.accept_len)
+    def judged(self, state):
+        with noting(self.req.errors):
+            getattr(self.source, "verdict", lambda *_: None)(state.drafted, state.accept_len)
 
 
 class Cascade(Tenant):
@@ -362,7 +357,7 @@ class Cascade(Tenant):
 
 def tenant_of(req, sources: list, target, drafter) -> Tenant:
     """Who drafts for the target, from the sources that were asked for."""
-    if req.mode not in ("prefill_then_verify", "speculative"):
+    if req.asked.mode not in ("prefill_then_verify", "speculative"):
         return PLAIN
     tenants: list[Tenant] = []
     if req.earlier or req.line:
@@ -372,11 +367,11 @@ def tenant_of(req, sources: list, target, drafter) -> Tenant:
             tenants.append(SelfRounds(req, target))
         elif source == "drafter" and not req.line:
             tenants.append(HeadStart(req, target))
-            if req.mode == "speculative":
+            if req.asked.mode == "speculative":
                 tenants.append(DrafterRounds(req, target, drafter))
         elif not isinstance(source, (str, Lookup)):
             tenants.append(HostSource(req, target, source, name_of(source)))
-    return Cascade(tenants, once=req.mode == "prefill_then_verify")
+    return Cascade(tenants, once=req.asked.mode == "prefill_then_verify")
 
 
 def asking_drafter(sources: list) -> list:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from kernels.frames import quiet_copy
+from kernels.frames import clip_pixels, draw_events, quiet_copy
 from weights.events import EVENT_FILE, MAX_CANVAS, TORCH_TYPES, Events, events_of, plain_type, read_events, short_shape
 from weights.files import Held, InputError, Refused, brief, insist_file, naming, reason_of
 from weights.video import (
@@ -49,6 +49,16 @@ class Shown(NamedTuple):
     read: Callable                   # (called when decoding begins, or nothing) -> frames [H, W, 3] uint8, or Events
     size: int = 0                    # bytes of the file; 0 where there is none
     pictures: int | None = None      # how many there are; None: a recording, or a clip
+
+    def pixels(self, loaded, vision, device, event_frames: int, canvas) -> torch.Tensor:
+        """Float pixels [R, 3, X, X] of what `read` gave, on the device that draws and resizes: what travels is bytes.
+        What cannot be drawn or resized is the user's to mend."""
+        try:
+            if isinstance(loaded, Events):
+                loaded = draw_events(loaded, event_frames, canvas, device)
+            return clip_pixels(loaded, vision.image, vision.mean, vision.std, device=device)
+        except ValueError as error:
+            raise InputError(f"{self.name}: {error}; use another recording or clip") from None
 
 
 # ---- arrays ----------------------------------------------------------------------------------------------------------

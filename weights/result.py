@@ -3,6 +3,7 @@ here imports torch, and all of it pickles. Times in seconds from the request's s
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -105,3 +106,14 @@ class Result(Mapping):
         self.rejected_at = span.accepted if span and span.accepted < len(span.drafts) else -1
         if len(self.output_ids) > 1:
             self.tpot = (self.wall_clock_time - self.ttft) / (len(self.output_ids) - 1)
+
+    def in_old_words(self) -> Result:
+        """Itself, with the words of egpt_prefill_only. Times in seconds; a prefill has the vision encoder in it, not
+        the files."""
+        egpt, vl = (collections.Counter(self.stages.get(side, {})) for side in ("drafter", "target"))
+        vars(self).update(
+            output_tokens=self.output_ids, draft_tokens=[i for of in self.round_log for i in of.drafts],
+            num_draft_tokens=self.drafted, overlap_window=max(0.0, (self.ttft or 0) - (self.ttfp or 1e9)),
+            egpt_prefill_time=egpt["encode"] + egpt["prefill"], egpt_draft_time=egpt["draft"],
+            vl_prefill_time=vl["encode"] + vl["prefill"], vl_verify_time=vl["verify"], vl_decode_time=vl["decode"])
+        return self

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -16,6 +18,16 @@ DRAFTER_SYSTEM = ("A chat between a curious human and an artificial intelligence
                   "The assistant gives helpful, detailed, and polite answers to the human's questions.")
 PROBE = "USER: What is in this scene? ASSISTANT: Two cars, at 30 m."     # must come back from its ids
 MARKER = re.compile(r"<[^<>\s]+>")                   # </s>, <video>: an added token that stands for no text
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids around the visual rows. `rows` is the whole prompt's length once they are spliced in."""
+    before: list[int]
+    after: list[int]
+
+    def rows(self, visual_rows: int) -> int:
+        return len(self.before) + visual_rows + len(self.after)
 
 
 class Text:
@@ -88,7 +100,7 @@ class TextStream:
     one waits. `ids` are the fewest that hold all of the text shown, so the last one may reach beyond it; without stops,
     and at an end that none of them brought about, they are all."""
 
-    def __init__(self, text: Text, stops: tuple[str, ...] = ()):
+    def __init__(self, text: Text, stops: Sequence[str] = ()):
         self.text, self.stops, self.given, self.out, self.stopped = text, stops, [], "", False
         self.ids = [] if stops else self.given
 
