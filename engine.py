@@ -1,4 +1,4 @@
-"""Headstart: lossless cross-modal speculative decoding at batch one, in one file.
+"""Headstart: lossless cross-modal speculative decoding at batch one.
 
     load_engine(eventgpt, videollava)   -> Engine, of two checkpoints
     Engine.generate(events, video, ..)  -> Result; `stream` yields it as it forms, `close` gives the memory back
@@ -19,9 +19,10 @@ target's own, token for token: greedy, or with a temperature the one that it alo
         |                                                                              |
         +-- cache_len += accept_len + 1, pending_id = bonus_id <---- accept <----------+
 
-Every mode is this loop with another source of drafts: `Engine._rounds`. Read the file in the order of the picture:
-decoder, vision, drafter and target, step graphs, the request, the engine, loading. Kernels are in kernels/;
-who drafts and whether it pays in weights/drafting.py, which needs no torch; what reads files in the rest of weights/.
+Every mode is this loop with another source of drafts: `Engine._rounds`. The file follows the picture: decoder, vision,
+drafter and target, step graphs, the request, the engine, loading. What it hands over: kernels to kernels/; to weights/
+the arguments of each call (asking.py), the answer (result.py), the times of its stages (timeline.py), who drafts and
+whether that pays (drafting.py), what fits a GPU (memory.py), and the reading of files.
 `python engine.py` shows the claim on the embedded tiny pair.
 
 Shapes are written into names, one letter a dimension; batch is one and carries none:
@@ -64,7 +65,7 @@ from kernels.fp8 import norm8, product8, rows8
 from kernels.frames import to_device
 from kernels.lookup import AFTER, FIRST, ONLY, Ring, lookup
 from kernels.products import product
-from kernels.quant import BITS, MAX_PACKED_ROWS, NotPackable, Packed, turned
+from kernels.quant import MAX_PACKED_ROWS, NotPackable, Packed, turned
 from kernels.rmsnorm import add_rmsnorm, rmsnorm, row_sums
 from kernels.rope_store import rope_store
 from kernels.round import (
@@ -86,44 +87,13 @@ from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 from kernels.tower import add_layernorm, layernorm, quick_gelu
 from kernels.unpack import unpack
-from weights import InputError, asking, describe
+from weights import InputError, asking, describe, drafting, memory
 from weights.asking import MODES, Asked, FilePath, takes
-from weights.drafting import (
-    ENOUGH,
-    PLAIN,
-    WIDTHS,
-    Gate,
-    Line,
-    NonFinite,
-    OwnText,
-    Proposal,
-    Tenant,
-    asking_drafter,
-    learn,
-    name_of,
-    noting,
-    smoothed,
-    tenant_of,
-)
+from weights.drafting import ENOUGH, PLAIN, WIDTHS, Gate, Line, NonFinite, Proposal, Tenant, noting
 from weights.files import command, in_flags, insist_whole, printable
 from weights.given import Shown
 from weights.load import random_weights, stop_ids
-from weights.memory import (
-    LOOKUP_ROWS,
-    TINY,
-    as_dtype,
-    default_dtype,
-    form_of,
-    memory_budget,
-    model_name,
-    needs_of,
-    no_room,
-    open_model,
-    peak_memory,
-    pick_device,
-    ran_out,
-    unpackable,
-)
+from weights.memory import TINY, as_dtype, memory_budget, model_name, pick_device, ran_out
 from weights.packed import PRODUCTS, SOME, assembled, gains_by_turning, packing
 from weights.result import Event, Result, Round, Verdict
 from weights.shapes import PROMPT_ROWS, TEXT_ROWS, DecoderConfig, VisionConfig, frames_of, rows_for, text_config
@@ -163,7 +133,7 @@ class Decoder:
     weights: the `text.*` tensors of weights/names.py, or what `packing` makes of them: then prefill unpacks the 4-bit
     weights one after the other into `room`, or reads their e4m3 forms. Keys are cached after rotary. Row s of a step
     attends to the cache rows 0..pos_ids[s] and to nothing else, so what lies beyond is stale and harmless.
-    drafts: only drafts hang on its ids, so a step's bits may follow its number of rows.
+    drafts: its ids are only drafts, so a row's bits may depend on how many rows run beside it.
     Source: transformers' LlamaForCausalLM, rounding order included.
     """
 
@@ -276,7 +246,8 @@ class Decoder:
 
 def dense(x_SD, w_OD, room=None):
     """x @ w.T. Many rows: cuBLAS, which is fastest there, on a packed weight as it comes out of `unpack`. One row,
-    prefill's last: the step's kernel. Rows in front of a weight with a norm in it are normed already."""
+    prefill's last: the step's kernel. The rows have been through
+    the norm already, also where a packed weight has it folded in."""
     if isinstance(w_OD, Packed) and x_SD.shape[0] > MAX_PACKED_ROWS:
         return F.linear(x_SD, unpack(w_OD, x_SD.dtype, room))
     if isinstance(w_OD, Packed):
@@ -304,7 +275,7 @@ class Tower:
         tiles = pixels_R3XX.to(self.patch_CE.dtype).reshape(R, 3, side, c.patch, side, c.patch)
         tiles = tiles.permute(0, 2, 4, 1, 3, 5).reshape(R, c.P, 3 * c.patch ** 2)              # [R, P, patch's numbers]
         h_RSC = torch.cat([w["cls"].expand(R, 1, c.C), F.linear(tiles, self.patch_CE)], 1) + w["pos"]
-        del tiles                                            # what nobody needs any more would stay to the end
+        del tiles                                            # else it would take memory to the end of the call
         h_RSC = layernorm(h_RSC, *self._norm("pre_norm"))
         fresh_RSC = None                                     # the last block's output, not yet added to the stream
         for j in range(layers):
@@ -356,7 +327,7 @@ class Model:
         self.host_read, self.sure_read = (torch.cuda.Event() if self.on_gpu else None for _ in range(2))
         self.tail_id = torch.zeros(1, dtype=torch.long, device=self.device)     # the prompt's last id
         self.ring: Ring | None = None                        # earlier answers, and what a drafter elsewhere expects
-        self.searches = False                                # of this request, as is the next: see `begin`
+        self.searches = False                                # it and `sampling` are the request's: see `begin`
         self.sampling: tuple | None = None
         self.sampling_3 = torch.zeros(3, dtype=torch.long, device=self.device)
         self.recorded: Recorded | None = None                # see `replay`
@@ -386,8 +357,8 @@ class Model:
         self.sampling, self.searches, self.seen = sampling, searches, self.seen if self.held else None
 
     def rest(self) -> None:
-        """Makes the state one in which every forward may run and writes cache rows that nobody needs: one id behind the
-        open clip and a row, no end in sight."""
+        """A state on which graphs are captured: any forward may run, and writes only cache rows that nobody needs. It
+        has one id, which stands a row behind the open clip, and its limit is far."""
         head = new_state(0, n_out=1, prompt_len=self.held + 1, limit=self.decoder.cache_rows)
         self.state_W[:STATE].copy_(head)
         self.asked_W[:2].copy_(torch.tensor([0, 1]))
@@ -592,7 +563,7 @@ class Target(Model):
         decoder_config = DecoderConfig.read(config.get("text_config") or {})
         decoder = Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows)
         super().__init__(decoder, text, path, stops, graphs)
-        self.ring = Ring(self.device, LOOKUP_ROWS[self.on_gpu], decoder.steps.work.pdl)
+        self.ring = Ring(self.device, memory.LOOKUP_ROWS[self.on_gpu], decoder.steps.work.pdl)
         self.vision = VisionConfig.read(config.get("vision_config") or {})
         self.video_tower, self.image_tower = Tower(self.vision, weights, "video"), Tower(self.vision, weights, "image")
         self.projector = [weights[f"projector.{i}.{p}"] for i in (0, 1) for p in "wb"]
@@ -793,7 +764,7 @@ class Request:
     draft_log: list = field(default_factory=list)
     prefill_end: float | None = None
     sent: int = 0                                       # ids of the answer that the caller has
-    tell_now: Callable = lambda: None   # hands over what the host has seen and not yet told
+    tell_now: Callable = lambda: None                   # sends the caller what the host has seen since the last time
     prompt_rows: dict = field(default_factory=dict)
     errors: list = field(default_factory=list)          # why drafters and sources gave up
 
@@ -1017,7 +988,7 @@ class Engine(Closing):
             first_id(model, loaded, limit, req)
             if req.line:
                 return self._draft_line(req, limit)
-            self._rounds(model, req, OwnText(req, gate), limit, "draft", req.show_preview)
+            self._rounds(model, req, drafting.OwnText(req, gate), limit, "draft", req.show_preview)
 
     def _draft_line(self, req: Request, limit: int) -> None:
         """On a device of its own: drafts for as long as the answer grows, as if the target accepted everything. Its
@@ -1028,7 +999,7 @@ class Engine(Closing):
         while True:
             state = model.snapshot(words).read()
             if began is not None:
-                line.forward = smoothed(line.forward, clock() - began)
+                line.forward = drafting.smoothed(line.forward, clock() - began)
             req.host_free.wait()
             check_finite(state, model, "draft")
             fresh = state.ids[len(behind):]
@@ -1168,19 +1139,18 @@ class Engine(Closing):
         refused until then."""
         return Clip(self, Asked(**vars(opening)))
 
-    def _checked(self, asked: Asked, clip: Clip | None) -> tuple[list, bool, bool, str | None]:
-        """(sources, whether the target takes part, whether the drafter does, why not if it was to draft and broke at
-        the clip). InputError for what the user can mend; nothing has run then."""
+    def _checked(self, asked: Asked, clip: Clip | None) -> tuple[list, list[Model], str | None]:
+        """(sources, models that take part, why the drafter does not if it was to draft and broke at the clip).
+        InputError for what the user can mend; nothing has run then."""
         self._insist_usable()
         asked.check()
         mode, uses_target = asked.mode, asked.mode != "drafter_only"
         if uses_target and self.target is None:
             raise InputError(f"mode {mode}: needs the target, which was not loaded; pass `videollava`")
-        copied = bool(self.target and self.target.copy)
-        drafts = bool(self.drafter) and (not clip or "drafter" in clip.sides)
-        sources, broke = sources_of(asked.draft_source, self.lookup, drafts, copied, mode), None
+        drafter = None if clip and "drafter" not in clip.sides else self.drafter
+        sources, broke = sources_of(asked.draft_source, self.lookup, self.target, drafter, mode), None
         uses_drafter = mode in ("drafter_only", "prefill_only") or mode != "target_only" and (
-            "drafter" in sources or bool(asking_drafter(sources))
+            "drafter" in sources or bool(drafting.asking_drafter(sources))
             or mode == "prefill_then_verify" and asked.draft_source is None)
         if uses_drafter and self.drafter is None:
             raise InputError(f"mode {mode}: needs the drafter, which was not loaded; pass `eventgpt`")
@@ -1188,17 +1158,19 @@ class Engine(Closing):
             if uses_drafter and mode in ("prefill_then_verify", "speculative"):
                 broke = clip.opened.drafter_error
                 uses_drafter = not broke or "drafter" in clip.sides
-            clip.check(uses_target, uses_drafter)
+        active: list[Model] = [*[self.target] * uses_target, *[self.drafter] * uses_drafter]
+        for side in [model.side for model in active if clip and model.side not in clip.sides]:
+            raise InputError(f"clip: the {side} does not see it; open it with the {side}'s file and in a mode that "
+                             f"uses both, or ask in another mode")
         if self.owner == threading.get_ident():
             raise InputError("engine: a stream of this thread is still open; finish or close it first")
-        return sources, uses_target, uses_drafter, broke
+        return sources, active, broke
 
     def _answer(self, asked: Asked, clip: Clip | None = None, turns=None, opens: Clip | None = None):
         """The one path of every request: checks, then runs it. clip: whose rows are in the caches; turns: the chat that
         the question goes on with; opens: a clip whose rows shall be there, and nothing is asked."""
-        sources, uses_target, uses_drafter, broke = self._checked(asked, clip)
-        shown = clip.shown if clip else asked.shown(self.target if uses_target else None,
-                                                    self.drafter if uses_drafter else None)
+        sources, active, broke = self._checked(asked, clip)
+        shown = clip.shown if clip else asked.shown(active)
         question, mode = None if opens else check_question(asked.query), asked.mode
         asked = dataclasses.replace(
             asked, draft_len=self.draft_len if asked.draft_len is None else asked.draft_len,
@@ -1210,19 +1182,19 @@ class Engine(Closing):
                                  "caches; close it first (`with engine.open(..) as clip` does)")
             for model in self.models:
                 model.held = clip.sides.get(model.side, 0) if clip else 0
-            asks = asking_drafter(sources)
-            if uses_drafter and "drafter" not in sources and asks and self.gate and not self.apart and not opens:
-                uses_drafter = any(self.gate.pays(name_of(of)) for of in asks)
-            active = ([self.target] if uses_target else []) + ([self.drafter] if uses_drafter else [])
             gate = self.gate if mode in ("prefill_then_verify", "speculative") and not opens else None
-            ahead = self.apart and uses_drafter and mode == "speculative" and "drafter" in sources and not opens
-            line = Line(() if asked.ignore_eos else self.drafter.stops, asked.max_new_tokens) if ahead else None
+            asks = drafting.asking_drafter(sources)
+            if self.drafter in active and "drafter" not in sources and asks and gate and not self.apart:
+                active = active if any(gate.pays(drafting.name_of(of)) for of in asks) else [self.target]
+            line = None
+            if self.apart and self.drafter in active and "drafter" in sources and mode == "speculative" and not opens:
+                line = Line(() if asked.ignore_eos else self.drafter.stops, asked.max_new_tokens)
             prompts = {model.side: model.talk(question, turns or ()) for model in active}
             req = Request(asked, question, shown, prompts, clip, turns is not None, Timeline(active), gate, line,
                           errors=[broke] * bool(broke))
             self.running = req
             req.earlier = next((of for of in sources if isinstance(of, Lookup)), None)
-            req.tenant = tenant_of(req, sources, self.target, self.drafter)
+            req.tenant = drafting.tenant_of(req, sources, self.target, self.drafter)
             self.learners = [of for of in sources if hasattr(of, "learn") and not opens]
             searches = req.tenant is not PLAIN and bool(req.earlier or line)
             for model in active:                         # drafts stay greedy, whoever judges them
@@ -1231,7 +1203,7 @@ class Engine(Closing):
                             searches and model is self.target)
                 if model.on_gpu:
                     torch.cuda.reset_peak_memory_stats(model.device)
-            if clip or not (uses_target and self.target_first):
+            if clip or not (self.target in active and self.target_first):
                 req.host_free.set()
             with torch.inference_mode():                 # not around the yields: it would leak to the caller
                 self._prepare(req, active)
@@ -1283,13 +1255,14 @@ class Engine(Closing):
                     continue
                 elif kind == "preview":
                     result.ttfp = at if result.ttfp is None else result.ttfp
-                    yield self._event("preview", texts["preview"], value, at)
                     if deciding == "drafter":
                         result.ttft = result.ttfp
                 elif kind == "final":
                     result.ttft = at if result.ttft is None else result.ttft
                     result.wall_clock_time = at
-                    yield self._event("final", texts["final"], value, at)
+                if text := texts.get(kind):
+                    delta = text.push(value)
+                    yield Event(kind, text.out, delta, list(text.ids), at * 1e3)
                 if texts[decider].stopped:
                     req.cancelled.set()
                     req.stop_drafting.set()
@@ -1303,11 +1276,6 @@ class Engine(Closing):
         self._insist_usable()
         yield self._finish(req, result, deciding, texts, remember)
 
-    @staticmethod
-    def _event(kind, text, ids, at):
-        delta = text.push(ids)
-        return Event(kind, text.out, delta, list(text.ids), at * 1e3)
-
     def _worker(self, req: Request, model: Model) -> None:
         """Runs one side and reports its end. A drafter's failure is noted; only bad input or the target's is raised."""
         try:
@@ -1317,7 +1285,7 @@ class Engine(Closing):
         except BaseException as thrown:                      # a panic of a library in Rust is no Exception
             error = thrown if isinstance(thrown, Exception) else RuntimeError(describe(thrown))
             bad_input = isinstance(error, InputError) and not isinstance(error, NonFinite)
-            if isinstance(error, NonFinite):                 # rows that nobody sees count as nought times their values
+            if isinstance(error, NonFinite):                 # of unseen rows: they are multiplied by 0, and stay NaN
                 with torch.inference_mode(), model.on_stream():
                     for cache in (model.decoder.k_cache_LNMK, model.decoder.v_cache_LNMK):
                         cache[:, :, model.held:].zero_()
@@ -1346,7 +1314,7 @@ class Engine(Closing):
         entries = req.timeline.resolve()
         result.add_stages(entries)
         if self.gate and deciding == "target" and req.asked.mode != "prefill_only" and req.question is not None:
-            learn(self.gate, req, result, entries, final.stopped)
+            drafting.learn(self.gate, req, result, entries, final.stopped)
         if remember:
             for source in self.learners:
                 with noting(req.errors):
@@ -1362,7 +1330,7 @@ class Engine(Closing):
         if deciding == "target":
             result.free_tokens_count = sum(at <= req.prefill_end for _, at in req.preview)
             result.window_drafts = sum(at <= req.frames_at for _, at in req.preview)
-        result.peak_memory = peak_memory(decider.device)
+        result.peak_memory = memory.peak_memory(decider.device)
         return Event("final", result.output_text, delta, result.output_ids, result.wall_clock_time * 1e3,
                      result.finish_reason, result)
 
@@ -1415,15 +1383,6 @@ class Clip(Closing):
             if event.result and chat:
                 self.turns = [*turns, (asked.query, list(event.result.output_ids))]
             yield event
-
-    def check(self, uses_target: bool, uses_drafter: bool) -> None:
-        """InputError unless the clip is open and the models that are used see it."""
-        if self.engine.clip is not self:
-            raise InputError("clip: is closed; open it again")
-        for side, used in (("target", uses_target), ("drafter", uses_drafter)):
-            if used and side not in self.sides:
-                raise InputError(f"clip: the {side} does not see it; open it with the {side}'s file and in a mode that "
-                                 f"uses both, or ask in another mode")
 
     def close(self) -> None:
         """Gives the caches back; twice is once."""
@@ -1497,9 +1456,9 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
     Target has a packed copy beside its own. progress: called with (side, bytes read, bytes in all) while a checkpoint
     is read."""
     device = pick_device(device)
-    dtype = dtype or default_dtype(device)
-    config, checkpoint = open_model(cls.side, path)
-    packed = form_of(cls.side, path, config, packed or "bf16") if cls is Drafter else packed
+    dtype = dtype or memory.default_dtype(device)
+    config, checkpoint = memory.open_model(cls.side, path)
+    packed = memory.form_of(cls.side, path, config, packed or "bf16") if cls is Drafter else packed
     folder = checkpoint.folder if checkpoint else TINY / "target"
     text = Text(tokenizer or Path(folder) / "tokenizer.json")
     V = text_config(config).V
@@ -1526,11 +1485,12 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
                 model.copy = model.decoder.packed(packed)
             return model
     except NotPackable as error:
-        raise unpackable(cls.side, path, error) from None
+        raise memory.Unpackable(cls.side, path, error) from None
     except (RuntimeError, MemoryError) as error:             # torch.OutOfMemoryError is one
         if not ran_out(error):
             raise
-        raise no_room(path, device, needs_of(cls.side, config, device, dtype, cache_rows, packed)) from None
+        needs = memory.needs_of(cls.side, config, device, dtype, cache_rows, packed)
+        raise memory.no_room(path, device, needs) from None
 
 
 def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = None, device: str | None = None,
@@ -1551,13 +1511,8 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     which drafts for it (see `SelfRounds`); None: on a GPU, if it fits. progress: see `load_model`, then
     `Engine.prepare`. Raises InputError for what cannot be loaded or does not fit.
     """
-    if drafter_dtype not in ("bf16", *BITS):
-        raise InputError(f"drafter_dtype: {drafter_dtype!r} is not one of bf16, {', '.join(BITS)}; pick from these")
+    memory.check_form(drafter_dtype, pick_device(drafter_device or device))
     dtype = as_dtype(dtype)
-    where = pick_device(drafter_device or device)
-    if drafter_dtype.startswith("fp8") and where.type == "cuda" and torch.cuda.get_device_capability(where) < (8, 9):
-        raise InputError(f"drafter_dtype: {drafter_dtype} needs a GPU of compute capability 8.9, {where} is older; "
-                         f"take int4")
     if type(gate) is not bool:
         raise InputError(f"gate: wanted True or False, got {gate!r}; change it")
     draft_len = insist_whole("draft_len", draft_len, 0, STEP_ROWS - 1)
@@ -1640,7 +1595,6 @@ class PrefillOnlyInference(Closing):
             asked.mode, asked.draft_source = "prefill_then_verify", self.source
         for event in self.load().stream(**vars(asked)):
             yield dataclasses.replace(event, result=event.result and event.result.in_old_words())
-
 
 
 # ---- demo and command line -------------------------------------------------------------------------------------

@@ -49,18 +49,14 @@ class Media:
     event_frames: int = 5
     canvas: tuple[int, int] | None = None
 
-    def shown(self, target, drafter) -> dict[str, Shown]:
+    def shown(self, models) -> dict[str, Shown]:
         """{side: Shown} of the models that are used. InputError unless each has one clip, in memory or in a file."""
         self.event_frames = insist_whole("event_frames", self.event_frames, 1, 1000)
         self.canvas = check_canvas(self.canvas)
-        found = {}
-        if target:
-            found["target"] = video_given(self.video, self.video_path, self.image, self.image_path, target.num_frames,
-                                          self.frame_rule, target.on_gpu)
-        if drafter:
-            found["drafter"] = events_given(self.events, self.event_path, self.event_image_path, self.columns,
-                                            self.time_unit)
-        return found
+        return {model.side: video_given(self.video, self.video_path, self.image, self.image_path, model.num_frames,
+                                        self.frame_rule, model.on_gpu) if model.side == "target" else
+                events_given(self.events, self.event_path, self.event_image_path, self.columns, self.time_unit)
+                for model in models}
 
 
 @dataclass

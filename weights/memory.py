@@ -182,12 +182,20 @@ def peak_memory(device) -> int:
 
 
 class Unpackable(InputError):
-    """Weights whose shapes make no whole groups."""
+    """Weights of a side whose shapes make no whole groups."""
+
+    def __init__(self, side: str, path, error: NotPackable):
+        flag = "drafter_dtype" if side == "drafter" else "self_draft"
+        super().__init__(f"{path}: cannot be packed ({error}); leave out {flag}")
 
 
-def unpackable(side: str, path, error: NotPackable) -> Unpackable:
-    flag = "drafter_dtype" if side == "drafter" else "self_draft"
-    return Unpackable(f"{path}: cannot be packed ({error}); leave out {flag}")
+def check_form(drafter_dtype, where: torch.device) -> None:
+    """InputError unless it names a form of a drafter's weights that this device can compute with."""
+    if drafter_dtype not in ("bf16", *BITS):
+        raise InputError(f"drafter_dtype: {drafter_dtype!r} is not one of bf16, {', '.join(BITS)}; pick from these")
+    if drafter_dtype.startswith("fp8") and where.type == "cuda" and torch.cuda.get_device_capability(where) < (8, 9):
+        raise InputError(f"drafter_dtype: {drafter_dtype} needs a GPU of compute capability 8.9, {where} is older; "
+                         f"take int4")
 
 
 def form_of(side: str, path, config: dict, drafter_dtype: str) -> str | None:
@@ -254,7 +262,7 @@ def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=No
                 try:
                     needs = needs_of(side, config, where, dtype or default_dtype(where), of, packed)
                 except NotPackable as error:
-                    raise unpackable(side, path, error) from None
+                    raise Unpackable(side, path, error) from None
                 budget[side] = {"device": str(where), "rows": of, **needs, "free": free_bytes(where)[0]}
         return budget
 

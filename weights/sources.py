@@ -162,11 +162,12 @@ def source_named(name: str, model: str = ""):
     return Adapted(path) if kind == "adapter" else kind
 
 
-def sources_of(asked, own: Lookup, drafter: bool, copy: bool, mode: str) -> list:
+def sources_of(asked, own: Lookup, target, drafter, mode: str) -> list:
     """The sources of a request. asked: its draft_source, None: all that there is, the cheapest ids first. own: the
-    engine's Lookup; drafter, copy: whether there is a drafter, and a 4-bit copy of the target."""
+    engine's Lookup; target, drafter: its models, or None."""
+    copy = target is not None and target.copy is not None
     if asked is None:
-        drafts = ["drafter"] * drafter
+        drafts = ["drafter"] * (drafter is not None)
         return drafts if mode == "prefill_then_verify" else [own, *drafts, *["self"] * copy]
     named = asked if isinstance(asked, (list, tuple)) else [asked]
     found = []
