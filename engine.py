@@ -246,8 +246,7 @@ class Decoder:
 
 def dense(x_SD, w_OD, room=None):
     """x @ w.T. Many rows: cuBLAS, which is fastest there, on a packed weight as it comes out of `unpack`. One row,
-    prefill's last: the step's kernel. The rows have been through
-    the norm already, also where a packed weight has it folded in."""
+    prefill's last: the step's kernel. The rows are normed already, also where a packed weight has its norm in it."""
     if isinstance(w_OD, Packed) and x_SD.shape[0] > MAX_PACKED_ROWS:
         return F.linear(x_SD, unpack(w_OD, x_SD.dtype, room))
     if isinstance(w_OD, Packed):

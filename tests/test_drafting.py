@@ -245,3 +245,16 @@ def test_entry_i_of_the_token_adapter_drafts_the_id_at_i_plus_shift(shift):
     config = adapter.AdapterConfig("token", vocab=200, rows=32, width=8, layers=1, heads=2, hidden=8, shift=shift)
     drafts = adapter.guess(Places(), config, [5] * 6, [], [7] * 3, 2)
     assert drafts == [100 + 3 - shift, 101 + 3 - shift][:6 - 3 + shift]
+
+
+@pytest.mark.parametrize("mode", ["prefill_only", "drafter_only"])
+def test_a_source_that_does_not_pay_takes_no_preview_away(pair, monkeypatch, mode):
+    class Reader(DraftSource):
+        name, needs_drafter = "reader", True
+
+    gate = engine.Gate()
+    gate.timed("step", 1.0)
+    gate.round("reader", 9.0, 1)
+    monkeypatch.setattr(pair, "gate", gate)
+    result = pair.generate(mode=mode, draft_source=Reader(), **asked(0))
+    assert gate.refuses("reader") and result.preview_ids and result.output_ids
