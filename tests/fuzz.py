@@ -336,10 +336,11 @@ def answers(folder):
     from test_media import npy_of_dict, npz_of, small_events
 
     import engine
+    import weights.given
     e = engine.load_engine(ROOT / "weights/tiny/drafter", ROOT / "weights/tiny/target", "cpu", gate=False)
     clip = ROOT / "weights/tiny/clips/mp4/scenes/000000.mp4"
-    frames = engine.read_video(clip, 8)
-    engine.read_video = lambda *_: frames
+    frames = weights.given.read_video(clip, 8)
+    weights.given.read_video = lambda *_: frames
     asked = {"video_path": clip, "query": "a", "max_new_tokens": 3}
     wanted = e.generate(mode="target_only", **asked).output_ids
 
