@@ -6,6 +6,7 @@ import os
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,9 +17,21 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import torch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def interpret():
+    """Triton's interpreter puts its own functions into triton.language again at every launch, and at every call of a
+    function within a kernel, which takes half of its time. Here it does so once."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language as tl
+    from triton.runtime import interpreter
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda fn: SimpleNamespace(restore=lambda: None)
+
+
+if not HAS_GPU:
+    interpret()
 
 
 def pytest_configure(config):
