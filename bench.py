@@ -43,7 +43,7 @@ from kernels.quant import BITS
 from weights import UNREADABLE, InputError, controls, describe, replace_file, show
 from weights.adapter import write_pairs
 from weights.dataset import Sample, read_dataset
-from weights.files import in_flags, read_text
+from weights.files import command, in_flags, printable, read_text
 from weights.memory import PARTS, nvidia_smi
 from weights.rows import RowFile, by_source, compare, estimate, forwards, judged, median, merge, mode_figures, parting
 from weights.shapes import PROMPT_ROWS
@@ -428,7 +428,7 @@ def screen(report, colour: bool = False) -> list[str]:
     last = ["more      --details: stages, ceilings, warnings; --json FILE: raw values; --explain ID: one answer"]
     if kind == "tiny" and report["machine"]["gpu"]:
         last.append("next      the same at 7B shapes: python bench.py --weights random-7b")
-    return [line.translate(show.PAINT if colour else show.PLAIN) for line in lines[:MOST_LINES - len(last)] + last]
+    return show.painted(lines[:MOST_LINES - len(last)] + last, show.PAINT if colour else show.PLAIN)
 
 
 def verdict(report) -> str:
@@ -607,7 +607,7 @@ def explain_page(options) -> int:
         lines.append("verdict  the ids are target_only's" if differs_at is None else
                      f"verdict  DIFFERENT from target_only, first at answer id {differs_at}")
     options.shown = result
-    hand_over([line.translate(show.PAINT if show.colourful() else dict.fromkeys(range(1, 5))) for line in lines],
+    hand_over(show.painted(lines, show.PAINT if show.colourful() else dict.fromkeys(range(1, 5))),
               {"schema": SCHEMA, "commit": commit(), "weights": options.kind, "id": sample.id, "mode": mode,
                "question": sample.question, "ids": result.output_ids, "target_only_ids": alone.output_ids,
                "verdicts": [of._asdict() for of in verdicts]}, options)
@@ -793,6 +793,13 @@ def read_shard(text: str | None, environ) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def speaks() -> bool:
+    """Of torchrun's processes one does; where the environment says nonsense, all."""
+    rank, count = (os.environ.get(*of) for of in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    return not (rank.isdecimal() and count.isdecimal() and 0 < int(rank) < int(count))
+
+
+@command
 def main(argv=None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")    # an answer may hold what the terminal cannot show
@@ -803,19 +810,20 @@ def main(argv=None) -> int:
         if "--debug" in words:
             raise
         stopped = isinstance(error, KeyboardInterrupt)       # before the first sample: nothing to show
-        if os.environ.get("RANK", "0") == "0":                # of torchrun's processes one speaks
+        if speaks():
             print("interrupted" if stopped else told(error) if isinstance(error, InputError) else
                   f"out of GPU memory ({str(error).partition('. ')[0]}); lower --cache-rows, or use another "
                   f"--drafter-device", file=sys.stderr)
         return 130 if stopped else 2
-    except BrokenPipeError:                                  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def run(options, command: str) -> int:
+    taken = {}
     for flag in ("json", "out", "rows", "record", "timeline", "trace"):
-        insist_writable(getattr(options, flag), flag)
+        insist_writable(path := getattr(options, flag), flag)
+        place = Path(path or "-").resolve()
+        if path and (place.is_file() or not place.exists()) and taken.setdefault(place, flag) != flag:
+            raise InputError(f"{path}: would be written by --{taken[place]} and by --{flag}; name two files")
     if options.from_json:
         return publish(read_report(options.from_json), options)
     if options.merge:
@@ -872,7 +880,7 @@ def set_up(options, command: str, listed, skipped) -> tuple[dict, engine.Engine]
     return {"schema": SCHEMA, "commit": commit(), "dirty": dirty(), "memory": memory, "kind": options.kind,
             "command": command, "time": time.strftime("%Y-%m-%d"), "seed": 0, "machine": machine(options.device),
             "weights": {m.side: {"path": Path(m.path).name, "dtype": dtype_of(m.decoder), "bytes": all_bytes(m.decoder),
-                                 **m.origin} for m in e.models},
+                                 "stops": list(m.stops), **m.origin} for m in e.models},
             "ceilings": {**ceilings(options.device), **{m.side: work_of(m) for m in e.models}},
             "config": config, "skipped": skipped}, e
 
@@ -894,7 +902,8 @@ def load_pair(options, samples) -> tuple[dict, engine.Engine]:
 def publish(report, options, remark: str = "") -> int:
     """Shows the report, writes what was asked for, and returns the exit code."""
     rows, identical, interrupted = report["samples"], report["identical"], report["interrupted"]
-    lines = [*screen(report, show.colourful()), *[remark] * bool(remark), *(details(report) if options.details else [])]
+    lines = [*screen(report, show.colourful()), *[remark] * bool(remark)]
+    lines += map(printable, details(report)) if options.details else []
     if interrupted:
         lines.append(f"interrupted after {len(rows)} of {report['config']['samples']} samples")
     hand_over(lines, report, options)
@@ -908,7 +917,7 @@ def hand_over(lines, report, options) -> None:
     """Prints the lines, or the JSON object alone, then writes what else was asked for."""
     if options.json == "-":
         print(json.dumps(report), flush=True)
-    elif os.environ.get("RANK", "0") == "0":                 # of torchrun's processes one speaks
+    elif speaks():
         print("\n".join(lines), flush=True)
     if options.json and options.json != "-":
         replace_file(options.json, json.dumps(report).encode() + b"\n")

@@ -110,8 +110,8 @@ from weights.drafting import (
     noting,
     smoothed,
 )
-from weights.events import Events
-from weights.files import in_flags, insist_file, insist_number, insist_whole
+from weights.events import Events, check_canvas
+from weights.files import command, in_flags, insist_file, insist_number, insist_whole, printable
 from weights.given import Shown, events_given, video_given
 from weights.load import (
     DRAFTER_7B,
@@ -988,6 +988,7 @@ class Media:
     def shown(self, target: Target | None, drafter: Drafter | None) -> dict[str, Shown]:
         """{side: Shown} of the models that are used. InputError unless each has one clip, in memory or in a file."""
         self.event_frames = insist_whole("event_frames", self.event_frames, 1, 1000)
+        self.canvas = check_canvas(self.canvas)
         found = {}
         if target:
             found["target"] = video_given(self.video, self.video_path, self.image, self.image_path, target.num_frames,
@@ -1437,7 +1438,8 @@ class Engine:
             if source == "self" and (self.target is None or self.target.copy is None):
                 raise InputError("draft_source self: the target's 4-bit copy was not made; load the engine with "
                                  "self_draft=True")
-            if not isinstance(source, str) and not callable(getattr(source, "propose", None)):
+            if not isinstance(source, str) and (isinstance(source, type) or not callable(
+                    getattr(source, "propose", None))):
                 raise InputError(f"draft_source: wanted a name or an object with `propose`, got "
                                  f"{type(source).__name__}; make one by source_named")
             found.append(source)
@@ -2204,6 +2206,7 @@ class PrefillOnlyInference:
 # ---- demo and command line -------------------------------------------------------------------------------------
 
 
+@command
 def main(argv=None) -> None:
     """One question about one clip, answered as it forms. Without any flag: a demo on the embedded pair."""
     parser = argparse.ArgumentParser(prog="python engine.py", description=main.__doc__, allow_abbrev=False)
@@ -2235,12 +2238,13 @@ def main(argv=None) -> None:
         for event in engine.stream(mode=of.mode, draft_source=source, **asked):
             if event.delta and (event.kind, kind) != ("preview", "final"):     # a preview that goes on comes at the end
                 start = f"{kind and chr(10)}{event.t_ms:7.1f} ms  {event.kind:7}  " * (event.kind != kind)
-                print(start + event.delta, end="", flush=True)
+                print(start + printable(event.delta, "\n\t"), end="", flush=True)
                 kind = event.kind
     except InputError as error:
-        parser.exit(2, f"{in_flags(error, parser)}\n")
+        raise InputError(in_flags(error, parser)) from None
     r = event.result
-    print(f"\n{(r.preview_end or 0) * 1e3:7.1f} ms  preview  {r.preview_text}" * (r.mode == "prefill_only"), end="")
+    if r.mode == "prefill_only":
+        print(f"\n{(r.preview_end or 0) * 1e3:7.1f} ms  preview  {printable(r.preview_text)}", end="")
     by = ", ".join(dict.fromkeys(of.source for of in r.round_log if of.drafts)) or r.drafter_error or "nobody drafted"
     print(f"\n{len(r.output_ids)} ids in {r.wall_clock_time * 1e3:.1f} ms, {len(r.output_ids) - r.accepted_tokens} "
           f"forwards; accepted {r.accepted_tokens} of {r.drafted} drafts ({by})")
@@ -2249,4 +2253,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

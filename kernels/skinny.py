@@ -133,10 +133,12 @@ def skinny_kernel(x_ptr, w_ptr, y_ptr, norm_ptr, residual_ptr, sums_ptr, x_strid
         if NORM:
             if start == 0:                                           # here, with the first weights already on their way
                 t = tl.arange(0, BLOCK_T)
-                # A row lies in one warp at either width of the block: tl.sum adds in one order, as tests confirm.
+                # Of 32 sums or more a thread has four neighbours at either width of the block, so tl.sum adds in one
+                # order, as tests confirm; of fewer it has as many as the width lets it.
                 sums = tl.load(sums_ptr + row[:, None] * T + t[None, :], mask=(row < S)[:, None] & (t < T)[None, :],
                                other=0.0)
-                scale = tl.rsqrt(tl.sum(sums, 1) / D + eps)
+                total = tl.sum(sums, 1) if BLOCK_T >= 32 else pair_sum(tl.trans(sums), BLOCK_S * SLICES)
+                scale = tl.rsqrt(total / D + eps)
             x = (x.to(tl.float32) * scale[None, :]).to(dtype) * weight
             ahead = place + start + BLOCK_D
             weight = tl.load(norm_ptr + ahead, mask=ahead < D, other=0.0)

@@ -3,10 +3,11 @@
     python tests/fuzz.py --mutations 20000
     python tests/fuzz.py --mutations 500 --kind npy,config
 
-A damaged file is read through or refused with InputError. Anything else is a violation and makes the exit code 1:
-another exception, a signal, a mutation that takes longer than SECONDS, something executed, an accepted file without
-content, or a child that grows by more than MEGABYTES over what it held after its imports. `--seed N --mutations 1`
-repeats one."""
+Half of the damage is to bytes, half is a sound file with one field, member, chunk or box changed. A damaged file is
+read through or refused with InputError. Anything else is a violation and makes the exit code 1: another exception, a
+signal, a mutation that takes longer than SECONDS, something executed, an accepted file without content, an answer that
+differs between modes, or a child that grows by more than MEGABYTES over what it held after its imports.
+`--seed N --mutations 1` repeats one."""
 
 import argparse
 import copy
@@ -14,12 +15,16 @@ import io
 import json
 import os
 import random
+import re
 import resource
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,13 +81,152 @@ def damaged_lines(raw: bytes, chance) -> bytes:
     return b"\n".join(lines) + b"\n"
 
 
+def near(value, chance):
+    """A value of the same type that a writer may have meant, or an odd one."""
+    if chance.random() < 0.3:
+        return copy.deepcopy(chance.choice(ODD))
+    if isinstance(value, bool) or value is None:
+        return chance.choice((True, False, None))
+    if isinstance(value, (int, float)):
+        return chance.choice((value + 1, value - 1, -value, 2 * value, value // 2, float(value), 0, 2 ** 32, 2 ** 63))
+    if isinstance(value, str):
+        return chance.choice((value.upper(), value[:-1], value * 2, f" {value}", value + "\0", "\ufeff" + value))
+    return chance.choice(([value], [], {}, None)) if isinstance(value, list) else {**value, "one more": 1}
+
+
+def json_with_one_field(raw: bytes, chance) -> bytes:
+    value = json.loads(raw)
+    at, key = chance.choice(nodes(value, []))
+    at[key] = near(at[key], chance)
+    return json.dumps(value).encode()
+
+
+def line_with_one_field(raw: bytes, chance) -> bytes:
+    lines = raw.splitlines()
+    at = chance.randrange(len(lines))
+    lines[at] = chance.choice((json_with_one_field(lines[at], chance), b"", lines[-1], b"\xef\xbb\xbf" + lines[at]))
+    return b"\n".join(lines) + b"\n"
+
+
+NPY_FIELDS = {rb"'<[a-z]\d+'": (b"'<u8'", b"'>i4'", b"'<f4'", b"'|O'", b"'<U1'", b"'|b1'", b"[('x', '<u2')]", b"3"),
+              rb"\((\d+),\)": (b"(0,)", b"(1,)", b"(11,)", b"(13,)", b"(3, 4)", b"()", b"(-1,)", b"(9999999999,)",
+                               b"[12]"),
+              rb"False": (b"True ", b"None ", b"0    "), rb"'descr'": (b"'Descr'", b'"descr"', b"b'des'"),
+              rb"\x93NUMPY\x01": (b"\x93NUMPY\x02", b"\x93NUMPY\x03", b"\x93NUMPY\x04")}
+
+
+def npy_with_one_field(raw: bytes, chance) -> bytes:
+    """Another type, shape, order or version in the header, or another value among the events."""
+    pattern = chance.choice([of for of in NPY_FIELDS if re.search(of, raw[:300])] or [b"NUMPY"])
+    if pattern == b"NUMPY" or chance.random() < 0.3:
+        at = chance.randrange(len(raw) // 2, len(raw))
+        return raw[:at] + bytes([chance.choice((0, 1, 2, 127, 128, 255))]) + raw[at + 1:]
+    found = re.search(pattern, raw[:300])
+    fresh = chance.choice(NPY_FIELDS[pattern])
+    old = raw[found.start():found.end()]
+    made = raw[:found.start()] + fresh + raw[found.end():]
+    if len(fresh) != len(old) and raw[6] == 1:               # the header's length goes with it
+        size = struct.unpack_from("<H", raw, 8)[0] + len(fresh) - len(old)
+        made = made[:8] + struct.pack("<H", max(0, size)) + made[10:]
+    return made
+
+
+def zip_with_one_member(raw: bytes, chance, change=None) -> bytes:
+    """A zip with a member dropped, doubled, renamed, emptied, exchanged, packed otherwise or changed. What is no zip,
+    as pickles before torch 1.6, loses a byte."""
+    if raw[:2] != b"PK":
+        at = chance.randrange(len(raw))
+        return raw[:at] + raw[at + 1:]
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        members = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    at, out, how = chance.randrange(len(members)), io.BytesIO(), zipfile.ZIP_STORED
+    name, content = members[at]
+    op = chance.randrange(7)
+    other = change(content, chance) if change else content[:-1]
+    members[at:at + 1] = [[], [(name, content)] * 2, [(name.upper(), content)], [(name, b"")],
+                          [(name, chance.choice(members)[1])], [(name, other)], [(name, content)]][op]
+    if op == 6:
+        how = chance.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                      # a name twice is meant
+        with zipfile.ZipFile(out, "w", how) as archive:
+            for name, content in members:
+                archive.writestr(name, content)
+    return out.getvalue()
+
+
+def events_with_one_field(raw: bytes, chance) -> bytes:
+    return zip_with_one_member(raw, chance, npy_with_one_field) if raw[:2] == b"PK" else npy_with_one_field(raw, chance)
+
+
+def picture_with_one_field(raw: bytes, chance) -> bytes:
+    """A PNG with a chunk dropped, doubled, moved or changed, its check sum right; a JPEG with a segment changed."""
+    if raw[:2] == b"\xff\xd8":
+        at = chance.choice([found.start() for found in re.finditer(rb"\xff[\xc0-\xfe]", raw)])
+        return raw[:at + 4] + bytes([chance.randrange(256)]) + raw[at + 5:]
+    chunks, at = [], 8
+    while at < len(raw):
+        size = struct.unpack_from(">I", raw, at)[0]
+        chunks.append((raw[at + 4:at + 8], raw[at + 8:at + 8 + size]))
+        at += 12 + size
+    place, op = chance.randrange(len(chunks)), chance.randrange(4)
+    kind, content = chunks[place]
+    if op == 3 and content:
+        where = chance.randrange(len(content))
+        content = content[:where] + bytes([chance.choice((0, 1, 2, 3, 6, 8, 16, 255))]) + content[where + 1:]
+    chunks[place:place + 1] = [[], [(kind, content)] * 2, [], [(kind, content)]][op]
+    chunks += [(kind, content)] * (op == 2)
+    return raw[:8] + b"".join(struct.pack(">I", len(of)) + name + of + struct.pack(">I", zlib.crc32(name + of))
+                              for name, of in chunks)
+
+
+def film_with_one_box(raw: bytes, chance) -> bytes:
+    """An mp4 with one field of 32 bits in its tables changed, or a box dropped or doubled; others by bytes."""
+    from containers import FOLDERS, boxed, walked
+    from test_media import damaged as damaged_bytes
+    at = raw.find(b"moov") - 4
+    if at < 0:
+        return damaged_bytes(raw, chance)
+    names = [name for name in (b"mvhd", b"tkhd", b"elst", b"mdhd", b"hdlr", b"stsd", b"stts", b"ctts", b"stsc", b"stsz",
+                               b"stco", b"stss", b"trak", b"edts", b"stbl", b"mvex", b"trex") if name in raw[at:]]
+    aim, op = chance.choice(names), chance.randrange(6)
+
+    def change(name, content):
+        if name != aim:
+            return name, content
+        if op == 0:
+            return None
+        if op == 1 or len(content) < 8 or name in FOLDERS:
+            return boxed(name, content) * 2
+        place = 4 * chance.randrange(min(len(content) // 4, 24))
+        old = struct.unpack_from(">I", content, place)[0]
+        fresh = chance.choice((0, 1, 2, old + 1, max(0, old - 1), 2 * old, 2 ** 31, 2 ** 32 - 1)) % 2 ** 32
+        return name, content[:place] + struct.pack(">I", fresh) + content[place + 4:]
+    end = at + struct.unpack_from(">I", raw, at)[0]
+    return raw[:at] + walked(raw[at:end], change) + raw[end:]
+
+
+def tensors_with_one_field(raw: bytes, chance) -> bytes:
+    length = struct.unpack_from("<Q", raw)[0]
+    header = json_with_one_field(raw[8:8 + length], chance)
+    return struct.pack("<Q", len(header)) + header + raw[8 + length:]
+
+
+ONE_FIELD = {"npy": events_with_one_field, "npz": events_with_one_field, "answers": events_with_one_field,
+             "png": picture_with_one_field, "mp4": film_with_one_box, "safetensors": tensors_with_one_field,
+             "pickled": zip_with_one_member, "pairs": line_with_one_field, "rows": line_with_one_field,
+             **dict.fromkeys(("config", "tokenizer", "dataset", "lookup", "small", "index", "adapter"),
+                             json_with_one_field)}
+
+
 def damaged(kind, raw, chance):
     from test_media import damaged as damaged_bytes
-    if kind in ("config", "tokenizer", "dataset", "lookup") and chance.random() < 0.6:
+    structured = ONE_FIELD[kind]
+    if structured is json_with_one_field and chance.random() < 0.3:
         return damaged_json(raw, chance)
-    if kind in ("pairs", "rows") and chance.random() < 0.6:
+    if structured is line_with_one_field and chance.random() < 0.3:
         return damaged_lines(raw, chance)
-    return damaged_bytes(raw, chance)
+    return (structured if chance.random() < 0.5 else damaged_bytes)(raw, chance)
 
 
 # ---- one kind of file: (sound ones, reader that returns whether there is content) -------------------------------
@@ -175,11 +319,81 @@ def config(folder):
         try:
             asked = {"video_path": here, "mode": "target_only"} if is_target else {"event_image_path": [here],
                                                                                   "mode": "drafter_only"}
-            assert e.generate(query="a", max_new_tokens=2, **asked).output_ids
+            ids = e.generate(query="a", max_new_tokens=2, **asked).output_ids
+            assert ids
+            if is_target:
+                drafts = engine.Fixed([*ids, 5, 6])
+                again = e.generate(query="a", max_new_tokens=2, **asked | {"mode": "speculative"}, draft_source=drafts)
+                assert again.output_ids == ids, "an answer that differs between modes"
         finally:
             for pool in e.threads.values():
                 pool.shutdown()
     return "config.json", [json.dumps(raw).encode() for raw in both], read
+
+
+def answers(folder):
+    """Recordings from the file to the answers of the embedded pair, which no event can change."""
+    from test_media import npy_of_dict, npz_of, small_events
+
+    import engine
+    e = engine.load_engine(ROOT / "weights/tiny/drafter", ROOT / "weights/tiny/target", "cpu", gate=False)
+    clip = ROOT / "weights/tiny/clips/mp4/scenes/000000.mp4"
+    frames = engine.read_video(clip, 8)
+    engine.read_video = lambda *_: frames
+    asked = {"video_path": clip, "query": "a", "max_new_tokens": 3}
+    wanted = e.generate(mode="target_only", **asked).output_ids
+
+    def read(path):
+        found = e.generate(mode="speculative", event_path=path, draft_source="drafter", **asked)
+        assert found.output_ids == wanted, "an answer that differs between modes"
+    return "e.npz", [npz_of(**small_events(12)), npy_of_dict(small_events(12))], read
+
+
+def small(folder):
+    """generation_config.json and preprocessor_config.json beside a sound checkpoint."""
+    from test_load import make
+
+    from weights.load import open_checkpoint, stop_ids
+    make(folder / "c", "video_llava")
+    blobs = {"generation_config.json": {"eos_token_id": [2, 5], "bos_token_id": 1, "num_beams": 1, "do_sample": False},
+             "preprocessor_config.json": {"do_resize": True, "size": {"shortest_edge": 28}, "resample": 3,
+                                          "crop_size": {"height": 28, "width": 28},
+                                          "image_mean": [0.48145466, 0.4578275, 0.40821073]}}
+
+    def read(path):
+        raw = path.read_bytes()
+        for name in blobs:
+            (folder / "c" / name).unlink(missing_ok=True)
+        name = "preprocessor_config.json" if b"resample" in raw or b"crop_size" in raw else "generation_config.json"
+        (folder / "c" / name).write_bytes(raw)
+        checkpoint = open_checkpoint(folder / "c")
+        assert all(type(i) is int and 0 <= i < 40 for i in stop_ids(folder / "c", checkpoint.config))
+    return "s.json", [json.dumps(of).encode() for of in blobs.values()], read
+
+
+def index(folder):
+    from test_load import make
+
+    from weights.load import INDEX, open_checkpoint
+    make(folder / "c", shards=3)
+
+    def read(path):
+        (folder / "c" / INDEX).write_bytes(path.read_bytes())
+        checkpoint = open_checkpoint(folder / "c")
+        assert {file.parent for file in checkpoint.files} == {folder / "c"}
+    return "i.json", [(folder / "c" / INDEX).read_bytes()], read
+
+
+def adapter(folder):
+    from weights import adapter as of
+    config = of.AdapterConfig("follower", vocab=40, rows=16, width=8, layers=1, heads=2, hidden=8)
+    of.save(folder / "a", of.Follower(config), config)
+
+    def read(path):
+        (folder / "a/config.json").write_bytes(path.read_bytes())
+        network, found = of.load(folder / "a")
+        assert all(0 <= i < found.vocab for i in of.guess(network, found, [3, 4], [5], [6], 4))
+    return "a.json", [(folder / "a/config.json").read_bytes()], read
 
 
 def tokenizer(folder):
@@ -270,7 +484,8 @@ def pickled(folder):
 
 
 KINDS = {"npy": npy, "npz": npz, "png": png, "mp4": mp4, "safetensors": safetensors, "config": config,
-         "tokenizer": tokenizer, "dataset": dataset, "pairs": pairs, "lookup": lookup, "rows": rows, "pickled": pickled}
+         "tokenizer": tokenizer, "dataset": dataset, "pairs": pairs, "lookup": lookup, "rows": rows, "pickled": pickled,
+         "small": small, "index": index, "adapter": adapter, "answers": answers}
 
 
 # ---- the child -------------------------------------------------------------------------------------------------

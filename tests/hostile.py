@@ -216,9 +216,10 @@ def run(flags, *words):
 # ---- what the builders are given -------------------------------------------------------------------------------
 
 
-def sparse(nbytes):
+def sparse(nbytes, head=b""):
     def put(path):
         with open(path, "wb") as file:
+            file.write(head)
             file.truncate(nbytes)
     return put
 
@@ -476,7 +477,7 @@ CASES = {
     "21 big-endian": events(npz_of(**MANY), name="bad.npz", exit=0),
     "21 structured": events(npy_of_array(rows(20, **small_events())), exit=0),
     "21 Fortran order": events(npy_of_dict(small_events() | {"x": numpy.zeros((4, 5), "u2", "F")}), "(4, 5)"),
-    "22 two gigabytes": events(sparse(2 ** 31), "2147483648 bytes"),
+    "22 two gigabytes": events(sparse(2 ** 31, b"\x93NUMPY"), "2147483648 bytes"),
     "23 HDF5": bad_events("HDF5", "bad.h5"),
     "23 raw": bad_events("Prophesee", "bad.raw"),
     "23 AEDAT4": bad_events("AEDAT4", "bad.aedat4"),
@@ -595,12 +596,12 @@ CASES = {
     "71 rows of another commit": lambda folder: run(
         lambda f: ["--rows", saved_rows(f, "r.jsonl"), "--resume"], 'commit ("a", here')(folder),
     "71 rows that are none": lambda folder: run(lambda f: ["--rows", str(listing(f, "text\n")), "--resume"],
-                                                "not a file of rows")(folder),
+                                                "a file of rows")(folder),
     "71 report is a folder": run(lambda folder: ["--timeline", str(folder)], "is a folder"),
     "71 rows in no folder": run(lambda folder: ["--rows", str(folder / "no" / "r.jsonl")], "cannot be written"),
     "71 lookup of another model": run(lambda f: ["--draft-source", saved_source(f, model="other")],
                                       "of model 'other'"),
-    "71 lookup cut short": run(lambda f: ["--draft-source", saved_source(f, cut=5)], "no saved lookup"),
+    "71 lookup cut short": run(lambda f: ["--draft-source", saved_source(f, cut=5)], "wanted a saved lookup"),
     "71 lookup of what is no id": run(lambda f: ["--draft-source", saved_source(f, ids=[5, -1])], "no saved lookup"),
     "71 lookup that is a folder": run(lambda f: ["--draft-source", f"lookup:{f}"], "is a folder"),
     "71 lookup in no folder": run(lambda f: ["--draft-source", f"lookup:{f / 'no' / 'm.json'}"], "cannot be written"),

@@ -51,8 +51,10 @@ def main(argv=None) -> int:
 def peer_model(config: dict, device):
     """transformers' model of our config's shapes, random weights in bf16 on the device (fp32 on a CPU)."""
     from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
-    text, vision = ({"model_type": kind, **config[part]} for part, kind in
-                    (("text_config", "llama"), ("vision_config", "clip_vision_model")))
+
+    from weights.names import TEXT_DEFAULTS, VISION_DEFAULTS
+    text, vision = ({"model_type": kind, **defaults, **config[part]} for part, kind, defaults in
+                    (("text_config", "llama", TEXT_DEFAULTS), ("vision_config", "clip_vision_model", VISION_DEFAULTS)))
     kept = {k: v for k, v in config.items() if k not in ("text_config", "vision_config", "model_type", "pad_token_id")}
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)

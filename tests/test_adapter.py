@@ -130,14 +130,30 @@ def test_weights_that_fit_no_config_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"videollava_ids": None}, {"videollava_ids": [1, 32010]}, {"eventgpt_ids": [-1]},
-                                    {"eventgpt_ids": [1.5]}, {"videollava_ids": [True]}, {"clip": "x"}])
+                                    {"eventgpt_ids": [1.5]}, {"videollava_ids": [True]}, {"clip": "x"},
+                                    {"clip": {}}, {"eventgpt_stops": "2"}, {"videollava_stops": [[2]]}])
 def test_pairs_of_another_vocabulary_are_refused_and_nothing_is_written(tmp_path, capsys, change):
     path = write_pairs(tmp_path / "pairs.jsonl", rows_of())
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:3], json.dumps({**json.loads(lines[3]), **change}), *lines[4:]]))
-    assert adapter.main(["train", str(path), "--src", "headstart", "--out", str(tmp_path / "out")]) == 2
+    flags = ["--src", "headstart", "--vocab", "32010", "--out", str(tmp_path / "out")]
+    assert adapter.main(["train", str(path), *flags]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "line 4" in told and not (tmp_path / "out").exists()
+
+
+def test_ids_and_stop_ids_are_those_of_the_models_that_were_recorded(tmp_path):
+    """Not LLaMA's: an adapter is as wide as the ids that it learns from, and what ends an answer is no part of it."""
+    rows = [{**row, "target": [40_000, 2, 7], "drafter": [50_000, 9]} for row in rows_of()]
+    path = write_pairs(tmp_path / "pairs.jsonl", rows)
+    lines = [json.loads(line) | {"videollava_stops": [7, 40_001], "eventgpt_stops": [9]}
+             for line in path.read_text().splitlines()]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert {(*row["target"], "|", *row["drafter"]) for row in adapter.read_pairs(path)} == {(40_000, 2, "|", 50_000)}
+    sizes = [f"--{n}={v}" for n, v in SMALL.items() if n not in ("rows", "vocab")]
+    assert adapter.main(["train", str(path), "--out", str(tmp_path / "out"), "--kind", "follower", "--epochs", "1",
+                         "--test", "1", "--valid", "1", *sizes]) == 0
+    assert adapter.load(tmp_path / "out")[1].vocab == 50_001
 
 
 def test_the_only_kind_of_pairs_is_taken_and_of_several_one_is_named(tmp_path):

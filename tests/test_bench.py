@@ -707,6 +707,18 @@ def test_of_torchruns_processes_one_speaks(monkeypatch, capsys, quick_ceilings):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert bench.main([*SMALL, "--max-samples", "2"]) == 0 and bench.main(["--modes", "fast"]) == 2
     assert capsys.readouterr() == ("", "")
+    for nonsense in ("first", "2", "-1"):                    # nobody would say that there is no such shard
+        monkeypatch.setenv("RANK", nonsense)
+        assert bench.main(SMALL) == 2 and "--shard: wanted I/N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--json", "a", "--out", "a"], ["--rows", "a", "--json", "./a"],
+                                   ["--record", "a", "--trace", "b/../a"]])
+def test_one_file_is_not_written_by_two_flags(tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").mkdir()
+    assert bench.main([*SMALL, *flags]) == 2
+    assert "name two files" in capsys.readouterr().err and [of.name for of in tmp_path.iterdir()] == ["b"]
 
 
 def test_compare_pairs_by_sample_and_says_what_it_shows(tmp_path, capsys):

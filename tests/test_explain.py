@@ -64,6 +64,12 @@ def test_a_verdict_holds_its_drafts_and_a_wrong_one_is_told_from_those_behind_it
     assert answer.removesuffix("</s>").strip() == result.output_text
 
 
+def test_what_others_wrote_reaches_a_terminal_spelt_out():
+    lines = ["q \x1b]0;t\x07 \x1b[2J", show.marked(("accepted", "a\x1b[31m"), ("own", "b")), "\u202e\ud800"]
+    assert show.painted(lines, show.PLAIN) == ["q \\x1b]0;t\\x07 \\x1b[2J", "[a\\x1b[31m]b", "\\u202e\\ud800"]
+    assert show.painted(lines, show.PAINT)[1] == "\x1b[32ma\\x1b[31m\x1b[0mb"
+
+
 def explain(*flags):
     return bench.main(["--device", "cpu", "--modes", "speculative", "--max-new-tokens", "24", *flags])
 

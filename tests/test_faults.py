@@ -163,7 +163,17 @@ def test_a_source_that_wants_to_leave_the_program_costs_its_drafts(pair):
     assert result.output_ids == truth(pair, 0) and "SystemExit" in result.drafter_error
 
 
-@pytest.mark.parametrize("source", ["no such source", object(), 5, ["drafter", None], "self"],
+@pytest.mark.parametrize("options, words", [
+    ({"device": ["cpu"]}, "device"), ({"tokenizer": 5}, "5: is a int"), ({"eventgpt": 5}, "5: is a int, wanted"),
+    ({"videollava": b"x\xff"}, "no such folder"), ({"videollava": object}, "is a type")], ids=str)
+def test_an_argument_of_another_type_is_one_line(options, words):
+    models = {"eventgpt": TINY / "drafter", "videollava": TINY / "target", "device": "cpu"}
+    with pytest.raises(InputError) as error:
+        engine.load_engine(**models | options)
+    assert words in str(error.value) and str(error.value).isprintable() and "; " in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["no such source", object(), 5, engine.DraftSource, ["drafter", None], "self"],
                          ids=lambda of: type(of).__name__)
 def test_a_source_that_is_none_is_refused(pair, source):
     with pytest.raises(InputError, match="draft_source[^\n]*; ") as error:

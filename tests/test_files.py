@@ -1,10 +1,13 @@
 """weights.files, weights.dataset: one reader that takes regular files alone, one writer that replaces no device."""
 
+import ast
 import errno
 import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,9 +16,12 @@ import pytest
 
 from weights import InputError, adapter, files, replace_file
 from weights.adapter import AdapterConfig, read_pairs
+from weights.convert import read_pickled
 from weights.dataset import bare, read_dataset
 from weights.files import MAX_SMALL, describe, json_lines, read_json, read_text
 from weights.load import open_checkpoint, read_header, weight_files
+from weights.rows import RowFile, read_rows
+from weights.sources import Lookup
 from weights.text import Text
 
 CLIPS = Path(__file__).resolve().parents[1] / "weights" / "tiny" / "clips"
@@ -45,7 +51,12 @@ SMALL_FILES = {     # what -> (name in its folder, how it is read)
     "tokenizer": ("tokenizer.json", Text),
     "list": (LIST, lambda path: read_dataset(path.parent, None, -1)),
     "pairs": ("pairs.jsonl", lambda path: read_pairs(path, "a")),
+    "lookup": ("answers.json", Lookup.load),
+    "rows": ("rows.jsonl", read_rows),
+    "pickle": ("weights.bin", read_pickled),
+    "unfinished": ("resume.pt", lambda path: adapter.unfinished(path, {}).__enter__()),
 }
+BINARY = ("shard", "pickle", "unfinished")
 
 
 @pytest.mark.parametrize("what", SMALL_FILES)
@@ -66,25 +77,102 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, what):
     refused(lambda: read(path), path, "0 bytes")
 
 
-@pytest.mark.parametrize("what", [what for what in SMALL_FILES if what != "shard"])
+@pytest.mark.parametrize("what", [what for what in SMALL_FILES if what not in BINARY])
 @pytest.mark.parametrize("content, words", [
     (b"<!DOCTYPE html><html>", ["web page", "fetch"]), (b"version https://git-lfs.github.com/spec/v1\n", ["Git LFS"]),
     (b"\xff\xfe{\0}\0", ["not UTF-8", "byte 0"]), (b'{\n  "a": 1,\n  oops}', ["not JSON", "line 3 column 3"]),
     (b"[" * 100_000, ["not JSON"]), (b"9" * 5000, ["not JSON"])])
 def test_what_is_no_json_is_refused_by_its_place(tmp_path, what, content, words):
-    if what == "pairs" and b"oops" in content:
-        content = b'{"src": "b"}\n\n  oops'
+    if what in ("pairs", "rows") and b"oops" in content:
+        content = b'{"src": "b"}\n\n  oops\n' if what == "pairs" else b'{"src": "b"}\n{}\n  oops\n'
+    elif what == "rows":
+        content += b"\n"                                     # a last line without its end is left out
     path = tmp_path / SMALL_FILES[what][0]
     path.write_bytes(content)
     refused(lambda: SMALL_FILES[what][1](path), path, *words)
 
 
-@pytest.mark.parametrize("what", [what for what in SMALL_FILES if what != "shard"])
+@pytest.mark.parametrize("what", [what for what in SMALL_FILES if what not in BINARY])
 def test_a_file_far_too_large_is_refused_unread(tmp_path, what):
     path = tmp_path / SMALL_FILES[what][0]
     with open(path, "wb") as file:
         file.truncate(20 << 30)                              # sparse: it takes no room
     refused(lambda: SMALL_FILES[what][1](path), path, f"{20 << 30} bytes")
+
+
+def test_every_small_file_may_begin_with_a_byte_order_mark(tmp_path):
+    saved = Lookup("m")
+    saved.learn([1, 2])
+    saved.save(tmp_path / "l.json")
+    head = {"config": {"samples": 1, "modes": []}}
+    (tmp_path / "r.jsonl").write_text(json.dumps(head) + '\n{"id": "a\u2028b", "at": 0, "modes": {}}\n{"id')
+    before = read_rows(tmp_path / "r.jsonl")
+    assert before[2] == 4 and before[1][0]["id"] == "a\u2028b"
+    for name in ("l.json", "r.jsonl"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    assert list(Lookup.load(tmp_path / "l.json", "m").answers) == [[1, 2]] and read_rows(tmp_path / "r.jsonl") == before
+
+
+def test_rows_are_kept_in_a_regular_file_alone(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        refused(lambda path=path: RowFile(path, {"schema": 1}), path, "choose another --rows")
+
+
+ROOT = Path(files.__file__).resolve().parents[1]
+OPENERS = {     # who opens a file, and what for; everything else goes through weights/files.py
+    "weights/files.py": {"open_regular", "replace_file", "command", "run"}, "weights/rows.py": {"__init__"},
+    "weights/load.py": {"open_weights", "peak_resident", "fingerprint", "stored_values", "read_header"},
+    "weights/video.py": {"open_video", "read_image"}, "weights/events.py": {"columns_of_npz"},
+    "weights/memory.py": {"free_bytes", "holders"}, "weights/adapter.py": {"train", "unfinished"},
+    "weights/convert.py": {"write_all", "read_pickled"}, "weights/packed.py": {"save", "write"},
+    "engine.py": {"model_name", "run"}, "bench.py": {"set_up"}}
+
+
+def test_nothing_else_opens_a_file():
+    """One way in and one way out: whoever opens a file elsewhere meets pipes, full disks and half files anew."""
+    names = {"open", "fdopen", "write_text", "write_bytes", "read_text", "read_bytes", "safe_open", "save_file",
+             "memmap", "ZipFile", "from_file"}
+    folders = [of for name in ("weights", "kernels") for of in (ROOT / name).glob("*.py")]
+    for path in [ROOT / "engine.py", ROOT / "bench.py", *folders]:
+        found = set()
+        for function in ast.walk(ast.parse(path.read_text())):
+            for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
+                called = node.func if isinstance(node, ast.Call) else None
+                name = getattr(called, "id", getattr(called, "attr", ""))
+                owner = getattr(getattr(called, "value", None), "id", "")
+                if isinstance(called, ast.Name) and name.startswith("read_") or (owner, name) == ("e", "open"):
+                    continue                                 # the guarded reader itself, an engine's clip
+                if name in names or (owner, name) in (("torch", "save"), ("torch", "load")):
+                    found.add(function.name)
+        allowed = OPENERS.get(path.relative_to(ROOT).as_posix(), set())
+        assert found <= allowed, (path, found - allowed)
+
+
+@pytest.mark.parametrize("behind, code, words", [
+    ("> /dev/full", 2, ["stdout: cannot be written (No space left on device)"]), (">&-", 0, []), (">&- 2>&-", 0, []),
+    ("| head -c 1 > /dev/null; exit ${PIPESTATUS[0]}", 1, [])])
+def test_a_stdout_that_is_full_closed_or_no_longer_read_ends_quietly(behind, code, words, user_env):
+    script = ("from weights.files import command\n"
+              "@command\ndef main(argv=None):\n    print('x' * 300000)\n    return 0\nraise SystemExit(main())")
+    done = subprocess.run(["bash", "-c", f'{sys.executable} -c "{script}" {behind}'], cwd=ROOT, capture_output=True,
+                          text=True, env=user_env)
+    assert done.returncode == code and done.stderr.count("\n") == len(words), done
+    assert all(word in done.stderr for word in words)
+
+
+@pytest.mark.parametrize("error, code, told", [
+    (InputError("a; b"), 2, "a; b\n"), (KeyboardInterrupt(), 130, "interrupted\n"), (OSError("disk"), None, "")])
+def test_a_command_ends_as_its_error_says(error, code, told, capsys):
+    @files.command
+    def main(argv=None):
+        raise error
+    if code is None:                                         # no fault of stdout's
+        with pytest.raises(OSError):
+            main()
+    else:
+        assert main() == code
+    assert capsys.readouterr().err == told
 
 
 def test_a_byte_order_mark_and_line_ends_do_not_matter(tmp_path):
@@ -122,6 +210,7 @@ def test_every_message_is_one_printable_line():
 
 
 @pytest.mark.parametrize("change", [{"kind": []}, {"sees": 5}, {"layers": 1_000_000}, {"layers": "4"}, {"heads": 0},
+                                    {"hidden": 0}, {"vocab": 0}, {"shift": -1},
                                     {"width": None}, {"no_such_size": 1}])
 def test_an_adapters_config_that_fits_no_network_is_refused(tmp_path, change):
     adapter.save(tmp_path, adapter.Follower(SMALL), SMALL)

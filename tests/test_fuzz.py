@@ -1,15 +1,45 @@
 """300 seeded mutations of every kind of file: each is read or refused in one line. tests/fuzz.py says what else may
 not happen, and runs any number of them."""
 
+import random
+
 import fuzz
 import pytest
 
+import engine
+from weights import InputError
 
-@pytest.mark.parametrize("kind", fuzz.KINDS)
+HERE = ("small", "index", "adapter", "answers")              # in this process: a child's imports take seconds
+
+
+@pytest.mark.parametrize("kind", [kind for kind in fuzz.KINDS if kind not in HERE])
 def test_damage_is_read_through_or_refused(kind):
     tally = fuzz.fuzz(kind, 0, 300)
     assert tally["accepted"] + tally["refused"] == 300 and not fuzz.violations(tally), tally
     assert tally["accepted"] >= 5 and tally["refused"] >= 50, "one side of the reader was not reached"
+
+
+@pytest.mark.parametrize("kind, count", [("small", 150), ("index", 150), ("adapter", 100), ("answers", 40)])
+def test_damage_of_small_files_is_read_through_or_refused(kind, count, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "read_video", engine.read_video)         # the reader puts frames there
+    name, blobs, read = fuzz.KINDS[kind](tmp_path)
+    accepted = 0
+    for seed in range(count):
+        (tmp_path / name).write_bytes(fuzz.damaged(kind, blobs[seed % len(blobs)], random.Random(f"{kind} {seed}")))
+        try:
+            read(tmp_path / name)
+            accepted += 1
+        except InputError as error:
+            assert str(error).isprintable() and "; " in str(error), error
+    assert 0 < accepted < count, "one side of the reader was not reached"
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "png", "mp4", "safetensors", "pickled", "pairs", "small", "index"])
+def test_a_changed_field_is_a_change_and_repeats_by_its_seed(kind, tmp_path):
+    _, blobs, _ = fuzz.KINDS[kind](tmp_path)
+    made = [[fuzz.ONE_FIELD[kind](blob, random.Random(seed)) for seed in range(6)] for blob in blobs[:3] * 2]
+    assert made[:len(made) // 2] == made[len(made) // 2:]
+    assert len({of for some in made for of in some}) > len(made), "nothing is changed"
 
 
 def test_a_violation_is_seen(tmp_path, monkeypatch):

@@ -171,7 +171,7 @@ FEW = dict(x=[1, 2, 3], y=[1, 2, 3], t=[1, 2, 3], p=[0, 1, 1])
     (FEW, {"columns": "xyt"}, "columns: wanted"), (FEW, {"columns": 4}, "columns: wanted"),
     (FEW, {"time_unit": "minutes"}, "time_unit: 'minutes' is not one of s, ms, us, ns"),
     (FEW, {"event_path": RECORDING}, "got events and event_path"), (None, {}, "events: wanted one recording"),
-    (b"", {}, "0 bytes"), (b"hello", {}, "events: not an .npy or .npz file but text"), ([], {}, "list of 0"),
+    (b"", {}, "0 bytes"), (b"hello", {}, "events: not an .npy or .npz of events but text"), ([], {}, "list of 0"),
     (None, {"event_path": FEW}, "event_path: is a dict, wanted the path of an .npy or .npz of events; pass what is in "
      "memory as events"),
     (None, {"event_path": given.Events(*map(torch.tensor, FEW.values()))}, "event_path: is a Events, wanted the path"),

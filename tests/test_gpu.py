@@ -347,7 +347,7 @@ def test_a_closed_engine_gives_the_gpus_memory_back():
     e.generate(mode="speculative", **asked(0))
     taken = torch.cuda.memory_allocated() - before
     e.close()
-    assert torch.cuda.memory_allocated() - before <= taken / 4 and taken > 1e9
+    assert torch.cuda.memory_allocated() - before <= taken / 4 and taken > 5e8
     assert torch.cuda.memory_reserved() - before <= taken / 2
     with pytest.raises(engine.InputError, match="is closed"):
         e.generate(**asked(0))

@@ -203,12 +203,31 @@ def test_marker_flags_explain_extra_rows(tmp_path):
         open_checkpoint(tmp_path / "c")
 
 
-def test_a_tied_head_needs_no_tensor_and_may_have_one(tmp_path):
-    config, tensors = {**TEXT, "tie_word_embeddings": True}, tensors_of(TEXT)
-    with_head = open_checkpoint(write(tmp_path / "a", config, tensors)).load(CPU, F32)
-    del tensors["lm_head.weight"]
-    without = open_checkpoint(write(tmp_path / "b", config, tensors)).load(CPU, F32)
-    assert "text.head" not in without and same(with_head, without)
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("top, text", [(True, None), (None, True), (True, False), (False, False), (None, None)])
+def test_a_tied_head_needs_no_tensor_and_one_that_is_there_is_the_head(tmp_path, kind, top, text):
+    """As transformers 5: `tie_word_embeddings` of either section; "both are present, so we will NOT tie them"."""
+    config, tensors = json.loads(json.dumps(CONFIGS[kind])), tensors_of(CONFIGS[kind])
+    config |= {"tie_word_embeddings": top}
+    if kind == "video_llava":
+        config["text_config"]["tie_word_embeddings"] = text
+    with_head = open_checkpoint(write(tmp_path / "a", config, tensors))
+    name = "language_model.lm_head.weight" if kind == "video_llava" else "lm_head.weight"
+    assert torch.equal(with_head.load(CPU, F32)["text.head"], tensors.pop(name))
+    write(tmp_path / "b", config, tensors)
+    if True in (top, text if kind == "video_llava" else None):
+        without = open_checkpoint(tmp_path / "b")
+        assert "text.head" not in without.load(CPU, F32) and plan(without.config) == without.plan
+    else:
+        with pytest.raises(InputError, match="1 tensor missing: .*lm_head"):
+            open_checkpoint(tmp_path / "b")
+
+
+def test_a_list_of_one_layer_is_that_layer(tmp_path):
+    folder = make(tmp_path / "checkpoint", "video_llava")
+    edit_config(folder, vision_feature_layer=[-2])
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config["vision_feature_layer"] == -2 and checkpoint.plan == plan(CONFIGS["video_llava"])
 
 
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -324,12 +343,20 @@ BAD = {     # name: (kind, shards, what goes wrong with the folder, what the lin
     "biases": ("llama", 0, lambda d: edit_config(d, attention_bias=True), ["attention_bias is 'True'"]),
     "sliding window": ("llama", 0, lambda d: edit_config(d, sliding_window=512), ["sliding_window is '512'"]),
     "two rotary bases": ("llama", 0, lambda d: edit_config(d, rope_theta=1e4, rope_parameters={"rope_theta": 1e6}),
-                         ["rope_theta is 10000.0 and, among the rope parameters, 1000000.0"]),
+                         ["rope_theta is 10000.0 and elsewhere 1000000.0"]),
+    "two homes of the rotary base": ("llama", 0, lambda d: edit_config(
+        d, rope_scaling={"rope_theta": 5e5}, rope_parameters={"rope_theta": 1e6}), ["500000.0 and elsewhere 1000"]),
+    "rope of layer kinds": ("llama", 0, lambda d: edit_config(d, rope_parameters={"full_attention": {"factor": 2}}),
+                            ["rope scaling: full_attention is "]),
+    "part of the head turned": ("llama", 0, lambda d: edit_config(d, rope_parameters={"partial_rotary_factor": 0.5}),
+                                ["rope scaling: partial_rotary_factor is '0.5'"]),
+    "no vision config": ("video_llava", 0, lambda d: edit_config(d, vision_config="gone"),
+                         ["config.json has no vision_config: "]),
     "odd head width": ("llama", 0, lambda d: edit_config(d, head_dim=3), ["head_dim is 3"]),
     "rows that fill no frame": ("video_llava", 0, lambda d: edit_config(d, video_seq_length=41),
                                 ["video_seq_length is 41, no multiple of the 5 rows"]),
     "rope scaling": ("llama", 0, lambda d: edit_config(d, rope_scaling={"type": "linear", "factor": 2.0}),
-                     ["rope scaling of type 'linear'", "plain rotary"]),
+                     ["rope scaling: type is 'linear', wanted 'default': this engine computes no other"]),
     "gelu": ("llama", 0, lambda d: edit_config(d, hidden_act="gelu"), ["hidden_act is 'gelu'"]),
     "section a list": ("video_llava", 0, lambda d: edit_config(d, vision_config=[1]), ["vision_config is '[1]'"]),
     "list of layers": ("video_llava", 0, lambda d: edit_config(d, vision_feature_layer=[-2, -1]),

@@ -412,6 +412,7 @@ def test_files_without_permission_are_refused(tmp_path, read, name):
 def test_file_beyond_the_limit_is_refused_unread(tmp_path):
     path = tmp_path / "big.npy"
     with open(path, "wb") as file:
+        file.write(b"\x93NUMPY")
         file.truncate(2**31)      # sparse: 2 GB that take no room
     refused(read_events, path, ["2147483648 bytes", "limit"])
 
@@ -577,6 +578,29 @@ def test_bad_images_are_refused_in_one_line(tmp_path, name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         refused(video.read_image, saved(tmp_path, blob, "a.png"), words)
+
+
+@pytest.mark.parametrize("interlaced", [0, 1])
+@pytest.mark.parametrize("depth, colour", [(8, 2), (1, 0), (4, 3), (16, 6), (8, 4)])
+def test_a_png_whose_data_end_early_is_refused(tmp_path, depth, colour, interlaced):
+    """Pillow shows the rows that are missing as black."""
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    width, height, bits = 13, 9, depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    passes = video.ADAM7 if interlaced else [(0, 0, 1, 1)]
+    rows = [bytes(1 + (len(range(x, width, dx)) * bits + 7) // 8) for x, y, dx, dy in passes if x < width
+            for _ in range(y, height, dy)]                   # all black
+    for missing in (0, 1, len(rows) - 1):
+        data = zlib.compress(b"".join(rows[:len(rows) - missing]))
+        header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
+        blob = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+        blob += chunk(b"PLTE", bytes(48)) * (colour == 3) + chunk(b"IDAT", data[:5]) + chunk(b"IDAT", data[5:])
+        path = saved(tmp_path, blob + chunk(b"IEND", b""), "a.png")
+        if missing:
+            refused(video.read_image, path, ["truncated or damaged image"])
+        else:
+            assert not video.read_image(path).any()
 
 
 def test_one_by_one_image_is_read(tmp_path):
@@ -1125,4 +1149,4 @@ def test_the_command_line_describes_a_file_and_exits_2_on_a_bad_one(tmp_path, ca
     path = saved(tmp_path, made[name](), name)
     assert module.main([str(path)]) == 0 and words in capsys.readouterr().out
     path.write_bytes(b"text")
-    assert module.main([str(path)]) == 2 and capsys.readouterr().out.count("\n") == 1
+    assert module.main([str(path)]) == 2 and capsys.readouterr().err.count("\n") == 1

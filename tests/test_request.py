@@ -369,12 +369,35 @@ def test_the_seeds_api_answers(pair, monkeypatch):
     ({"query": None}, "query: "), ({"query": "\ud800"}, "query: "),
     ({"query": "x" * 200_000}, "query: "), ({"video_path": __file__}, "test_request.py"),
     ({"event_path": __file__}, "test_request.py"), ({"frame_rule": "random"}, "rule"),
+    ({"event_path": None, "event_image_path": [None]},
+     "event_image_path: is a NoneType, wanted the path of a PNG or JPEG"),
+    ({"event_path": None, "event_image_path": [b""]}, "no such file"),
 ], ids=str)
 def test_bad_input_is_one_line_and_the_engine_goes_on(pair, change, words):
     with pytest.raises(InputError) as error:
         pair.generate(**{"mode": "speculative", **asked(0), **change})
     assert words in str(error.value) and "\n" not in str(error.value)
     assert pair.generate(mode="target_only", **asked(0)).output_ids == truth(pair, 0)
+
+
+@pytest.mark.parametrize("mode", ["speculative", "drafter_only", "target_only"])
+@pytest.mark.parametrize("canvas", [(260.0, 346.0), "260x346", (260,), 640, (-1, -1), (0, 5), (10 ** 6, 5), (5, 5, 2),
+                                    {1: 2}, [None, 5], (1, 4097)], ids=str)
+def test_a_canvas_is_checked_before_any_model_runs(pair, monkeypatch, mode, canvas):
+    monkeypatch.setattr(pair, "_run", None)
+    with pytest.raises(InputError, match="canvas: wanted .height, width.[^\n]*; "):
+        pair.generate(mode=mode, canvas=canvas, **asked(0))
+
+
+@pytest.mark.parametrize("content", [b"short", b"\x89HDF\r\n", b"\xff\xd8 a picture"])
+def test_an_event_file_is_looked_at_whatever_the_gate_does(pair, monkeypatch, tmp_path, content):
+    gate = engine.Gate()
+    monkeypatch.setattr(gate, "head_start", lambda *_: False)
+    monkeypatch.setattr(pair, "gate", gate)
+    monkeypatch.setattr(pair, "_run", None)
+    (tmp_path / "e.npy").write_bytes(content)
+    with pytest.raises(InputError, match="e.npy: not an .npy or .npz of events but "):
+        pair.generate(mode="speculative", **asked(0) | {"event_path": tmp_path / "e.npy"})
 
 
 def test_events_wait_until_the_videos_packets_are_read_and_no_longer(pair, monkeypatch):

@@ -67,6 +67,8 @@ def test_shards_are_put_together_by_id_and_holes_and_duplicates_refused(tmp_path
 
 @pytest.mark.parametrize("text", ["", "{", '{"config": {"samples": 1, "modes": []}}\n{"id": 1, "at": 0, "modes": {}}\n',
                                   '{"config": {"samples": 1, "modes": []}}\n{"id": "a", "at": 0, "modes": {"x": 1}}\n',
+                                  '{"config": {"samples": 1, "modes": []}}\n{"id": "", "at": 0, "modes": {}, '
+                                  '"took_s": ""}\n',
                                   '{"config": {"samples": true, "modes": []}}\n', "[" * 100000 + "\n"])
 def test_what_is_no_file_of_rows_is_one_line(tmp_path, text):
     (tmp_path / "r.jsonl").write_text(text)

@@ -48,7 +48,8 @@ def test_no_further_from_the_truth_than_twice_plain_torch(S, D, O, fold, dtype, 
 
 
 @pytest.mark.parametrize("D, dtype", [
-    (64, torch.float32), (264, torch.float16), *(pytest.param(D, torch.bfloat16, marks=pytest.mark.gpu) for D in (64, 264))])
+    (64, torch.float32), (192, torch.float32), (264, torch.float16),
+    *(pytest.param(D, torch.bfloat16, marks=pytest.mark.gpu) for D in (64, 192, 264))], ids=str)
 @pytest.mark.parametrize("fold", FOLDS)
 def test_row_bits_ignore_how_many_rows_there_are(D, fold, dtype, device):
     x_SD, w_OD, folded = case(fold, MAX_ROWS, D, 96, dtype, device)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from common import asked, script
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import engine
@@ -133,6 +134,29 @@ def test_a_text_is_a_function_of_its_ids_however_they_come():
                     seen += stream.push(ids[at:min(at + step, cut)])
                     assert text.decode(ids[:cut]).startswith(seen)
                 assert seen + stream.push([], end=True) == text.decode(ids[:cut]) == stream.out
+
+
+@pytest.mark.parametrize("mode", ["target_only", "drafter_only", "prefill_only", "prefill_then_verify", "speculative"])
+def test_a_text_is_a_function_of_its_ids_in_every_mode(pair, monkeypatch, mode):
+    """Answers of bytes, valid and not, cut by max_new_tokens wherever it falls, with right and wrong drafts."""
+    text, chance = pair.target.text, random.Random(mode)
+    byte = {b: text.head.token_to_id(f"<0x{b:02X}>") for b in range(256)}
+    for seed in range(4):
+        ids = []
+        while len(ids) < 20:
+            ids += chance.choice([[byte[b] for b in "\u6f22\U0001f697".encode()], [byte[chance.randrange(256)]] * 3,
+                                  [byte[b] for b in "\u6f22".encode()[:2]], text.ids("a car"), [513]])
+        ids, cut = [i for i in ids if i != 2], chance.randrange(1, 20)
+        with monkeypatch.context() as patch:
+            script(patch, pair.target, ids)
+            script(patch, pair.drafter, ids if seed % 2 else ids[:3] + ids)
+            seen = {"preview": "", "final": ""}
+            for event in pair.stream(mode=mode, **asked(0) | {"max_new_tokens": cut}):
+                seen[event.kind] += event.delta
+                result = event.result
+        assert mode == "drafter_only" or result.output_ids == ids[:cut]
+        shown = seen["preview"] * (mode == "drafter_only") + seen["final"]
+        assert result.output_text == text.decode(result.output_ids) == shown
 
 
 def test_words_are_shown_at_once():

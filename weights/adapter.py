@@ -24,8 +24,9 @@ PAIRS: one JSON object a line with src, seq, clip, question, videollava_ids, eve
 
 import argparse
 import collections
+import contextlib
+import io
 import json
-import os
 import random
 import sys
 import time
@@ -41,11 +42,20 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from weights import controls
-from weights.files import InputError, brief, json_lines, read_json, refusal, replace_file
+from weights.files import (
+    InputError,
+    brief,
+    command,
+    json_lines,
+    naming,
+    open_regular,
+    read_json,
+    refusal,
+    replace_file,
+)
 from weights.load import listed, read_header
 from weights.sources import agreeing
 
-END = 2                              # end of sequence
 WEIGHTS = "adapter.safetensors"
 LIMIT = 21                           # drafts of one shot: what the research repository's window held
 
@@ -56,7 +66,8 @@ LIMIT = 21                           # drafts of one shot: what the research rep
 def read_pairs(path, src: str | None = None, vocab: int = 1 << 31) -> list[dict]:
     """Recorded pairs in order of sequence and clip, end-of-sequence ids left out: [{seq, clip, question, target,
     drafter}]. src: which source run; None takes the only one that the file holds. vocab: ids stay below it. The
-    target's ids may also be called llava15_ids. InputError names the file and the line."""
+    target's ids may also be called llava15_ids; a model's stop ids are those it was recorded with, else LLaMA's 2.
+    InputError names the file and the line."""
     rows, found = [], {}
     for at, row in json_lines(path, "recorded pairs, as bench.py --record writes them"):
         try:
@@ -66,17 +77,20 @@ def read_pairs(path, src: str | None = None, vocab: int = 1 << 31) -> list[dict]
             pair = {"seq": str(row["seq"]), "clip": row["clip"], "question": str(row["question"]),
                     "target": row["llava15_ids" if "llava15_ids" in row else "videollava_ids"],
                     "drafter": row["eventgpt_ids"], "src": str(row["src"])}
-            if type(pair["clip"]) is not type(rows[0]["clip"] if rows else pair["clip"]) or pair["clip"] is None:
+            stops = {"target": row.get("videollava_stops", [2]), "drafter": row.get("eventgpt_stops", [2])}
+            if type(pair["clip"]) is not type(rows[0]["clip"] if rows else pair["clip"]) or not isinstance(
+                    pair["clip"], (int, str)):
                 raise TypeError("clips are neither all numbers nor all names")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise refusal(path, f"line {at} is no recorded pair ({type(error).__name__}: {brief(error)})",
                           "wants src, seq, clip, question, videollava_ids, eventgpt_ids") from None
         for side in ("target", "drafter"):
-            ids = pair[side]
-            if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab for i in ids):
+            ids, ends = pair[side], stops[side]
+            if not (isinstance(ids, list) and isinstance(ends, list)) or not all(
+                    type(i) is int and 0 <= i < vocab for i in ids + ends):
                 raise refusal(path, f"line {at}: the {side}'s ids are not whole numbers from 0 to {vocab - 1}",
                               "record it with the tokenizer both models share")
-            pair[side] = [i for i in ids if i != END]
+            pair[side] = [i for i in ids if i not in ends]
         if not pair["target"]:
             raise refusal(path, f"line {at}: an answer without ids", "record it again")
         rows.append(pair)
@@ -97,7 +111,9 @@ def write_pairs(path: str, report: dict) -> None:
         "max_new_tokens": report["config"]["max_new_tokens"],
         **{f"{name}_{key}": row["modes"][mode][key] for name, mode in (("eventgpt", "drafter_only"),
                                                                        ("videollava", "target_only"))
-           for key in ("text", "ids")}}) for row in report["samples"]
+           for key in ("text", "ids")},
+        **{f"{name}_stops": report["weights"].get(side, {}).get("stops", [2])
+           for name, side in (("eventgpt", "drafter"), ("videollava", "target"))}}) for row in report["samples"]
         if {"target_only", "drafter_only"} <= row["modes"].keys()]
     replace_file(path, "".join(line + "\n" for line in lines).encode())
 
@@ -141,10 +157,11 @@ class AdapterConfig:
     sees: str = "previous,drafter"   # what a follower reads before the answer
 
     def __post_init__(self):
-        sizes = [getattr(self, f.name) for f in fields(self) if f.type is int]
+        sizes = [getattr(self, f.name) + (f.name == "shift") for f in fields(self) if f.type is int
+                 and type(getattr(self, f.name)) is int]
         named = isinstance(self.kind, str) and isinstance(self.sees, str) and self.kind in NETWORKS
-        if not named or not all(type(s) is int and 0 <= s < 1 << 20 for s in sizes) or self.layers > 128 \
-                or not self.heads or self.width % self.heads or not set(self.sees.split(",")) <= {*SEGMENTS, ""}:
+        if not named or len(sizes) < 7 or not all(0 < s < 1 << 20 for s in sizes) or self.layers > 128 \
+                or self.width % self.heads or not set(self.sees.split(",")) <= {*SEGMENTS, ""}:
             raise InputError(f"adapter: sizes that fit no network ({brief(asdict(self), 200)}); check its config.json")
 
 
@@ -352,6 +369,21 @@ def beside(train, rows, limit: int = LIMIT) -> dict:
             for name, of in accepted.items()}
 
 
+@contextlib.contextmanager
+def unfinished(resume, about: dict, device="cpu"):
+    """What an interrupted `train` left at `resume`. InputError if that is something else, or of other settings."""
+    try:
+        with naming(resume), open_regular(resume, "an unfinished run")[0] as file:
+            state = torch.load(file, map_location=device, weights_only=True)
+        if state["about"] != about:
+            raise refusal(resume, "an unfinished run with other settings", "remove it, or give another --out")
+        yield state
+    except InputError:
+        raise
+    except Exception as error:                               # whatever a damaged file does to the reader
+        raise refusal(resume, f"not an unfinished run ({type(error).__name__})", "remove it") from None
+
+
 def train(rows, out, config: AdapterConfig, *, epochs=50, patience=10, lr=1e-4, test=3, valid=2, seed=0, device="cpu",
           batch_rows=32) -> dict:
     """Trains and keeps the epoch with the longest accepted prefix on the validation sequences; returns its figures on
@@ -366,18 +398,11 @@ def train(rows, out, config: AdapterConfig, *, epochs=50, patience=10, lr=1e-4, 
              "pairs": len(rows)}
     best, first, resume = {"prefix": -1.0, "position": -1.0}, 0, out / "resume.pt"
     if resume.exists():
-        try:
-            state = torch.load(resume, map_location=device, weights_only=True)
-            if state["about"] != about:
-                raise refusal(resume, "an unfinished run with other settings", "remove it, or give another --out")
+        with unfinished(resume, about, device) as state:
             network.load_state_dict(state["network"])
             optimizer.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["schedule"])
             first, best = state["epoch"], state["best"]
-        except InputError:
-            raise
-        except Exception as error:                           # whatever a damaged file does to the reader
-            raise refusal(resume, f"not an unfinished run ({type(error).__name__})", "remove it") from None
     print(f"{sum(p.numel() for p in network.parameters()):,} parameters; rows: " + ", ".join(
         f"{k} {len(v)} of {len({r['seq'] for r in v})} sequences" for k, v in parts.items()), file=sys.stderr)
     for epoch in range(first, epochs):
@@ -404,10 +429,10 @@ def train(rows, out, config: AdapterConfig, *, epochs=50, patience=10, lr=1e-4, 
         if (found["prefix"], found["position"]) > (best["prefix"], best["position"]):
             best = {**found, "epoch": epoch}
             save(out, network, config)
-        partial = resume.with_suffix(".partial")
+        content = io.BytesIO()
         torch.save({"about": about, "network": network.state_dict(), "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(), "epoch": epoch + 1, "best": best}, partial)
-        os.replace(partial, resume)
+                    "schedule": schedule.state_dict(), "epoch": epoch + 1, "best": best}, content)
+        replace_file(resume, content.getbuffer())
     network, config = load(out, device)
     return {"test": judge(network, config, parts["test"], device), "valid": best,
             "controls": beside(parts["train"], parts["test"])}
@@ -421,6 +446,7 @@ def lines_of(figures: dict, title: str) -> list[str]:
     return lines
 
 
+@command
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weights.adapter", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -434,7 +460,7 @@ def main(argv=None) -> int:
             sub.add_argument("--out", type=Path, required=True)
             sub.add_argument("--kind", choices=tuple(NETWORKS), default="token")
             for flag in ("vocab", "width", "layers", "heads", "hidden", "shift"):
-                sub.add_argument(f"--{flag}", type=int, default=getattr(AdapterConfig, flag))
+                sub.add_argument(f"--{flag}", type=int, default=getattr(AdapterConfig, flag) * (flag != "vocab"))
             sub.add_argument("--sees", default=AdapterConfig.sees, help="of a follower (default %(default)s)")
             sub.add_argument("--epochs", type=int, default=50)
             sub.add_argument("--patience", type=int, default=10)
@@ -445,22 +471,20 @@ def main(argv=None) -> int:
         sub.add_argument("--valid", type=int, default=2, help="sequences to stop by (default %(default)s)")
         sub.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "train":
-            config = AdapterConfig(args.kind, vocab=args.vocab, width=args.width, layers=args.layers, heads=args.heads,
-                                   hidden=args.hidden, shift=args.shift, sees=args.sees)
-            rows = read_pairs(args.pairs, args.src, config.vocab)
-            figures = train(rows, args.out, config, epochs=args.epochs, patience=args.patience, lr=args.lr,
-                            test=args.test, valid=args.valid, seed=args.seed, device=args.device)
-        else:
-            network, config = load(args.folder, args.device)
-            rows = read_pairs(args.pairs, args.src, config.vocab)
-            parts = split(with_previous(rows), args.test, args.valid)
-            figures = {"test": judge(network, config, parts["test"], args.device),
-                       "controls": beside(parts["train"], parts["test"])}
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    if args.command == "train":
+        rows = read_pairs(args.pairs, args.src, args.vocab or 1 << 31)
+        found = 1 + max(i for row in rows for i in row["target"] + row["drafter"])
+        config = AdapterConfig(args.kind, vocab=args.vocab or max(found, AdapterConfig.vocab), width=args.width,
+                               layers=args.layers, heads=args.heads, hidden=args.hidden, shift=args.shift,
+                               sees=args.sees)
+        figures = train(rows, args.out, config, epochs=args.epochs, patience=args.patience, lr=args.lr,
+                        test=args.test, valid=args.valid, seed=args.seed, device=args.device)
+    else:
+        network, config = load(args.folder, args.device)
+        rows = read_pairs(args.pairs, args.src, config.vocab)
+        parts = split(with_previous(rows), args.test, args.valid)
+        figures = {"test": judge(network, config, parts["test"], args.device),
+                   "controls": beside(parts["train"], parts["test"])}
     print("\n".join(lines_of(figures, f"{config.kind} adapter on {args.test} held-out sequences of {args.pairs.name}, "
                              f"{rows[0]['src']}")))
     return 0

@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, TensorSpec, serialize_file
 
-from weights.files import InputError, brief, read_json, refusal
-from weights.load import INDEX, SINGLE, listed, open_checkpoint, read_header, reject_impostor
+from weights.files import brief, command, naming, open_regular, refusal
+from weights.load import INDEX, SINGLE, listed, open_checkpoint, read_header, reject_impostor, shards_of
 from weights.memory import pick_device
 
 PICKLED = re.compile(r"(?i)\.(bin|pt|pth|ckpt)$")
@@ -67,17 +67,7 @@ def convert_folder(source, target) -> list:
         found = sorted(name for name in os.listdir(source) if PICKLED.search(name))
         raise refusal(source, "no pytorch_model.bin and no pytorch_model.bin.index.json here"
                       + (f", only {listed(found)}" if found else ""), "give one file by its name")
-    weight_map = read_json(old_index, "an index of shards").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise refusal(old_index, "weight_map is not a table of key to file", "copy it from the checkpoint again")
-    shards = sorted(set(weight_map.values()))
-    odd = [name for name in shards if not re.fullmatch(r"pytorch_model[\w.-]*\.bin", name)]
-    if odd:
-        raise refusal(old_index, f"names shards that are none ({listed(odd)})", "copy it from the checkpoint again")
-    missing = [name for name in shards if not os.path.exists(source / name)]
-    if missing:
-        raise refusal(source, f"{len(missing)} of {len(shards)} shards missing: {listed(missing)}",
-                      "finish the download")
+    shards, weight_map = shards_of(old_index, r"pytorch_model[\w.-]*\.bin")
     jobs = {source / name: target / (name.removeprefix("pytorch_").removesuffix(".bin") + ".safetensors")
             for name in shards}
     return write_all(jobs, copies(source, target), (old_index, weight_map, target / INDEX))
@@ -159,10 +149,8 @@ def write(source, target):
 
 def read_pickled(path):
     """The tensors and plain containers of a torch file. Anything that would have to be called is refused by name."""
-    with open(path, "rb") as file:
+    with naming(path), open_regular(path, "a file of torch.save")[0] as file:
         first = file.read(64)
-    if not first:
-        raise refusal(path, "is empty (0 bytes)", "copy or download it again")
     if not first.startswith(b"PK"):
         reject_impostor(path, first)
     try:
@@ -221,6 +209,7 @@ def unpack(path, content) -> tuple:
     return tensors, metadata
 
 
+@command
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weights.convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -229,20 +218,16 @@ def main(argv=None) -> int:
     parser.add_argument("target", nargs="?", help="where to put the result; beside the source unless given")
     parser.add_argument("--pack", choices=("int4",), help="pack a drafter into the new folder TARGET")
     args = parser.parse_args(argv)
-    try:
-        if args.pack and args.target is None:
-            raise refusal(args.source, "--pack makes a new folder and was given none", "name it behind the source")
-        if args.pack:
-            from weights.packed import save  # Triton, a second of start that others need not
-            found = save(open_checkpoint(args.source), args.target, pick_device(None))
-        else:
-            found = convert(args.source, args.target)
-        for path in found:
-            tensors = read_header(path).values() if path.suffix == ".safetensors" else ()
-            print(f"{path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors):,} bytes" if tensors else path)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    if args.pack and args.target is None:
+        raise refusal(args.source, "--pack makes a new folder and was given none", "name it behind the source")
+    if args.pack:
+        from weights.packed import save  # Triton, a second of start that others need not
+        found = save(open_checkpoint(args.source), args.target, pick_device(None))
+    else:
+        found = convert(args.source, args.target)
+    for path in found:
+        tensors = read_header(path).values() if path.suffix == ".safetensors" else ()
+        print(f"{path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors):,} bytes" if tensors else path)
     return 0
 
 

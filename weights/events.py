@@ -8,6 +8,7 @@ Whatever is wrong with a file ends in InputError: one line with the path, what w
 
 import ast
 import io
+import operator
 import pickletools
 import re
 import struct
@@ -20,13 +21,17 @@ from typing import NamedTuple
 import torch
 
 from kernels.frames import extent, quiet_copy
-from weights.files import InputError, Refused, brief, looks_like, naming, open_regular, reason_of, refusal
+from weights.files import InputError, Refused, brief, command, naming, open_kind, reason_of, refusal
 
 MAX_EVENT_BYTES = 1 << 30            # of a file, and of the arrays an .npz unpacks to
 MAX_PACKED = 100                     # bytes that a byte of an .npz may unpack to; recordings have some 3
 MAX_CANVAS = (4096, 4096)            # (H, W); the largest coordinate sizes the picture, so a stray event can cost GBs
 MAX_OPCODES = 10_000                 # real event pickles have about 200
 MAX_HEADER_BYTES = 10_000            # of an .npy, numpy's own limit
+
+
+EVENT_FILE = ("an .npy or .npz of events", (b"\x93NUMPY", b"PK\x03\x04"),
+              "convert it (h5py, faery, aedat) to an .npz of x, y, t, p")
 
 
 class Events(NamedTuple):
@@ -44,23 +49,30 @@ def read_events(path, max_canvas=MAX_CANVAS):
     walked, never unpickled: it may name numpy's array and dtype constructors, and its bytes become tensors."""
     try:
         with naming(path):
-            file, size = open_regular(path, "an .npy or .npz of events")
+            file, size, head = open_kind(path, *EVENT_FILE)
             with file:
                 if size > MAX_EVENT_BYTES:
                     raise Refused(f"{size} bytes, the limit is {MAX_EVENT_BYTES}", "cut the recording into shorter "
                                   "windows")
-                head = file.read(256)
-                file.seek(0)
-                if head.startswith(b"\x93NUMPY"):
-                    columns = columns_of_npy(file.read(size))
-                elif head.startswith(b"PK\x03\x04"):
-                    columns = columns_of_npz(file, size)
-                else:
-                    what, way_out = looks_like(head, "convert it (h5py, faery, aedat) to an .npz of x, y, t, p")
-                    raise Refused(f"not an .npy or .npz file but {what}", way_out)
+                zipped = head.startswith(b"PK")
+                columns = columns_of_npz(file, size) if zipped else columns_of_npy(file.read(size))
             return events_of(columns, max_canvas)
     except (OSError, MemoryError) as error:
         raise refusal(path, f"reading failed ({reason_of(error)})", "check the disk and the free memory") from None
+
+
+def check_canvas(canvas) -> tuple | None:
+    """(H, W) of the pictures that events are drawn in, or None: as large as they need. InputError for anything else."""
+    if canvas is None:
+        return None
+    try:
+        height, width = map(operator.index, canvas)
+        if 0 < height <= MAX_CANVAS[0] and 0 < width <= MAX_CANVAS[1]:
+            return height, width
+    except (TypeError, ValueError):
+        pass
+    raise InputError(f"canvas: wanted (height, width), whole numbers of pixels up to {MAX_CANVAS[0]} x "
+                     f"{MAX_CANVAS[1]}, got {brief(repr(canvas))}; change it, or leave it out")
 
 
 def events_of(columns, max_canvas):
@@ -442,22 +454,17 @@ def columns_of_pickle(file, size):
     return {key: value if type(value) is RawArray else RawArray(type(value).__name__) for key, value in top.items()}
 
 
-def main(argv) -> int:
+@command
+def main(argv=None) -> int:
     """One line for each file: its events."""
-    if not argv:
-        print(__doc__)
-        return 2
-    try:
-        for path in argv:
-            events = read_events(path)
-            span = (events.t.max() - events.t.min()).item() / 1e3
-            print(f"{path}: {events.x.numel()} events over {span:.3f} ms, x up to {events.x.max().item()}, y up to "
-                  f"{events.y.max().item()}, {events.p.sum(dtype=torch.int64).item()} positive")
-    except InputError as error:
-        print(error)
-        return 2
-    return 0
+    argv = sys.argv[1:] if argv is None else argv
+    for path in argv:
+        events = read_events(path)
+        span = (events.t.max() - events.t.min()).item() / 1e3
+        print(f"{path}: {events.x.numel()} events over {span:.3f} ms, x up to {events.x.max().item()}, y up to "
+              f"{events.y.max().item()}, {events.p.sum(dtype=torch.int64).item()} positive")
+    return 0 if argv else print(__doc__) or 2
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -8,6 +8,8 @@ regular files are read: opening a pipe or a terminal would wait, and a device ha
 
 import contextlib
 import difflib
+import errno
+import functools
 import io
 import json
 import math
@@ -16,10 +18,12 @@ import operator
 import os
 import re
 import stat
+import sys
 from dataclasses import dataclass
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
               RecursionError)        # what taking a damaged JSON file at its word may raise
+STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)    # all other files name themselves
 MAX_SMALL = 64 << 20                 # bytes of a config, an index, a tokenizer
 MAX_LIST = 256 << 20                 # bytes of a list of samples or of recorded pairs
 LOOK_ALIKES = [                      # what comes in place of a file, by its first bytes, and the way out if it is sure
@@ -42,11 +46,10 @@ class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: path, reason, way out. bench.py exits 2 with it.
     Arguments are named in backquotes, or by the first word; `in_flags` makes flags of them.
 
-    Whatever a path or a file puts into it, the line stays one: line breaks, control characters and halves of surrogate
-    pairs are spelt out."""
+    Whatever a path or a file puts into it, the line stays one."""
 
     def __init__(self, line: str):
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+        super().__init__(printable(line))
 
 
 class Refused(Exception):
@@ -97,9 +100,42 @@ class Held:
     __str__ = __fspath__
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Text from outside as a terminal may see it: control characters but for those to `keep`, line breaks and halves of
+    surrogate pairs are spelt out."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def command(main):
+    """main(argv) -> exit code, as the program's end wants it: bad input is a line and 2, Ctrl-C a word and 130. A pipe
+    that nobody reads any more ends it in silence, a full disk behind stdout in a line; closed ones are /dev/null."""
+    @functools.wraps(main)
+    def run(argv=None) -> int:
+        for name in ("stdout", "stderr"):        # closed: the next file that is opened would be written to
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        try:
+            code = main(argv)
+            sys.stdout.flush()
+            return code or 0
+        except (InputError, KeyboardInterrupt) as error:
+            print(error if isinstance(error, InputError) else "interrupted", file=sys.stderr)
+            return 2 if isinstance(error, InputError) else 130
+        except OSError as error:
+            if error.filename is not None or error.errno not in STDOUT_ERRORS:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # nothing more goes there
+            if isinstance(error, BrokenPipeError):
+                return 1
+            print(f"stdout: cannot be written ({reason_of(error)}); free some room", file=sys.stderr)
+            return 2
+    return run
+
+
 def refusal(path, reason, way_out) -> InputError:
     """InputError "PATH: reason; way out"."""
-    return InputError(f"{os.fsdecode(path)}: {reason}; {way_out}")
+    name = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else brief(repr(path))
+    return InputError(f"{name}: {reason}; {way_out}")
 
 
 @contextlib.contextmanager
@@ -172,10 +208,23 @@ def nearest_name(name: str) -> str:
     return f"did you mean {near[0]}?" if near else f"check the name; {folder} exists"
 
 
-def insist_file(path, wanted: str) -> int:
-    """Bytes of the file `path`. InputError unless it can be opened now; nothing of it is read."""
-    with naming(path if isinstance(path, (str, bytes, os.PathLike)) else brief(repr(path))):
-        file, size = open_regular(path, wanted)
+def open_kind(path, wanted: str, heads: tuple = (), way_out: str = ""):
+    """(open binary file, size in bytes, its first bytes). Refused as by `open_regular`, and for other heads."""
+    file, size = open_regular(path, wanted)
+    head = file.read(256)
+    file.seek(0)
+    if heads and not head.startswith(heads):
+        file.close()
+        what, way_out = looks_like(head, way_out)
+        raise Refused(f"not {wanted} but {what}", way_out)
+    return file, size, head
+
+
+def insist_file(path, *kind) -> int:
+    """Bytes of the file `path`. InputError unless it can be opened now and, of a kind with heads, begins with one; the
+    arguments of `open_kind`."""
+    with naming(path):
+        file, size, _ = open_kind(path, *kind)
         file.close()
     return size
 
@@ -252,7 +301,7 @@ def json_lines(path, wanted: str, most: int = MAX_LIST) -> list:
 # ---- writing -----------------------------------------------------------------------------------------------------
 
 
-def replace_file(path, content: bytes) -> None:
+def replace_file(path, content: bytes | memoryview) -> None:
     """Puts `content` where `path` leads. A regular file, or a new one, is written beside its place and renamed, so that
     nobody ever sees half of it; its mode and owner stay. A device or a pipe is written to, never replaced. InputError
     if it cannot be done; a regular file is then untouched."""

@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 
 from kernels.frames import quiet_copy
-from weights.events import MAX_CANVAS, TORCH_TYPES, Events, events_of, plain_type, read_events, short_shape
+from weights.events import EVENT_FILE, MAX_CANVAS, TORCH_TYPES, Events, events_of, plain_type, read_events, short_shape
 from weights.files import Held, InputError, Refused, brief, insist_file, naming, reason_of
 from weights.video import (
     IMAGE_ERRORS,
     MAX_IMAGE_PIXELS,
     MAX_VIDEO_PIXELS,
+    PICTURE_FILE,
     VIDEO_RULES,
     check_size,
     one_size,
@@ -258,7 +259,7 @@ def events_given(events=None, event_path=None, event_image_path=None, columns=No
         return Shown(name_of(kept[0], argument), lambda *_: read_kept(kept), pictures=len(kept))
     if is_file(value):
         file = file_of(argument, value, "an .npy or .npz of events")
-        return Shown(file, lambda *_: read_events(file), insist_file(file, "an .npy or .npz of events"))
+        return Shown(file, lambda *_: read_events(file), insist_file(file, *EVENT_FILE))
     made = events_in_memory(value, columns, time_unit)
     return Shown(argument, lambda *_: made)
 
@@ -327,7 +328,7 @@ def kept_pictures(argument: str, values, pin=False, numbers=None, max_pixels=MAX
     for number, value in zip(numbers or range(len(values)), values, strict=True):
         if is_file(value):
             kept.append(file_of(argument, value, "a PNG or JPEG"))
-            insist_file(kept[-1], "a PNG or JPEG")
+            insist_file(kept[-1], *PICTURE_FILE)
         else:
             with naming(argument if len(values) == 1 else f"{argument}[{number}]"):
                 kept.append(own(picture_of(value, max_pixels), pin))

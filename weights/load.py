@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from weights.files import (
     InputError,
     Refused,
     brief,
+    command,
     look_alike,
     naming,
     open_regular,
@@ -47,18 +47,19 @@ from weights.names import (
     KINDS,
     RESCALE,
     TEXT_DEFAULTS,
+    TEXT_RULES,
     VISION_DEFAULTS,
     Plan,
     canonical,
     extra_rows,
     on_disk,
     plan,
-    size,
+    settled,
     with_defaults,
 )
 
 MAX_NAMES = 10                       # tensors listed in one message
-MAX_HEADER_BYTES = 16 << 20           # a 7B model has 80 KB; the library would read 100 MB, for half a minute
+MAX_HEADER_BYTES = 4 << 20           # a 7B model has 80 KB; the library would read 100 MB, for half a minute
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORED = FLOATS | {"I32": torch.int32}
 PIECE, READERS = 8 << 20, 4          # bytes read at a time, threads that read
@@ -90,7 +91,9 @@ def resolve(path_or_id, revision=None) -> Path:
     path_or_id: a path, `ORG/NAME` or `ORG/NAME@REVISION`. revision: a branch, or better the 40 digits of a commit,
     which pin the files; `main` as the cache last saw it unless told.
     """
-    name = os.path.expanduser(os.fspath(path_or_id))
+    if not isinstance(path_or_id, (str, bytes, os.PathLike)):
+        raise refusal(path_or_id, f"is a {type(path_or_id).__name__}, wanted a folder or ORG/NAME", "give it as text")
+    name = os.path.expanduser(os.fsdecode(path_or_id))
     if os.path.isdir(name):
         return Path(name)
     if os.path.lexists(name):
@@ -152,6 +155,9 @@ def read_config(folder) -> dict:
         else:
             vision = read_json(clip / "config.json", "the config of a CLIP tower")   # or of a whole CLIP, in a section
             config["vision_config"] = vision.get("vision_config") or vision
+    layer = config.get("vision_feature_layer")
+    if isinstance(layer, list) and len(layer) == 1:          # upstream joins the layers of a list
+        config["vision_feature_layer"] = layer[0]
     return config
 
 
@@ -253,19 +259,23 @@ def weight_files(folder) -> tuple:
                           f"turn them into safetensors with `python -m weights.convert {folder}`")
         raise refusal(folder, f"no weights here, wanted {SINGLE} or {INDEX} with its shards",
                       "finish the download, or point at the folder that has them")
-    weight_map = read_json(folder / INDEX, "an index of shards").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise refusal(folder / INDEX, "weight_map is not a table of key to file", "copy it from the checkpoint again")
-    shards = sorted(set(weight_map.values()))
-    outside = [name for name in shards if name in ("", ".", "..") or os.path.basename(name) != name or "\0" in name]
-    if outside:
-        raise refusal(folder / INDEX, f"names files outside its folder ({listed(outside)})",
-                      "copy it from the checkpoint again")
-    missing = [name for name in shards if not os.path.exists(folder / name)]
-    if missing:
-        raise refusal(folder, f"{len(missing)} of {len(shards)} shards missing: {listed(missing)}",
-                      "finish the download")
+    shards, weight_map = shards_of(folder / INDEX, r"[^/\0]*[^/.\0][^/\0]*")
     return [folder / name for name in shards], weight_map
+
+
+def shards_of(index, pattern: str) -> tuple[list[str], dict]:
+    """(names of the shards, {key: name}) of an index; all are there, beside it, and named by `pattern`."""
+    again = "copy it from the checkpoint again"
+    weight_map = read_json(index, "an index of shards").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise refusal(index, "weight_map is not a table of key to file", again)
+    shards = sorted(set(weight_map.values()))
+    if odd := [name for name in shards if not re.fullmatch(pattern, name)]:
+        raise refusal(index, f"names files outside its folder, or no shards ({listed(odd)})", again)
+    if missing := [name for name in shards if not os.path.exists(index.parent / name)]:
+        raise refusal(index.parent, f"{len(missing)} of {len(shards)} shards missing: {listed(missing)}",
+                      "finish the download")
+    return shards, weight_map
 
 
 def listed(names, room=MAX_NAMES) -> str:
@@ -419,9 +429,13 @@ def open_checkpoint(path_or_id, revision=None) -> Checkpoint:
     gather(headers, kind, stored, unread, complaints)
     embed = stored.get("language_model.embed_tokens.weight")
     if kind == "EventChat_llama" and embed and embed.shape:
-        V, extra = size(config, "vocab_size", folder / "config.json"), extra_rows(config)
+        V, extra = settled(config, TEXT_RULES, folder / "config.json")["vocab_size"], extra_rows(config)
         if extra and embed.shape[0] == V + extra:
             config["vocab_size"] = V + extra            # rows that the marker flags explain
+    text = config.get("text_config")
+    for of in (config, text if isinstance(text, dict) else {}):          # a head of its own is never the embeddings
+        if of.get("tie_word_embeddings") is True and "lm_head.weight" in stored:
+            of["tie_word_embeddings"] = False
     wanted = plan(config, folder / "config.json")
     if kind == "packed":
         from weights.packed import packed_plan  # Triton, a second of start that others need not
@@ -440,6 +454,9 @@ def open_checkpoint(path_or_id, revision=None) -> Checkpoint:
     complaints += mismatches(wanted, stored)
     if complaints:
         way_out = advice(kind, [s.key for s in stored.values()])
+        for name in ("text_config", "vision_config"):
+            if kind == "video_llava" and not config.get(name):
+                way_out = f"config.json has no {name}: {way_out}"
         if kind == "EventChat_llama" and config["vision_config"] == ASSUMED_CLIP:
             way_out += f" (mm_visual_tower {brief(config.get('mm_visual_tower'))} is not here: {CLIP_336} was assumed)"
         raise refusal(folder, "; ".join(complaints), way_out)
@@ -479,7 +496,7 @@ def stop_ids(folder, config: dict) -> tuple[int, ...]:
         places.append((beside, settings))
     places += [(folder / "config.json", config), (folder / "config.json", config.get("text_config") or {})]
     where, stops = next(((path, of["eos_token_id"]) for path, of in places if of.get("eos_token_id") is not None),
-                        (None, TEXT_DEFAULTS["eos_token_id"]))
+                        (None, 2))
     stops, V = stops if isinstance(stops, list) else [stops], rows_of_table(config)
     if not 0 < len(stops) <= 16 or not all(type(i) is int and 0 <= i < V for i in stops):
         raise refusal(where, f"eos_token_id is {brief(stops, 60)}, wanted 1 to 16 ids of the vocabulary, 0 to "
@@ -489,7 +506,7 @@ def stop_ids(folder, config: dict) -> tuple[int, ...]:
 
 def rows_of_table(config: dict) -> int:
     """Rows of the embedding table: ids below it exist."""
-    return size(config.get("text_config") or config, "vocab_size", "config.json")
+    return with_defaults(config.get("text_config") or config, TEXT_DEFAULTS)["vocab_size"]
 
 
 def insist_ids(folder, config: dict) -> None:
@@ -504,9 +521,9 @@ def insist_ids(folder, config: dict) -> None:
 def insist_processor(folder, config: dict) -> None:
     """Refuses an image processor beside the vision tower, `folder`, that makes other pixels than CLIP's of the tower's
     size. Absent files and keys mean that one, as upstream."""
-    if folder is None or not config.get("vision_config"):
+    if folder is None or config["model_type"] == "llama":
         return
-    side = size(config["vision_config"], "image_size", Path(folder) / "config.json", VISION_DEFAULTS)
+    side = with_defaults(config.get("vision_config") or {}, VISION_DEFAULTS)["image_size"]
     wanted = PROCESSOR | {"size": side, "crop_size": side}
     for path in (Path(folder) / name for name in PROCESSOR_FILES):
         raw = read_json(path, "the config of an image processor") if os.path.lexists(path) else {}
@@ -646,19 +663,12 @@ def stored_values(stored):
 
 # ---- random weights at real shapes -------------------------------------------------------------------------------
 
-_TEXT_7B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-            "tie_word_embeddings": False}
-_CLIP_L = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-           "num_attention_heads": 16, "patch_size": 14, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-TARGET_7B = {"model_type": "video_llava", "text_config": {**_TEXT_7B, "vocab_size": 32064},
-             "vision_config": {**_CLIP_L, "image_size": 224}, "image_token_index": 32000, "video_token_index": 32001,
-             "pad_token_id": 32002, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-             "image_seq_length": 256, "video_seq_length": 2056, "projector_hidden_act": "gelu"}
-DRAFTER_7B = {**_TEXT_7B, "model_type": "EventChat_llama", "vocab_size": 32000, "mm_visual_tower": CLIP_336,
+# All other sizes are those of LLaMA-7B and CLIP ViT-L/14, which weights/names.py puts in.
+TARGET_7B = {"model_type": "video_llava", "text_config": {"vocab_size": 32064, "num_hidden_layers": 32},
+             "vision_config": {"image_size": 224}, "vision_feature_layer": -2, "video_seq_length": 2056}
+DRAFTER_7B = {"model_type": "EventChat_llama", "vocab_size": 32000, "mm_visual_tower": CLIP_336,
               "event_feature_adaptor": True, "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
-              "vision_config": {**_CLIP_L, "image_size": 336}}
+              "vision_config": {"image_size": 336}}
 
 
 def random_weights(config, device, dtype, seed, made=iter) -> dict:
@@ -732,6 +742,7 @@ def peak_resident() -> int:
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
 
 
+@command
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weights.load", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -740,17 +751,12 @@ def main(argv=None) -> int:
     parser.add_argument("--check", action="store_true", help="also read every value and look for NaN and infinity")
     parser.add_argument("--device", default="cpu", help="of --check: where to (default %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        checkpoint = open_checkpoint(args.checkpoint, args.revision)
-        report(checkpoint)
-        if args.check:
-            print(checked(checkpoint, args.device))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    checkpoint = open_checkpoint(args.checkpoint, args.revision)
+    report(checkpoint)
+    if args.check:
+        print(checked(checkpoint, args.device))
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` is a fine way to read this
     sys.exit(main())

@@ -21,7 +21,7 @@ def pick_device(name) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise InputError(f"device {name!r}: not a device name; use cpu, cuda or cuda:N") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()

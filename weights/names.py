@@ -73,31 +73,58 @@ TOWER_LAYER = {                                         # each comes as .weight 
 }
 LINEAR = {"w": "weight", "b": "bias"}
 
-# What the engine computes and no other; a config that asks for something else is refused before a byte is read.
-TEXT_FIXED = {"hidden_act": ("silu", "swish"), "attention_bias": False, "mlp_bias": False, "sliding_window": None}
-VISION_FIXED = {"hidden_act": "quick_gelu", "num_channels": 3}
-VIDEO_LLAVA_FIXED = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
-EVENTGPT_FIXED = {"use_event_qformer": False}           # its weights were never published
-# What a config leaves out: LLaMA-7B's and CLIP ViT-L/14's values, as upstream. `with_defaults` puts them in.
-TEXT_DEFAULTS = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008,
-                 "vocab_size": 32000, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096,
-                 "bos_token_id": 1, "eos_token_id": 2}
-VISION_DEFAULTS = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-                   "image_size": 224, "patch_size": 14, "layer_norm_eps": 1e-5}
+# ---- what a config may say -----------------------------------------------------------------------------------------
+# Section -> {key: (the value where it says nothing, what is wanted, whether a value is that)}. A key that is in no
+# section changes no answer. Defaults are LLaMA-7B's and CLIP ViT-L/14's, as upstream; null is no value.
+
+
+def _size(default, limit=2 ** 31):
+    return default, f"a whole number from 1 to {limit - 1}", lambda v: type(v) is int and 0 < v < limit
+
+
+def _number(default):
+    return default, "a number above 0", lambda v: type(v) in (int, float) and 0 < v < 1e12
+
+
+def _flag(default):
+    return default, "true or false", lambda v: type(v) is bool
+
+
+def _only(*values):
+    return None, f"{values[0]!r}: this engine computes no other" if values else "none", lambda v: v in values
+
+
+TEXT_RULES = {
+    "hidden_size": _size(4096), "intermediate_size": _size(11008), "num_attention_heads": _size(32),
+    "num_hidden_layers": _size(32, 1000),               # more would fill memory with names
+    "num_key_value_heads": _size(None), "head_dim": _size(None), "vocab_size": _size(32000),
+    "max_position_embeddings": _size(4096), "rms_norm_eps": _number(1e-5), "rope_theta": _number(None),
+    "bos_token_id": (1, "an id of the vocabulary", lambda v: type(v) is int and 0 <= v < 2 ** 31),
+    "hidden_act": _only("silu", "swish"), "attention_bias": _only(False), "mlp_bias": _only(False),
+    "sliding_window": _only(), "tie_word_embeddings": _flag(None)}
+ROPE_RULES = {"rope_theta": _number(None), "rope_type": _only("default"), "type": _only("default"),
+              "partial_rotary_factor": _only(1), "full_attention": _only(), "sliding_attention": _only()}
+VISION_RULES = {
+    "hidden_size": _size(1024), "intermediate_size": _size(4096), "num_attention_heads": _size(16),
+    "num_hidden_layers": _size(24, 1000), "image_size": _size(224), "patch_size": _size(14),
+    "layer_norm_eps": _number(1e-5), "hidden_act": _only("quick_gelu"), "num_channels": _only(3),
+    "model_type": _only("clip_vision_model", "clip")}
+RULES = {                                               # of the top level, by `model_type`
+    "video_llava": {
+        "projector_hidden_act": _only("gelu"), "multimodal_projector_bias": _only(True),
+        "video_seq_length": _size(None), "tie_word_embeddings": _flag(None),
+        "vision_feature_select_strategy": (None, "default or full", lambda v: v in ("default", "full"))},
+    "EventChat_llama": {
+        "use_event_qformer": _only(False),              # its weights were never published
+        "event_feature_adaptor": _flag(None), "mm_use_im_patch_token": _flag(None), "mm_use_im_start_end": _flag(None)},
+    "llama": {}}
+TEXT_DEFAULTS, VISION_DEFAULTS = ({name: of[0] for name, of in rules.items() if of[0] is not None}
+                                  for rules in (TEXT_RULES, VISION_RULES))
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)         # of CLIP's image processor: red, green, blue, of pixels 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 RESCALE = 0.00392156862745098                           # 1/255 as its preprocessor_config.json spells it
-_POSITIVE = ("a number above 0", lambda v: type(v) in (int, float) and 0 < v < 1e12)
-_COUNT = ("a whole number above 0", lambda v: type(v) is int and 0 < v < 2 ** 31)
-_ID = ("an id of the vocabulary", lambda v: type(v) is int and 0 <= v < 2 ** 31)
-_FLAG = ("true or false", lambda v: type(v) is bool)
-VALUES = {"rms_norm_eps": _POSITIVE, "layer_norm_eps": _POSITIVE, "rope_theta": _POSITIVE,
-          "max_position_embeddings": _COUNT, "video_seq_length": _COUNT, "bos_token_id": _ID,
-          **dict.fromkeys(("event_feature_adaptor", "mm_use_im_patch_token", "mm_use_im_start_end",
-                           "tie_word_embeddings"), _FLAG),
-          "vision_feature_select_strategy": ("default or full", lambda v: v in ("default", "full"))}
-LIMIT = {"num_hidden_layers": 1000}                     # more would fill memory with names; others stay below 2**31
 LLAMA_VOCAB = 32000                                     # pieces before any added token
+AGAIN = "copy config.json from the checkpoint again"
 
 
 @dataclass(frozen=True)
@@ -157,58 +184,51 @@ def plan(config: dict, where="config.json") -> Plan:
         raise InputError(f"{where}: model_type is {str(kind)[:60]!r}, wanted one of {', '.join(KINDS)}; "
                          f"give a Video-LLaVA (-hf form), EventGPT or plain LLaMA folder")
     wanted, unused = [], set()
-    text = section(config, "text_config", where) if kind == "video_llava" else config
+    own = settled(config, RULES[kind], where)
+    text = settled(section(config, "text_config", where) if kind == "video_llava" else config, TEXT_RULES, where)
     if kind == "video_llava":
-        insist(config, VIDEO_LLAVA_FIXED, where)
-        insist(text, {"model_type": "llama"}, where)
-    if kind == "EventChat_llama":
-        insist(config, EVENTGPT_FIXED, where)
-        insist_markers(config, where)
-    check_values(text, where)
+        settled(text, {"model_type": _only("llama")}, where)
+        text["tie_word_embeddings"] = text.get("tie_word_embeddings") or own.get("tie_word_embeddings")
     if kind != "llama":
-        vision = section(config, "vision_config", where)
-        insist(vision, VISION_FIXED, where)
-        check_values(config, where)
-        check_values(vision, where)
-        D, C = size(text, "hidden_size", where), size(vision, "hidden_size", where, VISION_DEFAULTS)
-        image, patch = (size(vision, name, where, VISION_DEFAULTS) for name in ("image_size", "patch_size"))
-        rows = (image // patch) ** 2 + 1
-        if kind == "video_llava" and (config.get("video_seq_length") or 0) % rows:
-            raise InputError(f"{where}: video_seq_length is {config['video_seq_length']}, no multiple of the {rows} "
-                             f"rows that a frame gives; copy config.json from the checkpoint again")
+        vision = settled(section(config, "vision_config", where), VISION_RULES, where)
+        insist_markers(own, text, where)
+        D, C = text["hidden_size"], vision["hidden_size"]
+        rows = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+        if kind == "video_llava" and (own.get("video_seq_length") or 0) % rows:
+            raise InputError(f"{where}: video_seq_length is {own['video_seq_length']}, no multiple of the {rows} rows "
+                             f"that a frame gives; {AGAIN}")
         for tower in ("video", "image") if kind == "video_llava" else ("events",):
             layer = config.get("vision_feature_layer", -2) if kind == "video_llava" else -1
             tower_plan(tower, vision, layer, where, wanted, unused)
         wanted += linear("projector.0", ["multi_modal_projector.linear_1"], D, C)
         wanted += linear("projector.1", ["multi_modal_projector.linear_2"], D, D)
-        if kind == "EventChat_llama" and config.get("event_feature_adaptor"):
+        if kind == "EventChat_llama" and own.get("event_feature_adaptor"):
             wanted += linear("adaptor", ["feature_adaptor"], D, D)
     text_plan(text, where, wanted, unused)
     return Plan(kind, tuple(wanted), frozenset(unused))
 
 
+def rotary_base(text: dict, where="config.json") -> float:
+    """The base of rotary positions, which has had three homes. InputError if they differ, or scale positions."""
+    places = [text, *(section(text, name, where) for name in ("rope_scaling", "rope_parameters"))]
+    for rope in places[1:]:
+        settled(rope, ROPE_RULES, f"{where}: rope scaling")
+    found = {of["rope_theta"] for of in places if of.get("rope_theta") is not None}
+    if len(found) > 1:
+        raise InputError(f"{where}: rope_theta is {' and elsewhere '.join(map(str, sorted(found)))}; remove one")
+    return found.pop() if found else 10000.0
+
+
 def text_plan(text, where, wanted, unused):
-    """Appends the decoder's tensors. Sizes that a config leaves out are LLaMA-7B's, as upstream."""
-    insist(text, TEXT_FIXED, where)
-    rope = section(text, "rope_parameters", where) or section(text, "rope_scaling", where)
-    check_values(rope, where)
-    for name in ("rope_type", "type"):
-        if rope.get(name) not in (None, "default"):
-            raise InputError(f"{where}: rope scaling of {name} {str(rope[name])[:60]!r}, and this engine computes only "
-                             f"plain rotary positions; use a checkpoint of the published architecture")
-    if None not in (rope.get("rope_theta"), text.get("rope_theta")) and rope["rope_theta"] != text["rope_theta"]:
-        raise InputError(f"{where}: rope_theta is {text['rope_theta']} and, among the rope parameters, "
-                         f"{rope['rope_theta']}; remove the wrong one")
-    D, F, V, H, L = (size(text, name, where) for name in
+    """Appends the decoder's tensors."""
+    rotary_base(text, where)
+    D, F, V, H, L = (text[name] for name in
                      ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_hidden_layers"))
-    N = size(text, "num_key_value_heads", where, {"num_key_value_heads": H})
+    N, K = text.get("num_key_value_heads") or H, text.get("head_dim") or max(1, D // H)
     if H % N:
-        raise InputError(f"{where}: num_attention_heads {H} is not a multiple of num_key_value_heads {N}; "
-                         f"copy config.json from the checkpoint again")
-    K = size(text, "head_dim", where, {"head_dim": max(1, D // H)})
+        raise InputError(f"{where}: num_attention_heads {H} is not a multiple of num_key_value_heads {N}; {AGAIN}")
     if K % 2:
-        raise InputError(f"{where}: head_dim is {K}, and rotary positions turn pairs; copy config.json from the "
-                         f"checkpoint again")
+        raise InputError(f"{where}: head_dim is {K}, and rotary positions turn pairs; {AGAIN}")
     rows = {"attn_norm": [D], "qkv": [H * K, N * K, N * K], "o": [D], "mlp_norm": [D], "gate_up": [F, F], "down": [D]}
     columns = {"qkv": D, "o": H * K, "gate_up": D, "down": F}       # the norms have none
     wanted.append(stack("text.embed", ["language_model.embed_tokens.weight"], [V], D))
@@ -217,23 +237,20 @@ def text_plan(text, where, wanted, unused):
             keys = [f"language_model.layers.{i}.{part}" for part in parts]
             wanted.append(stack(f"text.layers.{i}.{name}", keys, rows[name], columns.get(name)))
     wanted.append(stack("text.norm", ["language_model.norm.weight"], [D]))
-    if text.get("tie_word_embeddings"):
-        unused.add("lm_head.weight")                    # a second copy of the embeddings, in some files
-    else:
+    if not text.get("tie_word_embeddings"):
         wanted.append(stack("text.head", ["lm_head.weight"], [V], D))
 
 
 def tower_plan(tower, vision, layer, where, wanted, unused):
     """Appends a CLIP tower up to hidden state `layer`, counted as upstream does: 0 is the input, -1 the last."""
-    C, F, L, H, image, patch = (size(vision, name, where, VISION_DEFAULTS) for name in
-                                ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                                 "image_size", "patch_size"))
+    C, F, L, H, image, patch = (vision[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers",
+                                                          "num_attention_heads", "image_size", "patch_size"))
     if type(layer) is not int or not -L - 1 <= layer <= L:
-        raise InputError(f"{where}: vision_feature_layer is {str(layer)[:60]}, wanted one of {-L - 1}..{L}; "
-                         f"lists of layers are not supported")
+        raise InputError(f"{where}: vision_feature_layer is {str(layer)[:60]}, wanted one of {-L - 1}..{L}: this "
+                         f"engine takes one layer; use a checkpoint of the published architecture")
     if C % H or image % patch:
         raise InputError(f"{where}: vision width {C} over {H} heads or image {image} over patches of {patch} leaves "
-                         f"a remainder; copy config.json from the checkpoint again")
+                         f"a remainder; {AGAIN}")
     used, prefix = layer if layer >= 0 else L + 1 + layer, TOWERS[tower]
     wanted.append(stack(f"{tower}.cls", [f"{prefix}.embeddings.class_embedding"], [C]))
     wanted.append(stack(f"{tower}.patch", [f"{prefix}.embeddings.patch_embedding.weight"], [C], 3, patch, patch))
@@ -281,32 +298,13 @@ def with_defaults(config: dict, defaults: dict) -> dict:
     return defaults | {name: value for name, value in config.items() if value is not None}
 
 
-def size(config, name, where, defaults=TEXT_DEFAULTS) -> int:
-    """A positive whole number from the config, or its default."""
-    value, limit = config.get(name), LIMIT.get(name, 2 ** 31)
-    value = defaults[name] if value is None else value
-    if type(value) is not int or not 0 < value < limit:
-        raise InputError(f"{where}: {name} is {str(value)[:60]!r}, wanted a whole number from 1 to {limit - 1}; "
-                         f"copy config.json from the checkpoint again")
-    return value
-
-
-def insist(config, fixed, where):
-    """Refuses a config that asks for something the engine does not compute. Absent and null mean the default."""
-    for name, value in fixed.items():
-        values = value if isinstance(value, tuple) else (value,)
-        if config.get(name) is not None and config[name] not in values:
-            raise InputError(f"{where}: {name} is {str(config[name])[:60]!r}, and this engine computes only "
-                             f"{values[0]!r}; use a checkpoint of the published architecture")
-
-
-def check_values(config, where):
-    """Refuses the wrong kind of value under keys that are no sizes of a tensor. Absent and null mean the default."""
-    for name, (wanted, fine) in VALUES.items():
-        value = config.get(name)
-        if value is not None and not fine(value):
-            raise InputError(f"{where}: {name} is {str(value)[:60]!r}, wanted {wanted}; "
-                             f"copy config.json from the checkpoint again")
+def settled(config: dict, rules: dict, where) -> dict:
+    """The config with defaults for what it leaves out; InputError that names a value the rules refuse."""
+    for name, (_, wanted, fine) in rules.items():
+        if config.get(name) is not None and not fine(config[name]):
+            raise InputError(f"{where}: {name} is {str(config[name])[:60]!r}, wanted {wanted}; use a checkpoint of the "
+                             f"published architecture, or {AGAIN}")
+    return with_defaults(config, {name: default for name, (default, _, _) in rules.items() if default is not None})
 
 
 def extra_rows(config) -> int:
@@ -314,9 +312,9 @@ def extra_rows(config) -> int:
     return bool(config.get("mm_use_im_patch_token", True)) + 2 * bool(config.get("mm_use_im_start_end"))
 
 
-def insist_markers(config, where):
+def insist_markers(config, text, where):
     """Refuses marker tokens that have no row. The lone patch token never enters a prompt and needs none."""
-    V, needed = size(config, "vocab_size", where), LLAMA_VOCAB + extra_rows(config)
+    V, needed = text["vocab_size"], LLAMA_VOCAB + extra_rows(config)
     if config.get("mm_use_im_start_end") and V < needed:
         raise InputError(f"{where}: mm_use_im_start_end is true, and the markers' embeddings would be rows up to "
                          f"{needed - 1} of {V}; set it to false, which makes them plain text")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kernels.check import quantiles
 from weights import UNREADABLE, InputError, controls, describe
-from weights.files import read_bytes
+from weights.files import parse_json, read_text
 from weights.sources import agreeing
 
 SAME = ("schema", "commit", "weights", "config")     # of a header: rows under different ones never share a table
@@ -39,20 +39,23 @@ class RowFile:
         if path is None:
             return
         try:
-            self.file = open(path, "ab", buffering=0)
+            if path.exists() and not path.is_file():
+                raise InputError(f"{path}: is not a regular file, and rows are read back; choose another --rows")
+            self.file = open(path, "a+b", buffering=0)
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # goes with the process, however it ends
         except BlockingIOError:
             raise InputError(f"{path}: another run is writing to it; wait for it, or choose another --rows") from None
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --rows") from None
-        start = path.read_bytes()[:1 << 20]
+        self.file.seek(0)
+        start = self.file.read(1 << 20)
         if start.startswith(b'{"schema": ') and b"\n" not in start:
             self.file.truncate(0)                            # it died over its first line
         elif start:
-            found, rows, whole = read_rows(path)
+            found, rows, cut = read_rows(path)
             insist_same(path, found, head, "choose another --rows")
             self.rows = [row for row in rows if "error" not in row]
-            self.file.truncate(whole)                        # a line that was cut off is written again
+            self.file.truncate(path.stat().st_size - cut)    # a line that was cut off is written again
         if not path.stat().st_size:
             self.append(head)
 
@@ -74,21 +77,22 @@ class RowFile:
 
 
 def read_rows(path: Path) -> tuple[dict, list, int]:
-    """(header, rows, bytes of whole lines). A last line without its end is left out; of a row that was tried again the
-    last try counts."""
+    """(header, rows, bytes of a last line without its end, which is left out). Of a row that was tried again the last
+    try counts."""
     try:
-        raw = read_bytes(path, "a file of rows, as --rows writes it", 1 << 32)
-        whole = raw.rfind(b"\n") + 1
-        head, *rows = [json.loads(line) for line in raw[:whole].splitlines()]
+        wanted = "a file of rows, as --rows writes it"
+        whole, _, cut = read_text(path, wanted, 1 << 32).rpartition("\n")
+        head, *rows = [parse_json(path, line, wanted, at) for at, line in enumerate(whole.split("\n"), 1)]
         assert isinstance(head["config"], dict) and type(head["config"]["samples"]) is int
         modes = set(head["config"]["modes"])
-        sound = (type(row["id"]) is str and type(row["at"]) is int and row["modes"].keys() <= modes for row in rows)
+        sound = (type(row["id"]) is str and type(row["at"]) is int and row["modes"].keys() <= modes
+                 and type(row.get("took_s", 0)) in (int, float) for row in rows)
         assert all(sound), "a line that is no finished sample"
     except InputError:
         raise
     except UNREADABLE as error:
         raise InputError(f"{path}: not a file of rows ({describe(error)}); wants what --rows wrote") from None
-    return head, list({row["id"]: row for row in rows}.values()), whole
+    return head, list({row["id"]: row for row in rows}.values()), len(cut.encode())
 
 
 def merge(paths: list[Path]) -> tuple[list[float], list]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from weights.files import InputError, brief, insist_whole
-from weights.names import CLIP_MEAN, CLIP_STD, TEXT_DEFAULTS, VISION_DEFAULTS, plan, with_defaults
+from weights.names import CLIP_MEAN, CLIP_STD, TEXT_DEFAULTS, VISION_DEFAULTS, plan, rotary_base, with_defaults
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,13 @@ class DecoderConfig:
     @classmethod
     def read(cls, raw: dict) -> DecoderConfig:
         """From a Hugging Face LLaMA config that `plan` accepts; `rope_parameters` is the newer home of `rope_theta`."""
-        raw = with_defaults(raw, TEXT_DEFAULTS)
+        theta, raw = rotary_base(raw), with_defaults(raw, TEXT_DEFAULTS)
         H, D = raw["num_attention_heads"], raw["hidden_size"]
-        rope, packed = raw.get("rope_parameters") or raw.get("rope_scaling") or {}, raw.get("packed") or {}
+        packed = raw.get("packed") or {}
         return cls(D=D, L=raw["num_hidden_layers"], H=H, N=raw.get("num_key_value_heads") or H,
                    K=raw.get("head_dim") or D // H, F=raw["intermediate_size"], V=raw["vocab_size"],
-                   eps=raw["rms_norm_eps"], theta=rope.get("rope_theta", raw["rope_theta"]),
-                   max_rows=raw["max_position_embeddings"], bos_id=raw["bos_token_id"],
-                   packed=packed.get("form"), turned=packed.get("turned", False))
+                   eps=raw["rms_norm_eps"], theta=theta, max_rows=raw["max_position_embeddings"],
+                   bos_id=raw["bos_token_id"], packed=packed.get("form"), turned=packed.get("turned", False))
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def rows_of_sides(cache_rows) -> dict:
     """{side: rows or None} of one number for both, or of a pair (target, drafter)."""
     pair = cache_rows if isinstance(cache_rows, (tuple, list)) else (cache_rows, cache_rows)
     if len(pair) != 2:
-        raise InputError(f"cache_rows: wanted (target, drafter), got {brief(repr(cache_rows))}; give one number, or two")
+        raise InputError(f"cache_rows: wanted (target, drafter), got {brief(repr(cache_rows))}; give one, or both")
     return {side: of if of is None else insist_whole("cache_rows", of, 1)
             for side, of in zip(("target", "drafter"), pair, strict=True)}
 

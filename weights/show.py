@@ -12,6 +12,7 @@ import sys
 import textwrap
 
 from weights import replace_file
+from weights.files import printable
 
 COLOURS = {"load": "#9aa5b1", "preprocess": "#c3cad2", "encode": "#6aa9d8", "prefill": "#2f6fa7", "draft": "#e39b3b",
            "verify": "#4d9a57", "decode": "#a9cf9f"}
@@ -51,6 +52,11 @@ def block(name: str, text: str, most: int) -> list[str]:
 
 def colourful() -> bool:
     return "NO_COLOR" not in os.environ and ("FORCE_COLOR" in os.environ or sys.stdout.isatty())
+
+
+def painted(lines: list[str], paint) -> list[str]:
+    """Lines as a terminal may see them, whoever wrote what is in them; paint: what stands for each mark."""
+    return [printable(line, "".join(map(chr, PLAIN))).translate(paint) for line in lines]
 
 
 def marked(*found) -> str:

@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 
 from weights import UNREADABLE, InputError, describe, replace_file
+from weights.files import read_json
 
 
 class DraftSource:
@@ -103,7 +104,7 @@ class Lookup(DraftSource):
     def load(cls, path, model: str = "") -> Lookup:
         """What `save` wrote; InputError if it is none, is cut short, or was saved for another model."""
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            raw = read_json(path, "a saved lookup")
             if (raw["kind"], raw["model"]) != ("lookup", model):
                 raise ValueError(f"a {str(raw['kind'])[:20]!r} of model {str(raw['model'])[:40]!r}, wanted a lookup "
                                  f"of {model!r}")
@@ -113,6 +114,8 @@ class Lookup(DraftSource):
                     raise ValueError("ids that are no whole numbers below 2**31")
                 lookup.learn(answer)
             return lookup
+        except InputError:
+            raise
         except UNREADABLE as error:
             raise InputError(f"{path}: no saved lookup of this model ({describe(error)}); name another file, or move "
                              f"it away") from None

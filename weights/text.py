@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -21,8 +22,8 @@ class Text:
     """Text to ids and back, over one `tokenizer.json`. InputError unless it is a LLaMA-style tokenizer that works."""
 
     def __init__(self, path):
-        self.path = Path(path)
-        raw = read_json(self.path, "a tokenizer.json as the Video-LLaVA checkpoint has")
+        raw = read_json(path, "a tokenizer.json as the Video-LLaVA checkpoint has")
+        self.path = Path(os.fsdecode(path))
         try:
             self.head, self.rest = (self._build(raw, scheme) for scheme in ("first", "never"))
             came_back = self.decode(self.ids(PROBE))         # a broken file may fail only when it encodes

@@ -18,10 +18,21 @@ from concurrent.futures import wait
 
 import av
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from kernels.frames import cores, pinned, pool
-from weights.files import Held, InputError, Refused, looks_like, naming, open_regular, reason_of, refusal
+from weights.files import (
+    Held,
+    InputError,
+    Refused,
+    command,
+    looks_like,
+    naming,
+    open_kind,
+    open_regular,
+    reason_of,
+    refusal,
+)
 
 MAX_IMAGE_PIXELS = 50_000_000
 MAX_VIDEO_PIXELS = 4096 * 4096       # of one frame
@@ -32,9 +43,16 @@ LONG_PIXELS = 1 << 22                # decoded one after the other: 13 frames of
 MAX_SIDE_RATIO = 256                 # the shorter side grows to the model's 224 or 336, and the longer with it
 VIDEO_FORMATS = "mov,mp4,matroska,webm,avi"    # an open list lets a playlist named .mp4 read other files
 VIDEO_RULES = ("uniform", "first")
+NO_FILM = (av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+           | av.stream.Disposition.still_image)          # covers and previews that some files carry beside it
+LEAST_PIXELS, PIXELS_A_BYTE = 1 << 32, 1 << 12       # decoded of any clip, and for each byte of it; H.264 has 50 to 500
 MAX_SAMPLES = 4_000_000              # of all tracks of an mp4, a day of sound; FFmpeg keeps 12 to 36 bytes for each
 EDIT_SAMPLES = 4_000                 # as many an edit counts for: at most 1,000 edits
 MP4_FOLDERS = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"mvex", b"moof", b"traf", b"edts", b"dinf", b"udta"}
+
+
+ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+PICTURE_FILE = ("a PNG or JPEG", (b"\x89PNG\r\n\x1a\n", b"\xff\xd8"), "convert it to PNG")
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -50,19 +68,16 @@ def read_image(path):
     That means: alpha is dropped, palettes are looked up, EXIF rotation is not applied. Raises InputError."""
     try:
         with naming(path):
-            file, _ = open_regular(path, "a PNG or JPEG")
-            with file:
-                head = file.read(256)
-                file.seek(0)
-                if not head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8")):
-                    what, way_out = looks_like(head, "convert it to PNG")
-                    raise Refused(f"not a PNG or JPEG but {what}", way_out)
+            with open_kind(path, *PICTURE_FILE)[0] as file:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error", Image.DecompressionBombWarning)
                     warnings.simplefilter("ignore", UserWarning)      # remarks on damaged EXIF, which is not used
                     image = Image.open(file, formats=("PNG", "JPEG"))
                     width, height = image.size
                     check_size(width, height, MAX_IMAGE_PIXELS)
+                    image.load()
+                    if image.format == "PNG" and short_of_rows(image, file):
+                        raise OSError("it ends before its last row")
                     image = image.convert("RGB")
         return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
     except InputError:
@@ -70,8 +85,29 @@ def read_image(path):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise refusal(path, f"an image of more than {MAX_IMAGE_PIXELS} pixels", "make it smaller first") from None
     except IMAGE_ERRORS as error:
-        raise refusal(path, f"truncated or damaged image ({reason_of(error)})",
+        unknown = isinstance(error, UnidentifiedImageError)
+        raise refusal(path, "truncated or damaged image ("
+                      f"{'no picture behind its first bytes' if unknown else reason_of(error)})",
                       "open it in a viewer, or fetch it again") from None
+
+
+def short_of_rows(image, file) -> bool:
+    """Whether a PNG's data end early. Pillow leaves what is missing at 0: only a last row of zeros is looked into."""
+    width, height = image.size
+    if image.crop((0, height - 1, width, height)).getbbox(alpha_only=False):
+        return False
+    file.seek(8)
+    unpack, got, header = zlib.decompressobj(), 0, b""
+    while len(chunk := file.read(8)) == 8 and chunk[4:] != b"IEND":
+        content = file.read(int.from_bytes(chunk[:4], "big"))
+        header = content if chunk[4:] == b"IHDR" else header
+        while content and chunk[4:] == b"IDAT" and not unpack.eof:
+            got, content = got + len(unpack.decompress(content, 1 << 20)), unpack.unconsumed_tail
+        file.seek(4, os.SEEK_CUR)
+    bits = header[8] * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[header[9]]
+    passes = ADAM7 if header[12] else [(0, 0, 1, 1)]
+    sides = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in passes]
+    return got < sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sides if columns > 0 and rows > 0)
 
 
 def check_size(width, height, max_pixels):
@@ -133,14 +169,15 @@ def uniform_frames(path, num_frames, take, decoding):
         packets, total = held_packets(container, stream, codec)
         frames = planned_frames(packets, stream, num_frames, take, decoding)
         # Of an avi a packet may be no frame, or two; other containers have no count, or count what they hide.
-        sure = ("mp4" in container.format.name and stream.frames == len(packets)
+        times = [packet.pts for packet in packets]
+        sure = ("mp4" in container.format.name and stream.frames == len(packets) and None not in times
                 and not any(packet.is_discard for packet in packets))
     if frames:
         return frames
     decoding()
     indices = sample_indices(total, num_frames)
-    kept, decoded = decode_frames(path, indices, stop_early=sure, take=take)
-    if decoded <= indices[-1] or (not sure and decoded != total):
+    kept, decoded = decode_frames(path, indices, stop_early=False, take=take, times=sorted(times) if sure else ())
+    if decoded != total:
         indices = sample_indices(decoded, num_frames)
         if not kept.keys() >= set(indices):
             kept, _ = decode_frames(path, indices, stop_early=True, take=take)
@@ -231,11 +268,12 @@ def open_video(path, decoders="all"):
         what, way_out = looks_like(head, "give an mp4, mov, mkv, webm or avi file")
         raise Refused(f"not a video container but {what}", way_out) from None
     try:
-        films = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        films = [stream for stream in container.streams.video if not stream.disposition & NO_FILM]
         if not films:
             kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
             raise Refused(f"no video stream (streams found: {kinds})", "give a file with pictures")
-        stream = films[0]                        # not the cover that some files carry beside it
+        # As FFmpeg's players: the track that is on, and of several not the one of a picture or two.
+        stream = max(films, key=lambda s: (bool(s.disposition & av.stream.Disposition.default), min(s.frames or 5, 5)))
         try:
             width, height, codec = stream.width, stream.height, stream.codec_context.name
         except (AttributeError, *VIDEO_ERRORS):
@@ -251,19 +289,25 @@ def open_video(path, decoders="all"):
         raise
 
 
-def decode_frames(path, indices, stop_early, take):
+def decode_frames(path, indices, stop_early, take, times=()):
     """({index: what `take` makes of that frame}, frames decoded). stop_early: leave after the last index, else count
-    to the end."""
+    to the end. times: of all frames, if the container says so; as long as they come true it is left there as well, and
+    taken at its word."""
     container, stream, codec = open_video(path)
     wanted, last, kept, decoded = set(indices), indices[-1], {}, 0
+    left = most_pixels(container)
     try:
         with container:
             for frame in whole_frames(container, stream):
                 if decoded in wanted:
                     kept[decoded] = take(frame)
-                decoded += 1
-                if stop_early and decoded > last:
-                    break
+                times = times if decoded < len(times) and frame.pts == times[decoded] else ()
+                decoded, left = decoded + 1, left - frame.width * frame.height
+                if left < 0:
+                    raise Refused(f"{decoded} frames of {frame.width} x {frame.height} and more in {container.size} "
+                                  f"bytes", "cut the clip to the part in question")
+                if decoded > last and (stop_early or times):
+                    return kept, len(times) or decoded
                 if decoded > MAX_VIDEO_FRAMES:
                     raise Refused(f"more than {MAX_VIDEO_FRAMES} frames", "cut the clip to the part in question")
     except VIDEO_ERRORS as error:
@@ -272,6 +316,11 @@ def decode_frames(path, indices, stop_early, take):
     if decoded == 0:
         raise Refused("0 frames", "an empty or incomplete recording: fetch it again")
     return kept, decoded
+
+
+def most_pixels(container) -> int:
+    """Pixels that a file of its size may make us decode: a few kilobytes can announce hours of still pictures."""
+    return max(LEAST_PIXELS, PIXELS_A_BYTE * container.size)
 
 
 def whole_frames(container, stream):
@@ -296,7 +345,7 @@ KIND, PLAIN, IDR, REFERRED = 31, 1, 5, 0x60      # of an H.264 unit's first byte
 def planned_frames(packets, stream, num_frames, take, decoding):
     """Uniformly sampled frames as decoding them all gives them, or None wherever that cannot be shown beforehand."""
     runs, order = plan(packets, stream, num_frames) or ([], [])
-    if not runs:
+    if not runs or sum(map(len, runs)) * stream.width * stream.height > most_pixels(stream.container):
         return None
     if max(map(len, runs)) * stream.width * stream.height > LONG_PIXELS:
         decoding()
@@ -401,24 +450,19 @@ def rgb_tensor(frame):
     return torch.frombuffer(pixels, dtype=torch.uint8, count=height * used).view(height, width, 3)
 
 
-def main(argv) -> int:
+@command
+def main(argv=None) -> int:
     """One line for each file: its picture's size, of a video also its number of frames."""
-    if not argv:
-        print(__doc__)
-        return 2
-    try:
-        for path in argv:
-            if os.path.splitext(path)[1].lower() in (".png", ".jpg", ".jpeg"):
-                print(f"{path}: image of {' x '.join(map(str, read_image(path).shape[1::-1]))} pixels")
-            else:
-                with naming(path):
-                    kept, total = decode_frames(path, [0], False, rgb_tensor)
-                print(f"{path}: video of {kept[0].shape[1]} x {kept[0].shape[0]}, {total} frames")
-    except InputError as error:
-        print(error)
-        return 2
-    return 0
+    argv = sys.argv[1:] if argv is None else argv
+    for path in argv:
+        if os.path.splitext(path)[1].lower() in (".png", ".jpg", ".jpeg"):
+            print(f"{path}: image of {' x '.join(map(str, read_image(path).shape[1::-1]))} pixels")
+        else:
+            with naming(path):
+                kept, total = decode_frames(path, [0], False, rgb_tensor)
+            print(f"{path}: video of {kept[0].shape[1]} x {kept[0].shape[0]}, {total} frames")
+    return 0 if argv else print(__doc__) or 2
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
