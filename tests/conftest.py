@@ -2,6 +2,7 @@
 and tests on several cores at once share these out."""
 
 import functools
+import importlib
 import os
 import sys
 import zlib
@@ -49,11 +50,12 @@ def interpreted_only_in_kernel_tests(request):
     """tests/test_X.py interprets Triton if kernels/X.py exists; elsewhere CPU tensors take the plain torch definitions,
     as they do for users (the interpreter is a thousand times slower, and tests one kernel at a time well enough)."""
     name = Path(request.module.__file__).stem.removeprefix("test_")
-    kernel_files = {path.stem for path in (Path(__file__).resolve().parents[1] / "kernels").glob("*.py")}
+    kernel_files = {path.stem for path in (Path(__file__).resolve().parents[1] / "kernels").glob("[!_]*.py")}
     with pytest.MonkeyPatch.context() as patch:
         if not HAS_GPU and name not in kernel_files | {"kernels"}:
-            for module in [m for n, m in sys.modules.items() if n.startswith("kernels.") and hasattr(m, "INTERPRETED")]:
-                patch.setattr(module, "INTERPRETED", False)
+            for module in [importlib.import_module(f"kernels.{file}") for file in kernel_files]:
+                if hasattr(module, "INTERPRETED"):
+                    patch.setattr(module, "INTERPRETED", False)
         yield
 
 
