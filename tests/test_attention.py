@@ -26,8 +26,8 @@ def step_case(S, first, H, N, M, K, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("S, filled", [(1, 0), (1, 17), (1, 517), (6, 0), (6, 517), (32, 17), (33, 0), (33, 517), (70, 17),
-                                       (70, 517)])
+@pytest.mark.parametrize("S, filled", [(1, 0), (1, 17), (1, 517), (6, 0), (6, 517), (32, 17), (33, 0), (33, 517),
+                                       (70, 17), (70, 517)])
 def test_no_further_from_the_truth_than_twice_plain_torch(S, filled, dtype, device, nan_empty):
     torch.manual_seed(S + filled)
     q_SHK = torch.randn(S, 2 if S == 32 else 4, 32, device=device).to(dtype)

@@ -86,7 +86,7 @@ def test_a_preview_is_the_drafters_own_text(apart, monkeypatch):
 
 def test_a_drafter_that_ends_too_early_goes_on_where_the_target_does(apart, monkeypatch):
     """It takes the answer for ended after two ids; once the target has gone on, so does the drafter."""
-    in_step(monkeypatch, apart, ANSWER, [*ANSWER[:2], EOS, *ANSWER[3:]], lead=1, most=0.2)
+    in_step(monkeypatch, apart, ANSWER, [*ANSWER[:2], EOS, *ANSWER[3:]], lead=1, most=0.5)
     result = apart.generate(mode="speculative", **asked(1))
     assert result.output_ids == ANSWER and result.drafter_error is None and result.accepted_tokens > 3
 

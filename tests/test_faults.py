@@ -361,7 +361,7 @@ def test_sigint_from_outside_ends_in_the_table_of_what_is_done(tmp_path, user_en
         while not (rows.exists() and rows.read_bytes().count(b"\n") > 2) and time.monotonic() - began < 60:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and err == ""
     found = read()
     assert found["interrupted"] and 2 <= len(found["samples"]) < 9
@@ -450,8 +450,9 @@ def one_start(another_process, monkeypatch):
 def test_twenty_requests_answer_alike_and_leave_nothing_behind(one_start):
     found = long_run.requests(20)
     assert found["distinct outputs"] == 1 and found["growth MB"] < 20, found
-    drift, low, high = found["drift"]                        # of two pairs: that both sides ran, and no more
-    assert low <= drift <= high and abs(drift) < 1, found
+    for drift, low, high in (found["drift"], found["processor drift"]):      # of two pairs: that both sides ran
+        assert low <= drift <= high, found
+    assert abs(drift) < 1, found                             # of processor time; the clock goes on while others run
 
 
 def test_one_input_gives_one_output_however_often_and_in_another_process(one_start):

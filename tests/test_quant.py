@@ -18,7 +18,8 @@ BITS = [8, 4]
 # Of rows in the dtype: an ulp of fp16 at 4 may come of rounding twice on the way.
 FLOOR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 1e-5}
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-SHAPES = [(1, 2112, 32), (1, 2304, 32), (2, 64, 32), (5, 704, 32), (8, 384, 64), (9, 192, 32), (16, 576, 32)]   # S, D, O
+# S, D, O
+SHAPES = [(1, 2112, 32), (1, 2304, 32), (2, 64, 32), (5, 704, 32), (8, 384, 64), (9, 192, 32), (16, 576, 32)]
 
 
 @pytest.fixture(autouse=True)

@@ -175,8 +175,8 @@ def test_the_examples_run_as_printed_and_the_data_set_is_one(tmp_path, user_env,
     done = subprocess.run([sys.executable, "-c", run_each, *examples], cwd=tmp_path, capture_output=True, text=True,
                           timeout=200, env=user_env | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-800:]
-    assert bench.main(["--dataset-dir", str(tmp_path / "mine"), *"--device cpu --repeats 1 --warmup 0 --max-new-tokens 4 "
-                       "--modes target_only,speculative --json -".split()]) == 0
+    assert bench.main(["--dataset-dir", str(tmp_path / "mine"), *"--device cpu --repeats 1 --warmup 0 --json - "
+                       "--max-new-tokens 4 --modes target_only,speculative".split()]) == 0
     assert json.loads(capfd.readouterr().out)["identical"] == {"compared": 1, "equal": 1, "differing": []}
 
 

@@ -306,7 +306,7 @@ def test_the_preview_stops_when_the_answer_is_there(pair, monkeypatch):
     def drafting(kind, number):
         if kind == "step":
             answered.wait(20)
-            never.wait(0.02)                                 # a forward of 20 ms: 100 of them would take 2 seconds
+            never.wait(0.1)                                  # a forward of 100 ms: 100 of them would take 10 seconds
     script(monkeypatch, pair.drafter, [3] * 100, before=drafting)
     script(monkeypatch, pair.target, [5, 6, 7])
     stream = pair.stream(mode="prefill_only", **asked(0, max_new_tokens=100))

@@ -1,8 +1,10 @@
 """Sampling through the engine: ids follow the target's distribution whatever is drafted; a seed fixes the answer."""
 
+import threading
+
 import pytest
 import torch
-from common import TINY, asked
+from common import TINY, asked, script
 from test_sample import CRITICAL, chi_square, cut_at
 
 import engine
@@ -152,9 +154,14 @@ def test_cold_and_narrow_sampling_is_greedy_and_seeds_differ(pair):
         assert len(set(hot)) == 4 and tuple(greedy) not in hot
 
 
-def test_drafts_stay_greedy_and_the_drafter_alone_draws(pair):
+def test_drafts_stay_greedy_and_the_drafter_alone_draws(pair, monkeypatch):
     greedy = pair.generate(mode="drafter_only", **asked(0)).output_ids
-    assert pair.generate(mode="prefill_only", temperature=4.0, **asked(0)).preview_ids == greedy
+    last, real = threading.Event(), pair.target.prefill
+    with monkeypatch.context() as patch:                     # the target's answer would end the preview
+        script(patch, pair.drafter, None, before=lambda kind, number: (kind, number) == ("step", len(greedy) - 2)
+               and last.set())
+        patch.setattr(pair.target, "prefill", lambda *given: (last.wait(20), real(*given)))
+        assert pair.generate(mode="prefill_only", temperature=4.0, **asked(0)).preview_ids == greedy
     drawn = [pair.generate(mode="drafter_only", temperature=4.0, seed=seed, **asked(0)).output_ids
              for seed in (5, 5, 6)]
     assert drawn[0] == drawn[1] and drawn[0] != drawn[2] and greedy not in drawn
