@@ -98,7 +98,7 @@ def agreement(w, copy, c, answers, turn=False) -> Agreement:
         truth, known = forward(w, c, hidden_SD)
         rows_SD = turned(hidden_SD[first:]) if turn else hidden_SD[first:]
         logits, _ = forward(copy, c, rows_SD, first, known, eight=True)
-        drafted, meant = logits.log_softmax(-1), truth[first:].log_softmax(-1)
+        drafted, meant = logits.double().log_softmax(-1), truth[first:].double().log_softmax(-1)     # KL stays above 0
         top = drafted.max(-1)
         right.append(top.indices == torch.tensor(ids))
         p.append(top.values.exp())

@@ -2,10 +2,12 @@
 and tests on several cores at once share these out."""
 
 import functools
+import importlib
 import os
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,9 +18,21 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import torch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def interpret():
+    """Triton's interpreter puts its own functions into triton.language again at every launch, and at every call of a
+    function within a kernel, which takes half of its time. Here it does so once."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language as tl
+    from triton.runtime import interpreter
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda fn: SimpleNamespace(restore=lambda: None)
+
+
+if not HAS_GPU:
+    interpret()
 
 
 def pytest_configure(config):
@@ -36,11 +50,12 @@ def interpreted_only_in_kernel_tests(request):
     """tests/test_X.py interprets Triton if kernels/X.py exists; elsewhere CPU tensors take the plain torch definitions,
     as they do for users (the interpreter is a thousand times slower, and tests one kernel at a time well enough)."""
     name = Path(request.module.__file__).stem.removeprefix("test_")
-    kernel_files = {path.stem for path in (Path(__file__).resolve().parents[1] / "kernels").glob("*.py")}
+    kernel_files = {path.stem for path in (Path(__file__).resolve().parents[1] / "kernels").glob("[!_]*.py")}
     with pytest.MonkeyPatch.context() as patch:
         if not HAS_GPU and name not in kernel_files | {"kernels"}:
-            for module in [m for n, m in sys.modules.items() if n.startswith("kernels.") and hasattr(m, "INTERPRETED")]:
-                patch.setattr(module, "INTERPRETED", False)
+            for module in [importlib.import_module(f"kernels.{file}") for file in kernel_files]:
+                if hasattr(module, "INTERPRETED"):
+                    patch.setattr(module, "INTERPRETED", False)
         yield
 
 

@@ -11,17 +11,20 @@ differs between modes, or a child that grows by more than MEGABYTES over what it
 
 import argparse
 import copy
+import functools
+import importlib
 import io
 import json
 import os
 import random
 import re
 import resource
+import signal
 import struct
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 import zipfile
 import zlib
@@ -560,18 +563,56 @@ def save(folder, tally):
 # ---- the parent ------------------------------------------------------------------------------------------------
 
 
+def prepare() -> None:
+    """Imports what every child would import for seconds. A process that forks has one thread and no tensor yet."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for name in ("bench", "engine", "test_bench", "test_load", "test_media"):
+        importlib.import_module(name)
+
+
+class Child:
+    """A fork of this process that calls `work` and ends; stderr: the file for what it says."""
+
+    def __init__(self, work, stderr):
+        self.code: int | None = None
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.dup2(stderr.fileno(), 2)
+                work()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+
+    def poll(self, options=os.WNOHANG):
+        """Its exit code, a signal's as a negative number; None while it runs."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, options)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def wait(self) -> int:
+        return self.poll(0)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
 def fuzz(kind: str, first: int, count: int) -> dict:
-    """The tally of one kind, over as many children as it takes."""
+    """The tally of one kind, over as many children as it takes, forked from this process."""
     total = dict.fromkeys(COLUMNS, 0) | {"slowest": 0.0, "peak": 0.0, "notes": []}
     at, end = first, first + count
     while at < end:
         with tempfile.TemporaryDirectory() as name:
             folder, stop = Path(name), min(at + BATCH, end)
-            command = [sys.executable, __file__, "--child", kind, "--seed", str(at), "--mutations", str(stop - at),
-                       "--folder", name]
-            env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
             with open(folder / "stderr", "w+") as stderr:
-                code = watched(subprocess.Popen(command, env=env, stderr=stderr), folder)
+                code = watched(Child(functools.partial(child, kind, at, stop, folder), stderr), folder)
                 stderr.seek(0)
                 said = stderr.read()[-300:]
             try:
@@ -623,15 +664,11 @@ def main(argv=None) -> int:
     parser.add_argument("--mutations", type=int, default=500, help="of each kind (default %(default)s)")
     parser.add_argument("--kind", default=",".join(KINDS), help="comma list of %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default %(default)s)")
-    parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.child:
-        child(options.child, options.seed, options.seed + options.mutations, options.folder)
-        return 0
     unknown = set(options.kind.split(",")) - set(KINDS)
     if unknown:
         parser.error(f"--kind: {', '.join(sorted(unknown))} is none of {', '.join(KINDS)}")
+    prepare()
     print(f"{'kind':12} {'mutations':>9} " + " ".join(f"{name:>8}" for name in COLUMNS) + "  slowest ms  peak MB")
     failed = False
     for kind in options.kind.split(","):

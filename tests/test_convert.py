@@ -295,9 +295,7 @@ assert sys.modules["numpy"] is None
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_the_command_line_names_what_it_wrote(tmp_path):
+def test_the_command_line_names_what_it_wrote(tmp_path, capsys):
     torch.save({"a": torch.ones(2), "b": torch.ones(1)}, tmp_path / BIN)
-    done = subprocess.run([sys.executable, "-m", "weights.convert", str(tmp_path)], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{tmp_path}/model.safetensors: 2 tensors, 12 bytes\n"
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr() == (f"{tmp_path}/model.safetensors: 2 tensors, 12 bytes\n", "")

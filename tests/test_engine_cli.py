@@ -4,12 +4,14 @@ import ast
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
-from common import NEW, QUESTIONS, ROOT, TINY, asked, truth
+from common import NEW, QUESTIONS, ROOT, TINY, asked, script, truth
 
 import bench
 import engine
+import weights.given
 from engine import InputError, PrefillOnlyInference
 
 CLIP = ["--events", str(TINY / "clips/event_npy/scenes/000001.npz"), "--device", "cpu",
@@ -36,7 +38,21 @@ def line(pair, monkeypatch, capsys):
 def test_without_flags_it_shows_the_claim(user_env):
     done = subprocess.run([sys.executable, "engine.py"], cwd=ROOT, capture_output=True, text=True, env=user_env)
     assert done.returncode == 0 and done.stdout.endswith("\nidentical to target_only: True\n"), done.stderr
-    assert "preview" in done.stdout and "a yellow circle moving quickly upwards" in done.stdout
+    assert " final " in done.stdout and "a yellow circle moving quickly upwards" in done.stdout
+
+
+@pytest.fixture
+def drafter_first(pair, monkeypatch):
+    """The target reads its clip when the drafter has said an id: on a busy machine it might be first."""
+    said, read = threading.Event(), weights.given.read_video
+    script(monkeypatch, pair.drafter, None, before=lambda kind, _: said.set() if kind == "step" else None)
+    monkeypatch.setattr("weights.given.read_video", lambda *given: (said.wait(20), read(*given))[1])
+
+
+def test_without_flags_a_preview_is_shown_before_the_answer(line, drafter_first):
+    code, out, _ = line()
+    assert code == 0 and out.endswith("\nidentical to target_only: True\n")
+    assert 0 <= out.index(" preview ") < out.index(" final ") and "a yellow circle moving quickly upwards" in out
 
 
 @pytest.mark.parametrize("mode", engine.MODES)
@@ -155,7 +171,7 @@ def test_the_adapter_drafts_and_is_verified_once(api, pair, monkeypatch):
         api.generate(**asked(1), mode="prefill_with_alignment")
 
 
-def test_the_result_answers_to_the_old_words(api, pair):
+def test_the_result_answers_to_the_old_words(api, pair, drafter_first):
     result = api.generate(**asked(0), mode="speculative", max_draft_tokens=3)
     assert result["output_tokens"] == result.output_ids == truth(pair, 0)
     assert result["num_draft_tokens"] == len(result["draft_tokens"]) == result.drafted > 0

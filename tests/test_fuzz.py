@@ -2,27 +2,42 @@
 not happen, and runs any number of them."""
 
 import random
+import subprocess
+import sys
 
 import fuzz
 import pytest
 
-import engine  # noqa: F401  now: the fixture that keeps Triton's interpreter out sees only what is imported
 import weights.given
 from weights import InputError
 
 HERE = ("small", "index", "adapter", "answers")              # in this process: a child's imports take seconds
 
 
-@pytest.mark.parametrize("kind", [kind for kind in fuzz.KINDS if kind not in HERE])
-def test_damage_is_read_through_or_refused(kind):
-    tally = fuzz.fuzz(kind, 0, 300)
-    assert tally["accepted"] + tally["refused"] == 300 and not fuzz.violations(tally), tally
-    assert tally["accepted"] >= 5 and tally["refused"] >= 50, "one side of the reader was not reached"
+def tallies(program, kinds, mutations):
+    """(exit code, {kind: the tally it prints}, all it printed) of tests/fuzz.py, in a process that may fork."""
+    done = subprocess.run([sys.executable, program, "--kind", ",".join(kinds), "--mutations", str(mutations)],
+                          capture_output=True, text=True)
+    assert not done.stderr, done.stderr
+    rows = {words[0]: [float(word) for word in words[2:]] for words in map(str.split, done.stdout.splitlines())
+            if words[0] in kinds}
+    return done.returncode, {kind: dict(zip([*fuzz.COLUMNS, "slowest", "peak"], row, strict=True))
+                             for kind, row in rows.items()}, done.stdout
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_damage_is_read_through_or_refused(half):
+    kinds = [kind for kind in fuzz.KINDS if kind not in HERE][half::2]
+    code, found, printed = tallies(fuzz.__file__, kinds, 300)
+    assert code == 0 and list(found) == kinds, printed
+    for kind, tally in found.items():
+        assert tally["accepted"] + tally["refused"] == 300 and not fuzz.violations(tally), printed
+        assert tally["accepted"] >= 5 and tally["refused"] >= 50, f"{kind}: one side of the reader was not reached"
 
 
 @pytest.mark.parametrize("kind, count", [("small", 150), ("index", 150), ("adapter", 100), ("answers", 40)])
 def test_damage_of_small_files_is_read_through_or_refused(kind, count, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights.given, "read_video", weights.given.read_video)         # the reader puts frames there
+    monkeypatch.setattr("weights.given.read_video", weights.given.read_video)        # the reader puts frames there
     name, blobs, read = fuzz.KINDS[kind](tmp_path)
     accepted = 0
     for seed in range(count):
@@ -43,7 +58,7 @@ def test_a_changed_field_is_a_change_and_repeats_by_its_seed(kind, tmp_path):
     assert len({of for some in made for of in some}) > len(made), "nothing is changed"
 
 
-def test_a_violation_is_seen(tmp_path, monkeypatch):
+def test_a_violation_is_seen(tmp_path):
     """The harness itself: a reader that raises, runs something, dies, hangs, or accepts nothing is reported as such."""
     reader = tmp_path / "broken.py"
     reader.write_text(
@@ -62,9 +77,10 @@ def test_a_violation_is_seen(tmp_path, monkeypatch):
         "    held = []\n"
         "    return 'f', [b'abc'], read\n"
         "fuzz.KINDS['npy'] = kind\n"
+        "fuzz.prepare = lambda: None\n"
         "sys.exit(fuzz.main())\n")
-    monkeypatch.setattr(fuzz, "__file__", str(reader))
-    tally = fuzz.fuzz("npy", 0, 5)
-    assert {name: tally[name] for name in fuzz.COLUMNS} == {
+    code, found, printed = tallies(reader, ["npy"], 5)
+    tally = found["npy"]
+    assert code == 1 and "KeyError" in printed and {name: tally[name] for name in fuzz.COLUMNS} == {
         "accepted": 2, "refused": 0, "foreign": 1, "signals": 1, "executed": 1, "empty": 1}
     assert tally["peak"] > fuzz.MEGABYTES and fuzz.violations(tally)

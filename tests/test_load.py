@@ -616,7 +616,7 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
         resolve(folder / ONE)
 
 
-def test_hub_ids_come_from_the_local_cache_without_network(tmp_path):
+def test_an_import_is_quiet_and_hub_ids_come_from_the_local_cache_without_network(tmp_path):
     digits = "0123456789" * 4
     snapshot = tmp_path / "hub/models--org--name/snapshots" / digits
     snapshot.mkdir(parents=True)
@@ -624,6 +624,8 @@ def test_hub_ids_come_from_the_local_cache_without_network(tmp_path):
     (tmp_path / "hub/models--org--name/refs").mkdir()
     (tmp_path / "hub/models--org--name/refs/main").write_text(digits)
     code = """
+import weights.load, weights.convert, torch                  # quiet, and the GPU is left alone
+assert not torch.cuda.is_initialized()
 import socket, sys
 def refuse(*args, **kwargs): raise AssertionError("network")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
@@ -637,7 +639,7 @@ for name in sys.argv[1:]:
 """
     names = ["org/name", f"org/name@{digits}", "org/name@" + "9" * 40, "org/other", "org/na--me", "org/name@../../x"]
     done = python(code, *names, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="0")
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[:2] == [str(snapshot)] * 2 and len(lines) == len(names)
     assert "revision " + "9" * 40 in lines[2] and f"`hf download org/name --revision {'9' * 40}`" in lines[2]
@@ -649,21 +651,23 @@ def test_a_cached_revision_without_a_branch_is_taken_if_it_is_the_only_one(tmp_p
     """As after `hf download --revision`, which leaves no word of what main is."""
     snapshots, code = tmp_path / "hub/models--org--name/snapshots", """
 import sys
+from pathlib import Path
 from weights import InputError
 from weights.load import resolve
-try:
-    print(resolve("org/name"))
-except InputError as error:
-    print(error)
+for digit in "12":
+    folder = Path(sys.argv[1]) / (digit * 40)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    try:
+        print(resolve("org/name"))
+    except InputError as error:
+        print(error)
 """
-    for digits, first in (("1" * 40, str(snapshots / ("1" * 40))), ("2" * 40, "org/name: revision main is not in the")):
-        (snapshots / digits).mkdir(parents=True)
-        (snapshots / digits / "config.json").write_text("{}")
-        done = python(code, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
-        assert done.returncode == 0 and done.stdout.startswith(first), done.stdout + done.stderr
-        if digits[0] == "1":
-            assert done.stderr.count("\n") == 1 and "1" * 40 in done.stderr
-    assert "org/name@" + "1" * 40 in done.stdout and done.stderr == ""
+    done = python(code, snapshots, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0 and done.stderr.count("\n") == 1 and "1" * 40 in done.stderr
+    one, two = done.stdout.splitlines()
+    assert one == str(snapshots / ("1" * 40))
+    assert two.startswith("org/name: revision main is not in the") and "org/name@" + "1" * 40 in two
 
 
 # ---- memory, quiet, command line ---------------------------------------------------------------------------------
@@ -671,9 +675,7 @@ except InputError as error:
 PEAK = """
 import json, sys, torch
 from pathlib import Path
-from safetensors.torch import save_file
 from weights.load import open_checkpoint
-from weights.names import on_disk, plan
 
 def peak():
     # Not ru_maxrss: a child starts with its parent's, which hides its own growth.
@@ -681,39 +683,31 @@ def peak():
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
-config = {"model_type": "llama", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2,
-          "num_attention_heads": 16, "vocab_size": 9216}
-if sys.argv[2] == "write":
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file({on_disk(p.name, "llama"): torch.ones(p.shape) for w in plan(config).wanted for p in w.parts},
-              folder / "model.safetensors")
-else:
-    torch.randn(256, 256) @ torch.randn(256, 256)
-    torch.aminmax(torch.ones(1 << 10, dtype=torch.bfloat16))
-    start = peak()
-    checkpoint = open_checkpoint(folder)
-    opened = peak()
-    weights = checkpoint.load("cpu", torch.bfloat16)
-    kept = sum(t.nbytes for t in weights.values())
-    print(json.dumps([opened - start, peak() - opened, kept, max(s.nbytes for s in checkpoint.stored.values()),
-                      (folder / "model.safetensors").stat().st_size]))
+torch.randn(256, 256) @ torch.randn(256, 256)
+torch.aminmax(torch.ones(1 << 10, dtype=torch.bfloat16))
+start = peak()
+checkpoint = open_checkpoint(folder)
+opened = peak()
+weights = checkpoint.load("cpu", torch.bfloat16)
+kept = sum(t.nbytes for t in weights.values())
+print(json.dumps([opened - start, peak() - opened, kept, max(s.nbytes for s in checkpoint.stored.values()),
+                  (folder / "model.safetensors").stat().st_size]))
 """
 
 
 def test_loading_holds_one_checkpoint_tensor_beside_the_engines(tmp_path):
-    assert python(PEAK, tmp_path, "write").returncode == 0
-    done = python(PEAK, tmp_path, "read")
+    config = {"model_type": "llama", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2,
+              "num_attention_heads": 16, "vocab_size": 9216}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({on_disk(p.name, "llama"): torch.ones(p.shape) for w in plan(config).wanted for p in w.parts},
+              tmp_path / "model.safetensors")
+    done = python(PEAK, tmp_path)
     assert done.returncode == 0, done.stderr
     opened, loaded, kept, largest, on_disk_bytes = json.loads(done.stdout)
     slack = 24 << 20            # allocator and library pages; the file is 8 times that, so a second copy would show
     assert on_disk_bytes >= 200 << 20
     assert opened <= slack, f"opening took {opened:,} bytes"
     assert loaded <= kept + largest + slack, f"{loaded:,} bytes for {kept:,} kept and {largest:,} in the largest tensor"
-
-
-def test_import_is_quiet_and_leaves_the_gpu_alone():
-    done = python("import weights.load, weights.convert, torch; assert not torch.cuda.is_initialized()")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_the_report_lists_every_tensor_and_every_leftover(tmp_path):
@@ -736,11 +730,10 @@ def test_a_device_that_is_not_there_is_one_line(device, tmp_path, capsys):
     assert line.startswith(f"--device {device}") and line.count("\n") == 1 and "pass cpu" in line
 
 
-def test_the_command_line_ends_in_2_and_one_line(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "weights.load", str(tmp_path)], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"{tmp_path}/config.json: no such file, ")
+def test_the_command_line_ends_in_2_and_one_line(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith(f"{tmp_path}/config.json: no such file, ")
 
 
 @pytest.mark.gpu

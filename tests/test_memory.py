@@ -59,20 +59,21 @@ class Allocations(TorchDispatchMode):
 
 
 def launchers(monkeypatch):
-    """In place of the kernels of encode and prefill, what their launchers allocate: results, and nothing else."""
+    """In place of the kernels of encode and prefill, what their launchers allocate: results, and nothing else. Zeros:
+    products of what memory happens to hold may be slow."""
     def made(*shape, like):
-        return torch.empty(shape, dtype=like.dtype)
+        return torch.zeros(shape, dtype=like.dtype)
 
     def rope_store(qkv_SE, pos_ids_S, cos_MK, sin_MK, k_NMK, v_NMK):
         return made(len(qkv_SE), qkv_SE.shape[1] // k_NMK.shape[2] - 2 * len(k_NMK), k_NMK.shape[2], like=qkv_SE)
     monkeypatch.setattr(engine, "rope_store", rope_store)
-    monkeypatch.setattr(engine, "attention", lambda q, k, v, at: torch.empty_like(q))
-    monkeypatch.setattr(engine, "rmsnorm", lambda x, w, eps: torch.empty_like(x))
-    monkeypatch.setattr(engine, "add_rmsnorm", lambda x, residual, w, eps: (torch.empty_like(x), torch.empty_like(x)))
-    monkeypatch.setattr(engine, "layernorm", lambda x, w, b, eps: torch.empty_like(x))
-    monkeypatch.setattr(engine, "add_layernorm", lambda x, residual, w, b, eps: (torch.empty_like(x),
-                                                                                 torch.empty_like(x)))
-    monkeypatch.setattr(engine, "quick_gelu", torch.empty_like)
+    monkeypatch.setattr(engine, "attention", lambda q, k, v, at: torch.zeros_like(q))
+    monkeypatch.setattr(engine, "rmsnorm", lambda x, w, eps: torch.zeros_like(x))
+    monkeypatch.setattr(engine, "add_rmsnorm", lambda x, residual, w, eps: (torch.zeros_like(x), torch.zeros_like(x)))
+    monkeypatch.setattr(engine, "layernorm", lambda x, w, b, eps: torch.zeros_like(x))
+    monkeypatch.setattr(engine, "add_layernorm", lambda x, residual, w, b, eps: (torch.zeros_like(x),
+                                                                                 torch.zeros_like(x)))
+    monkeypatch.setattr(engine, "quick_gelu", torch.zeros_like)
     monkeypatch.setattr(engine, "swiglu", lambda x: made(len(x), x.shape[1] // 2, like=x))
     plain = engine.product
 

@@ -18,6 +18,8 @@ BITS = [8, 4]
 # Of rows in the dtype: an ulp of fp16 at 4 may come of rounding twice on the way.
 FLOOR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 1e-5}
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+# S, D, O
+SHAPES = [(1, 2112, 32), (1, 2304, 32), (2, 64, 32), (5, 704, 32), (8, 384, 64), (9, 192, 32), (16, 576, 32)]
 
 
 @pytest.fixture(autouse=True)
@@ -164,9 +166,10 @@ def test_columns_that_fill_no_whole_blocks_are_refused(D):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits, fold", [*((4, fold) for fold in FOLDS), (8, "norm"), (8, "residual")])
-@pytest.mark.parametrize("S, D, O", [(1, 2112, 32), (1, 2304, 32), (2, 64, 32), (5, 704, 32), (8, 384, 96),
-                                     (9, 192, 32), (16, 1152, 32)])
+@pytest.mark.parametrize("S, D, O, bits, fold", [
+    *((*shape, 4, fold) for shape in SHAPES for fold in ("norm", "residual")),
+    *((*shape, 4, "plain") for shape in SHAPES[::3]), *((*shape, 4, "norm gated") for shape in SHAPES[1::2]),
+    *((*shape, 8, "norm") for shape in SHAPES[::2]), *((*shape, 8, "residual") for shape in SHAPES[1::2])])
 def test_no_further_from_the_truth_than_twice_plain_torch(S, D, O, bits, fold, dtype, device, nan_empty):
     torch.manual_seed(D)
     check(*packed_case(fold, bits, S, D, O, dtype, device))
@@ -180,11 +183,11 @@ def test_outputs_need_not_fill_their_tiles(S, O, fold, device, nan_empty):
 
 @pytest.mark.parametrize("tile", [dict(TILES=1), dict(TILES=4), dict(num_warps=1), dict(num_warps=8), dict(AHEAD=1),
                                   dict(AHEAD=3)], ids=str)
-@pytest.mark.parametrize("S, fold", [(3, "norm gated"), (16, "norm gated"), (16, "residual")])
+@pytest.mark.parametrize("S, fold", [(3, "norm gated"), (16, "residual")])
 def test_every_tile_that_is_tuned_over_agrees(S, fold, tile, device, nan_empty):
     tile = dict(TILES=2, num_warps=4, AHEAD=2) | tile
     tile["TILES"] = max(tile["TILES"], 2) if "gated" in fold else tile["TILES"]
-    check(*packed_case(fold, 4, S, 640, 96, torch.float16, device), **tile)
+    check(*packed_case(fold, 4, S, 640, 64, torch.float16, device), **tile)
 
 
 @pytest.mark.parametrize("fold", FOLDS)
@@ -201,7 +204,7 @@ def test_rows_that_do_not_follow_each_other_in_memory(fold, device, nan_empty):
 @pytest.mark.parametrize("S", [2, 4, 16])
 @pytest.mark.parametrize("fold", FOLDS)
 def test_a_row_does_not_feel_what_its_neighbours_hold(fold, S, device):
-    x_SD, w, folded = packed_case(fold, 4, S, 128, 64, torch.float16, device)
+    x_SD, w, folded = packed_case(fold, 4, S, 128, 32, torch.float16, device)
     clean = quant(x_SD, w, **folded)
     x_SD[1] = float("nan")
     poisoned = quant(x_SD, w, **folded)
@@ -213,11 +216,11 @@ def test_a_row_does_not_feel_what_its_neighbours_hold(fold, S, device):
 @pytest.mark.parametrize("bits, low, high", [(4, -8, 7), (8, -128, 127)])
 def test_every_step_of_the_grid_is_met_exactly(bits, low, high, bf16, device):
     """x picks one column at a time, so an answer is one weight."""
-    steps_OD = torch.arange(256 * 32, device=device).view(32, 256) * 7 % (high - low + 1) + low
+    steps_OD = torch.arange(128 * 32, device=device).view(32, 128) * 7 % (high - low + 1) + low
     steps_OD[:, ::32] = low                                          # the step that fixes a group's scale, here 1
     w = quantise(steps_OD.float(), bits)
-    for start in range(0, 256, MAX_PACKED_ROWS):
-        x_SD = torch.eye(256, device=device, dtype=torch.bfloat16 if bf16 else torch.float16)
+    for start in range(0, 128, MAX_PACKED_ROWS):
+        x_SD = torch.eye(128, device=device, dtype=torch.bfloat16 if bf16 else torch.float16)
         x_SD = x_SD[start:start + MAX_PACKED_ROWS]
         assert bool((quant(x_SD, w) == steps_OD.T[start:start + MAX_PACKED_ROWS]).all())
 

@@ -70,7 +70,7 @@ def test_words_of_other_counters_and_keys_share_nothing():
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 1e-9])
-@pytest.mark.parametrize("S, V", [(1, 7), (3, 9001), (12, 577)])
+@pytest.mark.parametrize("S, V", [(1, 7), (2, 9001), (6, 577)])
 def test_scores_are_the_definitions_and_the_sets_equal(S, V, top_p, dtype, device, nan_empty):
     logits_SV, words_3 = (3 * torch.randn(S, V)).to(dtype), sampling_words(0.8, top_p, (1 << 40) + V)
     plain_SV = sample_ref(logits_SV, state(5), words_3)
@@ -121,7 +121,7 @@ def test_the_largest_of_two_million_draws_keeps_its_digits():
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 2.0])
 @pytest.mark.parametrize("top_p", [1.0, 0.75])
 def test_draws_follow_the_softmax_cut_at_top_p(temperature, top_p):
-    """40,000 draws at as many places, and 40,000 of 2,000 seeds."""
+    """40,000 draws at as many places, and 40,000 of 500 seeds."""
     logits_V = torch.tensor([2.0, 1.5, 1.4, 1.0, 0.8, 0.5, 0.5, 0.2, -0.1, -0.2, -0.4])
     p_V = (logits_V.double() / temperature).softmax(0)
     if top_p < 1:
@@ -130,8 +130,8 @@ def test_draws_follow_the_softmax_cut_at_top_p(temperature, top_p):
     n, limit = 40_000, CRITICAL[int((p_V > 0).sum()) - 1]
     ids = sample_ref(logits_V.expand(n, 11), state(0), sampling_words(temperature, top_p, 7)).argmax(1)
     assert chi_square(ids, p_V) < limit
-    ids = torch.cat([sample_ref(logits_V.expand(20, 11), state(3), sampling_words(temperature, top_p, seed)).argmax(1)
-                     for seed in range(2_000)])
+    ids = torch.cat([sample_ref(logits_V.expand(80, 11), state(3), sampling_words(temperature, top_p, seed)).argmax(1)
+                     for seed in range(500)])
     assert chi_square(ids, p_V) < limit
     blurred_V = p_V + 0.02 * (p_V > 0).double()
     assert chi_square(ids, blurred_V / blurred_V.sum()) > limit              # so small a difference shows

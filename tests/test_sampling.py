@@ -1,8 +1,10 @@
 """Sampling through the engine: ids follow the target's distribution whatever is drafted; a seed fixes the answer."""
 
+import threading
+
 import pytest
 import torch
-from common import TINY, asked
+from common import TINY, asked, script
 from test_sample import CRITICAL, chi_square, cut_at
 
 import engine
@@ -124,9 +126,9 @@ def test_nan_is_reported_and_a_replay_keeps_its_ids():
 
 @pytest.mark.parametrize("temperature, top_p", HOT)
 def test_a_seed_fixes_the_answer_in_every_mode_and_under_any_drafts(pair, temperature, top_p):
-    """3 x 4 x (8 forced drafts + 3 modes) = 132 generations against 12 of target_only."""
+    """2 x 3 x (8 forced drafts + 3 modes) = 66 generations against 6 of target_only."""
     answers, lens = set(), []
-    for i in range(4):
+    for i in range(3):
         options = asked(i, temperature=temperature, top_p=top_p, seed=2 ** 40 + i, ignore_eos=i % 2 == 1)
         ids = pair.generate(mode="target_only", **options).output_ids
         answers.add(tuple(ids[:12]))
@@ -138,11 +140,11 @@ def test_a_seed_fixes_the_answer_in_every_mode_and_under_any_drafts(pair, temper
         for mode in ("prefill_only", "prefill_then_verify", "speculative"):
             result = pair.generate(mode=mode, **options)
             assert result.output_ids == ids and result.drafter_error is None, f"sample {i}, {mode}"
-    assert len(answers) == 4 and set(range(15)) <= set(lens)
+    assert len(answers) == 3 and set(range(15)) <= set(lens)
 
 
 def test_cold_and_narrow_sampling_is_greedy_and_seeds_differ(pair):
-    for i in range(3):
+    for i in range(2):
         greedy = pair.generate(mode="target_only", **asked(i)).output_ids
         for options in (dict(temperature=1e-6), dict(temperature=1e-300), dict(temperature=4, top_p=1e-6),
                         dict(temperature=0, top_p=0.5)):
@@ -152,9 +154,14 @@ def test_cold_and_narrow_sampling_is_greedy_and_seeds_differ(pair):
         assert len(set(hot)) == 4 and tuple(greedy) not in hot
 
 
-def test_drafts_stay_greedy_and_the_drafter_alone_draws(pair):
+def test_drafts_stay_greedy_and_the_drafter_alone_draws(pair, monkeypatch):
     greedy = pair.generate(mode="drafter_only", **asked(0)).output_ids
-    assert pair.generate(mode="prefill_only", temperature=4.0, **asked(0)).preview_ids == greedy
+    last, real = threading.Event(), pair.target.prefill
+    with monkeypatch.context() as patch:                     # the target's answer would end the preview
+        script(patch, pair.drafter, None, before=lambda kind, number: (kind, number) == ("step", len(greedy) - 2)
+               and last.set())
+        patch.setattr(pair.target, "prefill", lambda *given: (last.wait(20), real(*given)))
+        assert pair.generate(mode="prefill_only", temperature=4.0, **asked(0)).preview_ids == greedy
     drawn = [pair.generate(mode="drafter_only", temperature=4.0, seed=seed, **asked(0)).output_ids
              for seed in (5, 5, 6)]
     assert drawn[0] == drawn[1] and drawn[0] != drawn[2] and greedy not in drawn

@@ -12,6 +12,7 @@ with each kind of packed weights.
 Exits 1 if a speculative answer differs from target_only's."""
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -32,16 +33,22 @@ DRAFTS = 15                                         # a round, of the drafter an
 TRAINED = range(24000)                              # scenes of training, by seed
 
 
+@functools.cache
+def trained() -> list[dict]:
+    """The scenes of training."""
+    return [scenes.sample(seed) for seed in TRAINED]
+
+
 def most_frequent(question: int) -> str:
     """The answer that training scenes give most often to QUESTIONS[question]."""
-    return Counter(scenes.answer(scenes.sample(seed), question) for seed in TRAINED).most_common(1)[0][0]
+    return Counter(scenes.answer(scene, question) for scene in trained()).most_common(1)[0][0]
 
 
 def most_frequent_values() -> dict:
     """Each attribute's most frequent value over training scenes that have it."""
     seen = {}
-    for seed in TRAINED:
-        for name, value in scenes.stated(scenes.sample(seed)).items():
+    for scene in trained():
+        for name, value in scenes.stated(scene).items():
             seen.setdefault(name, Counter())[value] += 1
     return {name: values.most_common(1)[0][0] for name, values in seen.items()}
 
@@ -60,9 +67,9 @@ def attribute_rates(answers: list[tuple[dict, str | dict]]) -> dict[str, float]:
 def taught_lookup(text, end: int, count: int = 300) -> Lookup:
     """A lookup of the answers that `count` training scenes give to every question."""
     lookup = Lookup()
-    for seed in TRAINED[:count]:
+    for scene in trained()[:count]:
         for q in range(len(scenes.QUESTIONS)):
-            lookup.learn(text.ids(scenes.answer(scenes.sample(seed), q)) + [end])
+            lookup.learn(text.ids(scenes.answer(scene, q)) + [end])
     return lookup
 
 
