@@ -1076,8 +1076,8 @@ class Engine(Closing):
 
     def prepare(self, progress=None) -> None:
         """Captures what ordinary requests replay, then answers about a black clip, so that neither the first answer
-        nor a question of a new length waits for it. Nothing is learnt. progress: called with ("preparation", steps
-        done, steps in all)."""
+        nor a question of a new length waits for it. The gate learns what a step takes, and nothing else is learnt.
+        progress: called with ("preparation", steps done, steps in all)."""
         def capture(model: Model) -> None:
             with naming_stage(model, "preparation"):
                 rows = len(model.prompt("").before) + model.visual(model.num_frames)
@@ -1087,7 +1087,9 @@ class Engine(Closing):
 
         def answer(mode: str) -> None:
             asked = Asked((x, x, x, x % 2), [frame_HW3] * most, "?", 4, mode=mode, ignore_eos=True, remember=False)
-            collections.deque(self._answer(asked), 0)
+            entries = collections.deque(self._answer(asked), 1)[0].result.timeline
+            if kept and mode == "target_only":
+                kept.timed("step", min(end - start for _, stage, start, end, _ in entries if stage == "decode"))
 
         if any(model.prompt("?").rows(model.visual(model.num_frames)) + 2 * STEP_ROWS + 8 > model.decoder.cache_rows
                for model in self.models):

@@ -206,14 +206,15 @@ def test_questions_of_a_length_share_a_prefill_that_is_there_from_loading_on():
     assert m.made[7:] == [2096, 2500]
 
 
-def test_loading_prepares_both_modes_with_progress_and_learns_nothing(e, monkeypatch):
+def test_loading_prepares_both_modes_with_progress_and_learns_the_price_of_a_step(e, monkeypatch):
     told, answered = [], e._answer
     asked_for = []
     monkeypatch.setattr(e, "_answer", lambda asked: asked_for.append(asked.mode) or answered(asked))
     gate = e.gate = engine.Gate()
     try:
         e.prepare(lambda *of: told.append(of))
-        assert e.gate is gate and not gate.times and not gate.tries and not e.lookup.learnt and not e.learners
+        assert e.gate is gate and not gate.tries and not e.lookup.learnt and not e.learners
+        assert list(gate.times) == ["step"] and 0 < gate.step < 1                # its price is known at once
     finally:
         e.gate = None
     assert asked_for == ["target_only", "speculative"]
