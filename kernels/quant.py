@@ -13,7 +13,8 @@ count, and on nothing else.
   in a mantissa, as u + 128 in bf16, u + 1024 in fp16. A norm's sums of squares are the diagonal of x @ x.T.
 - A single row is a draft, and is limited by those instructions, so it is rounded to 8 bits first, with a scale for each
   group of columns (`rounded`): m16n8k32 multiplies the values as they are, two operands of a word by one shift and two
-  ands, and a group's sum is whole. Beside the weights' error, a tenth, that of x is a hundredth.
+  ands, and a group's sum is whole. Beside the weights' error, a tenth, that of x is a hundredth: of SmolLM2-135M's
+  1,380 ids a turned copy drafts 0.829 right without it, 0.830 with it (KL 0.152 and 0.155 nats).
 
 Bytes: O*D*bits/8 + O*D/64 of scales. LLaMA-7B, a layer at 4 bits: qkv 26.0 MB, o 8.7, gate-up 46.5, down 23.2; with an
 8-bit head of 133 MB 3.47 GB a step, 0.79 ms at the 4.4 TB/s that an H200 reads.
@@ -127,7 +128,7 @@ def turned(x_SD):
 
     A model whose stream is turned computes the same: `quantise` turns what reads the stream and what writes it, and a
     norm without a weight sees no difference. But what sticks out in a column, of weights or of their inputs, is shared
-    by 64, and 4 bits lose less. Drafts that are right, of SmolLM2-135M's own text: 0.779 -> 0.846 of 1,380 ids
+    by 64, and 4 bits lose less. Drafts that are right, of SmolLM2-135M's own text: 0.767 -> 0.830 of 1,380 ids
     (tests/agreement.py). Source of the idea: QuaRot, arXiv 2404.00456."""
     D = x_SD.shape[1]
     B = min(TURNED, D & -D)
