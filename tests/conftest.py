@@ -1,6 +1,7 @@
 """What has to be set before torch and Triton are imported: without a GPU Triton's interpreter runs kernels on the CPU,
 and tests on several cores at once share these out."""
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -23,12 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def interpret():
     """Triton's interpreter puts its own functions into triton.language again at every launch, and at every call of a
-    function within a kernel, which takes half of its time. Here it does so once."""
+    function within a kernel, which takes half of its time. Here it does so once. A third of the rest goes into sums
+    that look for overflows of integers, and nobody looks at them unless kernels are debugged."""
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language as tl
     from triton.runtime import interpreter
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda fn: SimpleNamespace(restore=lambda: None)
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=options.debug)
 
 
 if not HAS_GPU:

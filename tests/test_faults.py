@@ -370,7 +370,7 @@ def test_sigint_from_outside_ends_in_the_table_of_what_is_done(tmp_path, user_en
 
 def test_rows_of_runs_that_were_killed_and_resumed_are_those_of_one_run(tmp_path, quick_ceilings):
     """The short form of `python tests/long_run.py rows --count 2000 --shards 3 --kills 10`."""
-    figures = long_run.killed_rows(tmp_path, rows=9, shards=1, kills=1, seed=0, here=True)
+    figures = long_run.killed_rows(tmp_path, rows=9, shards=1, kills=1, seed=6, here=True)
     assert figures["kills"] == 1 and figures["equal"] and figures["rows"] == 9, figures
 
 
