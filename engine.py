@@ -309,9 +309,9 @@ class Model:
     vision: VisionConfig
     origin: dict                                             # {"hash", "revision"} of its checkpoint, see `load_model`
     copy: Steps | None = None                                # its weights in 4 bits, where it drafts for itself
-    prompt: Callable                         # question -> Prompt; the two below say how
-    encode: Callable                         # pixels -> visual rows
-    visual: Callable                         # pictures -> how many rows that is
+    prompt: Callable                                         # question -> Prompt; the two below say how
+    encode: Callable                                         # pixels -> visual rows
+    visual: Callable                                         # pictures -> how many rows that is
     num_frames = 5                                           # pictures it is trained to see
 
     def __init__(self, decoder: Decoder, text: Text, path: str, stops: tuple[int, ...], graphs: bool = True):
@@ -828,8 +828,8 @@ class Closing:
 class Engine(Closing):
     """A target and its drafter, answering one request at a time. See `load_engine`.
 
-    Two engines may live in one process; on one engine a second request waits for the first. `close`, or `with engine`,
-    ends its threads and gives its memory back.
+    Two engines may live in one process; on one engine a second request waits for the first, for so long as its
+    `timeout` says. `close`, or `with engine`, ends its threads and gives its memory back.
     """
 
     def __init__(self, target: Target | None, drafter: Drafter | None, draft_len: int = 5, overlap_len: int = 15,
@@ -843,7 +843,7 @@ class Engine(Closing):
         self.learners: list = []                             # what the last request left to `remember`
         self.apart = bool(target and drafter) and target.device != drafter.device   # the drafter has its own device
         self.target_first = bool(target and target.on_gpu)   # at the interpreter's lock, see `_drafter_side`
-        self._clip: weakref.ref[Clip] | None = None                # see `clip`
+        self._clip: weakref.ref[Clip] | None = None          # see `clip`
         self.lock = threading.Lock()
         self.owner: int | None = None                        # the thread whose request runs
         self.running: Request | None = None
@@ -1234,7 +1234,7 @@ class Engine(Closing):
         deciding = "target" if self.target in active else "drafter"
         if self.drafter not in active:
             req.drafter_done.set()
-        decider = {"target": "final", "drafter": "preview"}[deciding]        # the kind of event that is the answer
+        answer = {"target": "final", "drafter": "preview"}[deciding]         # the kind of event that makes it up
         texts = {"preview": TextStream(self.drafter.text, req.asked.stop)} if self.drafter in active else {}
         texts["final"] = TextStream((self.target if deciding == "target" else self.drafter).text, req.asked.stop)
         result, running, error = Result(mode=req.asked.mode), {m.side for m in active}, None
@@ -1264,7 +1264,7 @@ class Engine(Closing):
                 if text := texts.get(kind):
                     delta = text.push(value)
                     yield Event(kind, text.out, delta, list(text.ids), at * 1e3)
-                if texts[decider].stopped:
+                if texts[answer].stopped:
                     req.cancelled.set()
                     req.stop_drafting.set()
             if error is not None:
@@ -1468,7 +1468,7 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
                          f"tokenizer.json of this checkpoint")
     stops = stop_ids(folder, config) if checkpoint else (2,)
     cache_rows = cache_rows or rows_for(cls.side, config)
-    made: collections.abc.Callable = iter                    # what becomes of the weights as they come
+    made: Callable = iter                                    # what becomes of the weights as they come
     if config.get("packed"):
         made = functools.partial(assembled, config=config)
     elif packed is not None and cls is Drafter:
@@ -1564,8 +1564,6 @@ class PrefillOnlyInference(Closing):
         self.mode, self.lock = mode, threading.Lock()
         self.engine: Engine | None = None
 
-    in_old_words = staticmethod(Result.in_old_words)
-
     def load(self) -> Engine:
         if self.engine is None:
             with self.lock:                                  # two threads, one engine
@@ -1579,7 +1577,7 @@ class PrefillOnlyInference(Closing):
 
     @takes(asking.OldTold)
     def generate(self, asked: asking.OldTold) -> Result:
-        """The finished Result, which also answers to the research code's words (`in_old_words`)."""
+        """The finished Result, which also answers to the research code's words (`Result.in_old_words`)."""
         return finished(self._answer(asked), asked.on_event)
 
     @takes(asking.OldAsked)

@@ -174,7 +174,7 @@ def test_a_result_goes_through_json(pair):
     back = json.loads(json.dumps(result.as_dict()))
     assert set(back) == set(result) and back["output_ids"] == result.output_ids and back["rounds"] == result.rounds
     assert [engine.Round(**of) for of in back["round_log"]] == result.round_log
-    old = json.loads(json.dumps(PrefillOnlyInference.in_old_words(result).as_dict()))
+    old = json.loads(json.dumps(result.in_old_words().as_dict()))
     assert old["output_tokens"] == result.output_ids and "vl_prefill_time" in old
 
 

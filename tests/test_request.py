@@ -13,11 +13,11 @@ from engine import MODES, DraftSource, Fixed, InputError
 from kernels.frames import draw_events
 
 
-@pytest.mark.parametrize("i, draft_len, ignore_eos", [
-    (0, 1, False), (3, 1, True), (3, 5, False), (0, 5, True), (0, 15, False), (3, 15, True), (3, 31, False),
-    (0, 31, True)])
+@pytest.mark.parametrize("i", [0, 3])
+@pytest.mark.parametrize("draft_len", [1, 5, 15, 31])
+@pytest.mark.parametrize("ignore_eos", [False, True], ids=["stop", "fixed_length"])
 def test_any_drafts_give_the_targets_answer(pair, i, draft_len, ignore_eos):
-    """4 lengths x 2 endings x 17 sources = 136 cases; each length and each ending with both samples."""
+    """4 lengths x 2 endings x 17 sources x 2 samples = 272 cases."""
     question = int(i > 0)
     ids, cases = truth(pair, i, question, ignore_eos), 0
     for name, guess in guesses(ids).items():
@@ -31,7 +31,7 @@ def test_any_drafts_give_the_targets_answer(pair, i, draft_len, ignore_eos):
             agreeing = sum(a == b for a, b in zip(guess, ids, strict=False))
             assert result.accepted_tokens == agreeing
         cases += 1
-    assert cases >= 15
+    assert cases == 17
 
 
 @pytest.mark.parametrize("mode", ["prefill_only", "prefill_then_verify", "speculative"])
