@@ -267,11 +267,11 @@ def generations(count: int, seed: int, adapter=None) -> dict:
     Raises = type("Raises", (), {name: breaking(name) for name in ("begin", "propose", "verdict", "learn")})
     e = engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", gate=False, self_draft=True)
     chance, truths, equal, accepted = random.Random(seed), {}, 0, dict.fromkeys(source_names(), 0)
-    config = adapters.AdapterConfig("follower", vocab=576, rows=64, width=32, layers=1, heads=2, hidden=64)
+    config = adapters.AdapterConfig(vocab=576, rows=64, width=32, layers=1, heads=2, hidden=64)
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         if adapter is None:
-            adapters.save(Path(folder), adapters.NETWORKS["follower"](config), config)
+            adapters.save(Path(folder), adapters.TokenAdapter(config), config)
         sources = {name: engine.source_named(f"adapter:{adapter or folder}" if name == "adapter" else name)
                    for name in engine.SOURCES} | {"ahead": None, "raises": Raises(), "odd": engine.Fixed(
                        [chance.choice([2, -1, 10 ** 9, -2 ** 70, chance.randrange(576)]) for _ in range(64)])}

@@ -39,16 +39,12 @@ def test_the_token_adapter_has_the_recorded_layers():
             "transformer.layers.3.self_attn.in_proj_bias"} <= keys
 
 
-@pytest.mark.parametrize("kind", ["token", "follower"])
-def test_no_entry_looks_ahead(kind):
+def test_no_entry_looks_ahead():
     torch.manual_seed(0)
-    config = AdapterConfig(kind, **SMALL)
-    network = adapter.NETWORKS[kind](config).eval()
-    ids = torch.randint(1, 60, (1, 8))
-    extra = (torch.zeros(1, 8, dtype=torch.long), torch.arange(8)[None]) if kind == "follower" else ()
-    before = network(ids, *extra)
+    network, ids = TokenAdapter(AdapterConfig(**SMALL)).eval(), torch.randint(1, 60, (1, 8))
+    before = network(ids)
     ids[0, 5] = (ids[0, 5] + 1) % 60
-    after = network(ids, *extra)
+    after = network(ids)
     assert torch.equal(before[:, :5], after[:, :5]) and not torch.equal(before[:, 5:], after[:, 5:])
 
 
@@ -65,13 +61,12 @@ def test_parts_share_no_sequence_and_lose_no_row():
 def test_labels_are_shifted_against_the_drafter():
     row = {"drafter": [7, 8, 9], "target": [3, 4, 5], "previous": []}
     for shift, labels in ((0, [3, 4, 5]), (1, [4, 5])):
-        (ids,), found = adapter.batch([row], AdapterConfig(shift=shift, **SMALL), "cpu")
+        ids, found = adapter.batch([row], AdapterConfig(shift=shift, **SMALL), "cpu")
         assert found[0].tolist() == labels and ids[0].tolist() == [7, 8, 9][:len(labels)]
 
 
-@pytest.mark.parametrize("kind", ["token", "follower"])
-def test_training_learns_what_can_be_learnt_and_resumes_to_the_same_weights(tmp_path, kind):
-    config, options = AdapterConfig(kind, **{**SMALL, "vocab": 64}), dict(lr=1e-2, test=1, valid=1, batch_rows=8)
+def test_training_learns_what_can_be_learnt_and_resumes_to_the_same_weights(tmp_path):
+    config, options = AdapterConfig(**{**SMALL, "vocab": 64}), dict(lr=1e-2, test=1, valid=1, batch_rows=8)
     whole = adapter.train(rows_of(8, 14), tmp_path / "whole", config, epochs=EPOCHS, patience=EPOCHS, **options)
     assert whole["test"]["prefix"] > 2.5 > 1.0 > whole["controls"]["position frequency"]["prefix"]
     real, calls = adapter.judge, []
@@ -118,12 +113,13 @@ def test_a_malicious_best_model_is_never_executed(tmp_path, monkeypatch):
 def test_weights_that_fit_no_config_are_refused_by_name(tmp_path):
     adapter.save(tmp_path, TokenAdapter(AdapterConfig(**SMALL)), AdapterConfig(**SMALL))
     config, good = json.loads((tmp_path / "config.json").read_text()), (tmp_path / adapter.WEIGHTS).read_bytes()
-    for change in ({"width": 32}, {"kind": "other"}, {"kind": []}, {"sees": 5}, {"heads": 3}, {"layers": "many"},
+    for change in ({"width": 32}, {"kind": "follower"}, {"kind": []}, {"heads": 3}, {"layers": "many"},
                    {"layers": 1_000_000}, {"stray": 1}):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(InputError):
             adapter.load(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "kind": "token", "sees": "drafter"}))  # as it was
+    assert adapter.load(tmp_path)[1] == AdapterConfig(**SMALL)
     (tmp_path / adapter.WEIGHTS).write_bytes(good[:len(good) // 2])
     with pytest.raises(InputError, match=adapter.WEIGHTS):
         adapter.load(tmp_path)
@@ -151,8 +147,8 @@ def test_ids_and_stop_ids_are_those_of_the_models_that_were_recorded(tmp_path):
     path.write_text("\n".join(map(json.dumps, lines)))
     assert {(*row["target"], "|", *row["drafter"]) for row in adapter.read_pairs(path)} == {(40_000, 2, "|", 50_000)}
     sizes = [f"--{n}={v}" for n, v in SMALL.items() if n not in ("rows", "vocab")]
-    assert adapter.main(["train", str(path), "--out", str(tmp_path / "out"), "--kind", "follower", "--epochs", "1",
-                         "--test", "1", "--valid", "1", *sizes]) == 0
+    assert adapter.main(["train", str(path), "--out", str(tmp_path / "out"), "--epochs", "1", "--test", "1",
+                         "--valid", "1", *sizes]) == 0
     assert adapter.load(tmp_path / "out")[1].vocab == 50_001
 
 
@@ -175,12 +171,10 @@ def test_the_only_kind_of_pairs_is_taken_and_of_several_one_is_named(tmp_path):
 def test_answers_of_one_id_and_silent_drafters_are_trained_on_and_judged(tmp_path, capsys):
     rows = [{**row, "target": [5], "drafter": []} for row in rows_of()]
     path, sizes = write_pairs(tmp_path / "pairs.jsonl", rows), [f"--{n}={v}" for n, v in SMALL.items() if n != "rows"]
-    for kind in ("token", "follower"):
-        given = [str(path), "--test", "1", "--valid", "1"]
-        assert adapter.main(["train", *given, "--out", str(tmp_path / kind), "--kind", kind, "--epochs", "1",
-                             *sizes]) == 0
-        assert adapter.main(["evaluate", given[0], str(tmp_path / kind), *given[1:]]) == 0
-        assert "previous" in capsys.readouterr().out
+    given, out = [str(path), "--test", "1", "--valid", "1"], str(tmp_path / "out")
+    assert adapter.main(["train", *given, "--out", out, "--epochs", "1", *sizes]) == 0
+    assert adapter.main(["evaluate", given[0], out, *given[1:]]) == 0
+    assert "previous" in capsys.readouterr().out
 
 
 def test_controls_of_an_adapter_are_those_counted_by_hand():
@@ -203,7 +197,7 @@ def test_an_adapter_of_whole_numbers_is_refused(tmp_path):
 
 
 def test_a_disk_that_fails_between_header_and_weights_is_one_line(tmp_path, monkeypatch):
-    config = AdapterConfig("token", **SMALL)
+    config = AdapterConfig(**SMALL)
     adapter.save(tmp_path, TokenAdapter(config), config)
 
     def fails(*_, **__):

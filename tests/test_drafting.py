@@ -255,8 +255,8 @@ class Places(torch.nn.Module):
 
 @pytest.mark.parametrize("shift", [0, 1, 2])
 def test_entry_i_of_the_token_adapter_drafts_the_id_at_i_plus_shift(shift):
-    config = adapter.AdapterConfig("token", vocab=200, rows=32, width=8, layers=1, heads=2, hidden=8, shift=shift)
-    drafts = adapter.guess(Places(), config, [5] * 6, [], [7] * 3, 2)
+    config = adapter.AdapterConfig(vocab=200, rows=32, width=8, layers=1, heads=2, hidden=8, shift=shift)
+    drafts = adapter.guess(Places(), config, [5] * 6, [7] * 3, 2)
     assert drafts == [100 + 3 - shift, 101 + 3 - shift][:6 - 3 + shift]
 
 

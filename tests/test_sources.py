@@ -85,27 +85,21 @@ def test_a_model_is_named_by_its_config_its_tokenizer_and_its_weights(tmp_path):
         model_name(folder, tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("kind", ["token", "follower"])
-def test_an_adapter_drafts_what_its_network_says_at_the_shifted_place(tmp_path, kind):
+def test_an_adapter_drafts_what_its_network_says_at_the_shifted_place(tmp_path):
     torch.manual_seed(0)
-    config = adapter.AdapterConfig(kind, vocab=60, rows=16, width=16, layers=1, heads=2, hidden=24)
-    network = adapter.NETWORKS[kind](config).eval()
+    config = adapter.AdapterConfig(vocab=60, rows=16, width=16, layers=1, heads=2, hidden=24)
+    network = adapter.TokenAdapter(config).eval()
     adapter.save(tmp_path, network, config)
     source = source_named(f"adapter:{tmp_path}")
     assert isinstance(source, Adapted) and source.needs_drafter
     source.begin("q")
-    source.learn([3, 4, 5])
-    source.begin("another")
-    source.begin("q")
     source.read([7, 8, 9, 10])
     drafts = source.propose([3], 3)
     assert len(drafts) == 3 and source.propose([3, drafts[0]], 2) == drafts[1:]
-    row = {"drafter": [7, 8, 9, 10], "previous": [3, 4, 5], "target": [3, *drafts]}
-    inputs, _ = adapter.batch([row], config, "cpu")
-    assert network(*inputs)[0, -3:].argmax(-1).tolist() == drafts
-    if kind == "token":
-        source.begin("q")
-        assert source.propose([3], 3) == []                  # the drafter wrote nothing: nothing to go by
+    ids_BS, _ = adapter.batch([{"drafter": [7, 8, 9, 10], "target": [3, *drafts]}], config, "cpu")
+    assert network(ids_BS)[0, -3:].argmax(-1).tolist() == drafts
+    source.begin("q")
+    assert source.propose([3], 3) == []                      # the drafter wrote nothing: nothing to go by
 
 
 def test_a_source_is_known_by_its_name(tmp_path):

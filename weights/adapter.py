@@ -1,23 +1,19 @@
-"""adapter: small networks that turn what is known before the target speaks into guesses of the target's ids.
+"""adapter: a small network that turns the drafter's ids into guesses of the target's.
 
     python -m weights.adapter train PAIRS.jsonl --out DIR           whole sequences held out, resumable
-    python -m weights.adapter train PAIRS.jsonl --out DIR --kind follower
     python -m weights.adapter evaluate PAIRS.jsonl DIR              beside the controls that need no network
 
-`token`: the TokenAdapter of the research repository this engine started from, layer by layer (45.5 M parameters): the
+TokenAdapter is that of the research repository this engine started from, layer by layer (45.5 M parameters): the
 drafter's ids in, the target's ids out, entry i guessing answer id i + `shift`. Its `best_model.pt` loads after
 `python -m weights.convert best_model.pt DIR/adapter.safetensors`; sizes come from the shapes, shift is 1.
-`follower`: a causal decoder over [drafter ids] [previous answer] [answer so far], the first two optional: it sees what
-the target has committed and guesses the next id.
 
 Measured on 1,100 recorded answers of the 7B pair, one question, `train PAIRS --patience 5` (12 sequences: 3 test, 2
 validation, 7 to learn from), accepted of 21 drafts after the target's own first id:
-    token, 45.5 M      position match 28.08 %   top-5 48.12 %   accepted 8.65     best epoch 3 of 7
-    follower, 4.7 M    67.27 % given the true ids before     81.54 %   accepted 9.15     best epoch 8
+    token adapter      position match 28.08 %   top-5 48.12 %   accepted 8.65     best epoch 3 of 7
     no network         most frequent id at each position 25.43 % and 8.54, constant 9.14, previous answer 12.59
-The follower was --kind follower --width 128 --layers 3 --heads 4 --hidden 512 --lr 1e-3 --sees previous: from 645
-answers it does not learn to copy the previous one, which alone has 12.59. Neither network earns its place here; the
-engine's lookup has 13.54 over all 1,100 answers, without a network.
+It earns no place by that: the engine's lookup has 13.54 over all 1,100 answers, without a network. Dropped: a causal
+decoder of 4.7 M parameters over the answer so far, with the drafter's ids and the previous answer in front or not:
+9.15; from 645 answers it does not learn to copy the previous one.
 
 PAIRS: one JSON object a line with src, seq, clip, question, videollava_ids, eventgpt_ids, as `bench.py --record` does.
 """
@@ -146,7 +142,6 @@ def split(rows, test: int, valid: int) -> dict:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    kind: str = "token"
     vocab: int = 32_010              # rows of the embedding; EventGPT adds ten to LLaMA's 32,000
     rows: int = 128                  # positions
     width: int = 512
@@ -154,14 +149,11 @@ class AdapterConfig:
     heads: int = 8                   # the one size that shapes do not tell
     hidden: int = 2048
     shift: int = 1                   # entry i guesses the target's id i + shift
-    sees: str = "previous,drafter"   # what a follower reads before the answer
 
     def __post_init__(self):
         sizes = [getattr(self, f.name) + (f.name == "shift") for f in fields(self) if f.type is int
                  and type(getattr(self, f.name)) is int]
-        named = isinstance(self.kind, str) and isinstance(self.sees, str) and self.kind in NETWORKS
-        if not named or len(sizes) < 7 or not all(0 < s < 1 << 20 for s in sizes) or self.layers > 128 \
-                or self.width % self.heads or not set(self.sees.split(",")) <= {*SEGMENTS, ""}:
+        if len(sizes) < 7 or not all(0 < s < 1 << 20 for s in sizes) or self.layers > 128 or self.width % self.heads:
             raise InputError(f"adapter: sizes that fit no network ({brief(asdict(self), 200)}); check its config.json")
 
 
@@ -172,7 +164,9 @@ class TokenAdapter(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab, config.width)
         self.position_embedding = nn.Embedding(config.rows, config.width)
-        self.transformer = layers(config)
+        layer = nn.TransformerEncoderLayer(config.width, config.heads, config.hidden, dropout=0.1, activation="gelu",
+                                           batch_first=True)
+        self.transformer = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
         self.output_proj = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, config.vocab))
 
     def forward(self, ids_BS):
@@ -181,78 +175,27 @@ class TokenAdapter(nn.Module):
         return self.output_proj(self.transformer(hidden_BSD, mask=causal(S, ids_BS.device)))
 
 
-SEGMENTS = ("drafter", "previous")
-
-
-class Follower(nn.Module):
-    """Ids, their segment and their place in it [B, S] to logits of the id after each [B, S, V]; one table of ids for
-    both ends."""
-
-    def __init__(self, config: AdapterConfig):
-        super().__init__()
-        self.embedding = nn.Embedding(config.vocab, config.width)
-        self.position_embedding = nn.Embedding(config.rows, config.width)
-        self.segment_embedding = nn.Embedding(len(SEGMENTS) + 1, config.width)
-        for table in (self.embedding, self.position_embedding, self.segment_embedding):
-            nn.init.normal_(table.weight, std=0.02)
-        self.transformer = layers(config, norm_first=True)
-        self.norm = nn.LayerNorm(config.width)
-
-    def forward(self, ids_BS, segments_BS, places_BS):
-        hidden_BSD = (self.embedding(ids_BS) + self.position_embedding(places_BS)
-                      + self.segment_embedding(segments_BS))
-        hidden_BSD = self.transformer(hidden_BSD, mask=causal(ids_BS.shape[1], ids_BS.device))
-        return self.norm(hidden_BSD) @ self.embedding.weight.T
-
-
-NETWORKS = {"token": TokenAdapter, "follower": Follower}
-
-
-def layers(config: AdapterConfig, **extra) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(config.width, config.heads, config.hidden, dropout=0.1, activation="gelu",
-                                       batch_first=True, **extra)
-    return nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
-
-
 def causal(S: int, device):
     return torch.ones(S, S, dtype=torch.bool, device=device).triu(1)
 
 
-def batch(rows, config: AdapterConfig, device) -> tuple[tuple, torch.Tensor]:
-    """(inputs of the network, labels [B, S]) of some rows; label 0 counts for nothing. labels[b, i] is what entry i
-    is asked for: the token adapter's target id i + shift, the follower's next answer id."""
-    if config.kind == "token":
-        S = min(config.rows, max(max(len(r["target"]) - config.shift, 1) for r in rows))
-        ids = [(r["drafter"] + [0] * S)[:S] for r in rows]
-        labels = [(r["target"][config.shift:] + [0] * S)[:S] for r in rows]
-        return (torch.tensor(ids, device=device),), torch.tensor(labels, device=device)
-    C = min(config.rows, 64)                                 # rows of each text seen before the answer
-    parts = [[(r[name] + [0] * C)[:C] for r in rows] for name in SEGMENTS if name in config.sees.split(",")]
-    A = min(config.rows, max(max(len(r["target"]) - 1, 1) for r in rows))
-    parts.append([(r["target"][:-1] + [0] * A)[:A] for r in rows])
-    used = [k for k, name in enumerate((*SEGMENTS, "answer")) if name in (*config.sees.split(","), "answer")]
-    ids = [sum(of, []) for of in zip(*parts, strict=True)]
-    segments = [k for k, part in zip(used, parts, strict=True) for _ in part[0]]
-    places = [i for part in parts for i in range(len(part[0]))]
-    labels = [[0] * (len(line) - A) + (r["target"][1:] + [0] * A)[:A] for line, r in zip(ids, rows, strict=True)]
-    as_rows = torch.tensor([segments, places], device=device)[:, None].expand(2, len(rows), -1)
-    return (torch.tensor(ids, device=device), *as_rows), torch.tensor(labels, device=device)
+def batch(rows, config: AdapterConfig, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(drafter ids, labels), [B, S] each, of some rows; label 0 counts for nothing. labels[b, i] is the target's id i +
+    shift, which entry i is asked for."""
+    S = min(config.rows, max(max(len(r["target"]) - config.shift, 1) for r in rows))
+    ids = [(r["drafter"] + [0] * S)[:S] for r in rows]
+    labels = [(r["target"][config.shift:] + [0] * S)[:S] for r in rows]
+    return torch.tensor(ids, device=device), torch.tensor(labels, device=device)
 
 
 @torch.no_grad()
-def guess(network, config: AdapterConfig, drafter, previous, committed, limit: int) -> list[int]:
-    """At most `limit` ids that may follow the target's `committed` ones, greedily. drafter, previous: ids, or []."""
+def guess(network, config: AdapterConfig, drafter, committed, limit: int) -> list[int]:
+    """At most `limit` ids that may follow the target's `committed` ones. drafter: its ids, or []."""
+    first, heard = len(committed) - config.shift, drafter[:config.rows]
+    if first < 0 or first >= len(heard):
+        return []
     device = next(network.parameters()).device
-    if config.kind == "token":
-        first, heard = len(committed) - config.shift, drafter[:config.rows]
-        if first < 0 or first >= len(heard):
-            return []
-        return network(torch.tensor([heard], device=device))[0, first:first + limit].argmax(-1).tolist()
-    ids = list(committed)
-    while len(ids) < min(len(committed) + limit, config.rows):
-        inputs, _ = batch([{"drafter": drafter, "previous": previous, "target": [*ids, 0]}], config, device)
-        ids.append(int(network(*inputs)[0, -1].argmax()))
-    return ids[len(committed):]
+    return network(torch.tensor([heard], device=device))[0, first:first + limit].argmax(-1).tolist()
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
@@ -281,15 +224,16 @@ def load(folder, device="cpu"):
     beside = path.parent / "config.json"
     if beside.exists():
         raw = read_json(beside, "an adapter's config")
+        kind, _ = raw.pop("kind", "token"), raw.pop("sees", None)            # of files that were written before
         unknown = set(raw) - {f.name for f in fields(AdapterConfig)}
-        if unknown or str(raw.get("kind")) not in NETWORKS:
-            raise refusal(beside, f"no adapter's config (kind {brief(raw.get('kind'))}, unknown {listed(unknown)})",
+        if unknown or kind != "token":
+            raise refusal(beside, f"no adapter's config (kind {brief(kind)}, unknown {listed(unknown)})",
                           "copy it again from where the adapter was trained")
         config = AdapterConfig(**raw)
     else:
         config = config_of(shapes, path)
     with torch.device("meta"):
-        network = NETWORKS[config.kind](config)
+        network = TokenAdapter(config)
     wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     wrong = sorted(key for key in {*wanted, *shapes} if wanted.get(key) != shapes.get(key))
     if wrong:
@@ -315,7 +259,7 @@ def config_of(shapes: dict, path) -> AdapterConfig:
     except (KeyError, ValueError, IndexError):
         raise refusal(path, f"holds no TokenAdapter (its tensors: {listed(sorted(shapes), 4)})",
                       "give the state dict of best_model.pt, converted, or a folder with config.json") from None
-    return AdapterConfig("token", vocab, rows, width, depth, 8 if width % 8 == 0 else 1, hidden)
+    return AdapterConfig(vocab, rows, width, depth, 8 if width % 8 == 0 else 1, hidden)
 
 
 # ---- train and judge -------------------------------------------------------------------------------------------
@@ -324,28 +268,23 @@ def config_of(shapes: dict, path) -> AdapterConfig:
 @torch.no_grad()
 def judge(network, config: AdapterConfig, rows, device, limit: int = LIMIT) -> dict:
     """Position match and top-5 in per cent over every target id after the first, and the mean accepted prefix of one
-    shot of at most `limit` drafts after the target's own first id. A follower is asked with the true ids before each
-    position: its free run is the same up to the first miss, which is all that counts."""
+    shot of at most `limit` drafts after the target's own first id."""
     network.eval()
     right, top5, prefixes = [], [], []
     for at in range(0, len(rows), 64):
         some = rows[at:at + 64]
-        inputs, labels_BS = batch(some, config, device)
-        best_BSK = network(*inputs).topk(5, dim=-1).indices
+        ids_BS, labels_BS = batch(some, config, device)
+        best_BSK = network(ids_BS).topk(5, dim=-1).indices
         hit_BSK = (best_BSK == labels_BS[..., None])
         for b, row in enumerate(some):
-            start = labels_BS.shape[1] - batch_answer(config, some) if config.kind == "follower" else 1 - config.shift
-            span = slice(max(start, 0), max(start, 0) + len(row["target"]) - 1)
+            start = max(1 - config.shift, 0)
+            span = slice(start, start + len(row["target"]) - 1)
             hits = hit_BSK[b, span, 0].tolist()
             right += hits
             top5 += hit_BSK[b, span].any(-1).tolist()
             prefixes.append(agreeing(hits, [True] * limit))
     mean = lambda values: sum(values) / max(1, len(values))          # noqa: E731
     return {"position": 100 * mean(right), "top5": 100 * mean(top5), "prefix": mean(prefixes)}
-
-
-def batch_answer(config, rows) -> int:
-    return min(config.rows, max(max(len(r["target"]) - 1, 1) for r in rows))
 
 
 def beside(train, rows, limit: int = LIMIT) -> dict:
@@ -390,7 +329,7 @@ def train(rows, out, config: AdapterConfig, *, epochs=50, patience=10, lr=1e-4, 
     the test sequences. Label smoothing 0.1, AdamW, cosine, clip 1: the recipe of the adapter this follows."""
     out, parts = Path(out), split(with_previous(rows), test, valid)
     torch.manual_seed(seed)
-    network = NETWORKS[config.kind](config).to(device)
+    network = TokenAdapter(config).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.01)
     per_epoch = -(-len(parts["train"]) // batch_rows)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
@@ -413,8 +352,8 @@ def train(rows, out, config: AdapterConfig, *, epochs=50, patience=10, lr=1e-4, 
         torch.manual_seed(seed * 1000 + epoch)               # dropout too goes on as if never interrupted
         network.train()
         for at in range(0, len(shuffled), batch_rows):
-            inputs, labels_BS = batch(shuffled[at:at + batch_rows], config, device)
-            loss = F.cross_entropy(network(*inputs).flatten(0, 1), labels_BS.flatten(), ignore_index=0,
+            ids_BS, labels_BS = batch(shuffled[at:at + batch_rows], config, device)
+            loss = F.cross_entropy(network(ids_BS).flatten(0, 1), labels_BS.flatten(), ignore_index=0,
                                    label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
@@ -458,10 +397,8 @@ def main(argv=None) -> int:
             sub.add_argument("folder", type=Path)
         else:
             sub.add_argument("--out", type=Path, required=True)
-            sub.add_argument("--kind", choices=tuple(NETWORKS), default="token")
             for flag in ("vocab", "width", "layers", "heads", "hidden", "shift"):
                 sub.add_argument(f"--{flag}", type=int, default=getattr(AdapterConfig, flag) * (flag != "vocab"))
-            sub.add_argument("--sees", default=AdapterConfig.sees, help="of a follower (default %(default)s)")
             sub.add_argument("--epochs", type=int, default=50)
             sub.add_argument("--patience", type=int, default=10)
             sub.add_argument("--lr", type=float, default=1e-4)
@@ -474,9 +411,8 @@ def main(argv=None) -> int:
     if args.command == "train":
         rows = read_pairs(args.pairs, args.src, args.vocab or 1 << 31)
         found = 1 + max(i for row in rows for i in row["target"] + row["drafter"])
-        config = AdapterConfig(args.kind, vocab=args.vocab or max(found, AdapterConfig.vocab), width=args.width,
-                               layers=args.layers, heads=args.heads, hidden=args.hidden, shift=args.shift,
-                               sees=args.sees)
+        config = AdapterConfig(vocab=args.vocab or max(found, AdapterConfig.vocab), width=args.width,
+                               layers=args.layers, heads=args.heads, hidden=args.hidden, shift=args.shift)
         figures = train(rows, args.out, config, epochs=args.epochs, patience=args.patience, lr=args.lr,
                         test=args.test, valid=args.valid, seed=args.seed, device=args.device)
     else:
@@ -485,7 +421,7 @@ def main(argv=None) -> int:
         parts = split(with_previous(rows), args.test, args.valid)
         figures = {"test": judge(network, config, parts["test"], args.device),
                    "controls": beside(parts["train"], parts["test"])}
-    print("\n".join(lines_of(figures, f"{config.kind} adapter on {args.test} held-out sequences of {args.pairs.name}, "
+    print("\n".join(lines_of(figures, f"token adapter on {args.test} held-out sequences of {args.pairs.name}, "
                              f"{rows[0]['src']}")))
     return 0
 

@@ -122,27 +122,23 @@ class Lookup(DraftSource):
 
 
 class Adapted(DraftSource):
-    """What a trained adapter (`python -m weights.adapter train`) makes of the drafter's ids and of the previous answer
-    to the same question. Source: `prefill_with_alignment` of the research code."""
-    name = "adapter"
+    """What a trained adapter (`python -m weights.adapter train`) makes of the drafter's ids. Source:
+    `prefill_with_alignment` of the research code."""
+    name, needs_drafter = "adapter", True
 
     def __init__(self, folder, device="cpu"):
         from weights import adapter
         self.guess, (self.network, self.config) = adapter.guess, adapter.load(folder, device)
-        self.preview, self.question, self.last = [], "", {}
-        self.needs_drafter = self.config.kind == "token" or "drafter" in self.config.sees.split(",")
+        self.preview = []
 
     def begin(self, question):
-        self.preview, self.question = [], question
+        self.preview = []
 
     def read(self, preview):
         self.preview = list(preview)
 
     def propose(self, committed, limit):
-        return self.guess(self.network, self.config, self.preview, self.last.get(self.question, []), committed, limit)
-
-    def learn(self, answer):
-        self.last[self.question] = list(answer)
+        return self.guess(self.network, self.config, self.preview, committed, limit)
 
 
 SOURCES = ("drafter", "self", "lookup", "adapter")
