@@ -357,8 +357,16 @@ class Checkpoint:
         jobs = [(self.stored[part.name], part, wanted) for wanted in self.plan.wanted for part in wanted.parts]
         at = {part.name: (str(self.stored[part.name].file), self.stored[part.name].start) for _, part, _ in jobs}
         jobs.sort(key=lambda job: (len(job[2].shape) > 1, min(at[part.name] for part in job[2].parts), at[job[1].name]))
-        filling, flags, done, total = {}, [], 0, sum(stored.nbytes for stored, _, _ in jobs)
+        filling, flags, seen, done, total = {}, [], [], 0, sum(stored.nbytes for stored, _, _ in jobs)
         buffers, files = itertools.cycle([Buffer(device) for _ in range(READERS + 1)]), {}
+
+        def rows_of(job):
+            """The values [N] of a job's tensor, which has its memory from the first call on."""
+            _, part, wanted = job
+            if wanted.name not in filling:
+                filling[wanted.name] = torch.empty(wanted.shape, dtype=STORED[wanted.dtype] if wanted.dtype else dtype,
+                                                   device=device), len(wanted.parts)
+            return filling[wanted.name][0].narrow(0, part.row, part.shape[0]).flatten()
 
         def pieces():
             """(job, first value, buffer, values on their way into it), as they are asked for, in the order of jobs."""
@@ -369,31 +377,31 @@ class Checkpoint:
                     opened.callback(files[stored.file][0].close)
                 step = PIECE // STORED[stored.dtype].itemsize
                 for first in range(0, prod(part.shape), step):
-                    buffer = next(buffers)
-                    yield job, first, buffer, readers.submit(buffer.read, *files[stored.file], stored, first)
+                    buffer, to = next(buffers), rows_of(job)[first:first + step] if device.type == "cpu" else None
+                    yield job, first, buffer, readers.submit(buffer.read, *files[stored.file], stored, first, to)
 
         with contextlib.ExitStack() as opened, concurrent.futures.ThreadPoolExecutor(READERS) as readers:
             more = pieces()
             queued = collections.deque(itertools.islice(more, READERS))
             while queued:
-                (stored, part, wanted), first, buffer, reading = queued.popleft()
-                tensor, missing = filling.get(wanted.name) or (
-                    torch.empty(wanted.shape, dtype=STORED[wanted.dtype] if wanted.dtype else dtype, device=device),
-                    len(wanted.parts))
-                rows = tensor.narrow(0, part.row, part.shape[0])
+                job, first, buffer, reading = queued.popleft()
+                stored, _, wanted = job
                 try:
-                    values = reading.result()
+                    values, extremes = reading.result()
                 except OSError as error:
                     raise refusal(stored.file, f"reading {stored.key} failed ({error.strerror}) after {done} of "
                                   f"{total} bytes", "check the disk or network share and try again") from None
-                buffer.copy_to(rows.flatten()[first:first + len(values)], values)
+                rows = rows_of(job)
+                if device.type != "cpu":
+                    buffer.copy_to(rows[first:first + len(values)], values)
                 queued.extend(itertools.islice(more, 1))
-                ends = first + len(values) == rows.numel()
-                filling[wanted.name] = tensor, missing - ends
-                if not ends:
+                seen += extremes
+                if first + len(values) < len(rows):
                     continue
-                low, high = torch.aminmax(rows)
-                flags.append(torch.isfinite(low) & torch.isfinite(high))     # both NaN if one value is; no sync
+                tensor, missing = filling[wanted.name]
+                filling[wanted.name] = tensor, missing - 1
+                flags.append(torch.isfinite(torch.stack(seen or torch.aminmax(rows))).all())     # no sync
+                seen = []
                 done += stored.nbytes
                 if progress:
                     progress(done, total)
@@ -606,6 +614,11 @@ def advice(kind, keys) -> str:
     return "take config.json and all weight files from one and the same checkpoint"
 
 
+def bytes_of(tensor) -> memoryview:
+    """The memory of a dense tensor on the CPU."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
 class Buffer:
     """PIECE bytes on the host, pinned for a GPU, which a reader thread fills and the main thread copies from.
 
@@ -615,23 +628,30 @@ class Buffer:
     def __init__(self, device):
         on_gpu = device.type == "cuda"
         self.tensor = torch.empty(PIECE, dtype=torch.uint8, pin_memory=on_gpu)
-        self.bytes = memoryview((ctypes.c_char * PIECE).from_address(self.tensor.data_ptr())).cast("B")
+        self.bytes = bytes_of(self.tensor)
         self.copied = torch.cuda.Event() if on_gpu else None
 
-    def read(self, file, data: int, stored, first: int):
-        """The stored values from `first` on, as many as fit; `data`: where the data of the file begin. OSError as
-        read, or where the file ends early."""
+    def read(self, file, data: int, stored, first: int, to=None):
+        """(the stored values from `first` on, as many as fit, their extremes or ()); `data`: where the data of the file
+        begin. to: rows [N] on the CPU that they shall fill, without a way round by the buffer if the types are the
+        same; only then extremes, both NaN if one value is. OSError as read, or where the file ends early."""
         dtype, got = STORED[stored.dtype], 0
         at = data + stored.start + first * dtype.itemsize
         nbytes = min(PIECE, stored.nbytes - first * dtype.itemsize)
+        same = to is not None and to.dtype == dtype
+        room = bytes_of(to) if same else self.bytes
         if self.copied:
             self.copied.synchronize()                        # the piece before has left the buffer
         while got < nbytes:
-            count = os.preadv(file.fileno(), [self.bytes[got:nbytes]], at + got)
+            count = os.preadv(file.fileno(), [room[got:nbytes]], at + got)
             if not count:
                 raise OSError(0, "the file ends there")
             got += count
-        return self.tensor[:nbytes].view(dtype)
+        values = to if same else self.tensor[:nbytes].view(dtype)
+        if to is None:
+            return values, ()
+        with torch.inference_mode(to.is_inference()):        # which is each thread's own; the caller's may be on
+            return values, torch.aminmax(to if same else to.copy_(values))
 
     def copy_to(self, rows, values):
         """Fills rows [N] with the values; on a GPU the copy is under way on return."""
