@@ -23,6 +23,7 @@ import collections
 import contextlib
 import io
 import json
+import os
 import random
 import sys
 import time
@@ -42,14 +43,18 @@ from weights.files import (
     InputError,
     brief,
     command,
+    insist_number,
+    insist_whole,
     json_lines,
     naming,
     open_regular,
     read_json,
+    reason_of,
     refusal,
     replace_file,
+    say,
 )
-from weights.load import listed, read_header
+from weights.load import insist_usable, listed, read_header
 from weights.sources import agreeing
 
 WEIGHTS = "adapter.safetensors"
@@ -204,7 +209,10 @@ def guess(network, config: AdapterConfig, drafter, committed, limit: int) -> lis
 def save(folder, network, config: AdapterConfig) -> None:
     """config.json and then the weights, each in place only when whole."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refusal(folder, f"cannot be made ({reason_of(error)})", "choose another folder") from None
     replace_file(folder / "config.json", (json.dumps(asdict(config), indent=2) + "\n").encode())
     tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     replace_file(folder / WEIGHTS, to_bytes(tensors))
@@ -214,15 +222,15 @@ def load(folder, device="cpu"):
     """(network in evaluation mode, AdapterConfig) of a folder. Without config.json the sizes are read off the shapes of
     a TokenAdapter, with eight heads and shift +1: what the research repository trained."""
     folder = Path(folder)
-    path = folder / WEIGHTS if folder.is_dir() else folder
-    if not path.exists():
+    path = folder / WEIGHTS if os.path.isdir(folder) else folder
+    if not os.path.exists(path):
         raise refusal(path, "no such file", "train one, or convert best_model.pt to this name with weights.convert")
     header = read_header(path)
     shapes = {key: tuple(stored.shape) for key, stored in header.items()}
     if whole := sorted(key for key, stored in header.items() if stored.dtype not in ("F16", "BF16", "F32", "F64")):
         raise refusal(path, f"holds no floating point numbers in {listed(whole, 4)}", "save it as float32")
     beside = path.parent / "config.json"
-    if beside.exists():
+    if os.path.exists(beside):
         raw = read_json(beside, "an adapter's config")
         kind, _ = raw.pop("kind", "token"), raw.pop("sees", None)            # of files that were written before
         unknown = set(raw) - {f.name for f in fields(AdapterConfig)}
@@ -336,7 +344,7 @@ def train(rows, out, config: AdapterConfig, *, epochs=50, patience=10, lr=1e-4, 
     about = {"config": asdict(config), "epochs": epochs, "lr": lr, "seed": seed, "test": test, "valid": valid,
              "pairs": len(rows)}
     best, first, resume = {"prefix": -1.0, "position": -1.0}, 0, out / "resume.pt"
-    if resume.exists():
+    if os.path.exists(resume):
         with unfinished(resume, about, device) as state:
             network.load_state_dict(state["network"])
             optimizer.load_state_dict(state["optimizer"])
@@ -408,7 +416,11 @@ def main(argv=None) -> int:
         sub.add_argument("--valid", type=int, default=2, help="sequences to stop by (default %(default)s)")
         sub.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
+    insist_usable(args.device)
     if args.command == "train":
+        for name, low, high in (("epochs", 1, 1_000_000), ("patience", 1, 1_000_000), ("seed", 0, 2 ** 31)):
+            insist_whole(f"--{name}", getattr(args, name), low, high)
+        insist_number("--lr", args.lr, 0, 1, above=True)
         rows = read_pairs(args.pairs, args.src, args.vocab or 1 << 31)
         found = 1 + max(i for row in rows for i in row["target"] + row["drafter"])
         config = AdapterConfig(vocab=args.vocab or max(found, AdapterConfig.vocab), width=args.width,
@@ -421,7 +433,7 @@ def main(argv=None) -> int:
         parts = split(with_previous(rows), args.test, args.valid)
         figures = {"test": judge(network, config, parts["test"], args.device),
                    "controls": beside(parts["train"], parts["test"])}
-    print("\n".join(lines_of(figures, f"token adapter on {args.test} held-out sequences of {args.pairs.name}, "
+    say("\n".join(lines_of(figures, f"token adapter on {args.test} held-out sequences of {args.pairs.name}, "
                              f"{rows[0]['src']}")))
     return 0
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, TensorSpec, serialize_file
 
-from weights.files import brief, command, naming, open_regular, refusal
+from weights.files import brief, command, naming, open_regular, reason_of, refusal, say
 from weights.load import INDEX, SINGLE, listed, open_checkpoint, read_header, reject_impostor, shards_of
 
 PICKLED = re.compile(r"(?i)\.(bin|pt|pth|ckpt)$")
@@ -74,7 +74,7 @@ def convert_folder(source, target) -> list:
 
 def copies(source, target) -> dict:
     """{from: to} of config and tokenizer files that the target folder lacks."""
-    if target.exists() and target.samefile(source):
+    if os.path.exists(target) and os.path.samefile(target, source):
         return {}
     return {source / name: target / name for name in sorted(os.listdir(source))
             if SMALL_FILES.search(name) and not name.endswith(".index.json") and not os.path.exists(target / name)
@@ -166,8 +166,7 @@ def read_pickled(path):
     except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
             MemoryError, RecursionError, OverflowError, zipfile.BadZipFile, struct.error) as error:
         # What a damaged pickle does to the reader is open-ended; these are the classes that mutations of real ones met.
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise refusal(path, f"not a file of torch.save, or a damaged one ({brief(reason)})",
+        raise refusal(path, f"not a file of torch.save, or a damaged one ({reason_of(error)})",
                       "copy or download it again") from None
 
 
@@ -227,7 +226,7 @@ def main(argv=None) -> int:
         found = convert(args.source, args.target)
     for path in found:
         tensors = read_header(path).values() if path.suffix == ".safetensors" else ()
-        print(f"{path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors):,} bytes" if tensors else path)
+        say(f"{path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors):,} bytes" if tensors else str(path))
     return 0
 
 

@@ -40,6 +40,7 @@ from weights.files import (
     read_json,
     reason_of,
     refusal,
+    say,
 )
 from weights.names import (
     CLIP_MEAN,
@@ -102,13 +103,12 @@ def resolve(path_or_id, revision=None) -> Path:
     repo, _, pinned = name.partition("@")
     revision = revision or pinned or None
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo, re.ASCII):
-        raise refusal(name or repr(name), "no such folder",
-                      "check the spelling, or give ORG/NAME of a downloaded model")
+        raise refusal(name, "no such folder", "check the spelling, or give ORG/NAME of a downloaded model")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     try:
         return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, OSError):
+    except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError):       # ValueError: a NUL inside
         found = cached_revisions(repo) if revision is None else []
         if len(found) == 1:                                  # `hf download --revision` leaves no word of `main`
             logging.getLogger(__name__).warning("%s: revision main is not in the hub cache; the one that is there is "
@@ -126,7 +126,7 @@ def cached_revisions(repo: str) -> list[Path]:
     """The snapshots of a model that the hub cache holds, whatever their branches are called."""
     from huggingface_hub.constants import HF_HUB_CACHE
     folder = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
-    return [of for of in sorted(folder.glob("*")) if (of / "config.json").exists()]
+    return [of for of in sorted(folder.glob("*")) if os.path.exists(of / "config.json")]
 
 
 def reject_impostor(path, first_bytes):
@@ -327,8 +327,9 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """16 hex digits that tell checkpoints apart: SHA-256 of config.json, of every tensor's name, dtype and shape,
         and of its first and last 4 KiB. All bytes would take ten seconds at 7B, these take milliseconds."""
-        digest, files = hashlib.sha256((self.folder / "config.json").read_bytes()), {}
+        files: dict = {}
         try:
+            digest = hashlib.sha256((self.folder / "config.json").read_bytes())
             for name, stored in sorted(self.stored.items()):
                 if stored.file not in files:
                     files[stored.file] = open_weights(stored.file)
@@ -726,7 +727,7 @@ def random_tensors(config, device, dtype, seed):
 
 def report(checkpoint: Checkpoint):
     """Prints every engine tensor with where it comes from, then what stays unread."""
-    print(f"{checkpoint.kind} {checkpoint.folder}: {listed(file.name for file in checkpoint.files)}")
+    say(f"{checkpoint.kind} {checkpoint.folder}: {listed(file.name for file in checkpoint.files)}")
     print(f"{'engine tensor':32} {'shape':22} {'dtype':6} {'bytes':>13}  from")
     read = 0
     for tensor in checkpoint.plan.wanted:
@@ -736,19 +737,25 @@ def report(checkpoint: Checkpoint):
         print(f"{tensor.name:32} {str(list(tensor.shape)):22} {'/'.join(sorted({s.dtype for s in sources})):6} "
               f"{nbytes:13,}  {' + '.join(source.key for source in sources)}")
     for source in checkpoint.unread:
-        print(f"{'(not read)':32} {str(list(source.shape)):22} {source.dtype:6} {source.nbytes:13,}  {source.key}")
+        say(f"{'(not read)':32} {str(list(source.shape)):22} {source.dtype:6} {source.nbytes:13,}  {source.key}")
     print(f"{len(checkpoint.plan.wanted)} engine tensors from {len(checkpoint.stored)} checkpoint tensors, {read:,} "
           f"bytes; {len(checkpoint.unread)} not read, {sum(s.nbytes for s in checkpoint.unread):,} bytes")
 
 
-def checked(checkpoint: Checkpoint, device: str) -> str:
-    """Reads every value, to fp32 on the CPU and bf16 elsewhere, and keeps none."""
+def insist_usable(device: str) -> torch.device:
+    """The device of a command. InputError unless it can be used."""
     try:
         at = torch.device(device)
-        torch.zeros(1, device=at).item()                     # the driver's start is not the loader's
-    except (AssertionError, RuntimeError) as error:
-        raise refusal(f"--device {brief(device)}", f"cannot be used ({str(error).splitlines()[0][:80]})",
+        torch.zeros(1, device=at).item()
+        return at
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise refusal(f"--device {brief(device)}", f"cannot be used ({reason_of(error)})",
                       "pass cpu, or cuda where torch sees a GPU") from None
+
+
+def checked(checkpoint: Checkpoint, device: str) -> str:
+    """Reads every value, to fp32 on the CPU and bf16 elsewhere, and keeps none."""
+    at = insist_usable(device)                               # the driver's start is not the loader's
     held, began = peak_resident(), time.monotonic()
     for _ in checkpoint.tensors(at, torch.float32 if at.type == "cpu" else torch.bfloat16):
         pass
