@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import json
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -21,7 +22,9 @@ import bench
 import engine
 from weights import InputError, adapter, files, load, video
 from weights.asking import Told, takes
+from weights.convert import convert
 from weights.given import events_given, video_given
+from weights.rows import merge
 from weights.sources import Lookup
 
 ROOT = Path(files.__file__).resolve().parents[1]
@@ -32,7 +35,7 @@ def refused(call, *words):
     with pytest.raises(InputError) as caught:
         call()
     message = str(caught.value)
-    assert message.isprintable() and "; " in message and len(message) < 1000, message
+    assert message.isprintable() and "; " in message and len(message) < 1300, message
     for word in words:
         assert word in message, message
 
@@ -110,6 +113,17 @@ def test_an_empty_value_is_no_flag_left_out(words, said, capsys):
     assert engine.main(["--query", "q", "--video", ""]) == 2 and "--video: is empty" in capsys.readouterr().err
 
 
+class Closed:
+    def keys(self):
+        raise RuntimeError("the file is closed")
+
+
+class Shapeless:
+    @property
+    def shape(self):
+        raise RuntimeError("doesn't support sizes")
+
+
 class Broken:
     def __repr__(self):
         raise RuntimeError("no words")
@@ -155,6 +169,18 @@ def test_a_compressed_file_that_ends_early_is_one_line(tmp_path):
         refused(lambda: video_given(file), "video: a file object that cannot be read (Compressed file ended")
 
 
+@pytest.mark.parametrize("value", [dict, torch.Tensor, Closed(), Shapeless()],
+                         ids=lambda of: type(of).__name__)
+def test_what_cannot_be_read_in_memory_is_one_line(value):
+    for events in (value, {"x": value, "y": [1], "t": [1], "p": [1]}):
+        refused(lambda events=events: events_given(events).read(), "events: ")
+
+
+def test_a_mapped_file_is_a_file_object():
+    with open(ROOT / "weights/tiny/clips/event_npy/scenes/000000.npz", "rb") as file:
+        assert len(events_given(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)).read().x)
+
+
 def test_a_source_may_propose_without_an_end(pair):
     class Endless(engine.DraftSource):
         def propose(self, committed, limit):
@@ -170,6 +196,33 @@ def test_what_a_config_may_leave_out_is_left_out():
     """The budget of memory took it for granted."""
     from weights.shapes import visual_rows
     assert visual_rows("target", {"video_seq_length": None}) == 8 * 257
+
+
+def test_a_long_text_from_outside_keeps_the_line_short():
+    line = str(InputError(f"{'x' * 5000}: no such file; check the name"))
+    assert len(line) < 1200 and line.startswith("xxx") and line.endswith("no such file; check the name")
+
+
+def deep(levels: int) -> str:
+    return '{"size": ' * levels + "1" + "}" * levels
+
+
+def test_a_small_file_may_be_as_deep_as_json_reads(tmp_path):
+    """What walks it goes no deeper than it needs, or names the file."""
+    write(tmp_path, TEXT, tensors_of(TEXT))
+    assert load.same_setting(json.loads(deep(2)), 224) is False and load.same_setting({"height": 224}, 224)
+    (tmp_path / "r.jsonl").write_text('{"config": {"samples": 1, "modes": []}, "weights": ' + deep(900) + "}\n")
+    refused(lambda: merge([tmp_path / "r.jsonl"]), "r.jsonl: not a file of rows (RecursionError")
+
+
+@pytest.mark.parametrize("name", ["o" * 243 + ".safetensors", "o" * 290 + ".safetensors"])
+def test_a_converted_file_may_have_a_long_name(name, tmp_path):
+    torch.save({"a": torch.ones(3)}, tmp_path / "w.bin")
+    if len(name) < 256:
+        assert convert(tmp_path / "w.bin", tmp_path / name) == [tmp_path / name]
+    else:
+        refused(lambda: convert(tmp_path / "w.bin", tmp_path / name), "cannot be written or read (File name too long)")
+    assert len(os.listdir(tmp_path)) == 1 + (len(name) < 256)
 
 
 # ---- text from outside -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ name only when all of it is written, and nothing is overwritten.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
@@ -89,11 +90,14 @@ def write_all(jobs, small_files=None, index=None) -> list:
         raise refusal(there[0], f"exists already ({len(there)} of {len(outputs)} results do)",
                       "remove it first or give another target")
     folder, partial = outputs[0].parent, {}
+
+    def beside(target):                                  # a name may be as long as names can be
+        return target.with_name(f".{os.getpid()}.{len(partial)}.partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         found, nbytes = {}, 0
         for source, target in jobs.items():
-            partial[target] = target.with_name(f".{target.name}.{os.getpid()}.partial")
+            partial[target] = beside(target)
             write(source, partial[target])
             for key, stored in read_header(partial[target]).items():
                 if key in found:
@@ -105,10 +109,10 @@ def write_all(jobs, small_files=None, index=None) -> list:
             if wrong:
                 raise refusal(old_index, f"{len(wrong)} names differ between index and shards: {listed(wrong)}",
                               "copy the checkpoint again")
-            partial[path] = path.with_name(f".{path.name}.{os.getpid()}.partial")
+            partial[path] = beside(path)
             partial[path].write_text(json.dumps({"metadata": {"total_size": nbytes}, "weight_map": found}, indent=2))
         for source, target in (small_files or {}).items():
-            partial[target] = target.with_name(f".{target.name}.{os.getpid()}.partial")
+            partial[target] = beside(target)
             shutil.copyfile(source, partial[target])
         for path in sorted(partial, key=lambda path: path.name == INDEX):
             os.rename(partial[path], path)              # the index last: it is what makes the folder a checkpoint
@@ -118,7 +122,8 @@ def write_all(jobs, small_files=None, index=None) -> list:
                       "check the path, its permissions and the disk") from None
     finally:
         for path in partial.values():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
     return outputs
 
 

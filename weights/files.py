@@ -48,10 +48,11 @@ class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: path, reason, way out. bench.py exits 2 with it.
     Arguments are named in backquotes, or by the first word; `in_flags` makes flags of them.
 
-    Whatever a path or a file puts into it, the line stays one."""
+    Whatever a path or a file puts into it, the line stays one, and can be read."""
 
     def __init__(self, line: str):
-        super().__init__(printable(line))
+        line = printable(line)
+        super().__init__(line if len(line) <= 1200 else f"{line[:700]} .. {line[-450:]}")
 
 
 class Refused(Exception):
@@ -184,7 +185,7 @@ def line_for_each(doc: str, describe: Callable) -> int:
 def refusal(path, reason, way_out) -> InputError:
     """InputError "PATH: reason; way out"."""
     name = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else quoted(path)
-    return InputError(f"{brief(name, 500) or repr(name)}: {reason}; {way_out}")
+    return InputError(f"{name or repr(name)}: {reason}; {way_out}")
 
 
 @contextlib.contextmanager

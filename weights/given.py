@@ -89,7 +89,8 @@ def tensor_of(value) -> torch.Tensor:
         what = "holds more than numbers" if isinstance(value, (list, tuple)) else "is no array of numbers"
         raise Refused(f"is a {kind}, which {what} ({reason_of(error)})", "pass a tensor, a numpy array, or anything "
                       "with the buffer protocol or DLPack") from None
-    if found.layout != torch.strided or found.is_quantized or found.device.type not in ("cpu", "cuda"):
+    plain = found.layout == torch.strided and not (found.is_quantized or found.is_nested)
+    if not plain or found.device.type not in ("cpu", "cuda"):
         raise Refused(f"is a tensor of layout {found.layout} on {found.device}", "pass a dense one on cpu or cuda")
     return found
 
@@ -162,7 +163,10 @@ def shape_of(value) -> str:
 
 
 def dimensions(value) -> int:
-    return len(getattr(value, "shape", ()))
+    try:
+        return len(getattr(value, "shape", ()))
+    except (TypeError, RuntimeError):            # a class; a nested tensor
+        return 0
 
 
 # ---- events ----------------------------------------------------------------------------------------------------------
@@ -236,7 +240,13 @@ def events_in_memory(value, columns: str | None = None, time_unit: str | None = 
     """Events of x, y, t, p in memory, copied; they stay on their device. columns: the order of an array [N, 4] or of
     four arrays. time_unit: s, ms, us or ns; None: whole times are microseconds, others seconds."""
     with naming("events"):
-        found = columns_of(value, columns)
+        try:
+            found = columns_of(value, columns)
+        except Refused:
+            raise
+        except Exception as error:                           # a class, a file of another library that was closed
+            raise Refused(f"is a {type(value).__name__} that cannot be read ({reason_of(error)})",
+                          "pass x, y, t, p as a mapping of arrays") from None
         if found.keys() >= {"x", "y", "t", "p"}:
             for name in "xytp":
                 try:
@@ -399,7 +409,7 @@ def file_of(argument: str, value, wanted: str):
         return value
     if not isinstance(value, CONTENTS):
         try:
-            at = value.tell() if value.seekable() else None
+            at = value.tell() if getattr(value, "seekable", lambda: True)() else None        # an mmap has none
             content = value.read(MAX_CONTENT + 1)
             if at is not None:
                 value.seek(at)

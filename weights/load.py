@@ -546,7 +546,8 @@ def insist_processor(folder, config: dict) -> None:
 def same_setting(found, wanted) -> bool:
     """Whether a processor's value is the wanted one: numbers to 6 digits, a size by its side or by its edges."""
     if isinstance(found, dict):
-        return bool(found) and all(same_setting(value, wanted) for value in found.values() if value is not None)
+        edges = [value for value in found.values() if value is not None]
+        return bool(found) and not any(isinstance(edge, dict) or not same_setting(edge, wanted) for edge in edges)
     if isinstance(wanted, list):
         return isinstance(found, list) and len(found) == len(wanted) and all(map(same_setting, found, wanted))
     if isinstance(wanted, bool):

@@ -149,7 +149,7 @@ def save(checkpoint, out, device="cpu") -> list:
         dtype = kept.pop() if len(kept) == 1 and kept <= DTYPES.keys() else "F32"
         tensors = packing(checkpoint.tensors(device, DTYPES[dtype]), FORM, turn)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as name:
+        with tempfile.TemporaryDirectory(prefix=f".{os.getpid()}.", suffix=".partial", dir=out.parent) as name:
             folder = Path(name) / out.name
             folder.mkdir()
             for small in ("tokenizer.json", "generation_config.json"):

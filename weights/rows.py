@@ -24,7 +24,8 @@ def insist_same(path: Path, theirs: dict, ours: dict, way_out: str) -> None:
         return {k: v for key in of for k, v in flat(of[key], f"{name} {key}").items()} if isinstance(of, dict) else {
             name.removeprefix(" ").removeprefix("config "): json.dumps(of)[:60]}
 
-    theirs, ours = (flat({name: of.get(name) for name in SAME}) for of in (theirs, ours))
+    with trusting(path, "not a file of rows", "wants what --rows wrote"):
+        theirs, ours = (flat({name: of.get(name) for name in SAME}) for of in (theirs, ours))
     found = [f"{name} ({theirs.get(name)}, here {ours.get(name)})" for name in {**theirs, **ours}
              if theirs.get(name) != ours.get(name)]
     if found:
