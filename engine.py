@@ -92,7 +92,7 @@ from weights.asking import MODES, Asked, FilePath, takes
 from weights.drafting import ENOUGH, PLAIN, WIDTHS, Gate, Line, NonFinite, Proposal, Tenant, noting
 from weights.files import command, in_flags, insist_filled, insist_flag, insist_function, insist_whole, printable
 from weights.given import Shown
-from weights.load import random_weights, stop_ids
+from weights.load import random_tensors, stop_ids
 from weights.memory import TINY, as_dtype, memory_budget, model_name, pick_device, ran_out
 from weights.packed import PRODUCTS, SOME, assembled, gains_by_turning, packing
 from weights.result import Event, Result, Round, Verdict
@@ -1478,7 +1478,7 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
             packing, form=packed, turn=turn)
     try:
         weights = (checkpoint.load(device, dtype, progress and functools.partial(progress, cls.side), made)
-                   if checkpoint else random_weights(config, device, dtype, seed, made))
+                   if checkpoint else dict(made(random_tensors(config, device, dtype, seed))))
         with torch.inference_mode():
             model = cls(config, weights, text, str(path), stops, cache_rows, graphs)
             model.origin = {"hash": checkpoint.fingerprint(), "revision": checkpoint.revision} if checkpoint else {

@@ -53,6 +53,7 @@ from weights.files import (
     refusal,
     replace_file,
     say,
+    trusting,
 )
 from weights.load import insist_usable, listed, read_header
 from weights.sources import agreeing
@@ -71,7 +72,8 @@ def read_pairs(path, src: str | None = None, vocab: int = 1 << 31) -> list[dict]
     InputError names the file and the line."""
     rows, found = [], {}
     for at, row in json_lines(path, "recorded pairs, as bench.py --record writes them"):
-        try:
+        with trusting(path, f"line {at} is no recorded pair",
+                      "wants src, seq, clip, question, videollava_ids, eventgpt_ids"):
             found[row.get("src")] = None
             if src is not None and row["src"] != src:
                 continue
@@ -82,9 +84,6 @@ def read_pairs(path, src: str | None = None, vocab: int = 1 << 31) -> list[dict]
             if type(pair["clip"]) is not type(rows[0]["clip"] if rows else pair["clip"]) or not isinstance(
                     pair["clip"], (int, str)):
                 raise TypeError("clips are neither all numbers nor all names")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise refusal(path, f"line {at} is no recorded pair ({type(error).__name__}: {brief(error)})",
-                          "wants src, seq, clip, question, videollava_ids, eventgpt_ids") from None
         for side in ("target", "drafter"):
             ids, ends = pair[side], stops[side]
             if not (isinstance(ids, list) and isinstance(ends, list)) or not all(

@@ -18,7 +18,6 @@ import os
 import pickle
 import re
 import shutil
-import struct
 import sys
 import warnings
 import zipfile
@@ -162,23 +161,17 @@ def read_pickled(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")             # about pickle protocols and storages; nothing a user can act on
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        wanted = refused_name(str(error))
-        if wanted:
-            raise refusal(path, f"asks to build {wanted}, refused: only tensors and plain containers are read",
-                          "nothing of it was run; ask its author for safetensors, or for the tensors alone") from None
-        raise refusal(path, "not a file of torch.save, or a damaged one", "copy or download it again") from None
-    except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
-            MemoryError, RecursionError, OverflowError, zipfile.BadZipFile, struct.error) as error:
-        # What a damaged pickle does to the reader is open-ended; these are the classes that mutations of real ones met.
-        raise refusal(path, f"not a file of torch.save, or a damaged one ({reason_of(error)})",
+    except Exception as error:                          # what a damaged pickle does to the reader is open-ended
+        refused = isinstance(error, pickle.UnpicklingError)
+        # The class or function that was asked for. The reader's advice to switch its check off is not repeated.
+        asked = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported class ([\w.]+)", str(error)) if refused else None
+        if asked:
+            raise refusal(path, f"asks to build {asked[1] or asked[2]}, refused: only tensors and plain containers are "
+                          "read", "nothing of it was run; ask its author for safetensors, or for the tensors alone"
+                          ) from None
+        reason = "" if refused else f" ({reason_of(error)})"
+        raise refusal(path, f"not a file of torch.save, or a damaged one{reason}",
                       "copy or download it again") from None
-
-
-def refused_name(message) -> str | None:
-    """The class or function that torch's reader was asked for. Its advice to switch the check off is not repeated."""
-    found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported class ([\w.]+)", message)
-    return found[1] or found[2] if found else None
 
 
 def unpack(path, content) -> tuple:

@@ -3,7 +3,6 @@ nothing is unpickled.
 
     events = read_events("sample1.npy")            # Events(x, y, t, p)
 
-Whatever is wrong with a file ends in InputError: one line with the path, what was wanted, what came, what to try.
 `python -m weights.events FILE` says what a file holds."""
 
 import ast

@@ -693,17 +693,12 @@ DRAFTER_7B = {"model_type": "EventChat_llama", "vocab_size": 32000, "mm_visual_t
               "vision_config": {"image_size": 336}}
 
 
-def random_weights(config, device, dtype, seed, made=iter) -> dict:
-    """{engine name: tensor} of a config's shapes, drawn on the device from `seed`: for speed work, knows nothing.
-    made: see `Checkpoint.load`.
+def random_tensors(config, device, dtype, seed):
+    """Yields (engine name, tensor) of a config's shapes, drawn on the device from `seed`, for speed work.
 
     Norms are 1 and biases 0; a matrix keeps the size of what it multiplies (std 1 / sqrt(columns)), and the two that
     write into the residual stream are smaller by sqrt(2 layers), so activations stay of order one at any depth.
     """
-    return dict(made(random_tensors(config, torch.device(device), dtype, seed)))
-
-
-def random_tensors(config, device, dtype, seed):
     wanted, generator = plan(config), torch.Generator(device).manual_seed(seed)
     layers = sum(tensor.name.endswith(".attn_norm") for tensor in wanted.wanted)
     for tensor in wanted.wanted:
