@@ -9,6 +9,7 @@ import itertools
 import json
 import mmap
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -86,6 +87,23 @@ def test_where_the_current_folder_was_removed_it_is_said(tmp_path, monkeypatch):
     os.rmdir(tmp_path / "gone")
     refused(lambda: files.insist_file("x.npy", "a recording"), "x.npy: no such file, wanted a recording; its folder .")
     refused(lambda: bench.insist_writable("x.json", "json"), "x.json: cannot be written", "choose another --json")
+
+
+def test_torch_is_not_started_where_the_current_folder_was_removed(user_env, tmp_path):
+    done = subprocess.run(["bash", "-c", f"mkdir gone; cd gone; rmdir ../gone; {sys.executable} {ROOT}/bench.py"],
+                          cwd=tmp_path, capture_output=True, text=True, env=user_env)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == (
+        "current folder: was removed, and torch cannot start there; change to another"), done
+
+
+@pytest.mark.parametrize("command, said", [(f"{ROOT}/bench.py", 1), ("/elsewhere/own.py", 6)])
+def test_ctrl_c_while_torch_is_imported_is_a_word(command, said, user_env):
+    script = f"import sys\nsys.argv[0] = {command!r}\nimport kernels\nraise "
+    for error, lines in (("KeyboardInterrupt", said), ("ValueError('x')", 6)):
+        done = subprocess.run([sys.executable, "-c", script + error], cwd=ROOT, capture_output=True, text=True,
+                              env=user_env)
+        text = done.stderr.splitlines()
+        assert text == ["interrupted"] if (error, lines) == ("KeyboardInterrupt", 1) else "Traceback" in text[0], done
 
 
 def test_an_empty_path_is_named():
