@@ -59,6 +59,7 @@ import kernels  # noqa: F401  first: it keeps torch quiet where numpy is absent
 # isort: split
 import torch
 import torch.nn.functional as F
+from triton.runtime.cache import triton_key
 
 from kernels.attention import attention, step_attention
 from kernels.fp8 import norm8, product8, rows8
@@ -156,6 +157,16 @@ class Decoder:
             {of: weights[f"text.layers.{i}.{of}.e4m3"] for of in PRODUCTS} for i in range(config.L)]
         unpacks = self.device.type == "cuda" and config.packed and not self.fp8
         self.room = torch.empty(config.largest, dtype=self.dtype, device=self.device) if unpacks else None
+        self.running = range(config.L)                       # layers that a forward runs
+
+    @contextlib.contextmanager
+    def shortened(self):
+        """Forwards in the block run the first layer, the second and the last: every kernel there is, of no use else."""
+        kept, self.running = self.running, sorted({0, min(1, self.config.L - 1), self.config.L - 1})
+        try:
+            yield
+        finally:
+            self.running = kept
 
     @property
     def cache_rows(self) -> int:
@@ -187,12 +198,12 @@ class Decoder:
         if rows <= steps.rows:
             if not steps.packed:                             # packed products take their own
                 row_sums(hidden_SD, steps.work)
-            for layer in range(c.L):
+            for layer in self.running:
                 hidden_SD = self._step_layer(layer, hidden_SD, pos_ids_S, steps)
             logits_SV = product(hidden_SD, steps.head_VD, steps.work, norm=(self.w["text.norm"], c.eps))
             return logits_SV if only is None else logits_SV.index_select(0, only)
         fresh_SD = scale_S = None                            # the last block's output, not yet added to the stream
-        for layer in range(c.L):
+        for layer in self.running:
             kept = only if layer == c.L - 1 else None
             if self.fp8:
                 hidden_SD, fresh_SD, scale_S = self._prefill_layer8(layer, hidden_SD, fresh_SD, scale_S, pos_ids_S,
@@ -684,8 +695,12 @@ class Drafter(Model):
 class StepGraph:
     """One captured call of `fn`, which reads and writes static tensors only. Eager where there is no graph.
 
-    The warm-up run compiles kernels outside the capture; it and the capture write cache rows and state, so a graph is
-    built before prefill, or behind the rows of an open clip. `out` is what fn returned, valid until the next replay.
+    A warm-up run of three layers compiles kernels outside the capture; it and the capture write cache rows and state,
+    so a graph is built before prefill, or behind the rows of an open clip. `out` is what fn returned, valid until the
+    next replay.
+
+    Not `torch.cuda.graph`: that gives all memory that torch keeps for reuse back to the driver, page-locked too, and
+    the next warm-up asks for it again. A capture cannot: so it is given back here where little is left.
     """
 
     def __init__(self, fn, model: Model, captured: bool = True):
@@ -696,13 +711,19 @@ class StepGraph:
         model.rest()                                         # the last request's lengths may not fit this shape
         with torch.cuda.device(model.device), torch.inference_mode():
             model.stream.wait_stream(torch.cuda.current_stream(model.device))
-            with model.on_stream():
+            with model.on_stream(), model.decoder.shortened():
                 fn()
             torch.cuda.synchronize(model.device)
+            free, whole = torch.cuda.mem_get_info(model.device)
+            if free < whole / 8:
+                torch.cuda.empty_cache()
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=model.pool, stream=model.capture,
-                                  capture_error_mode="thread_local"):
-                self.out = fn()
+            with torch.cuda.stream(model.capture):
+                self.graph.capture_begin(pool=model.pool, capture_error_mode="thread_local")
+                try:
+                    self.out = fn()
+                finally:
+                    self.graph.capture_end()
             model.state_W.copy_(kept)
             torch.cuda.synchronize(model.device)
 
@@ -1076,7 +1097,9 @@ class Engine(Closing):
 
     def prepare(self, progress=None) -> None:
         """Captures what ordinary requests replay, then answers about a black clip, so that neither the first answer
-        nor a question of a new length waits for it. The gate learns what a step takes, and nothing else is learnt.
+        nor a question of a new length waits for it. The second answer's question is one without a graph, if the caches
+        have room for such: the first prefill of that kind in a thread makes cuBLAS's handle there and takes the memory
+        that later ones use. The gate learns what a step takes, and nothing else is learnt.
         progress: called with ("preparation", steps done, steps in all)."""
         def capture(model: Model) -> None:
             with naming_stage(model, "preparation"):
@@ -1085,20 +1108,22 @@ class Engine(Closing):
                     model.prefill_graph(rows + room, room)
                 model.graph("ask")
 
-        def answer(mode: str) -> None:
-            asked = Asked((x, x, x, x % 2), [frame_HW3] * most, "?", 4, mode=mode, ignore_eos=True, remember=False)
+        def answer(mode: str, question: str) -> None:
+            asked = Asked((x, x, x, x % 2), [frame_HW3] * most, question, 4, mode=mode, ignore_eos=True, remember=False)
             entries = collections.deque(self._answer(asked), 1)[0].result.timeline
             if kept and mode == "target_only":
                 kept.timed("step", min(end - start for _, stage, start, end, _ in entries if stage == "decode"))
 
-        if any(model.prompt("?").rows(model.visual(model.num_frames)) + 2 * STEP_ROWS + 8 > model.decoder.cache_rows
-               for model in self.models):
+        questions = [q for q in ("why " * 2 * QUESTION_ROWS[-1], "why " * QUESTION_ROWS[-1], "?") if all(
+            model.prompt(q).rows(model.visual(model.num_frames)) + 2 * STEP_ROWS + 8 <= model.decoder.cache_rows
+            for model in self.models)]
+        if not questions:
             return                                           # a request will say what does not fit
         x, frame_HW3 = torch.arange(100), torch.zeros(240, 320, 3, dtype=torch.uint8)
         most = max(model.num_frames for model in self.models)
         steps: list[Callable] = [functools.partial(capture, model) for model in self.models]
-        steps += [functools.partial(answer, mode) for mode in
-                  (("target_only", "speculative") if self.target else ("drafter_only",))]
+        both = ("target_only", "?"), ("speculative", questions[0])
+        steps += [functools.partial(answer, *of) for of in (both if self.target else [("drafter_only", questions[0])])]
         kept, self.gate = self.gate, None
         try:
             for done, step in enumerate(steps, 1):
@@ -1522,6 +1547,10 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     budget = memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype, self_draft,
                            text_rows)
     options = dict(dtype=dtype, graphs=graphs, progress=progress)
+    # Triton finds what it has compiled by a hash of its own 460 MB, up to a second once a process: beside the reading.
+    hashing = threading.Thread(target=triton_key, name="triton", daemon=True)
+    if any(of["device"] != "cpu" for of in budget.values()):
+        hashing.start()
     target = drafter = None
     if videollava is not None:
         target = load_model(Target, videollava, device, cache_rows=budget["target"]["rows"], tokenizer=tokenizer,
@@ -1537,6 +1566,7 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
         logging.getLogger(__name__).warning(told, drafter.text.path, apart, target.text.path)
     engine = Engine(target, drafter, draft_len, overlap_len, gate)
     if any(model.graphs for model in engine.models):
+        hashing.join()
         engine.prepare(progress)
     return engine
 

@@ -186,6 +186,22 @@ def test_what_a_capture_runs_lies_behind_the_rows_of_the_clip(e):
         assert clip.generate(QUESTIONS[0]).output_ids == first.output_ids
 
 
+@torch.inference_mode()
+def test_a_warm_up_meets_every_kind_of_layer_and_leaves_all_of_them(e):
+    """A prefill's first layer has another norm than the second, and its last fewer rows."""
+    d, ran = e.target.decoder, {}
+    for kind, rows in (("step", 3), ("prefill", 40)):
+        def forward(rows=rows):
+            d.k_cache_LNMK.zero_()
+            d.forward(torch.ones(rows, d.config.D), torch.arange(rows), only=torch.tensor([2]))
+            return [i for i in range(d.config.L) if d.k_cache_LNMK[i].any()]
+
+        with pytest.raises(KeyError), d.shortened():
+            ran[kind] = forward()
+            raise KeyError
+        assert ran[kind] == sorted({0, 1, d.config.L - 1}) and forward() == [*range(d.config.L)]
+
+
 def test_questions_of_a_length_share_a_prefill_that_is_there_from_loading_on():
     """On a GPU: no capture for a new length, and none of a length that is rare."""
     class OnGpu(engine.Model):
@@ -209,7 +225,8 @@ def test_questions_of_a_length_share_a_prefill_that_is_there_from_loading_on():
 def test_loading_prepares_both_modes_with_progress_and_learns_the_price_of_a_step(e, monkeypatch):
     told, answered = [], e._answer
     asked_for = []
-    monkeypatch.setattr(e, "_answer", lambda asked: asked_for.append(asked.mode) or answered(asked))
+    monkeypatch.setattr(engine, "QUESTION_ROWS", (8, 24))    # the caches of these have no room for more than 256
+    monkeypatch.setattr(e, "_answer", lambda asked: asked_for.append(asked) or answered(asked))
     gate = e.gate = engine.Gate()
     try:
         e.prepare(lambda *of: told.append(of))
@@ -217,7 +234,9 @@ def test_loading_prepares_both_modes_with_progress_and_learns_the_price_of_a_ste
         assert list(gate.times) == ["step"] and 0 < gate.step < 1                # its price is known at once
     finally:
         e.gate = None
-    assert asked_for == ["target_only", "speculative"]
+    assert [of.mode for of in asked_for] == ["target_only", "speculative"] and asked_for[0].query == "?"
+    for model in e.models:                                   # it makes ready what questions without a graph need, too
+        assert len(model.prompt(asked_for[1].query).after) > 24
     assert told == [("preparation", i + 1, len(told)) for i in range(len(told))] and len(told) == 4
 
 

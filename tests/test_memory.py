@@ -112,12 +112,12 @@ def test_the_budget_is_within_5_percent_of_what_is_allocated(name, packed, kerne
     if kernels == "as on a GPU":
         launchers(monkeypatch)
         needs = weights.memory.needs_of(cls.side, config, torch.device("cuda"), dtype, None, packed)
-        needs["scratch"] -= (2 << 25) + (2 << 26)            # a library's and the resized pictures, which are not here
+        needs["scratch"] -= (3 << 25) + (2 << 26)            # a library's and the resized pictures, which are not here
     with Allocations() as counted:
         model = engine.load_model(cls, "random-7b", device, dtype, packed=packed)
         if packed and kernels == "as on a GPU":
             model.decoder.room = torch.empty(model.config.largest)
-        one_request(model, 8 if cls is Target else 5, 64 if kernels == "as on a CPU" else 256)
+        one_request(model, 8 if cls is Target else 5, 64 if kernels == "as on a CPU" else 512)
     d, steps = model.decoder, model.copy or model.decoder.steps
     assert needs["weights"] == sum(t.nbytes for t in d.w.values() if isinstance(t, torch.Tensor))
     if packed:
