@@ -367,10 +367,11 @@ class Model:
         self.sampling, self.searches, self.seen = sampling, searches, self.seen if self.held else None
 
     def rest(self) -> None:
-        """A state on which graphs are captured: any forward may run, and writes only cache rows that nobody needs. It
-        has one id, which stands a row behind the open clip, and its limit is far."""
+        """A state on which graphs are captured: any forward may run, and writes only cache rows that nobody needs, or
+        can be written again. It has one id, which stands a row behind the open clip, and its limit is far."""
         head = new_state(0, n_out=1, prompt_len=self.held + 1, limit=self.decoder.cache_rows)
         self.state_W[:STATE].copy_(head)
+        self.cached = []
         self.asked_W[:2].copy_(torch.tensor([0, 1]))
 
     def talk(self, question: str | None, turns=()) -> Prompt:
@@ -854,9 +855,9 @@ class Engine(Closing):
     """
 
     def __init__(self, target: Target | None, drafter: Drafter | None, draft_len: int = 5, overlap_len: int = 15,
-                 gate: bool = True):
+                 gate: bool = True, several: int = 1):
         self.target, self.drafter = target, drafter
-        self.draft_len, self.overlap_len = draft_len, overlap_len
+        self.draft_len, self.overlap_len, self.several = draft_len, overlap_len, several
         self.gate = Gate() if gate else None
         self.lookup = Lookup()                               # this engine's own answers
         self.in_ring: tuple = (None, 0)                      # whose answers the target's ring holds, and how many
@@ -865,6 +866,7 @@ class Engine(Closing):
         self.apart = bool(target and drafter) and target.device != drafter.device   # the drafter has its own device
         self.target_first = bool(target and target.on_gpu)   # at the interpreter's lock, see `_drafter_side`
         self._clip: weakref.ref[Clip] | None = None          # see `clip`
+        self.clips: weakref.WeakSet[Clip] = weakref.WeakSet()               # all that are open
         self.lock = threading.Lock()
         self.owner: int | None = None                        # the thread whose request runs
         self.running: Request | None = None
@@ -889,6 +891,8 @@ class Engine(Closing):
             self.lock.release()
         for thread in self.threads.values():
             thread.shutdown()
+        for clip in self.clips:
+            clip.parked.clear()
         self.target = self.drafter = self._clip = self.running = running = None
         self.learners, self.in_ring = [], (None, 0)
         gc.collect()                                         # a graph and its model refer to each other
@@ -1161,8 +1165,8 @@ class Engine(Closing):
         """Reads and encodes a clip once, for any number of questions; arguments as `stream`, but for the question.
 
         What says how to answer holds for every question that does not say it anew; mode and draft_source decide which
-        models see the clip. It fills their caches until it is closed: `stream`, `generate` and another `open` are
-        refused until then."""
+        models see the clip. It fills their caches until it is closed: `stream`, `generate` and, of more clips than
+        `several` of `load_engine`, another `open` are refused until then."""
         return Clip(self, Asked(**vars(opening)))
 
     def _checked(self, asked: Asked, clip: Clip | None) -> tuple[list, list[Model], str | None]:
@@ -1203,9 +1207,15 @@ class Engine(Closing):
             overlap_len=self.overlap_len if asked.overlap_len is None else asked.overlap_len,
             max_new_tokens=1 if opens else asked.max_new_tokens)
         with self._turn(asked.timeout):
-            if self.clip is not clip:
-                raise InputError("clip: is closed; open it again" if clip else "engine: an open clip fills the "
-                                 "caches; close it first (`with engine.open(..) as clip` does)")
+            if clip and clip not in self.clips:
+                raise InputError("clip: is closed; open it again")
+            if not clip and len(self.clips) >= (self.several if opens else 1):
+                raise InputError(f"engine: {len(self.clips)} clips are open, as many as it was loaded for; close one, "
+                                 f"or raise `several`" if opens and self.several > 1 else "engine: an open clip fills "
+                                 "the caches; close it first (`with engine.open(..) as clip` does)")
+            if opens and self.several > 1:
+                opens.parked = {model.side: Parked(model, len(self.clips)) for model in active}
+            self._bring(clip)
             for model in self.models:
                 model.held = clip.sides.get(model.side, 0) if clip else 0
             gate = self.gate if mode in ("prefill_then_verify", "speculative") and not opens else None
@@ -1243,11 +1253,25 @@ class Engine(Closing):
             yield from self._run(req, active, asked.remember)
             if opens:
                 opens.shown, opens.sides, self._clip = shown, dict(req.prompt_rows), weakref.ref(opens)
+                self.clips.add(opens)
 
     @property
     def clip(self) -> Clip | None:
-        """The open one; a clip that nobody holds any more is closed."""
+        """The open one, of several the one that was asked last: its rows are in the caches. A clip that nobody holds
+        any more is closed."""
         return self._clip() if self._clip else None
+
+    def _bring(self, clip: Clip | None) -> None:
+        """Puts a clip's rows into the caches, after those of another that are there were parked."""
+        if self.clip is not clip:
+            with torch.inference_mode():
+                for model in self.models if self.clip else ():
+                    if model.side in self.clip.sides:
+                        self.clip.parked[model.side].leave(model, self.clip.sides[model.side])
+                for model in self.models if clip else ():
+                    if model.side in clip.sides:
+                        clip.parked[model.side].come_back(model)
+            self._clip = weakref.ref(clip) if clip else None
 
     def remember(self, result: Result) -> None:
         """Lets the sources of the last request learn its answer, where `remember=False` had kept it from them."""
@@ -1370,6 +1394,36 @@ def finished(events, on_event=None) -> Result:
     return event.result
 
 
+class Parked:
+    """A clip's rows of one model's cache while another's stand there. InputError if there is no memory for them."""
+
+    def __init__(self, model: Model, open_clips: int):
+        caches = model.decoder.k_cache_LNMK, model.decoder.v_cache_LNMK
+        try:
+            with torch.inference_mode(), model.on_stream():
+                self.pairs = [(cache, torch.empty_like(cache)) for cache in caches]
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            raise InputError(f"engine: {model.device} has no {sum(t.nbytes for t in caches) / 1e9:.3f} GB for another "
+                             f"clip's rows, {open_clips} are open; close one, or lower `cache_rows`") from None
+        self.held, self.cached = 0, []                       # visual rows that are copied, and ids with rows behind
+
+    def leave(self, model: Model, held: int) -> None:
+        end = held + len(model.cached)
+        with model.on_stream():
+            for cache, parked in self.pairs:                 # visual rows stay as they are
+                parked[:, :, self.held:end].copy_(cache[:, :, self.held:end])
+        self.held, self.cached = held, model.cached
+
+    def come_back(self, model: Model) -> None:
+        end = self.held + len(self.cached)
+        with model.on_stream():
+            for cache, parked in self.pairs:
+                cache[:, :, :end].copy_(parked[:, :, :end])
+        model.cached, model.seen = self.cached, None
+
+
 class Clip(Closing):
     """A clip that was read and encoded once: the caches hold its rows, and those of a question go behind them. Made by
     `Engine.open`.
@@ -1383,6 +1437,7 @@ class Clip(Closing):
         self.engine, self.asked, self.turns = engine, asked, []
         self.shown: dict[str, Shown] = {}
         self.sides: dict[str, int] = {}                      # models that see it -> its rows in their caches
+        self.parked: dict[str, Parked] = {}                  # where those may wait, if there may be several clips
         for event in engine._answer(asked, opens=self):
             self.opened = event.result                       # times of reading, encoding and prefill
 
@@ -1413,10 +1468,12 @@ class Clip(Closing):
     def close(self) -> None:
         """Gives the caches back; twice is once."""
         engine = self.engine
-        if engine.clip is self and not engine.closed and os.getpid() == engine.pid:
+        if self in engine.clips and not engine.closed and os.getpid() == engine.pid:
             mine = engine.owner == threading.get_ident()     # a stream that was left half read
             with contextlib.nullcontext() if mine else engine._turn(self.asked.timeout):
-                engine._clip = None
+                engine.clips.discard(self)
+                engine._clip = None if engine.clip is self else engine._clip
+                self.parked.clear()
 
 
 @torch.inference_mode()
@@ -1524,7 +1581,7 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
                 cache_rows: int | tuple[int, int] | None = None, draft_len: int = 5, overlap_len: int = 15,
                 tokenizer: FilePath | None = None, graphs: bool = True, seed: int = 0, gate: bool = True,
                 drafter_dtype: str = "bf16", self_draft: bool | None = None, text_rows: int = TEXT_ROWS,
-                progress: Callable[[str, int, int], Any] | None = None) -> Engine:
+                progress: Callable[[str, int, int], Any] | None = None, several: int = 1) -> Engine:
     """An Engine over the two checkpoints (either may be None).
 
     eventgpt, videollava: folders, hub ids already in the cache, or `random-7b`. device: `cuda`, `cuda:N` or `cpu`;
@@ -1535,7 +1592,8 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     as they are read, `fp8+int4` too, with e4m3 ones beside them for a quicker prefill (answers stay the same, drafts
     are cheaper and a little worse); `bf16` leaves them as they are. self_draft: True keeps a 4-bit copy of the target,
     which drafts for it (see `SelfRounds`); None: on a GPU, if it fits. progress: see `load_model`, then
-    `Engine.prepare`. Raises InputError for what cannot be loaded or does not fit.
+    `Engine.prepare`. several: clips that may be open at once; above 1 each takes a cache more of each model, and asking
+    another clip than last time a copy of its rows. Raises InputError for what cannot be loaded or does not fit.
     """
     memory.check_form(drafter_dtype, pick_device(drafter_device or device))
     dtype = as_dtype(dtype)
@@ -1544,8 +1602,9 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     draft_len = insist_whole("draft_len", draft_len, 0, STEP_ROWS - 1)
     overlap_len = insist_whole("overlap_len", overlap_len, 0, STEP_ROWS - 1)
     text_rows = insist_whole("text_rows", text_rows, 1)
+    several = insist_whole("several", several, 1, 1000)
     budget = memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype, self_draft,
-                           text_rows)
+                           text_rows, several)
     options = dict(dtype=dtype, graphs=graphs, progress=progress)
     # Triton finds what it has compiled by a hash of its own 460 MB, up to a second once a process: beside the reading.
     hashing = threading.Thread(target=triton_key, name="triton", daemon=True)
@@ -1564,7 +1623,7 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     if target and drafter and (apart := target.text.differing(drafter.text)):
         told = "%s: %d pieces have other ids than in %s, so drafts are seldom right; take the checkpoints' own files"
         logging.getLogger(__name__).warning(told, drafter.text.path, apart, target.text.path)
-    engine = Engine(target, drafter, draft_len, overlap_len, gate)
+    engine = Engine(target, drafter, draft_len, overlap_len, gate, several)
     if any(model.graphs for model in engine.models):
         hashing.join()
         engine.prepare(progress)

@@ -240,6 +240,98 @@ def test_loading_prepares_both_modes_with_progress_and_learns_the_price_of_a_ste
     assert told == [("preparation", i + 1, len(told)) for i in range(len(told))] and len(told) == 4
 
 
+def test_a_turn_runs_rows_again_that_a_capture_may_have_overwritten(e, monkeypatch):
+    """A graph for another kind of turn is captured behind the clip's rows, where those of its chat stand."""
+    known, ask = [], e.target.ask
+    monkeypatch.setattr(e.target, "ask", lambda *given: known.append(given[3]) or ask(*given))
+    with e.open(**files(2, mode="target_only", **SHORT)) as clip:
+        clip.chat(QUESTIONS[0])
+        expected = clip.chat(QUESTIONS[1]).output_ids
+        del clip.turns[-1]
+        with torch.inference_mode():
+            e.target.rest()
+            e.target.decoder.k_cache_LNMK[:, :, clip.sides["target"]:].zero_()
+        assert clip.chat(QUESTIONS[1]).output_ids == expected and known[1] > known[0] == known[2] == 0
+
+
+# ---- several clips
+
+
+def written(model, clip):
+    """Keys and values of the clip and of the last prompt behind it."""
+    caches = model.decoder.k_cache_LNMK, model.decoder.v_cache_LNMK
+    return torch.stack([cache[:, :, :model.prompt_rows] for cache in caches]).clone()
+
+
+def test_clips_asked_in_turn_answer_as_each_asked_alone(e, monkeypatch):
+    """To the bit where nobody drafts: then the rows do not depend on who was quicker."""
+    script = [("chat", QUESTIONS[0], dict(mode="target_only")), ("chat", QUESTIONS[1], dict(draft_source="self")),
+              ("generate", QUESTIONS[1], dict(draft_source="drafter")), ("chat", "Why?", dict(mode="target_only")),
+              ("chat", QUESTIONS[2], dict(draft_source=["lookup", "drafter"], temperature=2.0)),
+              ("generate", QUESTIONS[0], dict(mode="drafter_only")), ("generate", "Where?", dict(mode="target_only"))]
+    monkeypatch.setattr(e, "several", 2)
+    known, ask = [None], e.target.ask                        # rows that the last question found written
+    monkeypatch.setattr(e.target, "ask", lambda *given: known.append(given[3]) or ask(*given))
+
+    def step(clip, kind, query, given):
+        result = getattr(clip, kind)(query, **given)
+        assert result.drafter_error is None
+        model = e.drafter if given.get("mode") == "drafter_only" else e.target
+        alone = given.get("mode") is not None
+        return (result.output_ids, known[-1]), written(model, clip) if alone else None
+
+    alone, held = {}, {}
+    for i in (0, 3):
+        with e.open(**files(i, max_new_tokens=6)) as clip:
+            alone[i] = [step(clip, *of) for of in script]
+            assert sum(n > 0 for (_, n), _ in alone[i]) == 4         # turns behind the first, and one that kept it so
+            held[i] = clip.turns
+    with e.open(**files(0, max_new_tokens=6)) as first, e.open(**files(3, max_new_tokens=6)) as second:
+        for number, of in enumerate(script):
+            for i, clip in ((0, first), (3, second)):
+                found, rows = step(clip, *of)
+                assert found == alone[i][number][0] and e.clip is clip, (i, of)
+                assert rows is None or torch.equal(rows, alone[i][number][1]), (i, of)
+        assert [first.turns, second.turns] == [held[0], held[3]]
+
+
+def test_a_parked_clip_is_closed_or_dropped_and_takes_its_place_along(e, monkeypatch):
+    monkeypatch.setattr(e, "several", 2)
+    expected = [truth(e, i)[:12] for i in (0, 1, 3)]
+    first, second = (e.open(**files(i, mode="target_only", **SHORT)) for i in (0, 1))
+    refused(lambda: e.open(**files(2)), "2 clips are open", "close one", "`several`")
+    refused(lambda: e.generate(**asked(2)), "open clip", "close it first")
+    first.close()                                            # its rows are not in the caches
+    refused(lambda: first.generate(QUESTIONS[0]), "closed", "open it again")
+    third = e.open(**files(3, mode="target_only", **SHORT))
+    for clip, ids in ((second, expected[1]), (third, expected[2]), (second, expected[1])):
+        assert clip.generate(QUESTIONS[0]).output_ids == ids
+    second.close()                                           # and here they are
+    refused(lambda: e.generate(**asked(2)), "open clip")
+    assert third.generate(QUESTIONS[0]).output_ids == expected[2]
+    with monkeypatch.context() as patch:                     # what cannot be opened costs nothing
+        patch.setattr(engine.torch, "empty_like", lambda t: torch.empty(1 << 62, dtype=torch.uint8))
+        refused(lambda: e.open(**files(0)), "no 0.0", "GB for another clip's rows, 1 are open", "close one")
+    refused(lambda: e.open(video_path=__file__, mode="target_only"), "test_clip.py")
+    assert third.generate(QUESTIONS[0]).output_ids == expected[2] and len(e.clips) == 1
+    del third
+    gc.collect()
+    assert e.generate(mode="target_only", **asked(0)).output_ids[:12] == expected[0] and not e.clips
+
+
+def test_the_budget_has_room_for_each_of_several_clips(e):
+    pair = dict(eventgpt=TINY / "drafter", videollava=TINY / "target", device="cpu", dtype=torch.float32)
+    one, three = (engine.memory_budget(**pair, several=n) for n in (1, 3))
+    for model in e.models:
+        room = sum(t.nbytes for _, t in engine.Parked(model, 0).pairs)
+        assert three[model.side]["parked"] == 3 * room > 0 and "parked" not in one[model.side]
+    added = sum(three[side]["parked"] for side in three)
+    assert engine.memory.bytes_of(three) == engine.memory.bytes_of(one) + added
+    refused(lambda: engine.load_engine(**pair, several=1000, cache_rows=100_000), "GB free", "target parked", "lower")
+    for several in (0, True, "two", 2.5):
+        refused(lambda several=several: engine.load_engine(**pair, several=several), "several")
+
+
 # ---- what cannot be done is said in one line, and the next question is answered
 
 
