@@ -284,7 +284,7 @@ def test_clips_asked_in_turn_answer_as_each_asked_alone(e, monkeypatch):
     for i in (0, 3):
         with e.open(**files(i, max_new_tokens=6)) as clip:
             alone[i] = [step(clip, *of) for of in script]
-            assert sum(n > 0 for (_, n), _ in alone[i]) == 4         # turns behind the first, and one that kept it so
+            assert alone[i][1][0][1] > 20 and alone[i][4][0][1] > 20         # turns behind the first
             held[i] = clip.turns
     with e.open(**files(0, max_new_tokens=6)) as first, e.open(**files(3, max_new_tokens=6)) as second:
         for number, of in enumerate(script):

@@ -232,7 +232,7 @@ def test_a_pair_that_does_not_fit_is_told_what_does_cheapest_first(gigabytes, fi
 def test_a_card_below_the_target_is_told_so_and_what_is_left(gigabytes, cards):
     cards(gigabytes)
     line = refused(*PAIR, text_rows=210)
-    assert "the bfloat16 target needs 14.7 GB for its weights, 16.4 in all, and is never packed: take 5.4 GB" in line
+    assert "the bfloat16 target needs 14.7 GB for its weights, 16.5 in all, and is never packed: take 5.4 GB" in line
     assert "--modes drafter_only --drafter-dtype int4`" in line and "another `device`, cpu" in line
     assert "--draft-source" not in line, "nothing with the target fits"
     assert "drafter_only" not in refused(None, "random-7b"), "no drafter was named"
