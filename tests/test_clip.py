@@ -1,5 +1,6 @@
 """One clip, many questions: an answer is what a fresh clip gives, whatever was asked before, in any mode."""
 
+import contextlib
 import gc
 import random
 
@@ -200,6 +201,33 @@ def test_a_warm_up_meets_every_kind_of_layer_and_leaves_all_of_them(e):
             ran[kind] = forward()
             raise KeyError
         assert ran[kind] == sorted({0, 1, d.config.L - 1}) and forward() == [*range(d.config.L)]
+
+
+@pytest.mark.parametrize("free, given_back", [(10, ["memory"]), (90, [])], ids=["little", "plenty"])
+@torch.inference_mode()
+def test_a_capture_records_all_layers_after_a_short_run_and_leaves_the_state(e, monkeypatch, free, given_back):
+    """In order, on a machine without a GPU; memory is given back to the driver only where little of it is left."""
+    m, done = e.target, []
+
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            done.append((pool, capture_error_mode))
+
+        def capture_end(self):
+            done.append("end")
+
+    fake = {"CUDAGraph": Graph, "mem_get_info": lambda device: (free, 100), "synchronize": lambda device: None,
+            "empty_cache": lambda: done.append("memory"), "device": contextlib.nullcontext,
+            "stream": lambda stream: contextlib.nullcontext(), "current_stream": lambda device: None}
+    for name, value in fake.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(m, "stream", type("Stream", (), {"wait_stream": lambda self, other: None})())
+    for name, value in {"graphs": True, "pool": "pool", "capture": "stream"}.items():
+        monkeypatch.setattr(m, name, value)
+    m.state_W.copy_(torch.arange(len(m.state_W)))
+    graph = engine.StepGraph(lambda: done.append([*m.decoder.running]) or m.state_W.zero_(), m)
+    assert done == [[0, 1, m.config.L - 1], *given_back, ("pool", "thread_local"), [*range(m.config.L)], "end"]
+    assert torch.equal(m.state_W, torch.arange(len(m.state_W))) and graph.graph and graph.out is not None
 
 
 def test_questions_of_a_length_share_a_prefill_that_is_there_from_loading_on():
