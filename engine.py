@@ -1118,16 +1118,21 @@ class Engine(Closing):
             if kept and mode == "target_only":
                 kept.timed("step", min(end - start for _, stage, start, end, _ in entries if stage == "decode"))
 
-        questions = [q for q in ("why " * 2 * QUESTION_ROWS[-1], "why " * QUESTION_ROWS[-1], "?") if all(
-            model.prompt(q).rows(model.visual(model.num_frames)) + 2 * STEP_ROWS + 8 <= model.decoder.cache_rows
-            for model in self.models)]
-        if not questions:
+        def fits(question: str) -> bool:
+            prompts = [(model, model.prompt(question)) for model in self.models]
+            return all(len(prompt.after) <= 2 * QUESTION_ROWS[-1] and prompt.rows(model.visual(model.num_frames))
+                       + 2 * STEP_ROWS + 8 <= model.decoder.cache_rows for model, prompt in prompts)
+
+        if not fits("?"):
             return                                           # a request will say what does not fit
+        a_word = max(len(model.prompt("why why").after) - len(model.prompt("why").after) for model in self.models)
+        words = range(2 * QUESTION_ROWS[-1] // max(1, a_word), 0, -8)
+        longest = next(filter(fits, ("why " * count for count in words)), "?")
         x, frame_HW3 = torch.arange(100), torch.zeros(240, 320, 3, dtype=torch.uint8)
         most = max(model.num_frames for model in self.models)
         steps: list[Callable] = [functools.partial(capture, model) for model in self.models]
-        both = ("target_only", "?"), ("speculative", questions[0])
-        steps += [functools.partial(answer, *of) for of in (both if self.target else [("drafter_only", questions[0])])]
+        both = ("target_only", "?"), ("speculative", longest)
+        steps += [functools.partial(answer, *of) for of in (both if self.target else [("drafter_only", longest)])]
         kept, self.gate = self.gate, None
         try:
             for done, step in enumerate(steps, 1):

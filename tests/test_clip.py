@@ -253,7 +253,7 @@ def test_questions_of_a_length_share_a_prefill_that_is_there_from_loading_on():
 def test_loading_prepares_both_modes_with_progress_and_learns_the_price_of_a_step(e, monkeypatch):
     told, answered = [], e._answer
     asked_for = []
-    monkeypatch.setattr(engine, "QUESTION_ROWS", (8, 24))    # the caches of these have no room for more than 256
+    monkeypatch.setattr(engine, "QUESTION_ROWS", (8, 40))    # the caches of these have no room for more than 256
     monkeypatch.setattr(e, "_answer", lambda asked: asked_for.append(asked) or answered(asked))
     gate = e.gate = engine.Gate()
     try:
@@ -264,7 +264,7 @@ def test_loading_prepares_both_modes_with_progress_and_learns_the_price_of_a_ste
         e.gate = None
     assert [of.mode for of in asked_for] == ["target_only", "speculative"] and asked_for[0].query == "?"
     for model in e.models:                                   # it makes ready what questions without a graph need, too
-        assert len(model.prompt(asked_for[1].query).after) > 24
+        assert 40 < len(model.prompt(asked_for[1].query).after) <= 80
     assert told == [("preparation", i + 1, len(told)) for i in range(len(told))] and len(told) == 4
 
 
