@@ -157,16 +157,16 @@ class Decoder:
             {of: weights[f"text.layers.{i}.{of}.e4m3"] for of in PRODUCTS} for i in range(config.L)]
         unpacks = self.device.type == "cuda" and config.packed and not self.fp8
         self.room = torch.empty(config.largest, dtype=self.dtype, device=self.device) if unpacks else None
-        self.running = range(config.L)                       # layers that a forward runs
+        self.depths = range(config.L)                        # layers that a forward runs
 
     @contextlib.contextmanager
     def shortened(self):
         """Forwards in the block run the first layer, the second and the last: every kernel there is, of no use else."""
-        kept, self.running = self.running, sorted({0, min(1, self.config.L - 1), self.config.L - 1})
+        kept, self.depths = self.depths, sorted({0, min(1, self.config.L - 1), self.config.L - 1})
         try:
             yield
         finally:
-            self.running = kept
+            self.depths = kept
 
     @property
     def cache_rows(self) -> int:
@@ -198,12 +198,12 @@ class Decoder:
         if rows <= steps.rows:
             if not steps.packed:                             # packed products take their own
                 row_sums(hidden_SD, steps.work)
-            for layer in self.running:
+            for layer in self.depths:
                 hidden_SD = self._step_layer(layer, hidden_SD, pos_ids_S, steps)
             logits_SV = product(hidden_SD, steps.head_VD, steps.work, norm=(self.w["text.norm"], c.eps))
             return logits_SV if only is None else logits_SV.index_select(0, only)
         fresh_SD = scale_S = None                            # the last block's output, not yet added to the stream
-        for layer in self.running:
+        for layer in self.depths:
             kept = only if layer == c.L - 1 else None
             if self.fp8:
                 hidden_SD, fresh_SD, scale_S = self._prefill_layer8(layer, hidden_SD, fresh_SD, scale_S, pos_ids_S,
@@ -715,8 +715,9 @@ class StepGraph:
             with model.on_stream(), model.decoder.shortened():
                 fn()
             torch.cuda.synchronize(model.device)
-            free, whole = torch.cuda.mem_get_info(model.device)
-            if free < whole / 8:
+            free, whole = memory.free_bytes(model.device)
+            kept_free = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+            if free - kept_free < whole / 8:
                 torch.cuda.empty_cache()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.stream(model.capture):
@@ -1268,13 +1269,13 @@ class Engine(Closing):
 
     def _bring(self, clip: Clip | None) -> None:
         """Puts a clip's rows into the caches, after those of another that are there were parked."""
-        if self.clip is not clip:
+        earlier = self.clip
+        if earlier is not clip:
             with torch.inference_mode():
-                for model in self.models if self.clip else ():
-                    if model.side in self.clip.sides:
-                        self.clip.parked[model.side].leave(model, self.clip.sides[model.side])
-                for model in self.models if clip else ():
-                    if model.side in clip.sides:
+                for model in self.models:
+                    if earlier and model.side in earlier.sides:
+                        earlier.parked[model.side].leave(model, earlier.sides[model.side])
+                    if clip and model.side in clip.sides:
                         clip.parked[model.side].come_back(model)
             self._clip = weakref.ref(clip) if clip else None
 
