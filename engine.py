@@ -134,11 +134,10 @@ class Decoder:
     weights: the `text.*` tensors of weights/names.py, or what `packing` makes of them: then prefill unpacks the 4-bit
     weights one after the other into `room`, or reads their e4m3 forms. Keys are cached after rotary. Row s of a step
     attends to the cache rows 0..pos_ids[s] and to nothing else, so what lies beyond is stale and harmless.
-    drafts: its ids are only drafts, so a row's bits may depend on how many rows run beside it.
     Source: transformers' LlamaForCausalLM, rounding order included.
     """
 
-    def __init__(self, config: DecoderConfig, weights: dict, cache_rows: int, drafts: bool = False):
+    def __init__(self, config: DecoderConfig, weights: dict, cache_rows: int):
         self.config, self.w = config, weights
         self.embed_VD = weights["text.embed"]
         self.head_VD = weights.get("text.head", self.embed_VD)
@@ -152,7 +151,8 @@ class Decoder:
         self.cos_MK = angle_MK.cos().to(self.device, self.dtype)
         self.sin_MK = angle_MK.sin().to(self.device, self.dtype)
 
-        self.steps = self._steps(weights, drafts, config.packed, config.turned)
+        work = Workspace(self.device, config.D, config.H, config.K, cache_rows)
+        self.steps = self._steps(weights, work, config.packed, config.turned)
         self.layers = self.steps.layers if not self.fp8 else [
             {of: weights[f"text.layers.{i}.{of}.e4m3"] for of in PRODUCTS} for i in range(config.L)]
         unpacks = self.device.type == "cuda" and config.packed and not self.fp8
@@ -172,11 +172,11 @@ class Decoder:
     def cache_rows(self) -> int:
         return self.k_cache_LNMK.shape[2]
 
-    def _steps(self, weights: dict, drafts: bool, packed: str | None = None, turn: bool = False) -> Steps:
+    def _steps(self, weights: dict, work: Workspace, packed: str | None = None, turn: bool = False) -> Steps:
         c = self.config
         layers = [{name: weights[f"text.layers.{i}.{name}"] for name in LAYER} for i in range(c.L)]
-        return Steps(layers, weights.get("text.head", self.embed_VD), MAX_PACKED_ROWS if packed else STEP_ROWS,
-                     Workspace(self.device, c.D, c.H, c.K, self.cache_rows, drafts=drafts), packed, turn)
+        return Steps(layers, weights.get("text.head", self.embed_VD), MAX_PACKED_ROWS if packed else STEP_ROWS, work,
+                     packed, turn)
 
     def packed(self, form: str) -> Steps:
         """A copy of the weights in 4 bits, one of BITS, for steps that draft. NotPackable if their shapes forbid it.
@@ -184,7 +184,8 @@ class Decoder:
         turn = gains_by_turning(lambda name: self.w[name][:SOME] if self.w[name].dim() > 1 else self.w[name],
                                 self.config.L)
         text = [(name, t) for name, t in self.w.items() if name.startswith("text.")]
-        return self._steps(dict(packing(sorted(text, key=lambda of: of[1].dim()), form, turn)), True, form, turn)
+        weights = dict(packing(sorted(text, key=lambda of: of[1].dim()), form, turn))
+        return self._steps(weights, self.steps.work, form, turn)
 
     def forward(self, hidden_SD, pos_ids_S, only=None, steps: Steps | None = None):
         """Writes cache rows pos_ids_S; returns logits [S, V], or those of the rows that `only` (int64, few) names.
@@ -607,7 +608,7 @@ class Drafter(Model):
 
     def __init__(self, config: dict, weights: dict, text: Text, path: str, stops, cache_rows=None, graphs=True):
         decoder_config = DecoderConfig.read(config)
-        decoder = Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows, drafts=True)
+        decoder = Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows)
         super().__init__(decoder, text, path, stops, graphs)
         self.vision = VisionConfig.read(config.get("vision_config") or {"image_size": 336})
         self.tower = Tower(self.vision, weights, "events")

@@ -234,15 +234,13 @@ def needs_of(side: str, config: dict, where: torch.device, dtype: torch.dtype, c
              several=1) -> dict:
     """`memory_needs` of one side on this device. "parked": room for each of several clips' keys and values."""
     d, rows, gpu = text_config(config), cache_rows or rows_for(side, config), where.type == "cuda"
-    held = {"scratch": Workspace.nbytes(d.D, d.H, d.K, rows, side == "drafter") + 16 * (rows + STATE)}
+    held = {"scratch": Workspace.nbytes(d.D, d.H, d.K, rows) + 16 * (rows + STATE)}
     held["scratch"] += Ring.nbytes(LOOKUP_ROWS[gpu]) if side == "target" else 8 * (rows + 1)
     if packed:
         of_layers, of_head = BITS[packed]
         products = ((d.H + 2 * d.N) * d.K, d.D), (d.D, d.H * d.K), (2 * d.F, d.D), (d.D, d.F)
         held["packed"] = packed_bytes(d.V, d.D, of_head) + d.L * sum(packed_bytes(*of, of_layers) for of in products)
-        if side == "target":
-            held["scratch"] += Workspace.nbytes(d.D, d.H, d.K, rows, True)
-        else:
+        if side == "drafter":
             held["replaced"] = replaced_bytes(config, packed, dtype.itemsize)
             held["scratch"] += d.largest * dtype.itemsize * (gpu and packed == "int4")
     needs = memory_needs(side, config, dtype.itemsize, rows, gpu, held)
