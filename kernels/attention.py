@@ -42,6 +42,7 @@ from kernels.rope_store import rope_store_ref, rotate
 LOG2E = 1.4426950408889634
 NEVER = tl.constexpr(-1e30)          # a masked score: finite, so that a row which sees nothing keeps a finite pivot
 MAX_ROWS = 32                        # rows of a step
+COMBINE_COLS = 64                    # of a head's width, in a program of one warp that combines splits
 SPLIT = 320                          # cache rows a program of a step looks at; part of the order of addition
 
 
@@ -156,7 +157,7 @@ def combine_kernel(pos_ids_ptr, mixed_ptr, top_ptr, total_ptr, out_ptr, S, M, H:
     pos = tl.load(pos_ids_ptr + s, mask=s < S, other=-1).to(tl.int32)
     splits = (tl.minimum(tl.max(pos) + 1, M) + SPLIT - 1) // SPLIT
     head, row = tl.program_id(0), tl.program_id(1)
-    col = tl.arange(0, BLOCK_K)
+    col = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     if PDL:
         gdc_wait()
     best, total, acc = tl.full((), NEVER, tl.float32), tl.zeros((), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
@@ -313,8 +314,10 @@ def split_attention(q_SHK, k_NMK, v_NMK, pos_ids_S, cos_sin, work, **override):
         assert SPLIT % config["BLOCK_M"] == 0, f"attention: tiles of {config['BLOCK_M']} rows overlap splits of {SPLIT}"
         step_kernel[(H, T)](*given, *scratch, *strides, S, M, scale, GROUP=H // N, FUSED=fused, BLOCK_K=BLOCK_K,
                             enable_fp_fusion=False, **shape, **config)
-    combine_kernel[(H, S)](pos_ids_S, *scratch, out_SHK, S, M, CHUNK=min(32, triton.next_power_of_2(T)),
-                           BLOCK_K=BLOCK_K, enable_fp_fusion=False, num_warps=4, **shape)
+    width = min(COMBINE_COLS, BLOCK_K)           # the same for any number of rows, as the order of addition hangs on it
+    combine_kernel[(H, S, triton.cdiv(K, width))](
+        pos_ids_S, *scratch, out_SHK, S, M, CHUNK=min(32, triton.next_power_of_2(T)), BLOCK_K=width,
+        enable_fp_fusion=False, num_warps=1, **shape)
     return out_SHK
 
 
