@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import measure
 import pytest
 import torch
 from test_bench import HEAD, three_samples
@@ -256,8 +257,9 @@ def test_text_from_outside_reaches_no_terminal_raw(tmp_path, capsys, monkeypatch
     assert files.line_for_each("doc", video.described) == 0
     (tmp_path / "r.json").write_text(json.dumps(bench.assemble(HEAD | {"commit": "a\x1b[2J"}, three_samples())))
     assert bench.main(["--compare", *[str(tmp_path / "r.json")] * 2]) == 0
+    measure.publish(["of src \x1b[2J"], None)             # of the commands under tests/
     out = capsys.readouterr().out
-    assert "\x1b" not in out and out.count("\\x1b[") >= 4 and "image of 4 x 4" in out
+    assert "\x1b" not in out and out.count("\\x1b[") >= 5 and "image of 4 x 4" in out
 
 
 def test_a_command_of_files_says_what_it_does(capsys, monkeypatch):
@@ -320,6 +322,7 @@ def test_an_adapters_command_checks_its_flags_first(tmp_path, capsys):
     run = ["train", str(tmp_path / "p.jsonl"), "--width", "8", "--heads", "2", "--layers", "1", "--hidden", "8",
            "--vocab", "9", "--test", "1", "--valid", "1", "--epochs", "1", "--out"]
     for words, said in ((["--device", "tpu"], "--device tpu: cannot"), (["--epochs", "0"], "--epochs: wanted"),
+                        (["--width", "1048574", "--heads", "2", "--layers", "9"], "billion parameters, wanted at most"),
                         (["--seed", str(2 ** 70)], "--seed: wanted"), (["--lr", "nan"], "--lr: wanted a number"),
                         (["--out", str(tmp_path / "file")], "file: cannot be made (File exists)")):
         assert adapter.main([*run, str(tmp_path / "out"), *words]) == 2

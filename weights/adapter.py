@@ -159,6 +159,9 @@ class AdapterConfig:
                  and type(getattr(self, f.name)) is int]
         if len(sizes) < 7 or not all(0 < s < 1 << 20 for s in sizes) or self.layers > 128 or self.width % self.heads:
             raise InputError(f"adapter: sizes that fit no network ({brief(asdict(self), 200)}); check its config.json")
+        values = self.width * (2 * self.vocab + self.rows + self.layers * (4 * self.width + 2 * self.hidden))
+        if values > 1 << 30:
+            raise InputError(f"adapter: {values / 1e9:.1f} billion parameters, wanted at most one; make it smaller")
 
 
 class TokenAdapter(nn.Module):
