@@ -45,7 +45,7 @@ from weights.adapter import write_pairs
 from weights.dataset import Sample, read_dataset
 from weights.files import command, in_flags, printable, read_text
 from weights.memory import PARTS, nvidia_smi
-from weights.rows import RowFile, by_source, compare, estimate, forwards, judged, median, merge, mode_figures, parting
+from weights.rows import RowFile, compare, estimate, forwards, judged, median, merge, mode_figures, parting
 from weights.shapes import PROMPT_ROWS
 from weights.show import WIDTH, block, columns, fmt, shown
 from weights.text import check_sampling
@@ -294,7 +294,7 @@ def summary(e, results, baseline) -> dict:
             "drafted": last.drafted, "accepted": last.accepted_tokens, "rounds": last.rounds,
             "accept_lens": last.accept_lens, "pieces": show.pieces(last, e.target.text) if decided else [],
             "forwards": forwards(last.output_ids, last.accepted_tokens, last.rounds) if decided else None,
-            "by_source": by_source(last) if last.mode == "speculative" else {},
+            "by_source": last.by_source,
             "overlap_drafts": median([r.free_tokens_count for r in results]),
             "window_drafts": median([r.window_drafts for r in results]), "differs_at": differs_at,
             "identical": differs_at is None if apart else None,

@@ -75,7 +75,6 @@ from kernels.round import (
     PROMPT_LEN,
     SLOTS,
     STATE,
-    SURE,
     State,
     close_draft,
     close_round,
@@ -309,6 +308,7 @@ class Model:
     vision: VisionConfig
     origin: dict                                             # {"hash", "revision"} of its checkpoint, see `load_model`
     copy: Steps | None = None                                # its weights in 4 bits, where it drafts for itself
+    draft_W: torch.Tensor                                    # the copy's state, see `draft`
     prompt: Callable                                         # question -> Prompt; the two below say how
     encode: Callable                                         # pixels -> visual rows
     visual: Callable                                         # pictures -> how many rows that is
@@ -322,8 +322,7 @@ class Model:
         self.stream = torch.cuda.Stream(self.device, priority=self.priority) if self.on_gpu else None
         self.state_W = new_state(decoder.cache_rows).to(self.device)
         self.host_W = torch.zeros(len(self.state_W), dtype=torch.long, pin_memory=self.on_gpu)   # on its way there
-        self.sure_1 = torch.zeros(1, dtype=torch.long, pin_memory=self.on_gpu)
-        self.host_read, self.sure_read = (torch.cuda.Event() if self.on_gpu else None for _ in range(2))
+        self.host_read = torch.cuda.Event() if self.on_gpu else None
         self.tail_id = torch.zeros(1, dtype=torch.long, device=self.device)     # the prompt's last id
         self.ring: Ring | None = None                        # earlier answers, and what a drafter elsewhere expects
         self.searches = False                                # it and `sampling` are the request's: see `begin`
@@ -490,29 +489,26 @@ class Model:
             lookup(self.ring, self.state_W)
 
     def draft(self, first: bool) -> None:
-        """One forward of the 4-bit copy on this model's own cache: the state gets its first draft, or one more. The row
-        that it writes is written again, exactly, by the forward that verifies it."""
-        self.graph("draft", first, self.sampling is not None)()
+        """One forward of the 4-bit copy on this model's own cache, and on a state of its own, which begins as this
+        model's and gets an id more each time; searched is what may follow there. The row that it writes is written
+        again, exactly, by the forward that verifies it."""
+        if first:
+            self.draft_W.copy_(self.state_W)
+        self.graph("draft", self.searches, self.sampling is not None)()
 
-    def _draft(self, first: bool, sampled: bool) -> None:
+    def _draft(self, searches: bool, sampled: bool) -> None:
         work = self.copy.work.round
-        _, pos_ids_S, hidden_SD = open_round(self.state_W, 0, self.decoder.embed_VD, work, behind=not first)
+        _, pos_ids_S, hidden_SD = open_round(self.draft_W, 0, self.decoder.embed_VD, work)
         logits_SV = self.decoder.forward(hidden_SD, pos_ids_S, steps=self.copy)
-        if sampled:
-            at = self.state_W[:1] if first else self.state_W[:1] + self.state_W[FOUND.value]
-            logits_SV = sample(logits_SV, at, self.sampling_3)
-        close_draft(logits_SV, self.state_W, work, behind=not first)
+        close_draft(sample(logits_SV, self.draft_W, self.sampling_3) if sampled else logits_SV, self.draft_W, work)
         if self.recorded:
-            self.recorded.draft(self.state_W)
+            self.recorded.draft(self.draft_W)
+        if searches:
+            lookup(self.ring, self.draft_W)
 
-    def draft_sure(self) -> float:
-        """The probability of the draft that was queued last; waits for it. Below 0: its logits hold NaN."""
-        if not self.on_gpu:
-            return int(self.state_W[SURE.value]) / 1e6
-        self.sure_1.copy_(self.state_W[SURE.value:SURE.value + 1], non_blocking=True)
-        self.sure_read.record(self.stream)
-        self.sure_read.synchronize()
-        return int(self.sure_1) / 1e6
+    def drafted(self, places: int) -> State:
+        """The copy's state with the draft that was queued last, up to so many ids; waits for it."""
+        return Snapshot(self.draft_W[:STATE + places], self.stream).read()
 
     def put(self, drafts) -> None:
         """Drafts for the next round, at most 31: a list of ids, or int64 [G] on this device."""
@@ -563,6 +559,7 @@ class Target(Model):
         decoder = Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows)
         super().__init__(decoder, text, path, stops, graphs)
         self.ring = Ring(self.device, memory.LOOKUP_ROWS[self.on_gpu], decoder.steps.work.pdl)
+        self.draft_W = self.state_W.clone()
         self.vision = VisionConfig.read(config.get("vision_config") or {})
         self.video_tower, self.image_tower = Tower(self.vision, weights, "video"), Tower(self.vision, weights, "image")
         self.projector = [weights[f"projector.{i}.{p}"] for i in (0, 1) for p in "wb"]
@@ -570,6 +567,10 @@ class Target(Model):
         self.layers = layer if layer >= 0 else self.vision.layers + 1 + layer      # -2 of 25 hidden states is 23
         self.keep_cls = config.get("vision_feature_select_strategy", "default") == "full"   # images only
         self.num_frames = frames_of(config, self.vision)
+
+    def rest(self):
+        super().rest()
+        self.draft_W.copy_(self.state_W)
 
     def visual(self, frames: int, image: bool = False) -> int:
         """Visual rows of so many frames."""
@@ -939,7 +940,8 @@ class Engine(Closing):
                 tell_now()
             if proposal and state.n_out > before.n_out:
                 author = "drafter" if before.ahead and proposal.source == "lookup" else proposal.source
-                req.log(model, Round(author if state.drafted else "", state.drafts, state.accept_len), proposal)
+                req.log(model, Round(author if state.drafted else "", state.drafts, state.accept_len, proposal.behind),
+                        proposal)
             if proposal is None or state.n_out > before.n_out:
                 source.saw(proposal, before, state)
 
@@ -1068,8 +1070,8 @@ class Engine(Closing):
                     model.graph("ask")
                 for G in (0, *WIDTHS) if model is self.target and drafts and model.graphs else (0,):
                     model.round_graph(G)
-                for first in (True, False) if model is self.target and drafts and model.copy else ():
-                    model.graph("draft", first, model.sampling is not None)
+                if model is self.target and drafts and model.copy:
+                    model.graph("draft", model.searches, model.sampling is not None)
                 speculates = model is self.drafter and req.asked.mode == "speculative"
                 for size in (1, 2, model.decoder.steps.rows) if speculates else ():
                     model.graph("resume", size)
@@ -1413,7 +1415,7 @@ def explain(model: Model, result: Result) -> list[Verdict]:
                 margins.append(float(logits_SV[row, own] - logits_SV[row, second[-1]]))
     log = [Round("", [], 0), *result.round_log] if result.round_log else []
     log += [Round("", [], 0)] * len(ids)                     # the rest was decoded id by id
-    for _, drafts, accepted in log:
+    for _, drafts, accepted, _ in log:
         end = at + accepted + 1
         if at < len(ids):
             verdicts.append(Verdict(at, drafts, ids[at:end], second[at:end], margins[at:end]))

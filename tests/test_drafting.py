@@ -186,7 +186,7 @@ def test_sources_are_asked_in_turn_and_each_round_says_whose_it_was(pair, monkey
     first, second = Named("first", ANSWER[:4]), Named("second", ANSWER)
     result = pair.generate(mode="speculative", draft_source=[first, second], draft_len=3, **asked(0))
     assert result.output_ids == ANSWER and set(sources_of(result)) == {"first", "second"}
-    assert result.round_log[0] == ("first", ANSWER[1:4], 3)
+    assert result.round_log[0] == engine.Round("first", ANSWER[1:4], 3)
 
 
 @pytest.mark.parametrize("mode", ["prefill_then_verify", "speculative"])

@@ -140,3 +140,26 @@ def test_earlier_answers_go_before_the_copy_where_their_ids_are_cheaper(target, 
     assert first.output_ids == again.output_ids
     assert {of.source for of in first.round_log if of.drafts} >= {"self"}
     assert {of.source for of in again.round_log if of.drafts} == {"lookup"} and again.rounds < 4
+
+
+def test_earlier_answers_go_on_behind_a_draft_of_the_copy(target, monkeypatch):
+    """An earlier answer holds all but this one's ninth id, behind which it is found no more. The copy drafts the tenth,
+    behind that it is found again, and 30 ids of it go along in the same forward."""
+    t, V, gate = target.target, target.target.config.V, Gate()
+    ids = [(7 * i + 5) % V for i in range(40)]
+    known = engine.Lookup()
+    known.learn([i + (place == 8) for place, i in enumerate(ids)])
+    graphs, t.step_graphs = t.step_graphs, {}
+    monkeypatch.setattr(target, "gate", gate)
+    gate.timed("step", 1e3)                                  # a draft, or a row more, costs next to nothing beside it
+    try:
+        with torch.inference_mode():
+            t.replay(ids, ids)
+        result = target.generate(mode="speculative", draft_source=[known, "self"], **asked(0))
+    finally:
+        t.recorded, t.step_graphs = None, graphs
+    assert result.output_ids == ids and result.drafter_error is None
+    assert [(of.source, len(of.drafts), of.accepted, of.behind) for of in result.round_log] == [
+        ("lookup", 31, 7, 0), ("self", 31, 31, 30)]
+    assert result.by_source["self"]["judged"] == result.by_source["self"]["right"] == 1
+    assert ("lookup behind 1", None) in gate.tries, "what was found behind the draft was judged"

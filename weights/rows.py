@@ -137,21 +137,8 @@ def forwards(ids: list[int], accepted: int, rounds: int) -> int:
     return rounds + max(0, len(ids) - 1 - accepted - rounds)
 
 
-def by_source(result) -> dict:
-    """{who drafted: {rounds, drafts, accepted, ids, ms}} of a `speculative` Result. A round takes from the end of the
-    target's forward before it to the end of its own; an id is one of the answer, the round's own one included."""
-    ends = sorted(end for row, stage, _, end, _ in result.timeline
-                  if row == "target" and stage in ("prefill", "decode", "verify"))
-    found = {}
-    for (source, drafts, accepted), begin, end in zip(result.round_log, ends, ends[1:], strict=False):
-        of = found.setdefault(source or "none", dict.fromkeys(("rounds", "drafts", "accepted", "ids", "ms"), 0))
-        for key, value in zip(of, (1, len(drafts), accepted, accepted + 1, (end - begin) * 1e3), strict=True):
-            of[key] += value
-    return found
-
-
 def added(tables: list[dict]) -> dict:
-    """The same over several answers."""
+    """`Result.by_source` over several answers."""
     total = {}
     for source, of in ((source, of) for table in tables for source, of in table.items()):
         mine = total.setdefault(source, dict.fromkeys(of, 0))
