@@ -167,12 +167,15 @@ class Decoder:
                      Workspace(self.device, c.D, c.H, c.K, self.cache_rows, drafts=drafts), packed, turn)
 
     def packed(self, form: str) -> Steps:
-        """A copy of the weights in 4 bits, one of BITS, for steps that draft. NotPackable if their shapes forbid it.
+        """The weights in 4 bits, one of BITS, for steps that draft. NotPackable where their shapes or values forbid it.
         Where weights are uneven the stream between the copies is `turned`; queries, keys, values and logits stay."""
         turn = gains_by_turning(lambda name: self.w[name][:SOME] if self.w[name].dim() > 1 else self.w[name],
                                 self.config.L)
         text = [(name, t) for name, t in self.w.items() if name.startswith("text.")]
-        return self._steps(dict(packing(sorted(text, key=lambda of: of[1].dim()), form, turn)), True, form, turn)
+        made = dict(packing(sorted(text, key=lambda of: of[1].dim()), form, turn))
+        if not all(bool(of.scales.isfinite().all()) for of in made.values() if isinstance(of, Packed)):
+            raise NotPackable("values too large for scales in fp16")
+        return self._steps(made, True, form, turn)
 
     def forward(self, hidden_SD, pos_ids_S, only=None, steps: Steps | None = None):
         """Writes cache rows pos_ids_S; returns logits [S, V], or those of the rows that `only` (int64, few) names.
@@ -1453,11 +1456,11 @@ def first_id(model: Model, loaded, limit: int, req: Request) -> None:
 
 
 def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, graphs=True, seed=0, packed=None,
-               progress=None):
+               progress=None, must_pack=True):
     """A Target or a Drafter from a folder, a hub id in the local cache, or the word `random-7b` (real shapes,
     random numbers from `seed`, for speed work only). packed: one of BITS: a Drafter exists in that form alone, a
-    Target has a packed copy beside its own. progress: called with (side, bytes read, bytes in all) while a checkpoint
-    is read."""
+    Target has a packed copy beside its own, without must_pack only if it can be. progress: called with (side, bytes
+    read, bytes in all) while a checkpoint is read."""
     device = pick_device(device)
     dtype = dtype or memory.default_dtype(device)
     config, checkpoint = memory.open_model(cls.side, path)
@@ -1485,7 +1488,12 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
             model.origin = {"hash": checkpoint.fingerprint(), "revision": checkpoint.revision} if checkpoint else {
                 "hash": f"seed {seed}", "revision": None}
             if packed is not None and cls is Target:
-                model.copy = model.decoder.packed(packed)
+                try:
+                    model.copy = model.decoder.packed(packed)
+                except (NotPackable, RuntimeError, MemoryError) as error:
+                    if must_pack or not (isinstance(error, NotPackable) or ran_out(error)):
+                        raise
+                    say_no_copy(path, f"packing it failed ({describe(error)})")
             return model
     except NotPackable as error:
         raise memory.Unpackable(cls.side, path, error) from None
@@ -1494,6 +1502,10 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
             raise
         needs = memory.needs_of(cls.side, config, device, dtype, cache_rows, packed)
         raise memory.no_room(path, device, needs) from None
+
+
+def say_no_copy(path, why: str) -> None:
+    logging.getLogger(__name__).warning("%s: has no 4-bit copy that drafts (`self`): %s", path, why)
 
 
 def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = None, device: str | None = None,
@@ -1511,8 +1523,8 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     draft only where it is expected to pay; False: whatever it costs. drafter_dtype: `int4` packs the drafter's weights
     as they are read, `fp8+int4` too, with e4m3 ones beside them for a quicker prefill (answers stay the same, drafts
     are cheaper and a little worse); `bf16` leaves them as they are. self_draft: True keeps a 4-bit copy of the target,
-    which drafts for it (see `SelfRounds`); None: on a GPU, if it fits. progress: see `load_model`, then
-    `Engine.prepare`. Raises InputError for what cannot be loaded or does not fit.
+    which drafts for it (see `SelfRounds`); None: on a GPU, and if that cannot be, a line in the log says why.
+    progress: see `load_model`, then `Engine.prepare`. Raises InputError for what cannot be loaded or does not fit.
     """
     memory.check_form(drafter_dtype, pick_device(drafter_device or device))
     dtype = as_dtype(dtype)
@@ -1527,7 +1539,10 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     target = drafter = None
     if videollava is not None:
         target = load_model(Target, videollava, device, cache_rows=budget["target"]["rows"], tokenizer=tokenizer,
-                            seed=seed, packed="int4" if "packed" in budget["target"] else None, **options)
+                            seed=seed, packed="int4" if "packed" in budget["target"] else None,
+                            must_pack=bool(self_draft), **options)
+        if "no_copy" in budget["target"]:
+            say_no_copy(videollava, budget["target"]["no_copy"])
     if eventgpt is not None:
         own = Path(str(eventgpt)) / "tokenizer.json"
         shared = target.text.path if target is not None and not own.exists() else None

@@ -104,6 +104,7 @@ def gigabytes(cards: str, command: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights.memory, "free_bytes", lambda device: (size * 10 ** 9, size * 10 ** 9))
         patch.setattr(weights.memory, "pick_device", lambda name: torch.device(name or "cuda:0"))
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
         budget = engine.memory_budget(
             flags.eventgpt and "random-7b", flags.videollava and "random-7b", flags.device, flags.drafter_device,
             cache_rows=flags.cache_rows, drafter_dtype=flags.drafter_dtype, self_draft="self" in flags.draft_source,
