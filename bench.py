@@ -420,6 +420,11 @@ def screen(report, colour: bool = False) -> list[str]:
     lines += [line[:WIDTH] for line in columns(table)] if modes else []
     if found := [f"{name} {of['ids_a_forward']:.2f}" for name, of in report["controls"].items() if of["ids_a_forward"]]:
         lines.append(f"controls  {', '.join(found)} ids a forward, and see no clip")
+    if (own := modes.get("speculative", {}).get("by_source", {}).get("self")) and own["judged"]:
+        pays = pays_from(own, modes_p50(report, "target_only", "tpot_ms"))
+        lines.append(f"4-bit     self right with {own['right'] / own['judged']:.2f} of {own['judged']:,} drafts"
+                     + (f"; pays from {pays:.2f}" if pays is not None else ""))
+    lines += block("4-bit", report["copy_stays"], 2) if report.get("copy_stays") else []
     lines += block("verdict", verdict(report), 2)
     failed = [f"failed    {row['id']}: {row['error']}"[:WIDTH] for row in report["samples"] if "error" in row]
     failed += [f"skipped   {problem}"[:WIDTH] for problem in report["skipped"]]
@@ -511,12 +516,9 @@ def details(report) -> list[str]:
     step = modes_p50(report, "target_only", "tpot_ms")
     for mode, of in report["modes"].items():
         for source, n in of["by_source"].items():
-            pays = None                                      # the share of right drafts from which one a round pays
-            if step and n["drafts"]:
-                pays = max(0.0, (n["ms"] / n["rounds"] - step) / step / (n["drafts"] / n["rounds"]))
             sources.append([f"{mode}: {source}", str(n["rounds"]), str(n["drafts"]),
-                            fmt(n["accepted"] / n["drafts"] if n["drafts"] else None, 2),
-                            fmt(n["ids"] / n["rounds"], 2), fmt(n["ms"] / n["ids"], 2), fmt(pays, 2), ""])
+                            fmt(n["right"] / n["judged"] if n["judged"] else None, 2), fmt(n["ids"] / n["rounds"], 2),
+                            fmt(n["ms"] / n["ids"], 2), fmt(pays_from(n, step), 2), ""])
     lines += columns(times) + columns(drafts) + columns(sources)
     if report["controls"]:
         lines.append(f"controls mean accepted of one shot of {c['overlap_len']}: " + ", ".join(
@@ -526,6 +528,12 @@ def details(report) -> list[str]:
     lines += [f"failed   {row['id']}: {row['error']}" for row in report["samples"] if "error" in row]
     lines += [f"skipped  {problem}" for problem in report["skipped"]]
     return lines + [f"warning  {warning}" for warning in report["warnings"]] + LEGEND.splitlines()
+
+
+def pays_from(of: dict, step: float | None) -> float | None:
+    """The share of right drafts from which one a round pays: what a source's round takes beyond a step of so many ms,
+    over a step, for each draft."""
+    return max(0.0, of["ms"] - of["rounds"] * step) / step / of["drafts"] if step and of["drafts"] else None
 
 
 def modes_p50(report, mode: str, name: str) -> float | None:
@@ -679,8 +687,9 @@ def make_parser() -> Parser:
     add("--max-new-tokens", type=whole(1, 1_000_000), default=50, metavar="N", help="default %(default)s")
     add("--draft-len", type=whole(0, most), default=5, metavar="G", help="drafts a round (default %(default)s)")
     add("--overlap-len", type=whole(0, most), default=15, metavar="G", help="drafts of the head start (%(default)s)")
-    add("--draft-source", default="drafter", metavar="NAME",
-        help="who drafts in `speculative`, asked in this order: drafter (default), self, lookup[:FILE], adapter:DIR")
+    add("--draft-source", metavar="NAME,..", help="who drafts in `speculative`, asked in this order: drafter, "
+        "self, lookup[:FILE], adapter:DIR (default: on a GPU lookup, drafter and self, as far as they are there and "
+        "fit; on a CPU and for the embedded pair drafter)")
     add("--gate", choices=("on", "off"), help="draft only where it should pay (default: on; off for the embedded pair)")
     add("--temperature", type=float, default=0.0, metavar="T", help="draw ids (default %(default)s: greedy)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest ids of this mass (default all)")
@@ -770,7 +779,9 @@ def check(options) -> None:
     insist(not options.timeline or options.timeline.lower().endswith(".png"),
            f"--timeline: {options.timeline} is no PNG; name a file that ends in .png")
     insist(options.rows or not options.resume, "--resume: has nothing to go on with; pass --rows as well")
-    named = options.draft_source.split(",")
+    named = (options.draft_source or sources_there(options)).split(",")
+    options.self_draft = "self" in named and (True if options.draft_source else None)        # None: if it can be
+    options.draft_source = ",".join(named)
     options.kept = next((name.partition(":")[2] for name in named if name.startswith("lookup:")), "")
     insist(not options.kept or options.shard[1] == 1 and options.videollava,
            f"{options.kept}: belongs to one run of one target; leave :FILE out of --draft-source, or --shard, and pass "
@@ -780,6 +791,14 @@ def check(options) -> None:
     options.source = [engine.source_named(name, model) for name in named]
     options.dataset_dir = options.dataset_dir or TINY / "clips"
     options.ignore_eos = options.kind == "random-7b" if options.ignore_eos is None else options.ignore_eos
+
+
+def sources_there(options) -> str:
+    """Who drafts if nobody says: all there is, since the gate leaves what does not pay; on a CPU and in the embedded
+    pair a 4-bit copy never does."""
+    if options.kind == "tiny" or options.device.type == "cpu" or not options.videollava:
+        return "drafter"
+    return "lookup,drafter,self" if options.eventgpt else "lookup,self"
 
 
 def read_shard(text: str | None, environ) -> tuple[int, int]:
@@ -855,7 +874,7 @@ def run(options, command: str) -> int:
             measure(e, left, options, rows, kept.append)
         except KeyboardInterrupt:
             interrupted = True
-    head["clocks_after"] = asked(options.device, CLOCKS)
+    head |= {"clocks_after": asked(options.device, CLOCKS), "copy_stays": e.copy_stays}
     code = publish(assemble(head, rows, interrupted), options,
                    f"resume    nothing was left to do: {options.rows} holds all {len(rows)} samples" * (not left))
     if options.kept:                                         # last: a full disk must not cost the report
@@ -892,12 +911,16 @@ def load_pair(options, samples) -> tuple[dict, engine.Engine]:
     shown = max((len(sample.events) for sample in samples if isinstance(sample.events, list)), default=0)
     place = dict(device=options.device, drafter_device=options.drafter_device, dtype=options.dtype,
                  cache_rows=options.cache_rows, drafter_dtype=options.drafter_dtype,
-                 self_draft="self" in options.source, text_rows=PROMPT_ROWS + max(0, asked - 100) + max(
+                 self_draft=options.self_draft, text_rows=PROMPT_ROWS + max(0, asked - 100) + max(
                      0, shown - 5) + options.max_new_tokens)
     memory = engine.memory_budget(options.eventgpt, options.videollava, **place)
-    return memory, engine.load_engine(
+    e = engine.load_engine(
         options.eventgpt, options.videollava, draft_len=options.draft_len, overlap_len=options.overlap_len,
         tokenizer=options.tokenizer, gate=options.gate == "on", progress=loading(), **place)
+    if "self" in options.source and e.target and not e.target.copy:          # the log has said why
+        options.source.remove("self")
+        options.draft_source = options.draft_source.removesuffix(",self")
+    return memory, e
 
 
 def publish(report, options, remark: str = "") -> int:

@@ -859,6 +859,19 @@ class Engine(Closing):
     def models(self) -> list[Model]:
         return [m for m in (self.target, self.drafter) if m is not None]
 
+    @property
+    def copy_stays(self) -> str | None:
+        """Why the target's 4-bit copy is not on the drafter's device where that is another one; None: there is none."""
+        if not (self.apart and self.target.copy):
+            return None
+        step, draft = self.gate and self.gate.step, self.gate and self.gate.seconds("self draft")
+        most = "step / draft"
+        if step and draft:
+            most = f"{step / draft:.2f} (step {step * 1e3:.2f} / draft {draft * 1e3:.2f} ms)"
+        return (f"the copy stays on {self.target.device} and drafts on the target's own cache; "
+                f"on {self.drafter.device} it would need a cache and a prefill of its own, to be at most {most} times as "
+                f"fast as the target")
+
     def close(self) -> None:
         """Ends the worker threads and frees the models' memory; twice is once. A request that still runs is cancelled,
         and whoever reads it is told so."""
@@ -1555,6 +1568,8 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     engine = Engine(target, drafter, draft_len, overlap_len, gate)
     if any(model.graphs for model in engine.models):
         engine.prepare(progress)
+    if engine.copy_stays:
+        logging.getLogger(__name__).info(engine.copy_stays)
     return engine
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import bench
@@ -262,6 +263,25 @@ def test_a_summary_holds_every_repeat_and_an_entry_for_each_forward():
     assert (of["drafted"], of["accepted"], of["rounds"], of["forwards"]) == (5, 1, 1, 1)
     other = bench.summary(e, [results[0], result_of([1, 7, 3])], [result_of([1, 2, 3])])
     assert other["differs_at"] == 1 and other["identical"] is False
+
+
+def test_who_drafted_is_shown_with_ids_a_round_ms_an_id_its_share_and_from_where_it_pays():
+    """Two samples of steps of 4 ms; 300 rounds of 700 drafts take 2,376 ms, 1,176 more than as many steps."""
+    own = dict(rounds=300, drafts=700, accepted=640, ids=940, ms=2376.0, judged=620, right=583)
+    none = dict(rounds=5, drafts=0, accepted=0, ids=5, ms=20.0, judged=0, right=0)
+    base = made(range(8), (38.0,), (10.0,))
+    rows = rows_of(*[{"target_only": base, "speculative": made(range(8), (30.0,), (10.0,), [1], 2, by_source={
+        "self": own, "none": none})}] * 2)
+    report = bench.assemble(HEAD, rows)
+    assert "4-bit     self right with 0.94 of 1,240 drafts; pays from 0.42" in bench.screen(report)
+    table = [line.split() for line in bench.details(report) if line.startswith("speculative: ")]
+    assert table == [["speculative:", "self", "600", "1400", "0.94", "3.13", "2.53", "0.42"],
+                     ["speculative:", "none", "10", "0", "-", "1.00", "4.00", "-"]]
+    assert bench.pays_from(own, None) is None and bench.pays_from({**own, "ms": 1.0}, 4.0) == 0.0
+    del rows[0]["modes"]["speculative"]["by_source"]["self"]
+    assert not [line for line in bench.screen(bench.assemble(HEAD, rows)) if line.startswith("4-bit")]
+    stays = "the copy stays on cuda:0 .. times as fast as the target"
+    assert f"4-bit     {stays}" in bench.screen(bench.assemble({**HEAD, "copy_stays": stays}, rows))
 
 
 # ---- the screen
@@ -769,6 +789,33 @@ def test_wrong_outputs_and_flags_are_refused_before_anything_is_loaded(tmp_path,
         assert bench.main(["--device", "cpu", *flags]) == 2, flags
         out, err = capsys.readouterr()
         assert words in err and err.count("\n") == 1 and out == "", (flags, err)
+
+
+@pytest.mark.parametrize("device, flags, sources, self_draft", [
+    ("cuda:0", ["--eventgpt", "E", "--videollava", "V"], "lookup,drafter,self", None),
+    ("cuda:0", ["--weights", "random-7b"], "lookup,drafter,self", None),
+    ("cuda:0", ["--videollava", "V"], "lookup,self", None), ("cuda:0", ["--eventgpt", "E"], "drafter", False),
+    ("cuda:0", [], "drafter", False), ("cpu", ["--eventgpt", "E", "--videollava", "V"], "drafter", False),
+    ("cuda:0", ["--videollava", "V", "--draft-source", "self"], "self", True),
+    ("cpu", ["--draft-source", "lookup"], "lookup", False)])
+def test_all_there_is_drafts_on_a_gpu_unless_told(monkeypatch, device, flags, sources, self_draft):
+    monkeypatch.setattr(engine, "pick_device", lambda name: torch.device(device))
+    options = bench.parse(flags)
+    bench.check(options)
+    assert (options.draft_source, options.self_draft, len(options.source)) == (
+        sources, self_draft, sources.count(",") + 1)
+
+
+def test_without_room_for_a_copy_all_else_drafts(monkeypatch):
+    """A CPU stands for a GPU whose engine comes without the copy."""
+    options = bench.parse(["--videollava", str(TINY / "target"), "--device", "cpu"])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "pick_device", lambda name: torch.device("cuda:0"))
+        bench.check(options)
+    options.device = torch.device("cpu")
+    _, e = bench.load_pair(options, [])
+    assert options.draft_source == "lookup" and [of.name for of in options.source] == ["lookup"]
+    e.close()
 
 
 def bad(tmp_path):

@@ -224,7 +224,7 @@ def test_a_pair_that_does_not_fit_is_told_what_does_cheapest_first(gigabytes, fi
         given = bench.parse(flags.strip("`").split())
         budget = engine.memory_budget(
             given.eventgpt, given.videollava, None, given.drafter_device, cache_rows=given.cache_rows,
-            drafter_dtype=given.drafter_dtype, self_draft="self" in given.draft_source, text_rows=210)
+            drafter_dtype=given.drafter_dtype, self_draft="self" in (given.draft_source or ""), text_rows=210)
         assert f"{weights.memory.bytes_of(budget) / 1e9:.1f}" == needed
         assert set(given.modes.split(",")) <= {"target_only", "speculative"} or given.eventgpt
 

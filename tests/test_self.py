@@ -2,8 +2,10 @@
 
 import functools
 import json
+import random
 from pathlib import Path
 
+import common
 import pytest
 import torch
 
@@ -131,6 +133,48 @@ def test_a_copy_that_does_not_fit_is_left_out_unless_it_was_asked_for(monkeypatc
     with pytest.raises(engine.InputError, match="no room"):
         engine.memory_budget(None, TINY / "target", "cuda", self_draft=True)
     assert "packed" not in engine.memory_budget(None, TINY / "target", "cuda")["target"]
+
+
+def test_it_is_said_why_the_copy_stays_beside_the_target(pair, target, monkeypatch):
+    monkeypatch.setattr(pair.target, "copy", target.target.copy)
+    assert pair.copy_stays is None, "one device"
+    monkeypatch.setattr(pair, "apart", True)
+    monkeypatch.setattr(pair.drafter, "device", torch.device("cuda:1"))
+    line = ("the copy stays on cpu and drafts on the target's own cache; on cuda:1 it would need a cache and a prefill "
+            "of its own, to be at most {} times as fast as the target")
+    assert pair.copy_stays == line.format("step / draft"), "no gate"
+    monkeypatch.setattr(pair, "gate", Gate())
+    pair.gate.timed("step", 3.9e-3)
+    assert pair.copy_stays == line.format("step / draft"), "no draft was seen"
+    pair.gate.timed("self draft", 1.56e-3)
+    assert pair.copy_stays == line.format("2.50 (step 3.90 / draft 1.56 ms)")
+    monkeypatch.setattr(pair.target, "copy", None)
+    assert pair.copy_stays is None, "no copy"
+
+
+def test_the_default_costs_half_a_percent_at_most_where_nothing_pays(pair, target, clock, monkeypatch):
+    """A drafter and a copy that are never right, answers that never come back, 61 requests of a new engine's gate."""
+    monkeypatch.setattr(pair.target, "copy", target.target.copy)
+    monkeypatch.setattr(pair.target, "recorded", None)
+    monkeypatch.setattr(pair.target, "step_graphs", {})
+    monkeypatch.setattr(pair, "gate", Gate())
+    pair.gate.timed("step", 1.0)                             # as loading tells it
+    costs = dict(encode=1.0, prefill=12.0, step=1.0)
+    common.script(monkeypatch, pair.drafter, [99] * 99, clock, **costs)
+    common.script(monkeypatch, pair.target, list(range(20, 90)), clock, **costs, verify=1.03, copy=0.4)
+    taken, chance = [], random.Random(0)
+    for _ in range(61):
+        ids = [chance.randrange(100, pair.target.config.V) for _ in range(60)]
+        with torch.inference_mode():
+            pair.target.replay(ids, [99] * 60, [0.3] * 60)
+        clock.restart()
+        result = pair.generate(mode="speculative", ignore_eos=True, **{**common.asked(0), "max_new_tokens": 60})
+        assert result.output_ids == ids and result.drafter_error is None
+        taken.append(result.wall_clock_time)
+    clock.restart()
+    alone = pair.generate(mode="target_only", ignore_eos=True, **{**common.asked(0), "max_new_tokens": 60})
+    assert alone.wall_clock_time == pytest.approx(1.0 + 12.0 + 59)
+    assert sum(taken) <= 1.005 * 61 * alone.wall_clock_time
 
 
 def test_earlier_answers_go_before_the_copy_where_their_ids_are_cheaper(target, eager, monkeypatch):

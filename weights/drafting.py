@@ -506,16 +506,18 @@ class Gate:
 
     def best_len(self, kind: str, question: str, lens, draft: float | None = 0.0) -> int:
         """Drafts of the round that is expected to end an answer soonest, one of `lens`; 0: a plain step. draft: seconds
-        that each draft costs besides the verify; None: not known, try as many as possible."""
+        that each draft costs besides the verify; None: not known, try as many as possible. What would not pay if it
+        were always right is not tried again."""
         step = self.step
         if step is None or draft is None:
             return max(lens)
         alive = self.alive(kind, question, max(lens))
-        best = min((0, *lens), key=lambda G: (G * draft + self.verify(G)) / (1 + sum(alive[:G])) if G else step)
+        prices = {G: G * draft + self.verify(G) for G in lens}
+        best = min((0, *lens), key=lambda G: prices[G] / (1 + sum(alive[:G])) if G else step)
         if best:
             self.waits.pop(kind, None)
             return best
-        return max(lens) if self.trial(kind) else 0
+        return max(lens) if any(prices[G] < (1 + G) * step for G in lens) and self.trial(kind) else 0
 
     def refuses(self, kind: str) -> bool:
         """Whether rounds of a source that waits for the host gave ids later than plain steps, of late."""
