@@ -868,9 +868,9 @@ class Engine(Closing):
         most = "step / draft"
         if step and draft:
             most = f"{step / draft:.2f} (step {step * 1e3:.2f} / draft {draft * 1e3:.2f} ms)"
-        return (f"the copy stays on {self.target.device} and drafts on the target's own cache; "
-                f"on {self.drafter.device} it would need a cache and a prefill of its own, to be at most {most} times as "
-                f"fast as the target")
+        here, there = self.target.device, self.drafter.device
+        return (f"the copy stays on {here} and drafts on the target's own cache; on {there} it would need a cache and "
+                f"a prefill of its own, to be at most {most} times as fast as the target")
 
     def close(self) -> None:
         """Ends the worker threads and frees the models' memory; twice is once. A request that still runs is cancelled,
@@ -1134,8 +1134,8 @@ class Engine(Closing):
             if owner is not earlier:
                 self.target.ring.clear()
                 count = 0
-            for answer in earlier.newest(earlier.learnt - count):
-                self.target.ring.add(answer)
+            if earlier.learnt > count:
+                self.target.ring.add_all(earlier.newest(earlier.learnt - count))
         self.in_ring = earlier, earlier.learnt
 
     @takes(Asked)
