@@ -59,6 +59,7 @@ import kernels  # noqa: F401  first: it keeps torch quiet where numpy is absent
 # isort: split
 import torch
 import torch.nn.functional as F
+from triton.runtime.cache import triton_key
 
 from kernels.attention import attention, step_attention
 from kernels.fp8 import norm8, product8, rows8
@@ -132,11 +133,10 @@ class Decoder:
     weights: the `text.*` tensors of weights/names.py, or what `packing` makes of them: then prefill unpacks the 4-bit
     weights one after the other into `room`, or reads their e4m3 forms. Keys are cached after rotary. Row s of a step
     attends to the cache rows 0..pos_ids[s] and to nothing else, so what lies beyond is stale and harmless.
-    drafts: its ids are only drafts, so a row's bits may depend on how many rows run beside it.
     Source: transformers' LlamaForCausalLM, rounding order included.
     """
 
-    def __init__(self, config: DecoderConfig, weights: dict, cache_rows: int, drafts: bool = False):
+    def __init__(self, config: DecoderConfig, weights: dict, cache_rows: int):
         self.config, self.w = config, weights
         self.embed_VD = weights["text.embed"]
         self.head_VD = weights.get("text.head", self.embed_VD)
@@ -150,21 +150,32 @@ class Decoder:
         self.cos_MK = angle_MK.cos().to(self.device, self.dtype)
         self.sin_MK = angle_MK.sin().to(self.device, self.dtype)
 
-        self.steps = self._steps(weights, drafts, config.packed, config.turned)
+        work = Workspace(self.device, config.D, config.H, config.K, cache_rows)
+        self.steps = self._steps(weights, work, config.packed, config.turned)
         self.layers = self.steps.layers if not self.fp8 else [
             {of: weights[f"text.layers.{i}.{of}.e4m3"] for of in PRODUCTS} for i in range(config.L)]
         unpacks = self.device.type == "cuda" and config.packed and not self.fp8
         self.room = torch.empty(config.largest, dtype=self.dtype, device=self.device) if unpacks else None
+        self.depths = range(config.L)                        # layers that a forward runs
+
+    @contextlib.contextmanager
+    def shortened(self):
+        """Forwards in the block run the first layer, the second and the last: every kernel there is, of no use else."""
+        kept, self.depths = self.depths, sorted({0, min(1, self.config.L - 1), self.config.L - 1})
+        try:
+            yield
+        finally:
+            self.depths = kept
 
     @property
     def cache_rows(self) -> int:
         return self.k_cache_LNMK.shape[2]
 
-    def _steps(self, weights: dict, drafts: bool, packed: str | None = None, turn: bool = False) -> Steps:
+    def _steps(self, weights: dict, work: Workspace, packed: str | None = None, turn: bool = False) -> Steps:
         c = self.config
         layers = [{name: weights[f"text.layers.{i}.{name}"] for name in LAYER} for i in range(c.L)]
-        return Steps(layers, weights.get("text.head", self.embed_VD), MAX_PACKED_ROWS if packed else STEP_ROWS,
-                     Workspace(self.device, c.D, c.H, c.K, self.cache_rows, drafts=drafts), packed, turn)
+        return Steps(layers, weights.get("text.head", self.embed_VD), MAX_PACKED_ROWS if packed else STEP_ROWS, work,
+                     packed, turn)
 
     def packed(self, form: str) -> Steps:
         """The weights in 4 bits, one of BITS, for steps that draft. NotPackable where their shapes or values forbid it.
@@ -175,7 +186,7 @@ class Decoder:
         made = dict(packing(sorted(text, key=lambda of: of[1].dim()), form, turn))
         if not all(bool(of.scales.isfinite().all()) for of in made.values() if isinstance(of, Packed)):
             raise NotPackable("values too large for scales in fp16")
-        return self._steps(made, True, form, turn)
+        return self._steps(made, self.steps.work, form, turn)
 
     def forward(self, hidden_SD, pos_ids_S, only=None, steps: Steps | None = None):
         """Writes cache rows pos_ids_S; returns logits [S, V], or those of the rows that `only` (int64, few) names.
@@ -189,12 +200,12 @@ class Decoder:
         if rows <= steps.rows:
             if not steps.packed:                             # packed products take their own
                 row_sums(hidden_SD, steps.work)
-            for layer in range(c.L):
+            for layer in self.depths:
                 hidden_SD = self._step_layer(layer, hidden_SD, pos_ids_S, steps)
             logits_SV = product(hidden_SD, steps.head_VD, steps.work, norm=(self.w["text.norm"], c.eps))
             return logits_SV if only is None else logits_SV.index_select(0, only)
         fresh_SD = scale_S = None                            # the last block's output, not yet added to the stream
-        for layer in range(c.L):
+        for layer in self.depths:
             kept = only if layer == c.L - 1 else None
             if self.fp8:
                 hidden_SD, fresh_SD, scale_S = self._prefill_layer8(layer, hidden_SD, fresh_SD, scale_S, pos_ids_S,
@@ -358,10 +369,11 @@ class Model:
         self.sampling, self.searches, self.seen = sampling, searches, self.seen if self.held else None
 
     def rest(self) -> None:
-        """A state on which graphs are captured: any forward may run, and writes only cache rows that nobody needs. It
-        has one id, which stands a row behind the open clip, and its limit is far."""
+        """A state on which graphs are captured: any forward may run, and writes only cache rows that nobody needs, or
+        can be written again. It has one id, which stands a row behind the open clip, and its limit is far."""
         head = new_state(0, n_out=1, prompt_len=self.held + 1, limit=self.decoder.cache_rows)
         self.state_W[:STATE].copy_(head)
+        self.cached = []
         self.asked_W[:2].copy_(torch.tensor([0, 1]))
 
     def talk(self, question: str | None, turns=()) -> Prompt:
@@ -599,7 +611,7 @@ class Drafter(Model):
 
     def __init__(self, config: dict, weights: dict, text: Text, path: str, stops, cache_rows=None, graphs=True):
         decoder_config = DecoderConfig.read(config)
-        decoder = Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows, drafts=True)
+        decoder = Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows)
         super().__init__(decoder, text, path, stops, graphs)
         self.vision = VisionConfig.read(config.get("vision_config") or {"image_size": 336})
         self.tower = Tower(self.vision, weights, "events")
@@ -688,8 +700,12 @@ class Drafter(Model):
 class StepGraph:
     """One captured call of `fn`, which reads and writes static tensors only. Eager where there is no graph.
 
-    The warm-up run compiles kernels outside the capture; it and the capture write cache rows and state, so a graph is
-    built before prefill, or behind the rows of an open clip. `out` is what fn returned, valid until the next replay.
+    A warm-up run of three layers compiles kernels outside the capture; it and the capture write cache rows and state,
+    so a graph is built before prefill, or behind the rows of an open clip. `out` is what fn returned, valid until the
+    next replay.
+
+    Not `torch.cuda.graph`: that gives all memory that torch keeps for reuse back to the driver, page-locked too, and
+    the next warm-up asks for it again. A capture cannot: so it is given back here where little is left.
     """
 
     def __init__(self, fn, model: Model, captured: bool = True):
@@ -700,13 +716,20 @@ class StepGraph:
         model.rest()                                         # the last request's lengths may not fit this shape
         with torch.cuda.device(model.device), torch.inference_mode():
             model.stream.wait_stream(torch.cuda.current_stream(model.device))
-            with model.on_stream():
+            with model.on_stream(), model.decoder.shortened():
                 fn()
             torch.cuda.synchronize(model.device)
+            free, whole = memory.free_bytes(model.device)
+            kept_free = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+            if free - kept_free < whole / 8:
+                torch.cuda.empty_cache()
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=model.pool, stream=model.capture,
-                                  capture_error_mode="thread_local"):
-                self.out = fn()
+            with torch.cuda.stream(model.capture):
+                self.graph.capture_begin(pool=model.pool, capture_error_mode="thread_local")
+                try:
+                    self.out = fn()
+                finally:
+                    self.graph.capture_end()
             model.state_W.copy_(kept)
             torch.cuda.synchronize(model.device)
 
@@ -837,9 +860,9 @@ class Engine(Closing):
     """
 
     def __init__(self, target: Target | None, drafter: Drafter | None, draft_len: int = 5, overlap_len: int = 15,
-                 gate: bool = True):
+                 gate: bool = True, several: int = 1):
         self.target, self.drafter = target, drafter
-        self.draft_len, self.overlap_len = draft_len, overlap_len
+        self.draft_len, self.overlap_len, self.several = draft_len, overlap_len, several
         self.gate = Gate() if gate else None
         self.lookup = Lookup()                               # this engine's own answers
         self.in_ring: tuple = (None, 0)                      # whose answers the target's ring holds, and how many
@@ -848,6 +871,7 @@ class Engine(Closing):
         self.apart = bool(target and drafter) and target.device != drafter.device   # the drafter has its own device
         self.target_first = bool(target and target.on_gpu)   # at the interpreter's lock, see `_drafter_side`
         self._clip: weakref.ref[Clip] | None = None          # see `clip`
+        self.clips: weakref.WeakSet[Clip] = weakref.WeakSet()               # all that are open
         self.lock = threading.Lock()
         self.owner: int | None = None                        # the thread whose request runs
         self.running: Request | None = None
@@ -885,6 +909,8 @@ class Engine(Closing):
             self.lock.release()
         for thread in self.threads.values():
             thread.shutdown()
+        for clip in self.clips:
+            clip.parked.clear()
         self.target = self.drafter = self._clip = self.running = running = None
         self.learners, self.in_ring = [], (None, 0)
         gc.collect()                                         # a graph and its model refer to each other
@@ -1094,7 +1120,9 @@ class Engine(Closing):
 
     def prepare(self, progress=None) -> None:
         """Captures what ordinary requests replay, then answers about a black clip, so that neither the first answer
-        nor a question of a new length waits for it. The gate learns what a step takes, and nothing else is learnt.
+        nor a question of a new length waits for it. The second answer's question is one without a graph, if the caches
+        have room for such: the first prefill of that kind in a thread makes cuBLAS's handle there and takes the memory
+        that later ones use. The gate learns what a step takes, and nothing else is learnt.
         progress: called with ("preparation", steps done, steps in all)."""
         def capture(model: Model) -> None:
             with naming_stage(model, "preparation"):
@@ -1103,20 +1131,27 @@ class Engine(Closing):
                     model.prefill_graph(rows + room, room)
                 model.graph("ask")
 
-        def answer(mode: str) -> None:
-            asked = Asked((x, x, x, x % 2), [frame_HW3] * most, "?", 4, mode=mode, ignore_eos=True, remember=False)
+        def answer(mode: str, question: str) -> None:
+            asked = Asked((x, x, x, x % 2), [frame_HW3] * most, question, 4, mode=mode, ignore_eos=True, remember=False)
             entries = collections.deque(self._answer(asked), 1)[0].result.timeline
             if kept and mode == "target_only":
                 kept.timed("step", min(end - start for _, stage, start, end, _ in entries if stage == "decode"))
 
-        if any(model.prompt("?").rows(model.visual(model.num_frames)) + 2 * STEP_ROWS + 8 > model.decoder.cache_rows
-               for model in self.models):
+        def fits(question: str) -> bool:
+            prompts = [(model, model.prompt(question)) for model in self.models]
+            return all(len(prompt.after) <= 2 * QUESTION_ROWS[-1] and prompt.rows(model.visual(model.num_frames))
+                       + 2 * STEP_ROWS + 8 <= model.decoder.cache_rows for model, prompt in prompts)
+
+        if not fits("?"):
             return                                           # a request will say what does not fit
+        a_word = max(len(model.prompt("why why").after) - len(model.prompt("why").after) for model in self.models)
+        words = range(2 * QUESTION_ROWS[-1] // max(1, a_word), 0, -8)
+        longest = next(filter(fits, ("why " * count for count in words)), "?")
         x, frame_HW3 = torch.arange(100), torch.zeros(240, 320, 3, dtype=torch.uint8)
         most = max(model.num_frames for model in self.models)
         steps: list[Callable] = [functools.partial(capture, model) for model in self.models]
-        steps += [functools.partial(answer, mode) for mode in
-                  (("target_only", "speculative") if self.target else ("drafter_only",))]
+        both = ("target_only", "?"), ("speculative", longest)
+        steps += [functools.partial(answer, *of) for of in (both if self.target else [("drafter_only", longest)])]
         kept, self.gate = self.gate, None
         try:
             for done, step in enumerate(steps, 1):
@@ -1154,8 +1189,8 @@ class Engine(Closing):
         """Reads and encodes a clip once, for any number of questions; arguments as `stream`, but for the question.
 
         What says how to answer holds for every question that does not say it anew; mode and draft_source decide which
-        models see the clip. It fills their caches until it is closed: `stream`, `generate` and another `open` are
-        refused until then."""
+        models see the clip. It fills their caches until it is closed: `stream`, `generate` and, of more clips than
+        `several` of `load_engine`, another `open` are refused until then."""
         return Clip(self, Asked(**vars(opening)))
 
     def _checked(self, asked: Asked, clip: Clip | None) -> tuple[list, list[Model], str | None]:
@@ -1196,9 +1231,15 @@ class Engine(Closing):
             overlap_len=self.overlap_len if asked.overlap_len is None else asked.overlap_len,
             max_new_tokens=1 if opens else asked.max_new_tokens)
         with self._turn(asked.timeout):
-            if self.clip is not clip:
-                raise InputError("clip: is closed; open it again" if clip else "engine: an open clip fills the "
-                                 "caches; close it first (`with engine.open(..) as clip` does)")
+            if clip and clip not in self.clips:
+                raise InputError("clip: is closed; open it again")
+            if not clip and len(self.clips) >= (self.several if opens else 1):
+                raise InputError(f"engine: {len(self.clips)} clips are open, as many as it was loaded for; close one, "
+                                 f"or raise `several`" if opens and self.several > 1 else "engine: an open clip fills "
+                                 "the caches; close it first (`with engine.open(..) as clip` does)")
+            if opens and self.several > 1:
+                opens.parked = {model.side: Parked(model, len(self.clips)) for model in active}
+            self._bring(clip)
             for model in self.models:
                 model.held = clip.sides.get(model.side, 0) if clip else 0
             gate = self.gate if mode in ("prefill_then_verify", "speculative") and not opens else None
@@ -1236,11 +1277,25 @@ class Engine(Closing):
             yield from self._run(req, active, asked.remember)
             if opens:
                 opens.shown, opens.sides, self._clip = shown, dict(req.prompt_rows), weakref.ref(opens)
+                self.clips.add(opens)
 
     @property
     def clip(self) -> Clip | None:
-        """The open one; a clip that nobody holds any more is closed."""
+        """The open one, of several the one that was asked last: its rows are in the caches. A clip that nobody holds
+        any more is closed."""
         return self._clip() if self._clip else None
+
+    def _bring(self, clip: Clip | None) -> None:
+        """Puts a clip's rows into the caches, after those of another that are there were parked."""
+        earlier = self.clip
+        if earlier is not clip:
+            with torch.inference_mode():
+                for model in self.models:
+                    if earlier and model.side in earlier.sides:
+                        earlier.parked[model.side].leave(model, earlier.sides[model.side])
+                    if clip and model.side in clip.sides:
+                        clip.parked[model.side].come_back(model)
+            self._clip = weakref.ref(clip) if clip else None
 
     def remember(self, result: Result) -> None:
         """Lets the sources of the last request learn its answer, where `remember=False` had kept it from them."""
@@ -1363,6 +1418,36 @@ def finished(events, on_event=None) -> Result:
     return event.result
 
 
+class Parked:
+    """A clip's rows of one model's cache while another's stand there. InputError if there is no memory for them."""
+
+    def __init__(self, model: Model, open_clips: int):
+        caches = model.decoder.k_cache_LNMK, model.decoder.v_cache_LNMK
+        try:
+            with torch.inference_mode(), model.on_stream():
+                self.pairs = [(cache, torch.empty_like(cache)) for cache in caches]
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            raise InputError(f"engine: {model.device} has no {sum(t.nbytes for t in caches) / 1e9:.3f} GB for another "
+                             f"clip's rows, {open_clips} are open; close one, or lower `cache_rows`") from None
+        self.held, self.cached = 0, []                       # visual rows that are copied, and ids with rows behind
+
+    def leave(self, model: Model, held: int) -> None:
+        end = held + len(model.cached)
+        with model.on_stream():
+            for cache, parked in self.pairs:                 # visual rows stay as they are
+                parked[:, :, self.held:end].copy_(cache[:, :, self.held:end])
+        self.held, self.cached = held, model.cached
+
+    def come_back(self, model: Model) -> None:
+        end = self.held + len(self.cached)
+        with model.on_stream():
+            for cache, parked in self.pairs:
+                cache[:, :, :end].copy_(parked[:, :, :end])
+        model.cached, model.seen = self.cached, None
+
+
 class Clip(Closing):
     """A clip that was read and encoded once: the caches hold its rows, and those of a question go behind them. Made by
     `Engine.open`.
@@ -1376,6 +1461,7 @@ class Clip(Closing):
         self.engine, self.asked, self.turns = engine, asked, []
         self.shown: dict[str, Shown] = {}
         self.sides: dict[str, int] = {}                      # models that see it -> its rows in their caches
+        self.parked: dict[str, Parked] = {}                  # where those may wait, if there may be several clips
         for event in engine._answer(asked, opens=self):
             self.opened = event.result                       # times of reading, encoding and prefill
 
@@ -1406,10 +1492,12 @@ class Clip(Closing):
     def close(self) -> None:
         """Gives the caches back; twice is once."""
         engine = self.engine
-        if engine.clip is self and not engine.closed and os.getpid() == engine.pid:
+        if self in engine.clips and not engine.closed and os.getpid() == engine.pid:
             mine = engine.owner == threading.get_ident()     # a stream that was left half read
             with contextlib.nullcontext() if mine else engine._turn(self.asked.timeout):
-                engine._clip = None
+                engine.clips.discard(self)
+                engine._clip = None if engine.clip is self else engine._clip
+                self.parked.clear()
 
 
 @torch.inference_mode()
@@ -1526,7 +1614,7 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
                 cache_rows: int | tuple[int, int] | None = None, draft_len: int = 5, overlap_len: int = 15,
                 tokenizer: FilePath | None = None, graphs: bool = True, seed: int = 0, gate: bool = True,
                 drafter_dtype: str = "bf16", self_draft: bool | None = None, text_rows: int = TEXT_ROWS,
-                progress: Callable[[str, int, int], Any] | None = None) -> Engine:
+                progress: Callable[[str, int, int], Any] | None = None, several: int = 1) -> Engine:
     """An Engine over the two checkpoints (either may be None).
 
     eventgpt, videollava: folders, hub ids already in the cache, or `random-7b`. device: `cuda`, `cuda:N` or `cpu`;
@@ -1537,7 +1625,9 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     as they are read, `fp8+int4` too, with e4m3 ones beside them for a quicker prefill (answers stay the same, drafts
     are cheaper and a little worse); `bf16` leaves them as they are. self_draft: True keeps a 4-bit copy of the target,
     which drafts for it (see `SelfRounds`); None: on a GPU, and if that cannot be, a line in the log says why.
-    progress: see `load_model`, then `Engine.prepare`. Raises InputError for what cannot be loaded or does not fit.
+    progress: see `load_model`, then `Engine.prepare`. several: clips that may be open at once; above 1 each takes a
+    cache more of each model, and asking another clip than last time a copy of its rows. Raises InputError for what
+    cannot be loaded or does not fit.
     """
     memory.check_form(drafter_dtype, pick_device(drafter_device or device))
     dtype = as_dtype(dtype)
@@ -1546,9 +1636,14 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     draft_len = insist_whole("draft_len", draft_len, 0, STEP_ROWS - 1)
     overlap_len = insist_whole("overlap_len", overlap_len, 0, STEP_ROWS - 1)
     text_rows = insist_whole("text_rows", text_rows, 1)
+    several = insist_whole("several", several, 1, 1000)
     budget = memory_budget(eventgpt, videollava, device, drafter_device, dtype, cache_rows, drafter_dtype, self_draft,
-                           text_rows)
+                           text_rows, several)
     options = dict(dtype=dtype, graphs=graphs, progress=progress)
+    # Triton finds what it has compiled by a hash of its own 460 MB, up to a second once a process: beside the reading.
+    hashing = threading.Thread(target=triton_key, name="triton", daemon=True)
+    if any(of["device"] != "cpu" for of in budget.values()):
+        hashing.start()
     target = drafter = None
     if videollava is not None:
         target = load_model(Target, videollava, device, cache_rows=budget["target"]["rows"], tokenizer=tokenizer,
@@ -1565,8 +1660,9 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     if target and drafter and (apart := target.text.differing(drafter.text)):
         told = "%s: %d pieces have other ids than in %s, so drafts are seldom right; take the checkpoints' own files"
         logging.getLogger(__name__).warning(told, drafter.text.path, apart, target.text.path)
-    engine = Engine(target, drafter, draft_len, overlap_len, gate)
+    engine = Engine(target, drafter, draft_len, overlap_len, gate, several)
     if any(model.graphs for model in engine.models):
+        hashing.join()
         engine.prepare(progress)
     if engine.copy_stays:
         logging.getLogger(__name__).info(engine.copy_stays)

@@ -24,18 +24,8 @@ at 32, and two code paths); splits of 128 or 256 rows without a pipelined loop (
 rows (21 to 23); the last split to arrive combining its head (a launch less, but serial: 20 to 23, 49 to 74 for 16
 rows).
 
-A drafter's step of one row takes 64 cache rows a program into registers before the query is there, and adds without
-tensor cores. In a step at context 700 with 4-bit weights that saved 7 microseconds a layer on an H100 (2.072 -> 1.844
-ms). Slower: 4 warps 1.906, 8 warps 1.935, splits of 32 rows 2.001, of 128 with 4 warps 1.867; loading after the wait
-costs 0.1 %. On an H200 at context 2,100, 2 warps 1.822 ms, 4 warps 1.873, splits of 32 1.830, of 128 1.842. The kernel
-that combines is released before the work, not behind it, and of one row it has four programs a head, each with one
-round of loads: 6.5 microseconds to 2.0, a step of 1.90 ms to 1.79. 1,056 programs of 255 registers a thread do not fit
-at once: 11.8 microseconds a layer, whose bytes take 7.6. Slower: fewer registers by force 1.61 to 3.36 ms in place of
-1.56, values asked into L2 and loaded behind the scores 1.57.
-
-2 to 16 rows of a drafter: the few rows' way with 16 columns and splits of 128 cache rows. A step of 16 rows at context
-700 with 4-bit weights took 3.83 ms with splits of 128 on an H200, 3.91 with 64, 3.85 with 256. Two rows by registers,
-as one row, took 2.06 ms at context 2,100, where four rows this way took 1.88.
+A step of 1 to 16 rows in 16 bits goes to kernels/early.py, whose bits are the same. The combining kernel is released
+before the work, not behind it: a product follows, which may ask for its weights while the splits still run.
 
 Towers without positions stay with torch: 8 x 257 rows of width 64 took 18.8 microseconds in SDPA and 15.8 here, 1 x
 577 11.7 and 11.9, 5 x 577 32.9 and 31.8, at most 0.07 ms of a request."""
@@ -46,33 +36,29 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.check import INTERPRETED, self_check, stages_that_fit
+from kernels.early import early_attention, takes_attention
 from kernels.rope_store import rope_store_ref, rotate
 
 LOG2E = 1.4426950408889634
 NEVER = tl.constexpr(-1e30)          # a masked score: finite, so that a row which sees nothing keeps a finite pivot
 MAX_ROWS = 32                        # rows of a step
+COMBINE_COLS = 64                    # of a head's width, in a program of one warp that combines splits
 SPLIT = 320                          # cache rows a program of a step looks at; part of the order of addition
-SINGLE_SPLIT = 64                    # cache rows that a program of a drafter's step of one row holds in registers
-FEW = 16                             # rows of a drafter's step that checks several ids
-FEW_SPLIT = 128                      # cache rows a program of it looks at
 
 
 class SplitWork:
-    """Scratch of a step's attention: what every split of the cache found for every row.
+    """Scratch of a step's attention: what every split of the cache found for every row."""
 
-    drafts: nothing but drafts will hang on the bits, so steps of up to 16 rows may take a quicker order. A model that
-    drafts for itself has one of each kind."""
-
-    def __init__(self, device, H, K, cache_rows, pdl=False, drafts=False):
-        room = self.room(cache_rows, drafts)
+    def __init__(self, device, H, K, cache_rows, pdl=False):
+        room = self.room(cache_rows)
         self.mixed = torch.empty(H * room * K, dtype=torch.float32, device=device)       # [H, splits, rows, K], dense
         self.top, self.total = (torch.empty(H * room, dtype=torch.float32, device=device) for _ in range(2))
-        self.cache_rows, self.pdl, self.drafts = cache_rows, pdl, drafts
+        self.cache_rows, self.pdl = cache_rows, pdl
 
     @staticmethod
-    def room(cache_rows, drafts=False) -> int:
-        """Rows of splits; a single row with smaller splits needs less than either."""
-        return max(triton.cdiv(cache_rows, SPLIT) * MAX_ROWS, triton.cdiv(cache_rows, FEW_SPLIT) * FEW * drafts)
+    def room(cache_rows) -> int:
+        """Rows of splits."""
+        return triton.cdiv(cache_rows, SPLIT) * MAX_ROWS
 
 
 def attention_ref(q_SHK, k_NMK, v_NMK, pos_ids_S, upcast=True):
@@ -96,13 +82,6 @@ def step_attention_ref(qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK):
 def prefetch(ptr):
     """Asks for the cache lines that hold these addresses to be brought into L2. Changes nothing else."""
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptr], dtype=tl.int32, is_pure=False,
-                              pack=1)
-
-
-@triton.jit
-def loads_before():
-    """Keeps loads above this line above it. Nobody waits for their data."""
-    tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False,
                               pack=1)
 
 
@@ -277,62 +256,6 @@ def step_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr, mixed_ptr,
     tl.store(mixed_ptr + place.to(tl.int64)[None, :] * K + depth, acc, mask=(s < S)[None, :] & (depth < K))
 
 
-@triton.jit
-def single_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr, mixed_ptr, top_ptr, total_ptr,
-                  k_head_stride, v_head_stride, M, scale,
-                  H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, T: tl.constexpr, BLOCK_K: tl.constexpr,
-                  SPLIT: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
-    """step_kernel for one row of a drafter: SPLIT cache rows of one head wait in registers for the query. Plain
-    multiply-add, the older rows first, then the step's own."""
-    head = tl.program_id(0)
-    first = tl.load(pos_ids_ptr).to(tl.int32)
-    visible = tl.minimum(first + 1, M)
-    split = (visible + SPLIT - 1) // SPLIT - 1 - tl.program_id(1)
-    if split < 0:
-        return
-    begin = split * SPLIT
-    k_ptr += (head // GROUP).to(tl.int64) * k_head_stride
-    v_ptr += (head // GROUP).to(tl.int64) * v_head_stride
-    col, at = tl.arange(0, BLOCK_K), begin + tl.arange(0, SPLIT)
-    inside = col < K
-    turned_col = tl.where(col < K // 2, col + K // 2, col - K // 2)
-    older = at < tl.minimum(first, M)
-    held = older[:, None] & inside[None, :]
-    k = tl.load(k_ptr + at[:, None] * K + col[None, :], mask=held, other=0.0)                      # [SPLIT, BLOCK_K]
-    v = tl.load(v_ptr + at[:, None] * K + col[None, :], mask=held, other=0.0)
-    angle = tl.minimum(first, M - 1) * K + col
-    cos = tl.load(cos_ptr + angle, mask=inside, other=0.0).to(tl.float32)                          # [BLOCK_K]
-    sin = tl.load(sin_ptr + angle, mask=inside, other=0.0).to(tl.float32)
-    sin = tl.where(col < K // 2, -sin, sin)
-    if EARLY:
-        loads_before()                                           # older rows wait for nobody
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()                                  # all keys and values are on their way
-    q_ptr, new_ptr = qkv_ptr + head * K, qkv_ptr + (H + head // GROUP) * K
-    q = tl.load(q_ptr + col, mask=inside, other=0.0)
-    q = rotate(q, tl.load(q_ptr + turned_col, mask=inside, other=0.0), cos, sin, q.dtype).to(tl.float32)
-    score = tl.where(older, tl.sum(k.to(tl.float32) * q[None, :], 1) * scale, NEVER)               # [SPLIT]
-    top = tl.max(score, 0)
-    prob = tl.where(older, tl.exp2(score - top), 0.0)
-    total = tl.sum(prob, 0)
-    acc = tl.sum(prob[:, None] * v.to(tl.float32), 0)                                              # [BLOCK_K]
-    mine = (first // SPLIT == split) & (first < M)
-    fresh = tl.load(new_ptr + col, mask=mine & inside, other=0.0)
-    turned = tl.load(new_ptr + turned_col, mask=mine & inside, other=0.0)
-    fresh = rotate(fresh, turned, cos, sin, fresh.dtype)
-    value = tl.load(new_ptr + (H // GROUP) * K + col, mask=mine & inside, other=0.0)
-    tl.store(k_ptr + first * K + col, fresh, mask=mine & inside)         # heads that share a key head write the same
-    tl.store(v_ptr + first * K + col, value, mask=mine & inside)
-    own = tl.where(mine, tl.sum(fresh.to(tl.float32) * q, 0) * scale, NEVER)
-    new_top = tl.maximum(top, own)
-    shrink, weight = tl.exp2(top - new_top), tl.where(mine, tl.exp2(own - new_top), 0.0)
-    place = head * T + split
-    tl.store(top_ptr + place, new_top)
-    tl.store(total_ptr + place, total * shrink + weight)
-    tl.store(mixed_ptr + place.to(tl.int64) * K + col, acc * shrink + weight * value.to(tl.float32), mask=inside)
-
-
 def check_shapes(q_SHK, k_NMK, v_NMK):
     (_, H, K), (N, M, _) = q_SHK.shape, k_NMK.shape
     assert H % N == 0 and k_NMK.shape == v_NMK.shape == (N, M, K), \
@@ -377,35 +300,30 @@ def split_attention(q_SHK, k_NMK, v_NMK, pos_ids_S, cos_sin, work, **override):
     (S, E, K), (N, M, _) = q_SHK.shape, k_NMK.shape
     H = E if cos_sin is None else E - 2 * N
     assert work.cache_rows >= M, f"attention: scratch for {work.cache_rows} cache rows, the cache has {M}"
-    drafts = work.drafts and cos_sin is not None
-    single, few = drafts and S == 1, drafts and 1 < S <= FEW
-    split, rows = (SINGLE_SPLIT, 1) if single else (FEW_SPLIT, FEW) if few else (SPLIT, MAX_ROWS)
-    T = triton.cdiv(M, split)
+    T, fused = triton.cdiv(M, SPLIT), cos_sin is not None
     out_SHK = torch.empty((S, H, K), dtype=q_SHK.dtype, device=q_SHK.device)
     cos_MK, sin_MK = cos_sin or (q_SHK, q_SHK)
-    shape = dict(H=H, K=K, T=T, BLOCK_K=max(16, triton.next_power_of_2(K)), SPLIT=split, PDL=work.pdl,
-                 launch_pdl=work.pdl, enable_fp_fusion=False)
+    shape = dict(H=H, K=K, T=T, SPLIT=SPLIT, MAX_ROWS=MAX_ROWS, PDL=work.pdl, launch_pdl=work.pdl)
     given, scratch = (q_SHK, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK), (work.mixed, work.top, work.total)
-    strides, scale = (k_NMK.stride(0), v_NMK.stride(0)), K ** -0.5 * LOG2E
-    if single:
-        config = {**dict(EARLY=not INTERPRETED, num_warps=2), **override}
-        single_kernel[(H, T)](*given, *scratch, *strides, M, scale, GROUP=H // N, **shape, **config)
+    strides, scale = (q_SHK.stride(0), k_NMK.stride(0), v_NMK.stride(0)), K ** -0.5 * LOG2E
+    BLOCK_K = max(16, triton.next_power_of_2(K))
+    if fused and takes_attention(q_SHK, K):
+        early_attention(given, scratch, strides, S, M, scale, GROUP=H // N, device=q_SHK.device, **shape | override)
     else:
         config = {**step_config(K, q_SHK.element_size(), work.pdl, q_SHK.device), **override}
-        assert split % config["BLOCK_M"] == 0, f"attention: tiles of {config['BLOCK_M']} rows overlap splits of {split}"
-        step_kernel[(H, T)](*given, *scratch, q_SHK.stride(0), *strides, S, M, scale, GROUP=H // N, MAX_ROWS=rows,
-                            FUSED=cos_sin is not None, **shape, **config)
-    width = min(32, shape["BLOCK_K"]) if single else shape["BLOCK_K"]        # of one row: many programs, one round each
+        assert SPLIT % config["BLOCK_M"] == 0, f"attention: tiles of {config['BLOCK_M']} rows overlap splits of {SPLIT}"
+        step_kernel[(H, T)](*given, *scratch, *strides, S, M, scale, GROUP=H // N, FUSED=fused, BLOCK_K=BLOCK_K,
+                            enable_fp_fusion=False, **shape, **config)
+    width = min(COMBINE_COLS, BLOCK_K)           # the same for any number of rows, as the order of addition hangs on it
     combine_kernel[(H, S, triton.cdiv(K, width))](
-        pos_ids_S, *scratch, out_SHK, S, M, CHUNK=min(64 if single else 32, triton.next_power_of_2(T)), MAX_ROWS=rows,
-        num_warps=4, **shape | dict(BLOCK_K=width))
+        pos_ids_S, *scratch, out_SHK, S, M, CHUNK=min(32, triton.next_power_of_2(T)), BLOCK_K=width,
+        enable_fp_fusion=False, num_warps=1, **shape)
     return out_SHK
 
 
 def step_attention(qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK, work, **override):
     """[S, H, K] of a step of 1..32 rows at consecutive positions: turns queries and keys, writes the S new cache rows,
-    attends. Row i's bits do not depend on S, unless work.drafts. Rows past the cache are not written. work: a Workspace
-    for this cache."""
+    attends. Row i's bits do not depend on S. Rows past the cache are not written. work: a Workspace for this cache."""
     (S, E), (N, _, K) = qkv_SE.shape, k_NMK.shape
     H = E // K - 2 * N
     assert 1 <= S <= MAX_ROWS and E == (H + 2 * N) * K and K % 2 == 0, f"step_attention: qkv {tuple(qkv_SE.shape)}"

@@ -16,6 +16,7 @@ from kernels.skinny import Workspace, skinny_ref
 FOLDS = dict(qkv=("norm",), o=("residual",), gate_up=("norm", "gated"), down=("residual",), head=("norm",))
 ROWS = dict(plain=(1, 16, 32), int4=(1, 2, 4, 8, 16))
 CONTEXTS = dict(plain=(256, 2100, 4000), int4=(700, 2100))
+EDGE_US = dict(plain=1.4, int4=2.1)      # microseconds a kernel, seen on an H200
 
 
 class Chain:
@@ -35,27 +36,36 @@ class Chain:
             bits = of_head if name == "head" else of_layers
             return quantise(w_OD, bits, norm_D=norm_D) if bits else w_OD
         self.w = {name: [weight(name) for _ in range(4 if name == "head" else L)] for name in shapes}
+        self.idle_SF = torch.randn(32, max(F, 3 * D), device=device).to(dtype)
         self.k_LNMK, self.v_LNMK = torch.randn(2, L, H, M, K, dtype=dtype, device=device)
         angle_MK = torch.outer(torch.arange(M), 10000.0 ** (-torch.arange(0, K, 2) / K)).repeat(1, 2)
         self.cos_MK, self.sin_MK = angle_MK.cos().to(device, dtype), angle_MK.sin().to(device, dtype)
 
     def work(self, **options):
-        return Workspace(self.device, self.D, self.H, self.K, self.M, drafts=self.kind != "plain", **options)
+        return Workspace(self.device, self.D, self.H, self.K, self.M, **options)
 
-    def step(self, x_SD, pos_ids_S, work, **override):
-        """Logits [S, V]. override: {kernel: {launch choice: value}}."""
+    def step(self, x_SD, pos_ids_S, work, without="", **override):
+        """Logits [S, V]. override: {kernel: {launch choice: value}}. without: the kernel of each layer that is left
+        out; what stands in the place of its result is as wide."""
         mine = {name: override.get(name, {}) for name in (*FOLDS, "attention")}
+        S = len(x_SD)
+
+        def of_layer(x_SD, w, work, name, **keywords):
+            if name == without:
+                return self.idle_SF[:S, :w.shape[0] // (2 if "gated" in keywords else 1)]
+            return product(x_SD, w, work, **keywords, **mine[name])
         if self.kind == "plain":
             row_sums(x_SD, work)
         for i in range(self.L):
             w = {name: weights[i] for name, weights in self.w.items() if name != "head"}
-            qkv_SE = product(x_SD, w["qkv"], work, norm=self.norm, **mine["qkv"])
-            mixed_SHK = step_attention(qkv_SE, self.k_LNMK[i], self.v_LNMK[i], pos_ids_S, self.cos_MK, self.sin_MK,
-                                       work, **mine["attention"])
-            x_SD = product(mixed_SHK.flatten(1), w["o"], work, residual=x_SD, **mine["o"])
-            up_SF = product(x_SD, w["gate_up"], work, norm=self.norm, gated=True, **mine["gate_up"])
-            x_SD = product(up_SF, w["down"], work, residual=x_SD, **mine["down"])
-        return product(x_SD, self.w["head"][0], work, norm=self.norm, **mine["head"])
+            qkv_SE = of_layer(x_SD, w["qkv"], work, "qkv", norm=self.norm)
+            mixed_SD = qkv_SE[:, :self.D] if without == "attention" else step_attention(
+                qkv_SE, self.k_LNMK[i], self.v_LNMK[i], pos_ids_S, self.cos_MK, self.sin_MK, work,
+                **mine["attention"]).flatten(1)
+            x_SD = of_layer(mixed_SD, w["o"], work, "o", residual=x_SD)
+            up_SF = of_layer(x_SD, w["gate_up"], work, "gate_up", norm=self.norm, gated=True)
+            x_SD = of_layer(up_SF, w["down"], work, "down", residual=x_SD)
+        return of_layer(x_SD, self.w["head"][0], work, "head", norm=self.norm)
 
     def gigabytes(self, context):
         """What a step has to read: all weights once, and the keys and values of the context."""
@@ -111,11 +121,16 @@ def tiles(*choices):
     return [dict(zip(("TILES", "num_warps", "AHEAD"), choice, strict=True)) for choice in choices]
 
 
-TUNE = dict(plain=dict(
+TUNE = dict(early=dict(
+    qkv=[dict(STAGES=3), dict(LATE=4), dict(LATE=16)],
+    o=[dict(STAGES=5), dict(STAGES=7), dict(LATE=8)],
+    gate_up=[dict(STAGES=2), dict(LATE=4), dict(LATE=6), dict(LATE=8)],
+    down=[dict(STAGES=5), dict(LATE=2), dict(LATE=4), dict(LATE=8)],
+    attention=[dict(STAGES=2), dict(STAGES=4)]), plain=dict(
     qkv=[dict(num_stages=3), dict(PREFETCH=0), dict(PREFETCH=4), dict(LATE=2), dict(LATE=8)],
-    o=[dict(num_stages=4), dict(num_stages=8), dict(PREFETCH=8), dict(LATE=2), dict(LATE=8)],
+    o=[dict(num_stages=4), dict(PREFETCH=8), dict(LATE=2), dict(LATE=8)],
     gate_up=[dict(num_stages=4), dict(PREFETCH=0), dict(PREFETCH=4), dict(LATE=2), dict(LATE=8)],
-    down=[dict(num_stages=4), dict(num_stages=8), dict(PREFETCH=8), dict(LATE=2), dict(LATE=8)],
+    down=[dict(num_stages=4), dict(PREFETCH=8), dict(LATE=2), dict(LATE=8)],
     attention=[dict(BLOCK_M=32), dict(num_stages=2), dict(PREFETCH=0), dict(PREFETCH=128)]), int4=dict(
     qkv=tiles((1, 8, 4), (2, 4, 2), (2, 4, 4), (2, 8, 2), (4, 4, 2)),
     o=tiles((1, 8, 4), (1, 16, 2), (2, 4, 4), (2, 8, 2)),
@@ -124,15 +139,34 @@ TUNE = dict(plain=dict(
     head=tiles((1, 4, 3), (2, 4, 2), (2, 8, 1))))
 
 
-def tune(chain, work):
-    """One launch choice at a time, in a whole step."""
-    few, many = ROWS[chain.kind][0], ROWS[chain.kind][-1]
-    rows = [("as it is", *(step_ms(chain, work, S, 2100) for S in (few, many)))]
-    for name, choices in TUNE[chain.kind].items():
-        for choice in choices:
-            rows.append((f"{name} {choice}", *(step_ms(chain, work, S, 2100, **{name: choice}) for S in (few, many))))
-    table(f"{chain.kind}: one launch choice at a time, p50 ms at context 2,100",
-          ("kernel, choice", f"{few} rows", f"{many} rows"), rows)
+def tune(chain, work, choices, S):
+    """One launch choice at a time, in a whole step of S rows."""
+    rows = [("as it is", step_ms(chain, work, S, 2100))]
+    for name, of in choices.items():
+        rows += [(f"{name} {choice}", step_ms(chain, work, S, 2100, **{name: choice})) for choice in of]
+    table(f"{chain.kind}: one launch choice at a time, p50 ms at context 2,100", ("kernel, choice", f"{S} rows"), rows)
+
+
+def model_us(chain, context, stream):
+    """{kernel: (microseconds that its bytes take at `stream` TB/s, its kernels)}, of one layer, and of the head."""
+    of = {name: (1e-6 * weights[0].nbytes / stream, 1) for name, weights in chain.w.items()}
+    return of | {"attention": (4e-6 * context * chain.H * chain.K / stream, 2)}
+
+
+def inside(chain, work, stream, context=2100):
+    """What each kernel costs inside a step of one row, and the whole step, beside the model; returns the rows."""
+    whole, edge = step_ms(chain, work, 1, context), EDGE_US[chain.kind]
+    model, rows = model_us(chain, context, stream), []
+    for name, (bytes_us, kernels) in model.items():
+        if name != "head":
+            us = 1e3 * (whole - step_ms(chain, work, 1, context, without=name)) / chain.L
+            rows.append((name, bytes_us, bytes_us + kernels * edge, us))
+    layer = sum(bytes_us + kernels * edge for name, (bytes_us, kernels) in model.items() if name != "head")
+    head = model["head"][0] + edge
+    rows.append(("whole step", 1e3 * chain.gigabytes(context) / stream, layer * chain.L + head, 1e3 * whole))
+    table(f"{chain.kind}: inside a step of 1 row, context {context}, us; {edge} us lost at each kernel",
+          ("", "bytes", "predicted", "seen"), rows)
+    return rows
 
 
 def report(kind, tuned=False):
@@ -160,8 +194,11 @@ def report(kind, tuned=False):
                          100 * floor / ms))
     table(f"{kind}: a step of {chain.L} layers and the head",
           ("", "p50 ms", "no early start", "floor ms", "% of stream"), rows)
+    inside(chain, work, stream)
     if tuned:
-        tune(chain, work)
+        tune(chain, work, TUNE["early" if kind == "plain" else kind], counts[0])
+        if kind == "plain":
+            tune(chain, work, TUNE[kind], counts[-1])
 
 
 def main():

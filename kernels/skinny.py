@@ -2,7 +2,7 @@
 of x, SwiGLU of y, the residual sum. Row i's bits do not depend on how many rows there are: the weights are the tall
 operand of the tensor cores' product, the rows the narrow one, a column each, and every column adds the inner
 dimension in the same order. So a verify row equals a decode row. One program makes 64 outputs (32 where a residual
-is added) of all rows.
+is added) of all rows. On Hopper 1 to 8 rows go to kernels/early.py, whose bits are the same.
 
 Bytes: 2*O*D of weights, everything else is small. LLaMA-7B in bf16, a layer: qkv 101 MB, o 34, gate-up 180, down 90.
 
@@ -30,6 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import SplitWork, launch_dependents_if, prefetch
 from kernels.check import INTERPRETED, self_check, stages_that_fit
+from kernels.early import early_product, takes_product
 from kernels.rmsnorm import SUM_COLS, rmsnorm_ref, row_sums
 from kernels.round import MAX_CHUNKS, RoundWork
 from kernels.swiglu import silu_times, swiglu_ref
@@ -43,23 +44,23 @@ class Workspace(SplitWork):
 
     pdl: programmatic dependent launch, where a kernel starts while the one before it drains. It needs compute
     capability 9 or more and is on by default there. The rule that keeps it safe: every kernel waits for the one before
-    it before it touches anything a step writes, except that attention reads pos_ids, and a drafter's attention the
-    rows of earlier steps, before; so whatever runs before attention releases it only after its own wait. late: release
-    from inside a product's loop, which Triton cannot pipeline on Blackwell. drafts: see SplitWork."""
+    it before it touches anything a step writes, except that attention reads pos_ids and the cached rows of earlier
+    steps before; so whatever runs before attention releases it only after its own wait. late: release from inside a
+    product's loop, which Triton cannot pipeline on Blackwell."""
 
-    def __init__(self, device, D, H, K, cache_rows, pdl=None, late=None, drafts=False):
+    def __init__(self, device, D, H, K, cache_rows, pdl=None, late=None):
         device = torch.device(device)
         major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-        super().__init__(device, H, K, cache_rows, major >= 9 if pdl is None else pdl, drafts)
+        super().__init__(device, H, K, cache_rows, major >= 9 if pdl is None else pdl)
         self.late = major == 9 if late is None else late
         # Sums of squares of the rows that the next product with a norm is given; see `skinny`.
         self.sums_ST = torch.zeros((MAX_ROWS, triton.cdiv(D, SUM_COLS)), dtype=torch.float32, device=device)
         self.round = RoundWork(device, self.pdl)
 
     @staticmethod
-    def nbytes(D: int, H: int, K: int, cache_rows: int, drafts: bool = False) -> int:
+    def nbytes(D: int, H: int, K: int, cache_rows: int) -> int:
         """Bytes of one, before it is made."""
-        room = SplitWork.room(cache_rows, drafts)
+        room = SplitWork.room(cache_rows)
         return 4 * H * room * (K + 2) + 4 * MAX_ROWS * (triton.cdiv(D, SUM_COLS) + 2 * MAX_CHUNKS) + 4
 
 
@@ -72,12 +73,13 @@ def skinny_ref(x_SD, w_OD, norm=None, residual=None, gated=False):
 
 @triton.jit
 def pair_sum(x, S: tl.constexpr):
-    """[S]: the sum over the rows of x [a power of two up to 256, S], neighbours first. The order stands in the program;
-    tl.sum takes it from the layout, which follows S: 16 and 32 columns then differed in the last bit."""
+    """[S]: the sum over the rows of x [a power of two up to 256, S], halves first, as the lanes of a warp add. The
+    order stands in the program; tl.sum takes it from the layout, which follows S: 16 and 32 columns then differed in
+    the last bit."""
     for _ in tl.static_range(8):
         if x.shape[0] > 1:
-            even, odd = tl.split(tl.permute(tl.reshape(x, (x.shape[0] // 2, 2, S)), (0, 2, 1)))
-            x = even + odd
+            upper, lower = tl.split(tl.permute(tl.reshape(x, (2, x.shape[0] // 2, S)), (1, 2, 0)))
+            x = upper + lower
     return tl.reshape(x, (S,))
 
 
@@ -202,6 +204,9 @@ def skinny(x_SD, w_OD, work=None, norm=None, residual=None, gated=False, **overr
     model = D if norm is not None else O if sums else None
     assert model is None or work.sums_ST.shape[1] == triton.cdiv(model, SUM_COLS), \
         f"skinny: rows of {model}, a Workspace for {work.sums_ST.shape[1] * SUM_COLS}"
+    if takes_product(x_SD, residual, work):
+        early_product(x_SD, w_OD, y_SO, work, norm, residual, gated, **override)
+        return y_SO
     config = {**launch_config(S, D, x_SD.element_size(), residual is not None, gated, x_SD.device), **override}
     if not pdl:
         config["PREFETCH"] = 0                               # without an early start there is nothing to bridge

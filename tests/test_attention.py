@@ -6,7 +6,6 @@ import torch
 from kernels import attention as module
 from kernels.attention import SplitWork, attention, attention_ref, step_attention, step_attention_ref
 from kernels.check import assert_no_worse, differing
-from kernels.rope_store import rope_store_ref
 
 FLOATS = [torch.float32, torch.float16]
 LOUD = 1e4                                                   # what stands in cache rows that nobody may see
@@ -71,32 +70,13 @@ def test_a_step_turns_stores_and_attends_like_the_definition(S, first, dtype, de
     assert differing(k_NMK, k_ref) == differing(v_NMK, v_ref) == 0
 
 
-@pytest.mark.parametrize("dtype, groups", [(torch.float32, 1), (torch.float16, 2)], ids=str)
-@pytest.mark.parametrize("S, first", [(1, 0), (2, 0), (1, 63), (1, 64), (2, 63), (2, 62), (2, 191), (3, 0), (5, 127),
-                                      (16, 120), (16, 184), (9, 60)])
-def test_a_drafters_step_does_the_same(S, first, groups, dtype, device, nan_empty):
-    torch.manual_seed(first)
-    H = 2 * groups if S <= 5 else groups
-    qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK = step_case(S, first, H, H // groups, 200, 40, dtype, device)
-    k_ref, v_ref = k_NMK.clone(), v_NMK.clone()
-    work = SplitWork(device, H, 40, 200, drafts=True)
-    ours = step_attention(qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK, work)
-    plain = step_attention_ref(qkv_SE, k_ref, v_ref, pos_ids_S, cos_MK, sin_MK)
-    truth = attention_ref(rope_store_ref(qkv_SE, pos_ids_S, cos_MK, sin_MK, k_ref, v_ref).double(), k_ref.double(),
-                          v_ref.double(), pos_ids_S)
-    assert_no_worse(ours, plain, truth, floor=1e-5 if dtype == torch.float32 else 1e-3)
-    assert differing(k_NMK, k_ref) == differing(v_NMK, v_ref) == 0
-
-
-@pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("S", [1, 2, 6])
-def test_a_step_writes_no_row_past_the_cache_and_touches_no_other(S, drafts, device):
+def test_a_step_writes_no_row_past_the_cache_and_touches_no_other(S, device):
     buffer_2NMK = torch.full((2, 2, 24, 16), 7.0, device=device)         # the cache is the first 20 rows of every head
     k_NMK, v_NMK = buffer_2NMK[0, :, :20], buffer_2NMK[1, :, :20]
     first = 17 if S > 2 else 19 if S == 2 else 20
     qkv_SE, _, _, pos_ids_S, cos_MK, sin_MK = step_case(S, first, 2, 2, 24, 16, torch.float32, device)
-    out_SHK = step_attention(qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK,
-                             SplitWork(device, 2, 16, 24, drafts=drafts))
+    out_SHK = step_attention(qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK, SplitWork(device, 2, 16, 24))
     assert bool((buffer_2NMK[:, :, :first] == 7).all()) and bool((buffer_2NMK[:, :, 20:] == 7).all())
     assert not bool((buffer_2NMK[:, :, first:20] == 7).any()) and bool(out_SHK.isfinite().all())
 
@@ -155,16 +135,3 @@ def test_bf16_at_7b_shapes_is_no_further_than_twice_plain_torch(S, device, nan_e
         q, k, v = q_SHK[:, head:head + 1], k_NMK[head:head + 1], v_NMK[head:head + 1]
         truth = attention_ref(q.double(), k.double(), v.double(), pos_ids_S).float()
         assert_no_worse(ours[:, head:head + 1], attention_ref(q, k, v, pos_ids_S, upcast=False), truth)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("S, first", [(1, 700), (2, 700), (2, 2111)])
-def test_a_drafters_step_in_bf16_at_7b_shapes(S, first, device, nan_empty):
-    qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK = step_case(S, first, 32, 32, 2304, 128, torch.bfloat16, device)
-    k_ref, v_ref = k_NMK.clone(), v_NMK.clone()
-    ours = step_attention(qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK,
-                          SplitWork(device, 32, 128, 2304, pdl=True, drafts=True))
-    q_SHK = rope_store_ref(qkv_SE, pos_ids_S, cos_MK, sin_MK, k_ref, v_ref)
-    truth = attention_ref(q_SHK.double(), k_ref.double(), v_ref.double(), pos_ids_S).float()
-    assert_no_worse(ours, attention_ref(q_SHK, k_ref, v_ref, pos_ids_S, upcast=False), truth)
-    assert differing(k_NMK, k_ref) == differing(v_NMK, v_ref) == 0

@@ -1,5 +1,6 @@
 """One clip, many questions: an answer is what a fresh clip gives, whatever was asked before, in any mode."""
 
+import contextlib
 import gc
 import random
 
@@ -186,6 +187,51 @@ def test_what_a_capture_runs_lies_behind_the_rows_of_the_clip(e):
         assert clip.generate(QUESTIONS[0]).output_ids == first.output_ids
 
 
+@torch.inference_mode()
+def test_a_warm_up_meets_every_kind_of_layer_and_leaves_all_of_them(e):
+    """A prefill's first layer has another norm than the second, and its last fewer rows."""
+    d, ran = e.target.decoder, {}
+    for kind, rows in (("step", 3), ("prefill", 40)):
+        def forward(rows=rows):
+            d.k_cache_LNMK.zero_()
+            d.forward(torch.ones(rows, d.config.D), torch.arange(rows), only=torch.tensor([2]))
+            return [i for i in range(d.config.L) if d.k_cache_LNMK[i].any()]
+
+        with pytest.raises(KeyError), d.shortened():
+            ran[kind] = forward()
+            raise KeyError
+        assert ran[kind] == sorted({0, 1, d.config.L - 1}) and forward() == [*range(d.config.L)]
+
+
+@pytest.mark.parametrize("kept, given_back", [(80, ["memory"]), (8, [])], ids=["little", "plenty"])
+@torch.inference_mode()
+def test_a_capture_records_all_layers_after_a_short_run_and_leaves_the_state(e, monkeypatch, kept, given_back):
+    """In order, on a machine without a GPU; memory is given back to the driver only where little of it is left."""
+    m, done = e.target, []
+
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            done.append((pool, capture_error_mode))
+
+        def capture_end(self):
+            done.append("end")
+
+    fake = {"CUDAGraph": Graph, "memory_reserved": lambda device: kept, "memory_allocated": lambda device: 0,
+            "synchronize": lambda device: None,
+            "empty_cache": lambda: done.append("memory"), "device": contextlib.nullcontext,
+            "stream": lambda stream: contextlib.nullcontext(), "current_stream": lambda device: None}
+    for name, value in fake.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(engine.memory, "free_bytes", lambda device: (90, 100))       # what torch keeps counts as free
+    monkeypatch.setattr(m, "stream", type("Stream", (), {"wait_stream": lambda self, other: None})())
+    for name, value in {"graphs": True, "pool": "pool", "capture": "stream"}.items():
+        monkeypatch.setattr(m, name, value)
+    m.state_W.copy_(torch.arange(len(m.state_W)))
+    graph = engine.StepGraph(lambda: done.append([*m.decoder.depths]) or m.state_W.zero_(), m)
+    assert done == [[0, 1, m.config.L - 1], *given_back, ("pool", "thread_local"), [*range(m.config.L)], "end"]
+    assert torch.equal(m.state_W, torch.arange(len(m.state_W))) and graph.graph and graph.out is not None
+
+
 def test_questions_of_a_length_share_a_prefill_that_is_there_from_loading_on():
     """On a GPU: no capture for a new length, and none of a length that is rare."""
     class OnGpu(engine.Model):
@@ -209,7 +255,8 @@ def test_questions_of_a_length_share_a_prefill_that_is_there_from_loading_on():
 def test_loading_prepares_both_modes_with_progress_and_learns_the_price_of_a_step(e, monkeypatch):
     told, answered = [], e._answer
     asked_for = []
-    monkeypatch.setattr(e, "_answer", lambda asked: asked_for.append(asked.mode) or answered(asked))
+    monkeypatch.setattr(engine, "QUESTION_ROWS", (8, 40))    # the caches of these have no room for more than 256
+    monkeypatch.setattr(e, "_answer", lambda asked: asked_for.append(asked) or answered(asked))
     gate = e.gate = engine.Gate()
     try:
         e.prepare(lambda *of: told.append(of))
@@ -217,8 +264,102 @@ def test_loading_prepares_both_modes_with_progress_and_learns_the_price_of_a_ste
         assert list(gate.times) == ["step"] and 0 < gate.step < 1                # its price is known at once
     finally:
         e.gate = None
-    assert asked_for == ["target_only", "speculative"]
+    assert [of.mode for of in asked_for] == ["target_only", "speculative"] and asked_for[0].query == "?"
+    for model in e.models:                                   # it makes ready what questions without a graph need, too
+        assert 40 < len(model.prompt(asked_for[1].query).after) <= 80
     assert told == [("preparation", i + 1, len(told)) for i in range(len(told))] and len(told) == 4
+
+
+def test_a_turn_runs_rows_again_that_a_capture_may_have_overwritten(e, monkeypatch):
+    """A graph for another kind of turn is captured behind the clip's rows, where those of its chat stand."""
+    known, ask = [], e.target.ask
+    monkeypatch.setattr(e.target, "ask", lambda *given: known.append(given[3]) or ask(*given))
+    with e.open(**files(2, mode="target_only", **SHORT)) as clip:
+        clip.chat(QUESTIONS[0])
+        expected = clip.chat(QUESTIONS[1]).output_ids
+        del clip.turns[-1]
+        with torch.inference_mode():
+            e.target.rest()
+            e.target.decoder.k_cache_LNMK[:, :, clip.sides["target"]:].zero_()
+        assert clip.chat(QUESTIONS[1]).output_ids == expected and known[1] > known[0] == known[2] == 0
+
+
+# ---- several clips
+
+
+def written(model, clip):
+    """Keys and values of the clip and of the last prompt behind it."""
+    caches = model.decoder.k_cache_LNMK, model.decoder.v_cache_LNMK
+    return torch.stack([cache[:, :, :model.prompt_rows] for cache in caches]).clone()
+
+
+def test_clips_asked_in_turn_answer_as_each_asked_alone(e, monkeypatch):
+    """To the bit where nobody drafts: then the rows do not depend on who was quicker."""
+    script = [("chat", QUESTIONS[0], dict(mode="target_only")), ("chat", QUESTIONS[1], dict(draft_source="self")),
+              ("generate", QUESTIONS[1], dict(draft_source="drafter")), ("chat", "Why?", dict(mode="target_only")),
+              ("chat", QUESTIONS[2], dict(draft_source=["lookup", "drafter"], temperature=2.0)),
+              ("generate", QUESTIONS[0], dict(mode="drafter_only")), ("generate", "Where?", dict(mode="target_only"))]
+    monkeypatch.setattr(e, "several", 2)
+    known, ask = [None], e.target.ask                        # rows that the last question found written
+    monkeypatch.setattr(e.target, "ask", lambda *given: known.append(given[3]) or ask(*given))
+
+    def step(clip, kind, query, given):
+        result = getattr(clip, kind)(query, **given)
+        assert result.drafter_error is None
+        model = e.drafter if given.get("mode") == "drafter_only" else e.target
+        alone = given.get("mode") is not None
+        return (result.output_ids, known[-1]), written(model, clip) if alone else None
+
+    alone, held = {}, {}
+    for i in (0, 3):
+        with e.open(**files(i, max_new_tokens=6)) as clip:
+            alone[i] = [step(clip, *of) for of in script]
+            assert alone[i][1][0][1] > 20 and alone[i][4][0][1] > 20         # turns behind the first
+            held[i] = clip.turns
+    with e.open(**files(0, max_new_tokens=6)) as first, e.open(**files(3, max_new_tokens=6)) as second:
+        for number, of in enumerate(script):
+            for i, clip in ((0, first), (3, second)):
+                found, rows = step(clip, *of)
+                assert found == alone[i][number][0] and e.clip is clip, (i, of)
+                assert rows is None or torch.equal(rows, alone[i][number][1]), (i, of)
+        assert [first.turns, second.turns] == [held[0], held[3]]
+
+
+def test_a_parked_clip_is_closed_or_dropped_and_takes_its_place_along(e, monkeypatch):
+    monkeypatch.setattr(e, "several", 2)
+    expected = [truth(e, i)[:12] for i in (0, 1, 3)]
+    first, second = (e.open(**files(i, mode="target_only", **SHORT)) for i in (0, 1))
+    refused(lambda: e.open(**files(2)), "2 clips are open", "close one", "`several`")
+    refused(lambda: e.generate(**asked(2)), "open clip", "close it first")
+    first.close()                                            # its rows are not in the caches
+    refused(lambda: first.generate(QUESTIONS[0]), "closed", "open it again")
+    third = e.open(**files(3, mode="target_only", **SHORT))
+    for clip, ids in ((second, expected[1]), (third, expected[2]), (second, expected[1])):
+        assert clip.generate(QUESTIONS[0]).output_ids == ids
+    second.close()                                           # and here they are
+    refused(lambda: e.generate(**asked(2)), "open clip")
+    assert third.generate(QUESTIONS[0]).output_ids == expected[2]
+    with monkeypatch.context() as patch:                     # what cannot be opened costs nothing
+        patch.setattr(engine.torch, "empty_like", lambda t: torch.empty(1 << 62, dtype=torch.uint8))
+        refused(lambda: e.open(**files(0)), "no 0.0", "GB for another clip's rows, 1 are open", "close one")
+    refused(lambda: e.open(video_path=__file__, mode="target_only"), "test_clip.py")
+    assert third.generate(QUESTIONS[0]).output_ids == expected[2] and len(e.clips) == 1
+    del third
+    gc.collect()
+    assert e.generate(mode="target_only", **asked(0)).output_ids[:12] == expected[0] and not e.clips
+
+
+def test_the_budget_has_room_for_each_of_several_clips(e):
+    pair = dict(eventgpt=TINY / "drafter", videollava=TINY / "target", device="cpu", dtype=torch.float32)
+    one, three = (engine.memory_budget(**pair, several=n) for n in (1, 3))
+    for model in e.models:
+        room = sum(t.nbytes for _, t in engine.Parked(model, 0).pairs)
+        assert three[model.side]["parked"] == 3 * room > 0 and "parked" not in one[model.side]
+    added = sum(three[side]["parked"] for side in three)
+    assert engine.memory.bytes_of(three) == engine.memory.bytes_of(one) + added
+    refused(lambda: engine.load_engine(**pair, several=1000, cache_rows=100_000), "GB free", "target parked", "lower")
+    for several in (0, True, "two", 2.5):
+        refused(lambda several=several: engine.load_engine(**pair, several=several), "several")
 
 
 # ---- what cannot be done is said in one line, and the next question is answered

@@ -14,6 +14,7 @@ import torch
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 launches = []
@@ -56,8 +57,6 @@ def launch(S, arch):
         hidden = skinny(hidden, meta(D, D), work, residual=hidden)
         skinny(hidden, meta(2 * F, D), work, norm=norm, gated=True)
         skinny(meta(S, F), meta(D, F), work, residual=hidden)
-        drafting = Workspace("meta", D, H, K, M, pdl=arch >= 90, late=arch == 90, drafts=True)
-        step_attention(meta(S, 3 * D), k, v, pos_ids, cos, sin, drafting)
         if S <= 16:
             product(hidden, packed(2 * F, D, 4, True), work, norm=norm, gated=True)
             product(meta(S, F), packed(D, F, 4), work, residual=hidden)
@@ -109,14 +108,14 @@ for arch, S in (map(int, word.split(":")) for word in sys.argv[1:]):
                     hints[(i,)] = [["tt.divisibility", 16]]
         key = str((arch, kernel.__name__, signature, constants, hints, options))
         if key not in built:                                 # another number of rows may take the same
-            built[key] = compile(ASTSource(kernel, signature, constants, hints), GPUTarget("cuda", arch, 32), options)
+            source = GluonASTSource if kernel.is_gluon() else ASTSource
+            built[key] = compile(source(kernel, signature, constants, hints), GPUTarget("cuda", arch, 32), options)
         assert len(built[key].asm["cubin"]) > 1000
         print(arch, S, kernel.__name__, built[key].metadata.shared)
 """
-STEP = {"open_round_kernel", "row_sums_kernel", "skinny_kernel", "step_kernel", "combine_kernel", "close_round_kernel",
-        "top_p_kernel", "scores_kernel", "lookup_kernel"}
-DRAFTS = {1: {"quant_kernel", "single_kernel", "close_draft_kernel"},
-          **{rows: {"quant_kernel"} for rows in (2, 8, 16)}}
+STEP = {"open_round_kernel", "row_sums_kernel", "combine_kernel", "close_round_kernel", "top_p_kernel", "scores_kernel",
+        "lookup_kernel"}
+DRAFTS = {1: {"quant_kernel", "close_draft_kernel"}, **{rows: {"quant_kernel"} for rows in (2, 8, 16)}}
 PREFILL = {"rmsnorm_kernel", "rope_store_kernel", "prefill_kernel", "swiglu_kernel", "layernorm_kernel",
            "quick_gelu_kernel", "last_event_kernel", "paint_kernel", "unpack_kernel"}
 FP8 = {"norm8_kernel", "rows8_kernel"}
@@ -134,6 +133,10 @@ def test_every_kernel_compiles_and_fits(archs, user_env, tmp_path):
     for arch in archs:
         found = [(int(rows), name, int(shared)) for of, rows, name, shared in built if int(of) == arch]
         for rows in ROWS[arch]:
-            wanted = STEP | DRAFTS.get(rows, set()) if rows <= 32 else PREFILL | (FP8 if arch >= 90 else set())
+            wanted = PREFILL | (FP8 if arch >= 90 else set())
+            if rows <= 32:
+                early = {"early_attention_kernel" if rows <= 16 else "step_kernel",
+                         "early_product_kernel" if rows <= 8 and arch == 90 else "skinny_kernel"}
+                wanted = STEP | early | DRAFTS.get(rows, set())
             assert {name for of, name, _ in found if of == rows} == wanted, f"sm_{arch}, {rows} rows"
         assert max(shared for *_, shared in found) <= SHARED[arch]

@@ -138,9 +138,9 @@ def test_uneven_weights_are_packed_with_a_turned_stream():
             full |= {f"text.layers.{i}.{name}": torch.randn(O, 256) / 16 for name, O in rows.items()}
         turn = gains_by_turning(full.get, c.L) if turn is None else turn
         hidden_SD, pos_ids_S = full["text.embed"][:40], torch.arange(40)
-        exact = engine.Decoder(c, full, 64, drafts=True).forward(hidden_SD, pos_ids_S)
+        exact = engine.Decoder(c, full, 64).forward(hidden_SD, pos_ids_S)
         packed = engine.Decoder(dataclasses.replace(c, packed="int4", turned=turn),
-                                dict(packing(full.items(), "int4", turn)), 64, drafts=True)
+                                dict(packing(full.items(), "int4", turn)), 64)
         steps = packed.forward(hidden_SD[:12], pos_ids_S[:12])
         whole = packed.forward(hidden_SD, pos_ids_S)
         assert (whole[:12] - steps).norm() <= 1e-4 * steps.norm()

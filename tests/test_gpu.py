@@ -295,6 +295,32 @@ def test_a_clips_answers_are_those_of_a_fresh_one_to_the_bit(drafter_dtype, samp
         assert differing(keys(clip)[:, :, :-16], rows) == 0
 
 
+def test_clips_asked_in_turn_answer_as_each_asked_alone_to_the_bit():
+    """By every source, chats and single questions; and graphs that are captured meanwhile leave the chats alone."""
+    e, short = load(self_draft=True, several=2, cache_rows=1024), dict(max_new_tokens=24, ignore_eos=True)
+    script = [("chat", 0, dict(mode="target_only")), ("chat", 1, dict(draft_source="self")),
+              ("generate", 2, dict(draft_source="drafter")), ("chat", 2, dict(draft_source="lookup", temperature=2.0)),
+              ("generate", 0, dict(mode="target_only")), ("chat", 1, dict(draft_source=["drafter", "self"]))]
+    media = [{name: of for name, of in asked(i).items() if name.endswith("path")} for i in (0, 1)]
+
+    def step(clip, kind, number, given):
+        result = getattr(clip, kind)(QUESTIONS[number], **given)
+        rows = e.target.prompt_rows + short["max_new_tokens"] - 1
+        caches = e.target.decoder.k_cache_LNMK, e.target.decoder.v_cache_LNMK
+        return result.output_ids, torch.stack([cache[:, :, :rows] for cache in caches])
+
+    alone = []
+    for of in media:
+        with e.open(**of, **short) as clip:
+            alone.append([step(clip, *line) for line in script])
+    e.target.step_graphs = {key: of for key, of in e.target.step_graphs.items() if key[-1] is not True}      # sampled
+    with e.open(**media[0], **short) as first, e.open(**media[1], **short) as second:
+        for number, line in enumerate(script):
+            for clip, (ids, rows) in ((first, alone[0][number]), (second, alone[1][number])):
+                found = step(clip, *line)
+                assert found[0] == ids and differing(found[1], rows) == 0, line
+
+
 def test_no_question_of_a_new_length_captures_anything():
     e = load(self_draft=True)
     made = [set(m.step_graphs) for m in e.models]

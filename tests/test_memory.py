@@ -112,12 +112,12 @@ def test_the_budget_is_within_5_percent_of_what_is_allocated(name, packed, kerne
     if kernels == "as on a GPU":
         launchers(monkeypatch)
         needs = weights.memory.needs_of(cls.side, config, torch.device("cuda"), dtype, None, packed)
-        needs["scratch"] -= (2 << 25) + (2 << 26)            # a library's and the resized pictures, which are not here
+        needs["scratch"] -= (3 << 25) + (2 << 26)            # a library's and the resized pictures, which are not here
     with Allocations() as counted:
         model = engine.load_model(cls, "random-7b", device, dtype, packed=packed)
         if packed and kernels == "as on a GPU":
             model.decoder.room = torch.empty(model.config.largest)
-        one_request(model, 8 if cls is Target else 5, 64 if kernels == "as on a CPU" else 256)
+        one_request(model, 8 if cls is Target else 5, 64 if kernels == "as on a CPU" else 512)
     d, steps = model.decoder, model.copy or model.decoder.steps
     assert needs["weights"] == sum(t.nbytes for t in d.w.values() if isinstance(t, torch.Tensor))
     if packed:
@@ -233,7 +233,7 @@ def test_a_pair_that_does_not_fit_is_told_what_does_cheapest_first(gigabytes, fi
 def test_a_card_below_the_target_is_told_so_and_what_is_left(gigabytes, cards):
     cards(gigabytes)
     line = refused(*PAIR, text_rows=210)
-    assert "the bfloat16 target needs 14.7 GB for its weights, 16.4 in all, and is never packed: take 5.4 GB" in line
+    assert "the bfloat16 target needs 14.7 GB for its weights, 16.5 in all, and is never packed: take 5.4 GB" in line
     assert "--modes drafter_only --drafter-dtype int4`" in line and "another `device`, cpu" in line
     assert "--draft-source" not in line, "nothing with the target fits"
     assert "drafter_only" not in refused(None, "random-7b"), "no drafter was named"

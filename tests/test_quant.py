@@ -306,7 +306,7 @@ def test_early_starts_change_no_bit(S, device):
             up_SF = product(hidden_SD, up, work, norm=norm, gated=True)
             hidden_SD = product(up_SF, down, work, residual=hidden_SD)
         return hidden_SD
-    patient, eager = (Workspace(device, D, 32, 128, 64, pdl=pdl, drafts=True) for pdl in (False, None))
+    patient, eager = (Workspace(device, D, 32, 128, 64, pdl=pdl) for pdl in (False, None))
     truth = step(patient)
     step(eager)
     torch.cuda.synchronize()

@@ -23,7 +23,7 @@ from weights.shapes import TEXT_ROWS, memory_needs, rows_for, rows_of_sides, tex
 
 TINY = Path(__file__).resolve().parent / "tiny"
 LOOKUP_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of earlier answers that are searched, on a GPU and on a CPU
-PARTS = ("weights", "cache", "packed", "scratch")            # of what one side needs; "packed" if there is such
+PARTS = ("weights", "cache", "parked", "packed", "scratch")  # of what one side needs; "parked", "packed" if there is
 ENOUGH_ELSEWHERE = "lower `cache_rows`, free memory, or choose another `device`"
 
 
@@ -230,29 +230,29 @@ def model_name(target, tokenizer=None) -> str:
     return hashlib.sha256(name.encode() + file.read_bytes()).hexdigest()[:16]
 
 
-def needs_of(side: str, config: dict, where: torch.device, dtype: torch.dtype, cache_rows=None, packed=None) -> dict:
-    """`memory_needs` of one side on this device."""
+def needs_of(side: str, config: dict, where: torch.device, dtype: torch.dtype, cache_rows=None, packed=None,
+             several=1) -> dict:
+    """`memory_needs` of one side on this device. "parked": room for each of several clips' keys and values."""
     d, rows, gpu = text_config(config), cache_rows or rows_for(side, config), where.type == "cuda"
-    held = {"scratch": Workspace.nbytes(d.D, d.H, d.K, rows, side == "drafter") + 16 * (rows + STATE)}
+    held = {"scratch": Workspace.nbytes(d.D, d.H, d.K, rows) + 16 * (rows + STATE)}
     held["scratch"] += Ring.nbytes(LOOKUP_ROWS[gpu]) if side == "target" else 8 * (rows + 1)
     if packed:
         of_layers, of_head = BITS[packed]
         products = ((d.H + 2 * d.N) * d.K, d.D), (d.D, d.H * d.K), (2 * d.F, d.D), (d.D, d.F)
         held["packed"] = packed_bytes(d.V, d.D, of_head) + d.L * sum(packed_bytes(*of, of_layers) for of in products)
-        if side == "target":
-            held["scratch"] += Workspace.nbytes(d.D, d.H, d.K, rows, True)
-        else:
+        if side == "drafter":
             held["replaced"] = replaced_bytes(config, packed, dtype.itemsize)
             held["scratch"] += d.largest * dtype.itemsize * (gpu and packed == "int4")
-    return memory_needs(side, config, dtype.itemsize, rows, gpu, held)
+    needs = memory_needs(side, config, dtype.itemsize, rows, gpu, held)
+    return needs | {"parked": several * 2 * d.L * d.N * d.K * rows * dtype.itemsize} if several > 1 else needs
 
 
 def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,
-                  drafter_dtype="bf16", self_draft=None, text_rows=TEXT_ROWS) -> dict:
+                  drafter_dtype="bf16", self_draft=None, text_rows=TEXT_ROWS, several=1) -> dict:
     """{side: {"device", "free", "rows" of its cache, and the parts of `memory_needs`}}, bytes, from headers alone.
     "packed" of the target is its 4-bit copy, see `engine.load_engine`, "no_copy" why there is none where one is made if
     it can be. InputError if it cannot fit, with the settings that do: nothing is allocated then."""
-    def budget_of(eventgpt, videollava, drafter_device, cache_rows, drafter_dtype, copied) -> dict:
+    def budget_of(eventgpt, videollava, drafter_device, cache_rows, drafter_dtype, copied, several=1) -> dict:
         budget, rows = {}, rows_of_sides(cache_rows)
         for side, path, name in (("target", videollava, device), ("drafter", eventgpt, drafter_device or device)):
             if path is not None:
@@ -260,7 +260,7 @@ def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=No
                 of = rows[side] or rows_for(side, config, text_rows)
                 packed = "int4" if side == "target" and copied else form_of(side, path, config, drafter_dtype)
                 try:
-                    needs = needs_of(side, config, where, dtype or default_dtype(where), of, packed)
+                    needs = needs_of(side, config, where, dtype or default_dtype(where), of, packed, several)
                 except NotPackable as error:
                     raise Unpackable(side, path, error) from None
                 budget[side] = {"device": str(where), "rows": of, **needs, "free": free_bytes(where)[0]}
@@ -275,14 +275,14 @@ def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=No
             raise InputError(f"self_draft: {no_copy}; leave it out")
     if on_gpu and self_draft is None and not no_copy:
         try:
-            if not (short := lacking(budget := budget_of(*asked, True))):
+            if not (short := lacking(budget := budget_of(*asked, True, several))):
                 return budget
             more = sum(short[1].values()) - min(of["free"] for of in budget.values() if of["device"] == str(short[0]))
             takes = budget["target"]["packed"] / 1e9
             no_copy = f"{more / 1e9:.1f} GB of the {takes:.1f} that it takes are missing on {short[0]}"
         except Unpackable as error:
             no_copy = error.why
-    if not (short := lacking(budget := budget_of(*asked, bool(self_draft)))):
+    if not (short := lacking(budget := budget_of(*asked, bool(self_draft), several))):
         if no_copy:
             budget["target"]["no_copy"] = no_copy
         return budget
@@ -292,4 +292,5 @@ def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=No
         with contextlib.suppress(Unpackable):
             found[flags] = budget_of(*given)
     raise no_room(" and ".join(str(p) for p in (videollava, eventgpt) if p is not None), *short,
-                  way_out(found, kind, where))
+                  "lower `several`, or " * (several > 1 and not lacking(budget_of(*asked, bool(self_draft))))
+                  + way_out(found, kind, where))

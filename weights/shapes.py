@@ -113,19 +113,19 @@ def memory_needs(side: str, config: dict, itemsize: int, rows: int, gpu: bool, k
     weights that exist in packed form alone.
 
     scratch: fixed buffers, and the larger of what encode and prefill hold at once, as counted in their code: units of
-    a row's width, of the longest prompt (its pictures and 64 rows of text, 256 on a GPU, which prepares for as many).
+    a row's width, of the longest prompt (its pictures and 64 rows of text, 512 on a GPU, which prepares for as many).
     Names of widths as everywhere: D, F, ...
     """
     d, vision, b, wanted = text_config(config), VisionConfig.read(config["vision_config"]), itemsize, plan(config)
     R, T, A = frames_of(config, vision) if side == "target" else 5, vision.P + 1, visual_rows(side, config)
-    S, HK = min(A + (256 if gpu else 64), rows), d.H * d.K
+    S, HK = min(A + (512 if gpu else 64), rows), d.H * d.K
     pixels = R * 3 * vision.image ** 2 * 4
     F1 = max((t.shape[0] for t in wanted.wanted if t.name.endswith(".fc1.w")), default=0)
     encode = R * T * b * max(7 * vision.C + (2 if gpu else 3) * F1, vision.C + 2 * d.D)
     layer = [4 * d.D + (2 * d.H + 2 * d.N) * d.K, 5 * d.D + 2 * HK, 5 * d.D + HK + 3 * d.F]
     fixed = pixels + 2 * A * d.D * b + 32 * d.V * b + kernels["scratch"]
-    if gpu:                                                  # cuBLAS's, on two streams; pictures that are resized
-        fixed += (2 << 25) + (2 << 26)
+    if gpu:                                                  # cuBLAS's, for three of its handles and streams; pictures
+        fixed += (3 << 25) + (2 << 26)                       # that are resized
     else:                                                    # the plain definitions keep scores, and unpack weights
         layer = [5 * d.D + HK + 4 * d.F, 4 * d.D + HK + 3 * d.H * S + 2 * HK * (d.H != d.N)]
         beside = S * b * (8 * d.D + HK) * ("replaced" in kernels)            # in a prefill that unpacks
