@@ -318,7 +318,7 @@ class SelfRounds(HostTenant):
         right = gate.alive(kind_of(ahead), self.req.question, most)
         id_worth = gate.pace("self") or 0.0
         worth = {min(most, width - own): alive * sum(right[:width - own]) * id_worth - (gate.verify(width) or 0.0)
-                 for width in WIDTHS if width >= own}
+                 for width in reversed(WIDTHS) if width >= own}
         count = max(worth, key=worth.get)
         return count, sum(right[:count])
 
