@@ -12,7 +12,6 @@ of its answer (lookup_again). Ratios above 1 are faster. Exit codes: 0 all well,
 
 import argparse
 import collections
-import ctypes
 import hashlib
 import io
 import json
@@ -197,15 +196,11 @@ def measure(e, samples, options, rows: list, keep) -> None:
     cache, favours none. What a sample teaches is learnt when its repeats are done."""
     order, first = random.Random(options.seed), [mode for mode in options.modes if mode != AGAIN]
     warm_up(e, samples, options)
-    if options.profile:
-        torch.cuda.profiler.start()
     for sample in progress(samples, "samples"):
         held = e.clip
         row = {"id": sample.id, "at": sample.at, "seq": sample.seq, "clip": sample.clip,
                "question": sample.question, "truth": sample.truth, "several": sample.several, "modes": {}}
-        for model in e.models:
-            model.seen = None
-        results, began = collections.defaultdict(list), time.perf_counter()
+        results = collections.defaultdict(list)
         try:
             for _ in range(options.repeats):
                 for mode in order.sample(first, len(first)):
@@ -222,34 +217,14 @@ def measure(e, samples, options, rows: list, keep) -> None:
         except Exception as error:                           # whatever it is, the other samples are worth having
             failure(error, options)
             row["error"] = told(error) if isinstance(error, InputError) else describe(error)
-        else:
-            row["pixels"] = {m.side: pixel_hash(m.seen) for m in e.models if m.seen is not None}
-            if any(of["differs_at"] is not None for of in row["modes"].values()):
-                try:                                         # by how much the target preferred its own id there
-                    again = engine.explain(e.target, run_sample(e, sample, "target_only", options))
-                    margins = dict(enumerate(margin for of in again for margin in of.margins))
-                    for of in row["modes"].values():
-                        of["margin"] = margins.get(of["differs_at"])
-                except Exception as error:                   # the difference counts without its margin
-                    failure(error, options)
-        row["took_s"] = time.perf_counter() - began
         rows.append(row)
         keep(row)
     close_clip(options)
-    if options.profile:
-        torch.cuda.profiler.stop()
 
 
 def learners(e, options) -> list:
     """The sources that learn from answers."""
     return [of for of in (*options.source, *[e.lookup] * (AGAIN in options.modes)) if hasattr(of, "learn")]
-
-
-def pixel_hash(pixels_R3XX) -> str:
-    """16 hex digits of SHA-256 over the float32 bits that a model saw: equal where decoding, drawing and resizing were.
-    """
-    there = pixels_R3XX.detach().cpu().contiguous()
-    return hashlib.sha256(ctypes.string_at(there.data_ptr(), there.nbytes)).hexdigest()[:16]
 
 
 def progress(items, unit: str):
@@ -376,8 +351,7 @@ def assemble(head: dict, rows: list, interrupted: bool = False) -> dict:
 MOST_LINES = 25                                              # of the screen
 LEGEND = """legend   ttft: request in, files on disk, to the first answer id on the host; ttfp: the same for the preview
          tpot: (e2e - ttft) / (ids - 1); x target_only: its e2e over the mode's, paired by sample, median [95 %]
-         worst: the smallest of these; later: first id after target_only's first id, paired by repeat
-         saved: less than target_only takes, up to the first id, and + behind it; medians, paired by sample
+         later: first id after target_only's first id, paired by repeat
          forwards: the target's behind its prefill; a forward: ids that one makes, the first id left out
          accept: accepted / drafted, bonus not counted; window, overlap: ids the host had before the last frame was
          decoded, and before the target's prefill ended; both at once: while prefill_only runs"""
@@ -469,12 +443,6 @@ def memory_line(memory: dict) -> str:
     return f"memory   {' | '.join(said)}; --cache-rows {rows or 'as given'}, fewer need less"
 
 
-def pixels_of(report, side: str) -> str | None:
-    """One hash of the pixels that a side saw in all samples, in the order of the data set."""
-    found = [row["pixels"][side] for row in report["samples"] if side in row.get("pixels", {})]
-    return hashlib.sha256(" ".join(found).encode()).hexdigest()[:16] if found else None
-
-
 def details(report) -> list[str]:
     """Everything else: header, ceilings, stages, times and drafts of every mode, controls, warnings, legend."""
     w, m, c = report["weights"], report["machine"], report["config"]
@@ -485,7 +453,7 @@ def details(report) -> list[str]:
     lines = [memory_line(report["memory"])] if "memory" in report else []
     lines += [f"weights  {LABELS.get(report['kind'], 'checkpoints')}"] + [
         f"         {side} {of['path']} {of['dtype']} {of['bytes'] / 1e9:.3f} GB, hash {of['hash']}, revision "
-        f"{of['revision'] or '-'}, pixels {pixels_of(report, side)}" for side, of in w.items()]
+        f"{of['revision'] or '-'}" for side, of in w.items()]
     lines += [f"machine  {m['gpu'] or 'CPU, {threads} of {cores} cores'.format(**m)}, driver {m['driver'] or '-'}, "
               f"torch {m['torch']}, triton {m['triton']}, python {m['python']}",
               f"commit   {report['commit']}{', dirty' if report['dirty'] else ''}, {report['time']}",
@@ -498,16 +466,14 @@ def details(report) -> list[str]:
         [f"{side} {stage}", *(f"{value:.3f}" for value in around), fmt(together, 3), f"{amount:.3f} {unit}" if amount
          else "", f"{share:.0%}" if share else "", ""]
         for side, stage, *around, together, amount, unit, share in stage_rows(report))])
-    times = [["mode, ms", "e2e [p20, p80]", "ttft", "ttfp", "tpot", "x target_only", "worst", "later", "saved", "+",
-              ""]]
+    times = [["mode, ms", "e2e [p20, p80]", "ttft", "ttfp", "tpot", "x target_only", "later", ""]]
     drafts = [["drafts", "ids", "forwards", "a forward", "drafted", "accept", "a round", "window", "overlap",
                "accept_len: times"]]
     for mode, of in report["modes"].items():
-        e2e, saved = of["e2e_ms"], of["saved_ms"] or {"first": None, "rest": None}
+        e2e = of["e2e_ms"]
         times.append([mode, f"{e2e['p50']:.1f} [{e2e['p20']:.1f}, {e2e['p80']:.1f}]",
                       *(fmt(of[name] and of[name]["p50"]) for name in ("ttft_ms", "ttfp_ms", "tpot_ms")),
-                      shown(of["ratio"]), fmt(of["worst"], 2), shown(of["later_ms"], "+.1f"), fmt(saved["first"]),
-                      fmt(saved["rest"]), ""])
+                      shown(of["ratio"]), shown(of["later_ms"], "+.1f"), ""])
         drafts.append([mode, str(of["tokens"]), fmt(of["forwards"], 0), fmt(of["ids_a_forward"], 2), str(of["drafted"]),
                        fmt(of["accept_rate"], 2), fmt(of["tokens_per_round"], 2), fmt(of["window_drafts"], 0),
                        fmt(of["overlap_drafts"], 0),
@@ -523,8 +489,8 @@ def details(report) -> list[str]:
     if report["controls"]:
         lines.append(f"controls mean accepted of one shot of {c['overlap_len']}: " + ", ".join(
             f"{name} {of['accepted']:.2f}" for name, of in report["controls"].items()))
-    lines += [f"differs  {d['id']}, {d['mode']}: first at answer id {d['position']}, top-two margin of target_only "
-              f"there {fmt(d.get('margin'), 4)}" for d in report["identical"]["differing"]]
+    lines += [f"differs  {d['id']}, {d['mode']}: first at answer id {d['position']}" for d in
+              report["identical"]["differing"]]
     lines += [f"failed   {row['id']}: {row['error']}" for row in report["samples"] if "error" in row]
     lines += [f"skipped  {problem}" for problem in report["skipped"]]
     return lines + [f"warning  {warning}" for warning in report["warnings"]] + LEGEND.splitlines()
@@ -557,9 +523,8 @@ def read_report(path: Path, flag: str = "json", rows: list | None = None) -> dic
 
 def merged(paths: list[Path]) -> dict:
     """One report of the row files of several shards."""
-    took, rows = merge(paths)
     command = f"python bench.py --merge of {len(paths)} row files"
-    return {**read_report(paths[0], "rows", rows), "command": command, "shards_s": took}
+    return {**read_report(paths[0], "rows", merge(paths)), "command": command}
 
 
 def compare_runs(old_path: Path, new_path: Path) -> int:
@@ -579,13 +544,6 @@ def compare_runs(old_path: Path, new_path: Path) -> int:
         if ratio := estimate([one["e2e_ms"] / two["e2e_ms"] for one, two in both.values()]):
             lines.append(f"{mode:20} {shown(ratio, '.3f')}  {judged(ratio)}")
         changed |= {i for i, (one, two) in both.items() if mode != "drafter_only" and one["ids"] != two["ids"]}
-    apart = [i for i in shared if before[i].get("pixels") != after[i].get("pixels")]
-    if apart:
-        lines.append(f"warning  in {len(apart)} samples the models saw other pixels: files, versions or modes differ")
-    wall = [max(run.get("shards_s") or [sum(row.get("took_s", 0.0) for row in run["samples"])]) for run in (old, new)]
-    if all(wall):
-        lines.append(f"wall     {wall[0]:.1f} s -> {wall[1]:.1f} s for all samples, {wall[0] / wall[1]:.2f}x"
-                     + (f", over {len(new['shards_s'])} shards, the slowest counts" if new.get("shards_s") else ""))
     print("\n".join([*lines, f"outputs  {f'{len(changed)} samples answer differently' if changed else 'the same'}"]))
     return int(bool(changed))
 
@@ -699,7 +657,6 @@ def make_parser() -> Parser:
     add("--ignore-eos", action=argparse.BooleanOptionalAction, help="fixed length (default with random weights)")
     add("--rows", type=Path, metavar="JSONL", help="append each finished sample; a shard puts its number in")
     add("--resume", action="store_true", help="go on with --rows: skip the samples that it holds, but for failed ones")
-    add("--profile", action="store_true", help="mark the measured runs for nsys with NVTX names")
     add("--debug", action="store_true", help="show tracebacks")
     add = parser.add_argument_group("report").add_argument
     add("--details", action="store_true", help="stages, ceilings, all modes, controls, warnings, legend")
@@ -771,8 +728,6 @@ def check(options) -> None:
     elif options.kind == "random-7b":
         options.eventgpt = options.videollava = options.kind
     options.gate = options.gate or ("off" if options.kind == "tiny" else "on")
-    insist(not options.profile or options.device.type == "cuda",
-           "--profile: marks GPU work for nsys; run it on a GPU, or use --trace")
     options.shard = read_shard(options.shard, os.environ)
     insist(not options.record or {"target_only", "drafter_only"} <= set(options.modes),
            "--record: needs target_only and drafter_only among --modes; add them")

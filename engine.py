@@ -346,7 +346,6 @@ class Model:
         self.pixels, self.step_graphs, self.prompt_rows = {}, {}, 0
         self.held, self.cached = 0, []                       # rows of the open clip, and ids whose rows lie behind them
         self.asked_W = torch.zeros(2 + decoder.cache_rows + STEP_ROWS, dtype=torch.long, device=self.device)
-        self.seen: torch.Tensor | None = None                # the pixels that were encoded last
         self.hidden_MD = torch.zeros(decoder.cache_rows, self.config.D, dtype=decoder.dtype, device=self.device)
         # One scratch and one stream for the capture of all its graphs: cuBLAS keeps 32 MiB for every stream it meets.
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
@@ -366,7 +365,7 @@ class Model:
     def begin(self, sampling: tuple | None, searches: bool) -> None:
         """A request starts. sampling: (temperature, top_p, seed), None: greedy. searches: each forward ends with a
         lookup of the next one's drafts."""
-        self.sampling, self.searches, self.seen = sampling, searches, self.seen if self.held else None
+        self.sampling, self.searches = sampling, searches
 
     def rest(self) -> None:
         """A state on which graphs are captured: any forward may run, and writes only cache rows that nobody needs, or
@@ -406,8 +405,7 @@ class Model:
     def visual_rows(self, pixels_R3XX, image: bool = False):
         """`encode` as a graph: visual rows of float pixels, on the host or the device. Valid until the next call."""
         encoded = self.encode_graph(len(pixels_R3XX), image)
-        self.seen = self.pixels[len(pixels_R3XX)]
-        self.seen.copy_(to_device(pixels_R3XX, self.device), non_blocking=True)
+        self.pixels[len(pixels_R3XX)].copy_(to_device(pixels_R3XX, self.device), non_blocking=True)
         return encoded()
 
     def encode_graph(self, frames: int, image: bool = False) -> StepGraph:
@@ -1445,7 +1443,7 @@ class Parked:
         with model.on_stream():
             for cache, parked in self.pairs:
                 cache[:, :, :end].copy_(parked[:, :, :end])
-        model.cached, model.seen = self.cached, None
+        model.cached = self.cached
 
 
 class Clip(Closing):

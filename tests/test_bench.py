@@ -2,7 +2,6 @@
 
 import copy
 import fcntl
-import hashlib
 import json
 import os
 import random
@@ -26,9 +25,7 @@ import weights.given
 import weights.load
 from bench import AGAIN, TINY
 from engine import MODES, InputError
-from kernels.frames import clip_pixels
 from weights import show
-from weights.dataset import read_dataset
 from weights.rows import estimate, forwards, judged, mode_figures, per_forward, per_question, why_not
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,14 +103,13 @@ def three_samples():
     return rows_of(*({"target_only": a, "speculative": b} for a, b in zip(base, fast, strict=True)))
 
 
-def test_ratio_worst_later_and_saved_are_paired_and_above_1_is_faster():
+def test_ratio_and_later_are_paired_and_above_1_is_faster():
     figures = mode_figures(three_samples(), CONFIG, True)["speculative"]
-    assert figures["ratio"]["p50"] == 1.0 and figures["worst"] == 0.5
+    assert figures["ratio"]["p50"] == 1.0
     assert (figures["ratio"]["low"], figures["ratio"]["high"]) == (0.5, 2.0)
     assert figures["later_ms"]["p50"] == 2.0
-    assert figures["saved_ms"] == {"first": -2.0, "rest": 2.0}       # (50 + 1, 0 + 2, -100 + 3): median 2
     withheld = mode_figures(three_samples(), CONFIG, False)["speculative"]
-    assert all(withheld[name] is None for name in ("ratio", "worst", "later_ms", "saved_ms"))
+    assert all(withheld[name] is None for name in ("ratio", "later_ms"))
 
 
 def test_an_interval_is_given_from_three_samples_on():
@@ -465,16 +461,13 @@ def test_every_printed_number_can_be_recomputed_from_the_raw_values(run):
         want = [f"{quantile(e2e, q):.1f}" for q in (0.5, 0.2, 0.8)] + [p50("ttft_ms"), p50("ttfp_ms"), p50("tpot_ms")]
         ratios = [statistics.median(row["modes"]["target_only"]["raw"]["e2e_ms"])
                   / statistics.median(row["modes"][mode]["raw"]["e2e_ms"]) for row in rows]
-        want += [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}"]      # two samples: no interval
+        want.append(f"{statistics.median(ratios):.2f}")      # two samples: no interval
         waits = [ours - theirs for row in rows for ours, theirs in zip(
             *(row["modes"][m]["raw"]["ttft_ms"] for m in (mode, "target_only")), strict=True)]
         rng = random.Random(0)                               # the bootstrap, as the report describes it
         medians = sorted(statistics.median(rng.choices(waits, k=len(waits))) for _ in range(1000))
         want += ["-"] if mode == "target_only" else [f"{v:+.1f}" for v in (statistics.median(waits), medians[25],
                                                                             medians[975])]
-        ends = [(row["modes"]["target_only"], row["modes"][mode]) for row in rows]
-        want += [f"{statistics.median(base['ttft_ms'] - ours['ttft_ms'] for base, ours in ends):.1f}",
-                 f"{statistics.median(base['e2e_ms'] - base['ttft_ms'] - ours['e2e_ms'] + ours['ttft_ms'] for base, ours in ends):.1f}"]  # noqa: E501
         assert [cell.replace("-0.0", "0.0") for cell in times[mode]] == [cell.replace("-0.0", "0.0") for cell in want]
         lens, drafted = [n for sample in of for n in sample["accept_lens"]], sum(sample["drafted"] for sample in of)
         ids, taken = sum(len(sample["ids"]) for sample in of), sum(sample["forwards"] or 0 for sample in of)
@@ -502,18 +495,12 @@ def test_a_report_made_again_from_its_rows_or_its_file_is_the_same(run, tmp_path
     assert capsys.readouterr().out.splitlines() == run[1] == out.read_text().splitlines()
 
 
-def test_details_name_commit_checkpoints_and_pixels(run, tmp_path):
+def test_details_name_commit_and_checkpoints(run, tmp_path):
     _, lines, report = run
-    e = engine.load_engine(TINY / "drafter", TINY / "target", device="cpu")
-    sample = read_dataset(CLIPS, None, 1)[0][0]
-    frames = weights.given.read_video(sample.video, 8, "uniform")
-    pixels = clip_pixels(frames, e.target.vision.image, e.target.vision.mean, e.target.vision.std)
-    digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
-    assert report["samples"][0]["pixels"]["target"] == digest and len(report["samples"][0]["pixels"]["drafter"]) == 16
     assert any(line.startswith(f"commit   {report['commit']}") for line in lines)
     for side in ("target", "drafter"):
         line = next(line for line in lines if line.startswith(f"         {side} "))
-        assert f"hash {report['weights'][side]['hash']}" in line and f"pixels {bench.pixels_of(report, side)}" in line
+        assert f"hash {report['weights'][side]['hash']}" in line
     shutil.copytree(TINY / "target", tmp_path / "target")
     assert weights.load.open_checkpoint(tmp_path / "target").fingerprint() == report["weights"]["target"]["hash"]
     tensors = load_file(tmp_path / "target" / "model.safetensors")
@@ -569,8 +556,7 @@ def test_ratios_are_withheld_and_the_exit_code_says_so_when_outputs_differ(monke
     out = capsys.readouterr().out
     assert all(of["ratio"] is None for of in report["modes"].values()) and "NO RATIO IS GIVEN" in out
     assert [d["position"] for d in report["identical"]["differing"]] == [5, 5]
-    margins = [d["margin"] for d in report["identical"]["differing"]]
-    assert all(margin > 0 for margin in margins) and f"margin of target_only there {margins[0]:.4f}" in out
+    assert "first at answer id 5" in out
 
 
 def test_a_difference_in_any_repeat_is_placed_and_counts_for_target_only_too(monkeypatch, capsys, quick_ceilings):
@@ -672,8 +658,6 @@ def test_a_killed_run_resumed_and_three_shards_merged_equal_one_run(tmp_path, ca
     assert bench.main([*ROWS, "--shard", "0/3", "--rows", given, "--resume"]) == 0
     assert "resume    nothing was left to do" in capsys.readouterr().out
     merged = report_of("--merge", *shards)
-    assert len(merged["shards_s"]) == 3 and sum(merged["shards_s"]) == pytest.approx(
-        sum(row["took_s"] for row in merged["samples"]))
     assert list(ids_of(merged).items()) == list(ids_of(whole).items())                         # in the same order
     assert merged["controls"] == whole["controls"]               # `previous` needs the order of the data set
     assert bench.main(["--merge", *shards, shards[0]]) == 2 and "twice" in capsys.readouterr().err
@@ -840,14 +824,13 @@ def bad(tmp_path):
         "a saved run that is none": (["--from-json", str(tmp_path / "broken.json")], "broken.json"),
         "no two saved runs": (["--compare", str(tmp_path / "broken.json"), str(tmp_path / "none.json")], "broken.json"),
         "no file of rows": (["--merge", str(tmp_path / "broken.json")], "broken.json"),
-        "profile without a GPU": (["--profile", "--device", "cpu"], "--trace"),
     }
 
 
 @pytest.mark.parametrize("name", [
     "no such data set", "a folder without the list", "paths that lead out", "unknown mode", "absent device",
     "not a device", "not a checkpoint", "swapped checkpoints", "a hub id that is not in the cache",
-    "too many new tokens", "a saved run that is none", "no two saved runs", "no file of rows", "profile without a GPU"])
+    "too many new tokens", "a saved run that is none", "no two saved runs", "no file of rows"])
 def test_bad_input_is_one_line_on_stderr_and_exit_2(name, tmp_path, capsys, quick_ceilings):
     flags, words = bad(tmp_path)[name]
     assert bench.main(flags) == 2

@@ -13,7 +13,7 @@ HEAD = {"schema": 2, "commit": "c", "weights": {"target": {"hash": "h"}}, "confi
 
 
 def row(at, **more):
-    return {"id": f"s{at}", "at": at, "modes": {"a": {}}, "took_s": 1.0, **more}
+    return {"id": f"s{at}", "at": at, "modes": {"a": {}}, **more}
 
 
 def written(path, *rows, head=HEAD):
@@ -59,7 +59,7 @@ def test_rows_of_another_run_are_refused_by_the_name_of_what_differs(tmp_path, c
 
 def test_shards_are_put_together_by_id_and_holes_and_duplicates_refused(tmp_path):
     one, two = written(tmp_path / "1.jsonl", row(2), row(0)), written(tmp_path / "2.jsonl", row(1))
-    assert merge([one, two]) == ([2.0, 1.0], [row(2), row(0), row(1)])
+    assert merge([one, two]) == [row(2), row(0), row(1)]
     for paths, words in (([one], "1 of 3 samples are missing"), ([one, two, two], "s1 is there twice")):
         with pytest.raises(InputError, match=words):
             merge(paths)
@@ -67,8 +67,6 @@ def test_shards_are_put_together_by_id_and_holes_and_duplicates_refused(tmp_path
 
 @pytest.mark.parametrize("text", ["", "{", '{"config": {"samples": 1, "modes": []}}\n{"id": 1, "at": 0, "modes": {}}\n',
                                   '{"config": {"samples": 1, "modes": []}}\n{"id": "a", "at": 0, "modes": {"x": 1}}\n',
-                                  '{"config": {"samples": 1, "modes": []}}\n{"id": "", "at": 0, "modes": {}, '
-                                  '"took_s": ""}\n',
                                   '{"config": {"samples": true, "modes": []}}\n', "[" * 100000 + "\n"])
 def test_what_is_no_file_of_rows_is_one_line(tmp_path, text):
     (tmp_path / "r.jsonl").write_text(text)

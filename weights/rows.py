@@ -86,7 +86,7 @@ def read_rows(path: Path) -> tuple[dict, list, int]:
         assert isinstance(head["config"], dict) and type(head["config"]["samples"]) is int
         modes = set(head["config"]["modes"])
         sound = (type(row["id"]) is str and type(row["at"]) is int and row["modes"].keys() <= modes
-                 and type(row.get("took_s", 0)) in (int, float) for row in rows)
+                 for row in rows)
         assert all(sound), "a line that is no finished sample"
     except InputError:
         raise
@@ -95,15 +95,13 @@ def read_rows(path: Path) -> tuple[dict, list, int]:
     return head, list({row["id"]: row for row in rows}.values()), len(cut.encode())
 
 
-def merge(paths: list[Path]) -> tuple[list[float], list]:
-    """(seconds that each took, rows) of all files together, by id: differing headers, duplicates and holes are refused.
-    """
-    head, rows, took = {}, {}, []
+def merge(paths: list[Path]) -> list:
+    """The rows of all files together, by id: differing headers, duplicates and holes are refused."""
+    head, rows = {}, {}
     for path in paths:
         own, found, _ = read_rows(path)
         head = head or own
         insist_same(path, own, head, f"merge runs like {paths[0]}")
-        took.append(sum(row.get("took_s", 0.0) for row in found))
         for row in found:
             if row["id"] in rows:
                 raise InputError(f"{path}: sample {row['id']} is there twice; give every row file once")
@@ -111,7 +109,7 @@ def merge(paths: list[Path]) -> tuple[list[float], list]:
     if missing := head["config"]["samples"] - len(rows):
         raise InputError(f"{paths[0]}: {missing} of {head['config']['samples']} samples are missing; give the row "
                          f"files of all shards, finished")
-    return took, list(rows.values())
+    return list(rows.values())
 
 
 # ---- figures -----------------------------------------------------------------------------------------------------
@@ -175,7 +173,7 @@ def compare(rows) -> dict:
     found = [(row["id"], mode, of) for row in rows for mode, of in row["modes"].items()
              if of["identical"] is not None and not (mode == "target_only" and of["identical"])]
     return {"compared": len(found), "equal": sum(of["identical"] for *_, of in found), "differing": [
-        {"id": id_, "mode": mode, "position": of["differs_at"], "margin": of.get("margin")}
+        {"id": id_, "mode": mode, "position": of["differs_at"]}
         for id_, mode, of in found if not of["identical"]]}
 
 
@@ -186,8 +184,8 @@ def per_forward(ids: int, taken: int) -> float | None:
 def mode_figures(rows, config: dict, identical: bool) -> dict:
     """{mode: what its rows of the tables show}; ratios above 1 are faster, and only there if all outputs are identical.
 
-    ratio: target_only's e2e over the mode's, by sample; worst: the smallest; later_ms: by how much its first id comes
-    later than target_only's, by repeat; saved_ms: up to the first id, and behind it, by sample."""
+    ratio: target_only's e2e over the mode's, by sample; later_ms: by how much its first id comes later than
+    target_only's, by repeat."""
     figures = {}
     for mode in config["modes"]:
         have = [row["modes"][mode] for row in rows if mode in row["modes"]]
@@ -198,8 +196,6 @@ def mode_figures(rows, config: dict, identical: bool) -> dict:
         ratios = [base["e2e_ms"] / of["e2e_ms"] for base, of in pairs]
         later = [ours - theirs for base, of in pairs for theirs, ours in
                  zip(base["raw"]["ttft_ms"], of["raw"]["ttft_ms"], strict=False) if None not in (theirs, ours)]
-        first = [(base["ttft_ms"] - of["ttft_ms"], base["e2e_ms"] - of["e2e_ms"]) for base, of in pairs
-                 if None not in (base["ttft_ms"], of["ttft_ms"])]
         accept_lens, drafted = [a for of in have for a in of["accept_lens"]], sum(of["drafted"] for of in have)
         ids, taken = sum(len(of["ids"]) for of in have), [of["forwards"] for of in have if of["forwards"] is not None]
         reasons = collections.Counter(why_not(mode, of, config) for of in have)
@@ -209,10 +205,8 @@ def mode_figures(rows, config: dict, identical: bool) -> dict:
                for values in [[v for of in have for v in of["raw"][name] if v is not None]]},
             "tokens": ids, "forwards": sum(taken) if taken else None,
             "ids_a_forward": per_forward(ids - len(have), sum(taken)),
-            "ratio": estimate(ratios), "worst": min(ratios, default=None),
+            "ratio": estimate(ratios),
             "later_ms": estimate(later) if mode != "target_only" else None,
-            "saved_ms": {"first": statistics.median(saved for saved, _ in first),
-                         "rest": statistics.median(saved - early for early, saved in first)} if first else None,
             "drafted": drafted, "accepted": sum(accept_lens),
             "overlap_drafts": median([of["overlap_drafts"] for of in have]),
             "window_drafts": median([of["window_drafts"] for of in have]),
