@@ -5,9 +5,9 @@
 Scenes that training never saw go the whole way: events through .npz, frames through H.264, Pillow's resize, the engine.
 Beside both models stand two controls that see nothing: `answer`, the text training saw most often for the same
 question, and `value`, each attribute's own most frequent value. An attribute is read back from a text by scenes.parse
-and counts where the true answer states it. The target's own 4-bit copy drafts as `self`, and behind the drafter as
-`cascade`. Beside the drafter's drafts stand as many a round from what sees no scene: `answer`; `previous`, the last
-answer to the same question; `lookup`, of the answers so far; `taught`, a lookup that knew 3,000 training answers
+and counts where the true answer states it. The target's own 4-bit copy drafts as `self`, and behind the drafter's head
+start as `cascade`. Beside the drafter's drafts stand as many a round from what sees no scene: `answer`; `previous`, the
+last answer to the same question; `lookup`, of the answers so far; `taught`, a lookup that knew 3,000 training answers
 before. --packed: the drafter as loaded, then with each kind of packed weights.
 Exits 1 if a speculative answer differs from target_only's."""
 
@@ -98,8 +98,8 @@ def evaluate(engine, count: int, folder: Path, progress=None, controls: bool = T
         if controls and engine.target.copy:
             own |= {"self": "self", "cascade": ["drafter", "self"]}
         for name, source in {**own, **(blind if controls else {})}.items():
-            result = engine.generate(mode="speculative", draft_source=source, draft_len=DRAFTS if controls else None,
-                                     **request)
+            rounds = 0 if name == "cascade" else DRAFTS if controls else None        # of the drafter
+            result = engine.generate(mode="speculative", draft_source=source, draft_len=rounds, **request)
             if result.output_ids != alone.output_ids:
                 unequal.append((i, name))
             accepted[name] += result.accepted_tokens
