@@ -305,15 +305,8 @@ def stage_rows(report) -> list:
     return table
 
 
-def warnings_of(figures, rows, head) -> list:
+def warnings_of(rows, head) -> list:
     found, facts = [], head["machine"]
-    for mode, of in figures.items():
-        if of["e2e_ms"]["p80"] > 1.1 * of["e2e_ms"]["p20"]:
-            found.append(f"{mode}: e2e p80 is {of['e2e_ms']['p80'] / of['e2e_ms']['p20']:.2f}x p20")
-        raw = [row["modes"][mode]["raw"]["e2e_ms"] for row in rows if mode in row["modes"]]
-        first = median([times[0] / statistics.median(times[1:]) for times in raw if len(times) > 2])
-        if first and first > 1.1:
-            found.append(f"{mode}: a sample's first run takes {first:.2f}x its later ones; raise --warmup")
     if facts["others_on_gpu"]:
         found.append(f"{facts['others_on_gpu']} other processes use this GPU")
     if facts.get("load", 0) > 0.5 * facts["cores"]:
@@ -343,7 +336,7 @@ def assemble(head: dict, rows: list, interrupted: bool = False) -> dict:
     figures = mode_figures(rows, config, identical["equal"] == identical["compared"])
     return {**head, "interrupted": interrupted, "ceilings": limits, "samples": rows, "modes": figures,
             "controls": controls.beside(answers.values(), config["overlap_len"], config["draft_len"]),
-            "identical": identical, "warnings": warnings_of(figures, rows, head)}
+            "identical": identical, "warnings": warnings_of(rows, head)}
 
 
 # ---- the report as text, from the JSON object alone --------------------------------------------------------------
@@ -486,9 +479,6 @@ def details(report) -> list[str]:
                             fmt(n["right"] / n["judged"] if n["judged"] else None, 2), fmt(n["ids"] / n["rounds"], 2),
                             fmt(n["ms"] / n["ids"], 2), fmt(pays_from(n, step), 2), ""])
     lines += columns(times) + columns(drafts) + columns(sources)
-    if report["controls"]:
-        lines.append(f"controls mean accepted of one shot of {c['overlap_len']}: " + ", ".join(
-            f"{name} {of['accepted']:.2f}" for name, of in report["controls"].items()))
     lines += [f"differs  {d['id']}, {d['mode']}: first at answer id {d['position']}" for d in
               report["identical"]["differing"]]
     lines += [f"failed   {row['id']}: {row['error']}" for row in report["samples"] if "error" in row]

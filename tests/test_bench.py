@@ -518,14 +518,12 @@ def test_a_snapshot_of_the_hub_tells_its_revision(tmp_path):
 
 def test_warnings_name_what_spoils_a_figure():
     rows, head = three_samples(), copy.deepcopy(HEAD)
-    for row in rows:
-        row["modes"]["speculative"]["raw"]["e2e_ms"] = [300.0, 100.0, 100.0]
     rows[0]["modes"]["speculative"]["drafter_error"] = "it broke"
     head["machine"].update(load=9.0, cores=4, others_on_gpu=2, clocks="1980 MHz, 2619 MHz, 300.00 W, 700.00 W")
     head["clocks_after"] = "1410 MHz, 2619 MHz, 700.00 W, 700.00 W"
     found = "\n".join(bench.assemble(head, rows)["warnings"])
-    for words in ("p80 is", "2 other processes", "9.0 of 4 cores", "from 1980 to 1410 MHz", "s0, speculative: the "
-                  "drafter gave up (it broke)", "first run takes 3.00x its later ones; raise --warmup"):
+    for words in ("2 other processes", "9.0 of 4 cores", "from 1980 to 1410 MHz", "s0, speculative: the "
+                  "drafter gave up (it broke)"):
         assert words in found, words
 
 
