@@ -88,7 +88,7 @@ def read_rows(path: Path) -> tuple[dict, list, int]:
         modes = set(head["config"]["modes"])
         sound = (type(row["id"]) is str and type(row["at"]) is int and row["modes"].keys() <= modes
                  for row in rows)
-        if not all(sound):
+        if type(head["config"]["samples"]) is not int or not all(sound):
             raise ValueError("a line that is no finished sample")
     return head, list({row["id"]: row for row in rows}.values()), len(cut.encode())
 
