@@ -12,7 +12,6 @@ of its answer (lookup_again). Ratios above 1 are faster. Exit codes: 0 all well,
 
 import argparse
 import collections
-import ctypes
 import hashlib
 import json
 import math
@@ -55,7 +54,7 @@ from weights.files import (
     trusting,
 )
 from weights.memory import PARTS, nvidia_smi
-from weights.rows import RowFile, by_source, compare, estimate, forwards, judged, median, merge, mode_figures, parting
+from weights.rows import RowFile, compare, estimate, forwards, judged, median, merge, mode_figures, parting
 from weights.shapes import PROMPT_ROWS
 from weights.show import WIDTH, block, columns, fmt, shown
 from weights.text import check_sampling
@@ -208,15 +207,11 @@ def measure(e, samples, options, rows: list, keep) -> None:
     cache, favours none. What a sample teaches is learnt when its repeats are done."""
     order, first = random.Random(options.seed), [mode for mode in options.modes if mode != AGAIN]
     warm_up(e, samples, options)
-    if options.profile:
-        torch.cuda.profiler.start()
     for sample in progress(samples, "samples"):
         held = e.clip
         row = {"id": sample.id, "at": sample.at, "seq": sample.seq, "clip": sample.clip,
                "question": sample.question, "truth": sample.truth, "several": sample.several, "modes": {}}
-        for model in e.models:
-            model.seen = None
-        results, began = collections.defaultdict(list), time.perf_counter()
+        results = collections.defaultdict(list)
         try:
             for _ in range(options.repeats):
                 for mode in order.sample(first, len(first)):
@@ -233,34 +228,14 @@ def measure(e, samples, options, rows: list, keep) -> None:
         except Exception as error:                           # whatever it is, the other samples are worth having
             failure(error, options)
             row["error"] = told(error) if isinstance(error, InputError) else describe(error)
-        else:
-            row["pixels"] = {m.side: pixel_hash(m.seen) for m in e.models if m.seen is not None}
-            if any(of["differs_at"] is not None for of in row["modes"].values()):
-                try:                                         # by how much the target preferred its own id there
-                    again = engine.explain(e.target, run_sample(e, sample, "target_only", options))
-                    margins = dict(enumerate(margin for of in again for margin in of.margins))
-                    for of in row["modes"].values():
-                        of["margin"] = margins.get(of["differs_at"])
-                except Exception as error:                   # the difference counts without its margin
-                    failure(error, options)
-        row["took_s"] = time.perf_counter() - began
         rows.append(row)
         keep(row)
     close_clip(options)
-    if options.profile:
-        torch.cuda.profiler.stop()
 
 
 def learners(e, options) -> list:
     """The sources that learn from answers."""
     return [of for of in (*options.source, *[e.lookup] * (AGAIN in options.modes)) if hasattr(of, "learn")]
-
-
-def pixel_hash(pixels_R3XX) -> str:
-    """16 hex digits of SHA-256 over the float32 bits that a model saw: equal where decoding, drawing and resizing were.
-    """
-    there = pixels_R3XX.detach().cpu().contiguous()
-    return hashlib.sha256(ctypes.string_at(there.data_ptr(), there.nbytes)).hexdigest()[:16]
 
 
 def progress(items, unit: str):
@@ -305,7 +280,7 @@ def summary(e, results, baseline) -> dict:
             "drafted": last.drafted, "accepted": last.accepted_tokens, "rounds": last.rounds,
             "accept_lens": last.accept_lens, "pieces": show.pieces(last, e.target.text) if decided else [],
             "forwards": forwards(last.output_ids, last.accepted_tokens, last.rounds) if decided else None,
-            "by_source": by_source(last) if last.mode == "speculative" else {},
+            "by_source": last.by_source,
             "overlap_drafts": median([r.free_tokens_count for r in results]),
             "window_drafts": median([r.window_drafts for r in results]), "differs_at": differs_at,
             "identical": differs_at is None if apart else None,
@@ -341,15 +316,8 @@ def stage_rows(report) -> list:
     return table
 
 
-def warnings_of(figures, rows, head) -> list:
+def warnings_of(rows, head) -> list:
     found, facts = [], head["machine"]
-    for mode, of in figures.items():
-        if of["e2e_ms"]["p80"] > 1.1 * of["e2e_ms"]["p20"]:
-            found.append(f"{mode}: e2e p80 is {of['e2e_ms']['p80'] / of['e2e_ms']['p20']:.2f}x p20")
-        raw = [row["modes"][mode]["raw"]["e2e_ms"] for row in rows if mode in row["modes"]]
-        first = median([times[0] / statistics.median(times[1:]) for times in raw if len(times) > 2])
-        if first and first > 1.1:
-            found.append(f"{mode}: a sample's first run takes {first:.2f}x its later ones; raise --warmup")
     if facts["others_on_gpu"]:
         found.append(f"{facts['others_on_gpu']} other processes use this GPU")
     if facts.get("load", 0) > 0.5 * facts["cores"]:
@@ -379,7 +347,7 @@ def assemble(head: dict, rows: list, interrupted: bool = False) -> dict:
     figures = mode_figures(rows, config, identical["equal"] == identical["compared"])
     return {**head, "interrupted": interrupted, "ceilings": limits, "samples": rows, "modes": figures,
             "controls": controls.beside(answers.values(), config["overlap_len"], config["draft_len"]),
-            "identical": identical, "warnings": warnings_of(figures, rows, head)}
+            "identical": identical, "warnings": warnings_of(rows, head)}
 
 
 # ---- the report as text, from the JSON object alone --------------------------------------------------------------
@@ -387,8 +355,7 @@ def assemble(head: dict, rows: list, interrupted: bool = False) -> dict:
 MOST_LINES = 25                                              # of the screen
 LEGEND = """legend   ttft: request in, files on disk, to the first answer id on the host; ttfp: the same for the preview
          tpot: (e2e - ttft) / (ids - 1); x target_only: its e2e over the mode's, paired by sample, median [95 %]
-         worst: the smallest of these; later: first id after target_only's first id, paired by repeat
-         saved: less than target_only takes, up to the first id, and + behind it; medians, paired by sample
+         later: first id after target_only's first id, paired by repeat
          forwards: the target's behind its prefill; a forward: ids that one makes, the first id left out
          accept: accepted / drafted, bonus not counted; window, overlap: ids the host had before the last frame was
          decoded, and before the target's prefill ended; both at once: while prefill_only runs"""
@@ -431,6 +398,11 @@ def screen(report, colour: bool = False) -> list[str]:
     lines += [line[:WIDTH] for line in columns(table)] if modes else []
     if found := [f"{name} {of['ids_a_forward']:.2f}" for name, of in report["controls"].items() if of["ids_a_forward"]]:
         lines.append(f"controls  {', '.join(found)} ids a forward, and see no clip")
+    if (own := modes.get("speculative", {}).get("by_source", {}).get("self")) and own["judged"]:
+        pays = pays_from(own, modes_p50(report, "target_only", "tpot_ms"))
+        lines.append(f"4-bit     self right with {own['right'] / own['judged']:.2f} of {own['judged']:,} drafts"
+                     + (f"; pays from {pays:.2f}" if pays is not None else ""))
+    lines += block("4-bit", report["copy_stays"], 2) if report.get("copy_stays") else []
     lines += block("verdict", verdict(report), 2)
     failed = [f"failed    {row['id']}: {row['error']}"[:WIDTH] for row in report["samples"] if "error" in row]
     failed += [f"skipped   {problem}"[:WIDTH] for problem in report["skipped"]]
@@ -475,12 +447,6 @@ def memory_line(memory: dict) -> str:
     return f"memory   {' | '.join(said)}; --cache-rows {rows or 'as given'}, fewer need less"
 
 
-def pixels_of(report, side: str) -> str | None:
-    """One hash of the pixels that a side saw in all samples, in the order of the data set."""
-    found = [row["pixels"][side] for row in report["samples"] if side in row.get("pixels", {})]
-    return hashlib.sha256(" ".join(found).encode()).hexdigest()[:16] if found else None
-
-
 def details(report) -> list[str]:
     """Everything else: header, ceilings, stages, times and drafts of every mode, controls, warnings, legend."""
     w, m, c = report["weights"], report["machine"], report["config"]
@@ -491,7 +457,7 @@ def details(report) -> list[str]:
     lines = [memory_line(report["memory"])] if "memory" in report else []
     lines += [f"weights  {LABELS.get(report['kind'], 'checkpoints')}"] + [
         f"         {side} {of['path']} {of['dtype']} {of['bytes'] / 1e9:.3f} GB, hash {of['hash']}, revision "
-        f"{of['revision'] or '-'}, pixels {pixels_of(report, side)}" for side, of in w.items()]
+        f"{of['revision'] or '-'}" for side, of in w.items()]
     lines += [f"machine  {m['gpu'] or 'CPU, {threads} of {cores} cores'.format(**m)}, driver {m['driver'] or '-'}, "
               f"torch {m['torch']}, triton {m['triton']}, python {m['python']}",
               f"commit   {report['commit']}{', dirty' if report['dirty'] else ''}, {report['time']}",
@@ -505,16 +471,14 @@ def details(report) -> list[str]:
         [f"{side} {stage}", *(f"{value:.3f}" for value in around), fmt(together, 3), f"{amount:.3f} {unit}" if amount
          else "", f"{share:.0%}" if share else "", ""]
         for side, stage, *around, together, amount, unit, share in stage_rows(report))])
-    times = [["mode, ms", "e2e [p20, p80]", "ttft", "ttfp", "tpot", "x target_only", "worst", "later", "saved", "+",
-              ""]]
+    times = [["mode, ms", "e2e [p20, p80]", "ttft", "ttfp", "tpot", "x target_only", "later", ""]]
     drafts = [["drafts", "ids", "forwards", "a forward", "drafted", "accept", "a round", "window", "overlap",
                "accept_len: times"]]
     for mode, of in report["modes"].items():
-        e2e, saved = of["e2e_ms"], of["saved_ms"] or {"first": None, "rest": None}
+        e2e = of["e2e_ms"]
         times.append([mode, f"{e2e['p50']:.1f} [{e2e['p20']:.1f}, {e2e['p80']:.1f}]",
                       *(fmt(of[name] and of[name]["p50"]) for name in ("ttft_ms", "ttfp_ms", "tpot_ms")),
-                      shown(of["ratio"]), fmt(of["worst"], 2), shown(of["later_ms"], "+.1f"), fmt(saved["first"]),
-                      fmt(saved["rest"]), ""])
+                      shown(of["ratio"]), shown(of["later_ms"], "+.1f"), ""])
         drafts.append([mode, str(of["tokens"]), fmt(of["forwards"], 0), fmt(of["ids_a_forward"], 2), str(of["drafted"]),
                        fmt(of["accept_rate"], 2), fmt(of["tokens_per_round"], 2), fmt(of["window_drafts"], 0),
                        fmt(of["overlap_drafts"], 0),
@@ -523,21 +487,21 @@ def details(report) -> list[str]:
     step = modes_p50(report, "target_only", "tpot_ms")
     for mode, of in report["modes"].items():
         for source, n in of["by_source"].items():
-            pays = None                                      # the share of right drafts from which one a round pays
-            if step and n["drafts"]:
-                pays = max(0.0, (n["ms"] / n["rounds"] - step) / step / (n["drafts"] / n["rounds"]))
             sources.append([f"{mode}: {source}", str(n["rounds"]), str(n["drafts"]),
-                            fmt(n["accepted"] / n["drafts"] if n["drafts"] else None, 2),
-                            fmt(n["ids"] / n["rounds"], 2), fmt(n["ms"] / n["ids"], 2), fmt(pays, 2), ""])
+                            fmt(n["right"] / n["judged"] if n["judged"] else None, 2), fmt(n["ids"] / n["rounds"], 2),
+                            fmt(n["ms"] / n["ids"], 2), fmt(pays_from(n, step), 2), ""])
     lines += columns(times) + columns(drafts) + columns(sources)
-    if report["controls"]:
-        lines.append(f"controls mean accepted of one shot of {c['overlap_len']}: " + ", ".join(
-            f"{name} {of['accepted']:.2f}" for name, of in report["controls"].items()))
-    lines += [f"differs  {d['id']}, {d['mode']}: first at answer id {d['position']}, top-two margin of target_only "
-              f"there {fmt(d.get('margin'), 4)}" for d in report["identical"]["differing"]]
+    lines += [f"differs  {d['id']}, {d['mode']}: first at answer id {d['position']}" for d in
+              report["identical"]["differing"]]
     lines += [f"failed   {row['id']}: {row['error']}" for row in report["samples"] if "error" in row]
     lines += [f"skipped  {problem}" for problem in report["skipped"]]
     return lines + [f"warning  {warning}" for warning in report["warnings"]] + LEGEND.splitlines()
+
+
+def pays_from(of: dict, step: float | None) -> float | None:
+    """The share of right drafts from which one a round pays: what a source's round takes beyond a step of so many ms,
+    over a step, for each draft."""
+    return max(0.0, of["ms"] - of["rounds"] * step) / step / of["drafts"] if step and of["drafts"] else None
 
 
 def modes_p50(report, mode: str, name: str) -> float | None:
@@ -557,9 +521,8 @@ def read_report(path: Path, flag: str = "json", rows: list | None = None) -> dic
 
 def merged(paths: list[Path]) -> dict:
     """One report of the row files of several shards."""
-    took, rows = merge(paths)
     command = f"python bench.py --merge of {len(paths)} row files"
-    return {**read_report(paths[0], "rows", rows), "command": command, "shards_s": took}
+    return {**read_report(paths[0], "rows", merge(paths)), "command": command}
 
 
 def compare_runs(old_path: Path, new_path: Path) -> int:
@@ -586,13 +549,6 @@ def compared(old: dict, new: dict, old_name: str, new_name: str) -> tuple[list[s
         if ratio := estimate([one["e2e_ms"] / two["e2e_ms"] for one, two in both.values()]):
             lines.append(f"{mode:20} {shown(ratio, '.3f')}  {judged(ratio)}")
         changed |= {i for i, (one, two) in both.items() if mode != "drafter_only" and one["ids"] != two["ids"]}
-    apart = [i for i in shared if before[i].get("pixels") != after[i].get("pixels")]
-    if apart:
-        lines.append(f"warning  in {len(apart)} samples the models saw other pixels: files, versions or modes differ")
-    wall = [max(run.get("shards_s") or [sum(row.get("took_s", 0.0) for row in run["samples"])]) for run in (old, new)]
-    if all(wall):
-        lines.append(f"wall     {wall[0]:.1f} s -> {wall[1]:.1f} s for all samples, {wall[0] / wall[1]:.2f}x"
-                     + (f", over {len(new['shards_s'])} shards, the slowest counts" if new.get("shards_s") else ""))
     lines.append(f"outputs  {f'{len(changed)} samples answer differently' if changed else 'the same'}")
     return lines, bool(changed)
 
@@ -696,8 +652,9 @@ def make_parser() -> Parser:
     add("--max-new-tokens", type=whole(1, 1_000_000), default=50, metavar="N", help="default %(default)s")
     add("--draft-len", type=whole(0, most), default=5, metavar="G", help="drafts a round (default %(default)s)")
     add("--overlap-len", type=whole(0, most), default=15, metavar="G", help="drafts of the head start (%(default)s)")
-    add("--draft-source", default="drafter", metavar="NAME",
-        help="who drafts in `speculative`, asked in this order: drafter (default), self, lookup[:FILE], adapter:DIR")
+    add("--draft-source", metavar="NAME,..", help="who drafts in `speculative`, asked in this order: drafter, "
+        "self, lookup[:FILE], adapter:DIR (default: on a GPU lookup, drafter and self, as far as they are there and "
+        "fit; on a CPU and for the embedded pair drafter)")
     add("--gate", choices=("on", "off"), help="draft only where it should pay (default: on; off for the embedded pair)")
     add("--temperature", type=float, default=0.0, metavar="T", help="draw ids (default %(default)s: greedy)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest ids of this mass (default all)")
@@ -707,7 +664,6 @@ def make_parser() -> Parser:
     add("--ignore-eos", action=argparse.BooleanOptionalAction, help="fixed length (default with random weights)")
     add("--rows", type=Path, metavar="JSONL", help="append each finished sample")
     add("--resume", action="store_true", help="go on with --rows: skip the samples that it holds, but for failed ones")
-    add("--profile", action="store_true", help="mark the measured runs for nsys with NVTX names")
     add("--debug", action="store_true", help="show tracebacks")
     add = parser.add_argument_group("report").add_argument
     add("--details", action="store_true", help="stages, ceilings, all modes, controls, warnings, legend")
@@ -794,15 +750,15 @@ def check(options) -> None:
     elif options.kind == "random-7b":
         options.eventgpt = options.videollava = options.kind
     options.gate = options.gate or ("off" if options.kind == "tiny" else "on")
-    insist(not options.profile or options.device.type == "cuda",
-           "--profile: marks GPU work for nsys; run it on a GPU, or use --trace")
     options.shard = read_shard(options.shard, os.environ)
     insist(not options.record or {"target_only", "drafter_only"} <= set(options.modes),
            "--record: needs target_only and drafter_only among --modes; add them")
     insist(not options.timeline or options.timeline.lower().endswith(".png"),
            f"--timeline: {options.timeline} is no PNG; name a file that ends in .png")
     insist(options.rows or not options.resume, "--resume: has nothing to go on with; pass --rows as well")
-    named = options.draft_source.split(",")
+    named = (options.draft_source or sources_there(options)).split(",")
+    options.self_draft = "self" in named and (True if options.draft_source else None)        # None: if it can be
+    options.draft_source = ",".join(named)
     options.kept = next((name.partition(":")[2] for name in named if name.startswith("lookup:")), "")
     insist(not options.kept or options.shard[1] == 1 and options.videollava,
            f"{options.kept}: belongs to one run of one target; leave :FILE out of --draft-source, or --shard, and pass "
@@ -813,6 +769,14 @@ def check(options) -> None:
     options.known = sum(of.learnt for of in options.source if isinstance(of, engine.Lookup))
     options.dataset_dir = options.dataset_dir or TINY / "clips"
     options.ignore_eos = options.kind == "random-7b" if options.ignore_eos is None else options.ignore_eos
+
+
+def sources_there(options) -> str:
+    """Who drafts if nobody says: all there is, since the gate leaves what does not pay; on a CPU and in the embedded
+    pair a 4-bit copy never does."""
+    if options.kind == "tiny" or options.device.type == "cpu" or not options.videollava:
+        return "drafter"
+    return "lookup,drafter,self" if options.eventgpt else "lookup,self"
 
 
 def read_shard(text: str | None, environ) -> tuple[int, int]:
@@ -889,7 +853,7 @@ def run(options, command: str) -> int:
             measure(e, left, options, rows, kept.append)
         except KeyboardInterrupt:
             interrupted = True
-    head["clocks_after"] = asked(options.device, CLOCKS)
+    head |= {"clocks_after": asked(options.device, CLOCKS), "copy_stays": e.copy_stays}
     code = publish(assemble(head, rows, interrupted), options,
                    f"resume    nothing was left to do: {options.rows} holds all {len(rows)} samples" * (not left))
     if options.kept:                                         # last: a full disk must not cost the report
@@ -930,12 +894,16 @@ def load_pair(options, samples) -> tuple[dict, engine.Engine]:
     shown = max((len(sample.events) for sample in samples if isinstance(sample.events, list)), default=0)
     place = dict(device=options.device, drafter_device=options.drafter_device, dtype=options.dtype,
                  cache_rows=options.cache_rows, drafter_dtype=options.drafter_dtype,
-                 self_draft="self" in options.source, text_rows=PROMPT_ROWS + max(0, asked - 100) + max(
+                 self_draft=options.self_draft, text_rows=PROMPT_ROWS + max(0, asked - 100) + max(
                      0, shown - 5) + options.max_new_tokens)
     memory = engine.memory_budget(options.eventgpt, options.videollava, **place)
-    return memory, engine.load_engine(
+    e = engine.load_engine(
         options.eventgpt, options.videollava, draft_len=options.draft_len, overlap_len=options.overlap_len,
         tokenizer=options.tokenizer, gate=options.gate == "on", progress=loading(), **place)
+    if "self" in options.source and e.target and not e.target.copy:          # the log has said why
+        options.source.remove("self")
+        options.draft_source = options.draft_source.removesuffix(",self")
+    return memory, e
 
 
 def publish(report, options, remark: str = "") -> int:

@@ -76,7 +76,6 @@ from kernels.round import (
     PROMPT_LEN,
     SLOTS,
     STATE,
-    SURE,
     State,
     close_draft,
     close_round,
@@ -179,13 +178,15 @@ class Decoder:
                      packed, turn)
 
     def packed(self, form: str) -> Steps:
-        """A copy of the weights in 4 bits, one of BITS, for steps that draft. NotPackable if their shapes forbid it.
+        """The weights in 4 bits, one of BITS, for steps that draft. NotPackable where their shapes or values forbid it.
         Where weights are uneven the stream between the copies is `turned`; queries, keys, values and logits stay."""
         turn = gains_by_turning(lambda name: self.w[name][:SOME] if self.w[name].dim() > 1 else self.w[name],
                                 self.config.L)
         text = [(name, t) for name, t in self.w.items() if name.startswith("text.")]
-        weights = dict(packing(sorted(text, key=lambda of: of[1].dim()), form, turn))
-        return self._steps(weights, self.steps.work, form, turn)
+        made = dict(packing(sorted(text, key=lambda of: of[1].dim()), form, turn))
+        if not all(bool(of.scales.isfinite().all()) for of in made.values() if isinstance(of, Packed)):
+            raise NotPackable("values too large for scales in fp16")
+        return self._steps(made, self.steps.work, form, turn)
 
     def forward(self, hidden_SD, pos_ids_S, only=None, steps: Steps | None = None):
         """Writes cache rows pos_ids_S; returns logits [S, V], or those of the rows that `only` (int64, few) names.
@@ -321,6 +322,7 @@ class Model:
     vision: VisionConfig
     origin: dict                                             # {"hash", "revision"} of its checkpoint, see `load_model`
     copy: Steps | None = None                                # its weights in 4 bits, where it drafts for itself
+    draft_W: torch.Tensor                                    # the copy's state, see `draft`
     prompt: Callable                                         # question -> Prompt; the two below say how
     encode: Callable                                         # pixels -> visual rows
     visual: Callable                                         # pictures -> how many rows that is
@@ -334,8 +336,7 @@ class Model:
         self.stream = torch.cuda.Stream(self.device, priority=self.priority) if self.on_gpu else None
         self.state_W = new_state(decoder.cache_rows).to(self.device)
         self.host_W = torch.zeros(len(self.state_W), dtype=torch.long, pin_memory=self.on_gpu)   # on its way there
-        self.sure_1 = torch.zeros(1, dtype=torch.long, pin_memory=self.on_gpu)
-        self.host_read, self.sure_read = (torch.cuda.Event() if self.on_gpu else None for _ in range(2))
+        self.host_read = torch.cuda.Event() if self.on_gpu else None
         self.tail_id = torch.zeros(1, dtype=torch.long, device=self.device)     # the prompt's last id
         self.ring: Ring | None = None                        # earlier answers, and what a drafter elsewhere expects
         self.searches = False                                # it and `sampling` are the request's: see `begin`
@@ -345,7 +346,6 @@ class Model:
         self.pixels, self.step_graphs, self.prompt_rows = {}, {}, 0
         self.held, self.cached = 0, []                       # rows of the open clip, and ids whose rows lie behind them
         self.asked_W = torch.zeros(2 + decoder.cache_rows + STEP_ROWS, dtype=torch.long, device=self.device)
-        self.seen: torch.Tensor | None = None                # the pixels that were encoded last
         self.hidden_MD = torch.zeros(decoder.cache_rows, self.config.D, dtype=decoder.dtype, device=self.device)
         # One scratch and one stream for the capture of all its graphs: cuBLAS keeps 32 MiB for every stream it meets.
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
@@ -365,7 +365,7 @@ class Model:
     def begin(self, sampling: tuple | None, searches: bool) -> None:
         """A request starts. sampling: (temperature, top_p, seed), None: greedy. searches: each forward ends with a
         lookup of the next one's drafts."""
-        self.sampling, self.searches, self.seen = sampling, searches, self.seen if self.held else None
+        self.sampling, self.searches = sampling, searches
 
     def rest(self) -> None:
         """A state on which graphs are captured: any forward may run, and writes only cache rows that nobody needs, or
@@ -405,8 +405,7 @@ class Model:
     def visual_rows(self, pixels_R3XX, image: bool = False):
         """`encode` as a graph: visual rows of float pixels, on the host or the device. Valid until the next call."""
         encoded = self.encode_graph(len(pixels_R3XX), image)
-        self.seen = self.pixels[len(pixels_R3XX)]
-        self.seen.copy_(to_device(pixels_R3XX, self.device), non_blocking=True)
+        self.pixels[len(pixels_R3XX)].copy_(to_device(pixels_R3XX, self.device), non_blocking=True)
         return encoded()
 
     def encode_graph(self, frames: int, image: bool = False) -> StepGraph:
@@ -503,29 +502,26 @@ class Model:
             lookup(self.ring, self.state_W)
 
     def draft(self, first: bool) -> None:
-        """One forward of the 4-bit copy on this model's own cache: the state gets its first draft, or one more. The row
-        that it writes is written again, exactly, by the forward that verifies it."""
-        self.graph("draft", first, self.sampling is not None)()
+        """One forward of the 4-bit copy on this model's own cache, and on a state of its own, which begins as this
+        model's and gets an id more each time; searched is what may follow there. The row that it writes is written
+        again, exactly, by the forward that verifies it."""
+        if first:
+            self.draft_W.copy_(self.state_W)
+        self.graph("draft", self.searches, self.sampling is not None)()
 
-    def _draft(self, first: bool, sampled: bool) -> None:
+    def _draft(self, searches: bool, sampled: bool) -> None:
         work = self.copy.work.round
-        _, pos_ids_S, hidden_SD = open_round(self.state_W, 0, self.decoder.embed_VD, work, behind=not first)
+        _, pos_ids_S, hidden_SD = open_round(self.draft_W, 0, self.decoder.embed_VD, work)
         logits_SV = self.decoder.forward(hidden_SD, pos_ids_S, steps=self.copy)
-        if sampled:
-            at = self.state_W[:1] if first else self.state_W[:1] + self.state_W[FOUND.value]
-            logits_SV = sample(logits_SV, at, self.sampling_3)
-        close_draft(logits_SV, self.state_W, work, behind=not first)
+        close_draft(sample(logits_SV, self.draft_W, self.sampling_3) if sampled else logits_SV, self.draft_W, work)
         if self.recorded:
-            self.recorded.draft(self.state_W)
+            self.recorded.draft(self.draft_W)
+        if searches:
+            lookup(self.ring, self.draft_W)
 
-    def draft_sure(self) -> float:
-        """The probability of the draft that was queued last; waits for it. Below 0: its logits hold NaN."""
-        if not self.on_gpu:
-            return int(self.state_W[SURE.value]) / 1e6
-        self.sure_1.copy_(self.state_W[SURE.value:SURE.value + 1], non_blocking=True)
-        self.sure_read.record(self.stream)
-        self.sure_read.synchronize()
-        return int(self.sure_1) / 1e6
+    def drafted(self, places: int) -> State:
+        """The copy's state with the draft that was queued last, up to so many ids; waits for it."""
+        return Snapshot(self.draft_W[:STATE + places], self.stream).read()
 
     def put(self, drafts) -> None:
         """Drafts for the next round, at most 31: a list of ids, or int64 [G] on this device."""
@@ -576,6 +572,7 @@ class Target(Model):
         decoder = Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows)
         super().__init__(decoder, text, path, stops, graphs)
         self.ring = Ring(self.device, memory.LOOKUP_ROWS[self.on_gpu], decoder.steps.work.pdl)
+        self.draft_W = self.state_W.clone()
         self.vision = VisionConfig.read(config.get("vision_config") or {})
         self.video_tower, self.image_tower = Tower(self.vision, weights, "video"), Tower(self.vision, weights, "image")
         self.projector = [weights[f"projector.{i}.{p}"] for i in (0, 1) for p in "wb"]
@@ -583,6 +580,10 @@ class Target(Model):
         self.layers = layer if layer >= 0 else self.vision.layers + 1 + layer      # -2 of 25 hidden states is 23
         self.keep_cls = config.get("vision_feature_select_strategy", "default") == "full"   # images only
         self.num_frames = frames_of(config, self.vision)
+
+    def rest(self):
+        super().rest()
+        self.draft_W.copy_(self.state_W)
 
     def visual(self, frames: int, image: bool = False) -> int:
         """Visual rows of so many frames."""
@@ -880,6 +881,19 @@ class Engine(Closing):
     def models(self) -> list[Model]:
         return [m for m in (self.target, self.drafter) if m is not None]
 
+    @property
+    def copy_stays(self) -> str | None:
+        """Why the target's 4-bit copy is not on the drafter's device where that is another one; None: there is none."""
+        if not (self.apart and self.target.copy):
+            return None
+        step, draft = self.gate and self.gate.step, self.gate and self.gate.seconds("self draft")
+        most = "step / draft"
+        if step and draft:
+            most = f"{step / draft:.2f} (step {step * 1e3:.2f} / draft {draft * 1e3:.2f} ms)"
+        here, there = self.target.device, self.drafter.device
+        return (f"the copy stays on {here} and drafts on the target's own cache; on {there} it would need a cache and "
+                f"a prefill of its own, to be at most {most} times as fast as the target")
+
     def close(self) -> None:
         """Ends the worker threads and frees the models' memory; twice is once. A request that still runs is cancelled,
         and whoever reads it is told so."""
@@ -966,7 +980,8 @@ class Engine(Closing):
                 tell_now()
             if proposal and state.n_out > before.n_out:
                 author = "drafter" if before.ahead and proposal.source == "lookup" else proposal.source
-                req.log(model, Round(author if state.drafted else "", state.drafts, state.accept_len), proposal)
+                req.log(model, Round(author if state.drafted else "", state.drafts, state.accept_len, proposal.behind),
+                        proposal)
             if proposal is None or state.n_out > before.n_out:
                 source.saw(proposal, before, state)
 
@@ -1095,8 +1110,8 @@ class Engine(Closing):
                     model.graph("ask")
                 for G in (0, *WIDTHS) if model is self.target and drafts and model.graphs else (0,):
                     model.round_graph(G)
-                for first in (True, False) if model is self.target and drafts and model.copy else ():
-                    model.graph("draft", first, model.sampling is not None)
+                if model is self.target and drafts and model.copy:
+                    model.graph("draft", model.searches, model.sampling is not None)
                 speculates = model is self.drafter and req.asked.mode == "speculative"
                 for size in (1, 2, model.decoder.steps.rows) if speculates else ():
                     model.graph("resume", size)
@@ -1152,8 +1167,8 @@ class Engine(Closing):
             if owner is not earlier:
                 self.target.ring.clear()
                 count = 0
-            for answer in earlier.newest(earlier.learnt - count):
-                self.target.ring.add(answer)
+            if earlier.learnt > count:
+                self.target.ring.add_all(earlier.newest(earlier.learnt - count))
         self.in_ring = earlier, earlier.learnt
 
     @takes(Asked)
@@ -1429,7 +1444,7 @@ class Parked:
         with model.on_stream():
             for cache, parked in self.pairs:
                 cache[:, :, :end].copy_(parked[:, :, :end])
-        model.cached, model.seen = self.cached, None
+        model.cached = self.cached
 
 
 class Clip(Closing):
@@ -1503,7 +1518,7 @@ def explain(model: Model, result: Result) -> list[Verdict]:
                 margins.append(float(logits_SV[row, own] - logits_SV[row, second[-1]]))
     log = [Round("", [], 0), *result.round_log] if result.round_log else []
     log += [Round("", [], 0)] * len(ids)                     # the rest was decoded id by id
-    for _, drafts, accepted in log:
+    for _, drafts, accepted, _ in log:
         end = at + accepted + 1
         if at < len(ids):
             verdicts.append(Verdict(at, drafts, ids[at:end], second[at:end], margins[at:end]))
@@ -1541,11 +1556,11 @@ def first_id(model: Model, loaded, limit: int, req: Request) -> None:
 
 
 def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, graphs=True, seed=0, packed=None,
-               progress=None):
+               progress=None, must_pack=True):
     """A Target or a Drafter from a folder, a hub id in the local cache, or the word `random-7b` (real shapes,
     random numbers from `seed`, for speed work only). packed: one of BITS: a Drafter exists in that form alone, a
-    Target has a packed copy beside its own. progress: called with (side, bytes read, bytes in all) while a checkpoint
-    is read."""
+    Target has a packed copy beside its own, without must_pack only if it can be. progress: called with (side, bytes
+    read, bytes in all) while a checkpoint is read."""
     device = pick_device(device)
     dtype = dtype or memory.default_dtype(device)
     config, checkpoint = memory.open_model(cls.side, path)
@@ -1573,7 +1588,12 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
             model.origin = {"hash": checkpoint.fingerprint(), "revision": checkpoint.revision} if checkpoint else {
                 "hash": f"seed {seed}", "revision": None}
             if packed is not None and cls is Target:
-                model.copy = model.decoder.packed(packed)
+                try:
+                    model.copy = model.decoder.packed(packed)
+                except (NotPackable, RuntimeError, MemoryError) as error:
+                    if must_pack or not (isinstance(error, NotPackable) or ran_out(error)):
+                        raise
+                    say_no_copy(path, f"packing it failed ({describe(error)})")
             return model
     except NotPackable as error:
         raise memory.Unpackable(cls.side, path, error) from None
@@ -1582,6 +1602,10 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
             raise
         needs = memory.needs_of(cls.side, config, device, dtype, cache_rows, packed)
         raise memory.no_room(path, device, needs) from None
+
+
+def say_no_copy(path, why: str) -> None:
+    logging.getLogger(__name__).warning("%s: has no 4-bit copy that drafts (`self`): %s", path, why)
 
 
 def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = None, device: str | None = None,
@@ -1599,9 +1623,10 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     draft only where it is expected to pay; False: whatever it costs. drafter_dtype: `int4` packs the drafter's weights
     as they are read, `fp8+int4` too, with e4m3 ones beside them for a quicker prefill (answers stay the same, drafts
     are cheaper and a little worse); `bf16` leaves them as they are. self_draft: True keeps a 4-bit copy of the target,
-    which drafts for it (see `SelfRounds`); None: on a GPU, if it fits. progress: see `load_model`, then
-    `Engine.prepare`. several: clips that may be open at once; above 1 each takes a cache more of each model, and asking
-    another clip than last time a copy of its rows. Raises InputError for what cannot be loaded or does not fit.
+    which drafts for it (see `SelfRounds`); None: on a GPU, and if that cannot be, a line in the log says why.
+    progress: see `load_model`, then `Engine.prepare`. several: clips that may be open at once; above 1 each takes a
+    cache more of each model, and asking another clip than last time a copy of its rows. Raises InputError for what
+    cannot be loaded or does not fit.
     """
     memory.check_form(drafter_dtype, pick_device(drafter_device or device))
     dtype = as_dtype(dtype)
@@ -1623,7 +1648,10 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     target = drafter = None
     if videollava is not None:
         target = load_model(Target, videollava, device, cache_rows=budget["target"]["rows"], tokenizer=tokenizer,
-                            seed=seed, packed="int4" if "packed" in budget["target"] else None, **options)
+                            seed=seed, packed="int4" if "packed" in budget["target"] else None,
+                            must_pack=bool(self_draft), **options)
+        if "no_copy" in budget["target"]:
+            say_no_copy(videollava, budget["target"]["no_copy"])
     if eventgpt is not None:
         own = os.path.join(str(eventgpt), "tokenizer.json")
         shared = target.text.path if target is not None and not os.path.exists(own) else None
@@ -1637,6 +1665,8 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     if any(model.graphs for model in engine.models):
         hashing.join()
         engine.prepare(progress)
+    if engine.copy_stays:
+        logging.getLogger(__name__).info(engine.copy_stays)
     return engine
 
 

@@ -68,6 +68,12 @@ class Ring:
         self.at += len(ids)
         self.end.fill_(self.at)
 
+    def add_all(self, answers) -> None:
+        """Keeps these answers in turn; those that fit together in one copy."""
+        joined = [i for ids in answers for i in (*ids, -1)][:-1]
+        for ids in [joined] if self.at + len(joined) < self.rows else answers:
+            self.add(ids)
+
     @torch.inference_mode()
     def set_line(self, ids, rank: int = AFTER.value) -> None:
         """The ids that may come, from the last ORDER of those that are there on; as many as fit."""

@@ -9,7 +9,8 @@ A request's state is int64 [STATE + room for ids], one definition for kernels, e
     SEEN      the drafts that the last forward looked at
     ids       the answer so far
 A forward of G + 1 rows looks at the first min(FOUND, G) drafts, so a wider one than needed gives the same ids.
-close_draft ends a forward of the 4-bit copy: its best id becomes one draft more, and how sure it is goes beside it.
+close_draft ends a forward of the 4-bit copy, which drafts on a state of its own: its best id is one id more there, and
+how sure it is goes beside it.
 Bytes: open 4*S*D in bf16, close 2*S*V: 32 rows of 32,064 logits are 2.1 MB. All are launch-bound: one launch each."""
 
 import torch
@@ -80,12 +81,11 @@ class RoundWork:
         return MAX_CHUNKS * (8 * MAX_ROWS + 4) + 4
 
 
-def open_round_ref(state_W, G, embed_VD, behind=False):
+def open_round_ref(state_W, G, embed_VD):
     S, state = G + 1, State(state_W.tolist())
-    at = len(state.slots) if behind else 0
     slots = state_W[SLOTS.value:SEEN.value].tolist()
-    ids = [state.ids[-1] if state.ids else int(state_W[STATE]), *slots][at:at + S]
-    pos_ids_S = state.prompt_len + state.n_out - 1 + at + torch.arange(S, device=state_W.device)
+    ids = [state.ids[-1] if state.ids else int(state_W[STATE]), *slots][:S]
+    pos_ids_S = state.prompt_len + state.n_out - 1 + torch.arange(S, device=state_W.device)
     verify_ids_S = torch.tensor(ids, device=state_W.device)
     return verify_ids_S, pos_ids_S, embed_VD[verify_ids_S.clamp(0, embed_VD.shape[0] - 1)]
 
@@ -111,32 +111,32 @@ def close_round_ref(logits_SV, state_W):
     state_W[SEEN.value:STATE] = state_W[SLOTS.value:SEEN.value]
 
 
-def close_draft_ref(logits_1V, state_W, behind=False):
-    at = int(state_W[FOUND.value]) if behind else 0
-    best = int(logits_1V[0].float().argmax())
-    state_W[SLOTS.value + at], state_W[FOUND.value] = best, at + 1
+def close_draft_ref(logits_1V, state_W):
+    n_out = int(state_W[N_OUT.value])
+    if STATE + n_out < len(state_W):
+        state_W[STATE + n_out], state_W[N_OUT.value] = int(logits_1V[0].float().argmax()), n_out + 1
+    state_W[FOUND.value] = 0
     share = (logits_1V[0].float() - logits_1V[0].float().max()).exp().sum().reciprocal()
     state_W[SURE.value] = -1 if logits_1V.isnan().any() else int(share * 1e6)
 
 
 @triton.jit
 def open_round_kernel(state_ptr, embed_ptr, verify_ids_ptr, pos_ids_ptr, hidden_ptr, V, D: tl.constexpr,
-                      BLOCK_D: tl.constexpr, BEHIND: tl.constexpr, STATE: tl.constexpr, PDL: tl.constexpr):
+                      BLOCK_D: tl.constexpr, STATE: tl.constexpr, PDL: tl.constexpr):
     """One row: its id, its position, its embedding."""
-    out = tl.program_id(0)
+    row = tl.program_id(0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    row = out + tl.load(state_ptr + FOUND) if BEHIND else out
     n_out = tl.load(state_ptr + N_OUT)
     pending = tl.load(state_ptr + STATE + tl.maximum(n_out - 1, 0))
     draft = tl.load(state_ptr + SLOTS + row - 1, mask=row > 0, other=0)      # row 0 is the pending id
     verify_id = tl.where(row == 0, pending, draft)
-    tl.store(verify_ids_ptr + out, verify_id)
-    tl.store(pos_ids_ptr + out, tl.load(state_ptr + PROMPT_LEN) + n_out - 1 + row)
+    tl.store(verify_ids_ptr + row, verify_id)
+    tl.store(pos_ids_ptr + row, tl.load(state_ptr + PROMPT_LEN) + n_out - 1 + row)
     known = tl.minimum(tl.maximum(verify_id, 0), V - 1)                      # a draft may be no id at all
     col = tl.arange(0, BLOCK_D)
-    tl.store(hidden_ptr + out * D + col, tl.load(embed_ptr + known * D + col, mask=col < D, other=0.0), mask=col < D)
+    tl.store(hidden_ptr + row * D + col, tl.load(embed_ptr + known * D + col, mask=col < D, other=0.0), mask=col < D)
 
 
 @triton.jit
@@ -194,9 +194,9 @@ def close_round_kernel(logits_ptr, state_ptr, key_ptr, arrived_ptr, stride, S, V
 
 
 @triton.jit
-def close_draft_kernel(logits_ptr, state_ptr, key_ptr, mass_ptr, arrived_ptr, V, CHUNK: tl.constexpr,
-                       CHUNKS: tl.constexpr, MAX_CHUNKS: tl.constexpr, BEHIND: tl.constexpr, PDL: tl.constexpr):
-    """Best key of one chunk and the mass of its logits over its own largest; the last program adds one draft."""
+def close_draft_kernel(logits_ptr, state_ptr, key_ptr, mass_ptr, arrived_ptr, V, room, CHUNK: tl.constexpr,
+                       CHUNKS: tl.constexpr, MAX_CHUNKS: tl.constexpr, STATE: tl.constexpr, PDL: tl.constexpr):
+    """Best key of one chunk and the mass of its logits over its own largest; the last program adds one id."""
     chunk = tl.program_id(0)
     col = chunk * CHUNK + tl.arange(0, CHUNK)
     if PDL:
@@ -219,27 +219,26 @@ def close_draft_kernel(logits_ptr, state_ptr, key_ptr, mass_ptr, arrived_ptr, V,
         most = tl.max(tl.where(c < CHUNKS, value, float("-inf")))
         mass = tl.sum(tl.where((c < CHUNKS) & (mass > 0), mass * tl.exp(value - most), 0.0))
         sure = tl.where((best >> 32) >= 0x7FC00000, -1, (1e6 / mass).to(tl.int64))
-        at = tl.load(state_ptr + FOUND) * BEHIND
-        tl.store(state_ptr + SLOTS + at, 0x7FFFFFFF - (best & 0x7FFFFFFF))
-        tl.store(state_ptr + FOUND, at + 1)
+        n_out = tl.load(state_ptr + N_OUT)
+        tl.store(state_ptr + STATE + n_out, 0x7FFFFFFF - (best & 0x7FFFFFFF), mask=n_out < room)
+        tl.store(state_ptr + N_OUT, tl.minimum(n_out + 1, room))
+        tl.store(state_ptr + FOUND, n_out * 0)
         tl.store(state_ptr + SURE, sure.to(tl.int64))
 
 
-def open_round(state_W, G, embed_VD, work=None, behind=False):
-    """(verify_ids_S, pos_ids_S, hidden_SD) of a forward over [pending_id, drafts], S = G + 1. behind: over the ids
-    that begin with the last found draft (G = 0: it alone), to draft another.
+def open_round(state_W, G, embed_VD, work=None):
+    """(verify_ids_S, pos_ids_S, hidden_SD) of a forward over [pending_id, drafts], S = G + 1.
 
     Drafts outside 0..V-1 are embedded as the nearest id and never accepted."""
     S, (V, D) = G + 1, embed_VD.shape
     assert S <= MAX_ROWS and state_W.dtype == torch.int64, f"open_round: {S} rows, {state_W.dtype}"
     if state_W.device.type == "cpu" and not INTERPRETED:
-        return open_round_ref(state_W, G, embed_VD, behind)
+        return open_round_ref(state_W, G, embed_VD)
     verify_ids_S, pos_ids_S = (torch.empty(S, dtype=torch.int64, device=state_W.device) for _ in range(2))
     hidden_SD = torch.empty((S, D), dtype=embed_VD.dtype, device=state_W.device)
     pdl = work is not None and work.pdl
     open_round_kernel[(S,)](state_W, embed_VD, verify_ids_S, pos_ids_S, hidden_SD, V, D=D,
-                            BLOCK_D=triton.next_power_of_2(D), BEHIND=behind, STATE=STATE, PDL=pdl, launch_pdl=pdl,
-                            num_warps=4)
+                            BLOCK_D=triton.next_power_of_2(D), STATE=STATE, PDL=pdl, launch_pdl=pdl, num_warps=4)
     return verify_ids_S, pos_ids_S, hidden_SD
 
 
@@ -261,17 +260,17 @@ def close_round(logits_SV, state_W, work=None):
                                     MAX_ROWS=MAX_ROWS, STATE=STATE, PDL=work.pdl, launch_pdl=work.pdl, num_warps=4)
 
 
-def close_draft(logits_1V, state_W, work=None, behind=False):
-    """The best id of one row of logits becomes the first draft, or one more behind those found. SURE: its softmax
-    probability in millionths, -1 where a logit is NaN."""
+def close_draft(logits_1V, state_W, work=None):
+    """The best id of one row of logits goes behind the state's ids, whatever it is, if there is room. FOUND becomes 0;
+    SURE: its softmax probability in millionths, -1 where a logit is NaN."""
     chunks = triton.cdiv(logits_1V.shape[1], CHUNK)
     assert len(logits_1V) == 1 and chunks <= MAX_CHUNKS, f"close_draft: {tuple(logits_1V.shape)}"
     if state_W.device.type == "cpu" and not INTERPRETED:
-        return close_draft_ref(logits_1V, state_W, behind)
+        return close_draft_ref(logits_1V, state_W)
     work = work or RoundWork(state_W.device)
     close_draft_kernel[(chunks,)](logits_1V, state_W, work.key_SC, work.mass_C, work.arrived, logits_1V.shape[1],
-                                  CHUNK=CHUNK, CHUNKS=chunks, MAX_CHUNKS=MAX_CHUNKS, BEHIND=behind, PDL=work.pdl,
-                                  launch_pdl=work.pdl, num_warps=4)
+                                  len(state_W) - STATE, CHUNK=CHUNK, CHUNKS=chunks, MAX_CHUNKS=MAX_CHUNKS,
+                                  STATE=STATE, PDL=work.pdl, launch_pdl=work.pdl, num_warps=4)
 
 
 def main():
@@ -288,9 +287,8 @@ def main():
         ours = plain.cuda()
         close_round(logits_SV, ours, work)
         close_round_ref(logits_SV.cpu(), plain)
-        for behind in (False, True):
-            close_draft(logits_SV[:1], ours, work, behind)
-            close_draft_ref(logits_SV[:1].cpu(), plain, behind)
+        close_draft(logits_SV[:1], ours, work)
+        close_draft_ref(logits_SV[:1].cpu(), plain)
         assert abs(int(ours[SURE.value]) - int(plain[SURE.value])) <= 2, "close_draft: another probability"
         ours[SURE.value] = plain[SURE.value]
         assert ours.tolist() == plain.tolist(), f"close_round: {S} rows differ from the plain loop"

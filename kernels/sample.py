@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.check import INTERPRETED, self_check
-from kernels.round import FOUND, N_OUT, SLOTS, SURE
+from kernels.round import N_OUT, STATE, SURE
 
 ROW_CHUNK, CHUNK = 8192, 1024        # logits that a program looks at in one go: of a whole row, and of its one chunk
 BELOW_ONE = tl.constexpr(1 - 2 ** -24)
@@ -164,10 +164,9 @@ class Recorded:
         logits_SV.scatter_(1, ids_S[:, None], torch.finfo(logits_SV.dtype).max)
 
     def draft(self, state_W) -> None:
-        """The state's last draft, and its probability, become the recorded ones."""
-        at_1 = state_W[FOUND.value:FOUND.value + 1] - 1
-        place_1 = state_W[:1] + at_1
-        state_W.index_copy_(0, SLOTS.value + at_1, self._at(1, place_1))
+        """The last id of the copy's state, and its probability, become the recorded ones."""
+        place_1 = state_W[:1] - 1
+        state_W.index_copy_(0, STATE + place_1, self._at(1, place_1))
         state_W[SURE.value:SURE.value + 1].copy_(self._at(2, place_1))
 
 

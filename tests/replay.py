@@ -67,8 +67,8 @@ class Setting:
                 for i, (_, share) in zip(row["target"], sures, strict=True)], [sure for sure, _ in sures]
 
     @property
-    def selves(self) -> bool:
-        return self.source == "self" or isinstance(self.source, list) and "self" in self.source
+    def sources(self) -> list:
+        return self.source if isinstance(self.source, list) else [self.source]
 
 
 def sure_of(right: float, chance) -> tuple[float, float]:
@@ -154,9 +154,10 @@ def main(argv=None) -> int:
         raise InputError("PAIRS: wanted recorded answers, or --random-ids, or --merge; pass one of them")
     rates, selves = (read_rates(getattr(options, name), name) for name in ("accept", "self"))
     place = options.weights if options.weights != "tiny" else None
-    e = engine.load_engine(place or bench.TINY / "drafter", place or bench.TINY / "target", device=options.device,
-                           drafter_device=options.drafter_device, cache_rows=options.cache_rows, draft_len=15,
-                           tokenizer=options.tokenizer, gate=options.gate == "on",
+    drafter = any("drafter" in of.sources for of in settings([], rates, selves, options.only).values())
+    e = engine.load_engine((place or bench.TINY / "drafter") if drafter else None, place or bench.TINY / "target",
+                           device=options.device, drafter_device=options.drafter_device, cache_rows=options.cache_rows,
+                           draft_len=15, tokenizer=options.tokenizer, gate=options.gate == "on",
                            drafter_dtype=options.drafter_dtype, self_draft=bool(selves))
     V = min(model.config.V for model in e.models)
     chance = random.Random(options.shard[0])
@@ -173,8 +174,8 @@ def main(argv=None) -> int:
     first = next(iter(streams))
     work = [(first, row, False) for row in streams[first][:WARM_UP]]
     work += [(seq, row, True) for seq, rows in streams.items() for row in rows]
-    head = {"what": f"{bench.LABELS[options.weights]} {bench.dtype_of(e.target.decoder)}, drafter "
-                    f"{bench.dtype_of(e.drafter.decoder)}{' on a device of its own' if e.apart else ''}, "
+    beside = f"drafter {bench.dtype_of(e.drafter.decoder)}{' on a device of its own' * e.apart}, " if drafter else ""
+    head = {"what": f"{bench.LABELS[options.weights]} {bench.dtype_of(e.target.decoder)}, {beside}"
                     f"{measure.devices(e.models)}, {measure.versions()}",
             "pairs": options.pairs.name if options.pairs else "none",
             "src": pairs[0]["src"], "new": options.max_new_tokens, "gate": options.gate}
@@ -190,8 +191,9 @@ def main(argv=None) -> int:
             e.gate = gates[name] if options.gate == "on" else None        # each is priced by its own acceptance
             e.right, (drafts, sures) = rights[name], of.drafts(row, chance, V)
             with torch.inference_mode():
-                e.target.replay(ids, *((drafts, sures) if of.selves else ()))
-                e.drafter.replay(drafts)
+                e.target.replay(ids, *((drafts, sures) if "self" in of.sources else ()))
+                if drafter:
+                    e.drafter.replay(drafts)
             cell[name] = result = e.generate(
                 event_path=clip.events, video_path=clip.video, query=row["question"], mode=of.mode,
                 draft_source=of.source, max_new_tokens=len(ids), ignore_eos=True, remember=False,

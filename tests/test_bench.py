@@ -2,7 +2,6 @@
 
 import copy
 import fcntl
-import hashlib
 import json
 import os
 import random
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import bench
@@ -25,9 +25,7 @@ import weights.given
 import weights.load
 from bench import AGAIN, TINY
 from engine import MODES, InputError
-from kernels.frames import clip_pixels
 from weights import show
-from weights.dataset import read_dataset
 from weights.rows import estimate, forwards, judged, mode_figures, per_forward, per_question, why_not
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,14 +103,13 @@ def three_samples():
     return rows_of(*({"target_only": a, "speculative": b} for a, b in zip(base, fast, strict=True)))
 
 
-def test_ratio_worst_later_and_saved_are_paired_and_above_1_is_faster():
+def test_ratio_and_later_are_paired_and_above_1_is_faster():
     figures = mode_figures(three_samples(), CONFIG, True)["speculative"]
-    assert figures["ratio"]["p50"] == 1.0 and figures["worst"] == 0.5
+    assert figures["ratio"]["p50"] == 1.0
     assert (figures["ratio"]["low"], figures["ratio"]["high"]) == (0.5, 2.0)
     assert figures["later_ms"]["p50"] == 2.0
-    assert figures["saved_ms"] == {"first": -2.0, "rest": 2.0}       # (50 + 1, 0 + 2, -100 + 3): median 2
     withheld = mode_figures(three_samples(), CONFIG, False)["speculative"]
-    assert all(withheld[name] is None for name in ("ratio", "worst", "later_ms", "saved_ms"))
+    assert all(withheld[name] is None for name in ("ratio", "later_ms"))
 
 
 def test_an_interval_is_given_from_three_samples_on():
@@ -262,6 +259,25 @@ def test_a_summary_holds_every_repeat_and_an_entry_for_each_forward():
     assert (of["drafted"], of["accepted"], of["rounds"], of["forwards"]) == (5, 1, 1, 1)
     other = bench.summary(e, [results[0], result_of([1, 7, 3])], [result_of([1, 2, 3])])
     assert other["differs_at"] == 1 and other["identical"] is False
+
+
+def test_who_drafted_is_shown_with_ids_a_round_ms_an_id_its_share_and_from_where_it_pays():
+    """Two samples of steps of 4 ms; 300 rounds of 700 drafts take 2,376 ms, 1,176 more than as many steps."""
+    own = dict(rounds=300, drafts=700, accepted=640, ids=940, ms=2376.0, judged=620, right=583)
+    none = dict(rounds=5, drafts=0, accepted=0, ids=5, ms=20.0, judged=0, right=0)
+    base = made(range(8), (38.0,), (10.0,))
+    rows = rows_of(*[{"target_only": base, "speculative": made(range(8), (30.0,), (10.0,), [1], 2, by_source={
+        "self": own, "none": none})}] * 2)
+    report = bench.assemble(HEAD, rows)
+    assert "4-bit     self right with 0.94 of 1,240 drafts; pays from 0.42" in bench.screen(report)
+    table = [line.split() for line in bench.details(report) if line.startswith("speculative: ")]
+    assert table == [["speculative:", "self", "600", "1400", "0.94", "3.13", "2.53", "0.42"],
+                     ["speculative:", "none", "10", "0", "-", "1.00", "4.00", "-"]]
+    assert bench.pays_from(own, None) is None and bench.pays_from({**own, "ms": 1.0}, 4.0) == 0.0
+    del rows[0]["modes"]["speculative"]["by_source"]["self"]
+    assert not [line for line in bench.screen(bench.assemble(HEAD, rows)) if line.startswith("4-bit")]
+    stays = "the copy stays on cuda:0 .. times as fast as the target"
+    assert f"4-bit     {stays}" in bench.screen(bench.assemble({**HEAD, "copy_stays": stays}, rows))
 
 
 # ---- the screen
@@ -445,16 +461,13 @@ def test_every_printed_number_can_be_recomputed_from_the_raw_values(run):
         want = [f"{quantile(e2e, q):.1f}" for q in (0.5, 0.2, 0.8)] + [p50("ttft_ms"), p50("ttfp_ms"), p50("tpot_ms")]
         ratios = [statistics.median(row["modes"]["target_only"]["raw"]["e2e_ms"])
                   / statistics.median(row["modes"][mode]["raw"]["e2e_ms"]) for row in rows]
-        want += [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}"]      # two samples: no interval
+        want.append(f"{statistics.median(ratios):.2f}")      # two samples: no interval
         waits = [ours - theirs for row in rows for ours, theirs in zip(
             *(row["modes"][m]["raw"]["ttft_ms"] for m in (mode, "target_only")), strict=True)]
         rng = random.Random(0)                               # the bootstrap, as the report describes it
         medians = sorted(statistics.median(rng.choices(waits, k=len(waits))) for _ in range(1000))
         want += ["-"] if mode == "target_only" else [f"{v:+.1f}" for v in (statistics.median(waits), medians[25],
                                                                             medians[975])]
-        ends = [(row["modes"]["target_only"], row["modes"][mode]) for row in rows]
-        want += [f"{statistics.median(base['ttft_ms'] - ours['ttft_ms'] for base, ours in ends):.1f}",
-                 f"{statistics.median(base['e2e_ms'] - base['ttft_ms'] - ours['e2e_ms'] + ours['ttft_ms'] for base, ours in ends):.1f}"]  # noqa: E501
         assert [cell.replace("-0.0", "0.0") for cell in times[mode]] == [cell.replace("-0.0", "0.0") for cell in want]
         lens, drafted = [n for sample in of for n in sample["accept_lens"]], sum(sample["drafted"] for sample in of)
         ids, taken = sum(len(sample["ids"]) for sample in of), sum(sample["forwards"] or 0 for sample in of)
@@ -482,18 +495,12 @@ def test_a_report_made_again_from_its_rows_or_its_file_is_the_same(run, tmp_path
     assert capsys.readouterr().out.splitlines() == run[1] == out.read_text().splitlines()
 
 
-def test_details_name_commit_checkpoints_and_pixels(run, tmp_path):
+def test_details_name_commit_and_checkpoints(run, tmp_path):
     _, lines, report = run
-    e = engine.load_engine(TINY / "drafter", TINY / "target", device="cpu")
-    sample = read_dataset(CLIPS, None, 1)[0][0]
-    frames = weights.given.read_video(sample.video, 8, "uniform")
-    pixels = clip_pixels(frames, e.target.vision.image, e.target.vision.mean, e.target.vision.std)
-    digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
-    assert report["samples"][0]["pixels"]["target"] == digest and len(report["samples"][0]["pixels"]["drafter"]) == 16
     assert any(line.startswith(f"commit   {report['commit']}") for line in lines)
     for side in ("target", "drafter"):
         line = next(line for line in lines if line.startswith(f"         {side} "))
-        assert f"hash {report['weights'][side]['hash']}" in line and f"pixels {bench.pixels_of(report, side)}" in line
+        assert f"hash {report['weights'][side]['hash']}" in line
     shutil.copytree(TINY / "target", tmp_path / "target")
     assert weights.load.open_checkpoint(tmp_path / "target").fingerprint() == report["weights"]["target"]["hash"]
     tensors = load_file(tmp_path / "target" / "model.safetensors")
@@ -511,14 +518,12 @@ def test_a_snapshot_of_the_hub_tells_its_revision(tmp_path):
 
 def test_warnings_name_what_spoils_a_figure():
     rows, head = three_samples(), copy.deepcopy(HEAD)
-    for row in rows:
-        row["modes"]["speculative"]["raw"]["e2e_ms"] = [300.0, 100.0, 100.0]
     rows[0]["modes"]["speculative"]["drafter_error"] = "it broke"
     head["machine"].update(load=9.0, cores=4, others_on_gpu=2, clocks="1980 MHz, 2619 MHz, 300.00 W, 700.00 W")
     head["clocks_after"] = "1410 MHz, 2619 MHz, 700.00 W, 700.00 W"
     found = "\n".join(bench.assemble(head, rows)["warnings"])
-    for words in ("p80 is", "2 other processes", "9.0 of 4 cores", "from 1980 to 1410 MHz", "s0, speculative: the "
-                  "drafter gave up (it broke)", "first run takes 3.00x its later ones; raise --warmup"):
+    for words in ("2 other processes", "9.0 of 4 cores", "from 1980 to 1410 MHz", "s0, speculative: the "
+                  "drafter gave up (it broke)"):
         assert words in found, words
 
 
@@ -549,8 +554,7 @@ def test_ratios_are_withheld_and_the_exit_code_says_so_when_outputs_differ(monke
     out = capsys.readouterr().out
     assert all(of["ratio"] is None for of in report["modes"].values()) and "NO RATIO IS GIVEN" in out
     assert [d["position"] for d in report["identical"]["differing"]] == [5, 5]
-    margins = [d["margin"] for d in report["identical"]["differing"]]
-    assert all(margin > 0 for margin in margins) and f"margin of target_only there {margins[0]:.4f}" in out
+    assert "first at answer id 5" in out
 
 
 def test_a_difference_in_any_repeat_is_placed_and_counts_for_target_only_too(monkeypatch, capsys, quick_ceilings):
@@ -652,8 +656,6 @@ def test_a_killed_run_resumed_and_three_shards_merged_equal_one_run(tmp_path, ca
     assert bench.main([*ROWS, "--shard", "0/3", "--rows", given, "--resume"]) == 0
     assert "resume    nothing was left to do" in capsys.readouterr().out
     merged = report_of("--merge", *shards)
-    assert len(merged["shards_s"]) == 3 and sum(merged["shards_s"]) == pytest.approx(
-        sum(row["took_s"] for row in merged["samples"]))
     assert list(ids_of(merged).items()) == list(ids_of(whole).items())                         # in the same order
     assert merged["controls"] == whole["controls"]               # `previous` needs the order of the data set
     assert bench.main(["--merge", *shards, shards[0]]) == 2 and "twice" in capsys.readouterr().err
@@ -771,6 +773,33 @@ def test_wrong_outputs_and_flags_are_refused_before_anything_is_loaded(tmp_path,
         assert words in err and err.count("\n") == 1 and out == "", (flags, err)
 
 
+@pytest.mark.parametrize("device, flags, sources, self_draft", [
+    ("cuda:0", ["--eventgpt", "E", "--videollava", "V"], "lookup,drafter,self", None),
+    ("cuda:0", ["--weights", "random-7b"], "lookup,drafter,self", None),
+    ("cuda:0", ["--videollava", "V"], "lookup,self", None), ("cuda:0", ["--eventgpt", "E"], "drafter", False),
+    ("cuda:0", [], "drafter", False), ("cpu", ["--eventgpt", "E", "--videollava", "V"], "drafter", False),
+    ("cuda:0", ["--videollava", "V", "--draft-source", "self"], "self", True),
+    ("cpu", ["--draft-source", "lookup"], "lookup", False)])
+def test_all_there_is_drafts_on_a_gpu_unless_told(monkeypatch, device, flags, sources, self_draft):
+    monkeypatch.setattr(engine, "pick_device", lambda name: torch.device(device))
+    options = bench.parse(flags)
+    bench.check(options)
+    assert (options.draft_source, options.self_draft, len(options.source)) == (
+        sources, self_draft, sources.count(",") + 1)
+
+
+def test_without_room_for_a_copy_all_else_drafts(monkeypatch):
+    """A CPU stands for a GPU whose engine comes without the copy."""
+    options = bench.parse(["--videollava", str(TINY / "target"), "--device", "cpu"])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "pick_device", lambda name: torch.device("cuda:0"))
+        bench.check(options)
+    options.device = torch.device("cpu")
+    _, e = bench.load_pair(options, [])
+    assert options.draft_source == "lookup" and [of.name for of in options.source] == ["lookup"]
+    e.close()
+
+
 def bad(tmp_path):
     empty, outside = tmp_path / "empty", tmp_path / "outside"
     empty.mkdir()
@@ -793,14 +822,13 @@ def bad(tmp_path):
         "a saved run that is none": (["--from-json", str(tmp_path / "broken.json")], "broken.json"),
         "no two saved runs": (["--compare", str(tmp_path / "broken.json"), str(tmp_path / "none.json")], "broken.json"),
         "no file of rows": (["--merge", str(tmp_path / "broken.json")], "broken.json"),
-        "profile without a GPU": (["--profile", "--device", "cpu"], "--trace"),
     }
 
 
 @pytest.mark.parametrize("name", [
     "no such data set", "a folder without the list", "paths that lead out", "unknown mode", "absent device",
     "not a device", "not a checkpoint", "swapped checkpoints", "a hub id that is not in the cache",
-    "too many new tokens", "a saved run that is none", "no two saved runs", "no file of rows", "profile without a GPU"])
+    "too many new tokens", "a saved run that is none", "no two saved runs", "no file of rows"])
 def test_bad_input_is_one_line_on_stderr_and_exit_2(name, tmp_path, capsys, quick_ceilings):
     flags, words = bad(tmp_path)[name]
     assert bench.main(flags) == 2

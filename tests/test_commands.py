@@ -129,7 +129,7 @@ def test_a_setting_says_who_drafts_and_what_lookup_knows():
         right = sum(a == b for a, b in zip(says, row["target"], strict=True)) / 4000
         assert right == pytest.approx(share, abs=0.03) and len(sures) == 4000
     assert made["drafter, raw"].drafts(row, None, 9) == ([3], [])
-    assert made["lookup, both + self 0.5"].selves and not made["lookup, both"].selves
+    assert "self" in made["lookup, both + self 0.5"].sources and "self" not in made["lookup, both"].sources
 
 
 @pytest.mark.parametrize("share", [0.9, 0.95, 0.97])
@@ -166,7 +166,7 @@ def test_a_replay_runs_shards_and_merges(tmp_path, capsys):
     assert figure("drafter right with 1.0") > 2 and figure("self right with 1.0") > 2
     for i, shard in enumerate(shards):
         assert measure.run(replay.main, [*given, "--only", "cold", "--rows", shard, "--shard", f"{i}/2"]) == 0
-    capsys.readouterr()
+    assert "drafter" not in capsys.readouterr().out.splitlines()[0], "it drafts in no setting, and was not loaded"
     assert measure.run(replay.main, ["--merge", *shards]) == 0
     out = capsys.readouterr().out
     assert "4 recorded answers of 3 sequences" in out and "came out of all 8 requests" in out

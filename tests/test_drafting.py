@@ -186,7 +186,7 @@ def test_sources_are_asked_in_turn_and_each_round_says_whose_it_was(pair, monkey
     first, second = Named("first", ANSWER[:4]), Named("second", ANSWER)
     result = pair.generate(mode="speculative", draft_source=[first, second], draft_len=3, **asked(0))
     assert result.output_ids == ANSWER and set(sources_of(result)) == {"first", "second"}
-    assert result.round_log[0] == ("first", ANSWER[1:4], 3)
+    assert result.round_log[0] == engine.Round("first", ANSWER[1:4], 3)
 
 
 @pytest.mark.parametrize("mode", ["prefill_then_verify", "speculative"])
@@ -211,7 +211,8 @@ def test_a_drafter_that_never_pays_is_left_alone(pair, clock, monkeypatch, mode)
 
 
 def test_the_first_answer_of_all_leaves_a_drafter_that_does_not_pay(pair, clock, monkeypatch):
-    """Loading has told the gate what a step takes; a draft is taken to cost as much until one was seen."""
+    """Loading has told the gate what a step takes; a draft is taken to cost as much until one was seen, and where it
+    does, no draft pays however right it is."""
     ids = [20 + i % 90 for i in range(60)]
     monkeypatch.setattr(pair, "gate", engine.Gate())
     pair.gate.timed("step", 1.0)
@@ -220,7 +221,7 @@ def test_the_first_answer_of_all_leaves_a_drafter_that_does_not_pay(pair, clock,
     clock.restart()
     result = pair.generate(mode="speculative", draft_source="drafter", ignore_eos=True, **asked(0, max_new_tokens=60))
     assert result.output_ids == ids and result.drafter_error is None
-    assert 0 < sum(len(of.drafts) for of in result.round_log if of.source == "drafter") <= 5
+    assert not [of for of in result.round_log if of.source == "drafter"]
 
 
 def test_a_hopeless_source_rests_and_one_that_got_better_is_noticed(pair, clock, monkeypatch):

@@ -204,17 +204,61 @@ def test_weights_that_cannot_be_packed_are_refused_in_one_line(monkeypatch):
         engine.load_engine(TINY / "drafter", TINY / "target", device="cpu", drafter_dtype="int4")
 
 
+def on_a_card(monkeypatch, capability=(9, 0)):
+    """Budgets as on a machine with a GPU."""
+    monkeypatch.setattr("weights.memory.pick_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr("weights.memory.free_bytes", lambda device: (10 ** 9, 10 ** 9))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def test_on_a_gpu_older_than_its_products_there_is_no_copy(monkeypatch):
+    on_a_card(monkeypatch, (7, 5))
+    budget = engine.memory_budget(None, TINY / "target")["target"]
+    assert "packed" not in budget and budget["no_copy"] == "its products need compute capability 8.0, cuda:0 is older"
+    with pytest.raises(InputError, match="self_draft: its products need compute capability 8.0, cuda:0 is older"):
+        engine.memory_budget(None, TINY / "target", self_draft=True)
+    on_a_card(monkeypatch, (8, 0))
+    budget = engine.memory_budget(None, TINY / "target")["target"]
+    assert budget["packed"] > 0 and "no_copy" not in budget
+
+
+@pytest.mark.parametrize("fault, why", [
+    ("large", "packing it failed (NotPackable: values too large for scales in fp16)"),
+    ("memory", "packing it failed (OutOfMemoryError: CUDA out of memory)"), ("budget", "told by the budget")])
+def test_an_engine_whose_copy_cannot_be_made_runs_without_and_one_line_says_so(monkeypatch, caplog, fault, why):
+    real, quantise = engine.memory_budget, weights.packed.quantise
+
+    def budgeted(*args):                                     # as on a GPU, where a copy is made if it can be
+        budget = real(*args[:7], fault != "budget", *args[8:])
+        return budget if fault != "budget" else {**budget, "target": {**budget["target"], "no_copy": why}}
+
+    def short(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(engine, "memory_budget", budgeted)
+    if fault == "large":
+        monkeypatch.setattr(weights.packed, "quantise", lambda w, *how: quantise(w * 1e8, *how))
+    elif fault == "memory":
+        monkeypatch.setattr(engine.Decoder, "packed", short)
+    with engine.load_engine(None, TINY / "target", device="cpu") as e:
+        assert e.target.copy is None
+        assert [of.getMessage() for of in caplog.records] == [
+            f"{TINY / 'target'}: has no 4-bit copy that drafts (`self`): {why}"]
+    if fault == "large":
+        with pytest.raises(InputError, match="target: cannot be packed .values too large .*; leave out self_draft"):
+            engine.load_engine(None, TINY / "target", device="cpu", self_draft=True)
+
+
 def test_a_target_that_cannot_be_packed_does_without_its_copy_unless_told(monkeypatch):
     """As on a GPU, where a copy is made if it fits; and what fits in its place names no packed form."""
     def fails(*_):
         raise engine.NotPackable("96 inner columns")
     monkeypatch.setattr("weights.memory.packed_bytes", fails)
-    monkeypatch.setattr("weights.memory.pick_device", lambda name: torch.device("cuda:0"))
-    monkeypatch.setattr("weights.memory.pick_device", lambda name: torch.device("cuda:0"))
+    on_a_card(monkeypatch)
     for free in (10 ** 9, 10 ** 6):
         monkeypatch.setattr("weights.memory.free_bytes", lambda device, free=free: (free, free))
         if free > 10 ** 8:
-            assert "packed" not in engine.memory_budget(None, TINY / "target")["target"]
+            budget = engine.memory_budget(None, TINY / "target")["target"]
+            assert "packed" not in budget and budget["no_copy"] == "cannot be packed (96 inner columns)"
             with pytest.raises(InputError, match="target: cannot be packed .96 inner columns.; leave out self_draft"):
                 engine.memory_budget(None, TINY / "target", self_draft=True)
         else:

@@ -89,6 +89,17 @@ def test_the_oldest_answer_is_overwritten_and_the_rest_stays(which):
     assert drafts_of(ring, [2500], 2) == [2501, 2502] and ring.rows == 1024
 
 
+@pytest.mark.parametrize("lengths", [[3, 0, 5], [300, 300, 300], [300, 300, 300, 300], [2, 2000]], ids=str)
+def test_answers_are_kept_together_as_one_by_one(lengths):
+    answers = [[100 * i + k % 90 for k in range(length)] for i, length in enumerate(lengths)]
+    together, singly = Ring("cpu", 1024), Ring("cpu", 1024)
+    together.add([7, 8, 9])
+    together.add_all(answers)
+    for ids in [[7, 8, 9], *answers]:
+        singly.add(ids)
+    assert torch.equal(together.ids_M, singly.ids_M) and together.at == singly.at and together.end == singly.end
+
+
 def test_an_answer_that_fits_exactly_does_not_wrap(which):
     ring = Ring("cpu", 1024)
     ring.add([5, 6, 7])                                                  # 4 words

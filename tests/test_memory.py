@@ -194,6 +194,7 @@ def cards(monkeypatch):
         monkeypatch.setattr(weights.memory, "pick_device", lambda name: torch.device(name or "cuda:0"))
         monkeypatch.setattr(weights.memory, "free_bytes", lambda at: (int(gigabytes[at.index] * 1e9),) * 2)
         monkeypatch.setattr(weights.memory, "holders", lambda device: [])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at: (8, 0))
     return put_in
 
 
@@ -223,7 +224,7 @@ def test_a_pair_that_does_not_fit_is_told_what_does_cheapest_first(gigabytes, fi
         given = bench.parse(flags.strip("`").split())
         budget = engine.memory_budget(
             given.eventgpt, given.videollava, None, given.drafter_device, cache_rows=given.cache_rows,
-            drafter_dtype=given.drafter_dtype, self_draft="self" in given.draft_source, text_rows=210)
+            drafter_dtype=given.drafter_dtype, self_draft="self" in (given.draft_source or ""), text_rows=210)
         assert f"{weights.memory.bytes_of(budget) / 1e9:.1f}" == needed
         assert set(given.modes.split(",")) <= {"target_only", "speculative"} or given.eventgpt
 
@@ -255,10 +256,20 @@ def test_caches_are_sized_to_a_clip_its_text_and_the_answer_or_as_told(rows, sid
     cards(99)
     budget = engine.memory_budget(*PAIR, cache_rows=rows, text_rows=210)
     assert tuple(budget[side]["rows"] for side in ("target", "drafter")) == sides
+    assert "no_copy" not in budget["target"]
     for side, config, packed in (("target", TARGET_7B, "int4"), ("drafter", DRAFTER_7B, None)):
         needs = weights.memory.needs_of(side, config, torch.device("cuda"), torch.bfloat16, budget[side]["rows"],
                                         packed)
         assert {part: budget[side][part] for part in needs} == needs
+
+
+def test_a_copy_is_left_out_where_it_does_not_fit_and_it_is_said_how_much_is_missing(cards):
+    cards(18)
+    target = engine.memory_budget(None, "random-7b", text_rows=210)["target"]
+    needs = weights.memory.needs_of("target", TARGET_7B, torch.device("cuda"), torch.bfloat16, target["rows"], "int4")
+    assert "packed" not in target and needs["packed"] == pytest.approx(3.6e9, rel=0.05)
+    assert target["no_copy"] == (f"{sum(needs.values()) / 1e9 - 18:.1f} GB of the {needs['packed'] / 1e9:.1f} that it "
+                                 f"takes are missing on cuda:0")
 
 
 def test_a_request_of_the_size_that_caches_were_made_for_fits(pair, monkeypatch):

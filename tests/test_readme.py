@@ -104,9 +104,11 @@ def gigabytes(cards: str, command: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights.memory, "free_bytes", lambda device: (size * 10 ** 9, size * 10 ** 9))
         patch.setattr(weights.memory, "pick_device", lambda name: torch.device(name or "cuda:0"))
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
         budget = engine.memory_budget(
             flags.eventgpt and "random-7b", flags.videollava and "random-7b", flags.device, flags.drafter_device,
-            cache_rows=flags.cache_rows, drafter_dtype=flags.drafter_dtype, self_draft="self" in flags.draft_source,
+            cache_rows=flags.cache_rows, drafter_dtype=flags.drafter_dtype,
+            self_draft="self" in flags.draft_source if flags.draft_source else None,
             text_rows=bench.PROMPT_ROWS + flags.max_new_tokens)
     for side in budget.values():
         parts = sum(side[part] for part in ("weights", "cache", "packed", "scratch") if part in side)

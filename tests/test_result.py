@@ -8,7 +8,7 @@ from common import EOS, asked, script
 
 import engine
 import weights.given
-from engine import Fixed
+from engine import Fixed, Round
 
 ANSWER = [11, 12, 13, 14, 15, 16, 17, 18, EOS]
 
@@ -113,14 +113,15 @@ def test_drafts_and_accepted_drafts_are_counted_round_by_round(pair, monkeypatch
     assert result.output_ids == ANSWER and result.accept_lens == [2, 2, 2] and result.rounds == 3
     assert result.drafted == 3 + 3 + 2 and result.accepted_tokens == 6
     assert result.acceptance_rate == 6 / 8 and result.tokens_per_round == 3.0
-    assert result.round_log == [("fixed", [12, 13, 99], 2), ("fixed", [15, 16, 99], 2), ("fixed", [18, EOS], 2)]
+    assert result.round_log == [Round("fixed", [12, 13, 99], 2), Round("fixed", [15, 16, 99], 2),
+                                Round("fixed", [18, EOS], 2)]
 
 
 def test_a_forward_without_drafts_is_a_round_that_nobody_drafted(pair, monkeypatch):
     script(monkeypatch, pair.target, ANSWER)
     result = pair.generate(mode="speculative", draft_source=Fixed(ANSWER[:3]), draft_len=5, **asked(0))
     assert result.output_ids == ANSWER and result.rounds == 6
-    assert result.round_log == [("fixed", [12, 13], 2), *[("", [], 0)] * 5]
+    assert result.round_log == [Round("fixed", [12, 13], 2), *[Round("", [], 0)] * 5]
     assert (result.drafted, result.accepted_tokens, result.tokens_per_round) == (2, 2, 2 / 6 + 1)
 
 
@@ -139,7 +140,7 @@ def test_drafts_behind_the_last_id_are_not_counted(pair, monkeypatch):
     script(monkeypatch, pair.target, ANSWER)
     result = pair.generate(mode="speculative", draft_source=Fixed([*ANSWER, EOS, EOS]), draft_len=15, **asked(0))
     assert result.output_ids == ANSWER and (result.drafted, result.accepted_tokens, result.accept_lens) == (8, 8, [8])
-    assert result.round_log == [("fixed", ANSWER[1:], 8)]
+    assert result.round_log == [Round("fixed", ANSWER[1:], 8)]
     result = pair.generate(mode="speculative", draft_source=Fixed(ANSWER), draft_len=7,
                            **asked(0, max_new_tokens=4))
     assert result.output_ids == ANSWER[:4] and result.finish_reason == "length"

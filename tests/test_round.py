@@ -152,20 +152,19 @@ def test_drafts_follow_one_another_and_say_how_sure_they_are(device):
     work, s, embed_VD = RoundWork(device), state(device, n_out=1, drafts=[9, 9]), torch.randn(5000, 12, device=device)
     s[STATE] = 6
     for place, (pending, id) in enumerate(zip((6, 7, 8), (7, 8, 4999), strict=True)):
-        behind = place > 0                                   # the first one replaces what another source left there
-        ids, pos_ids, _ = open_round(s, 0, embed_VD, work, behind)
+        ids, pos_ids, _ = open_round(s, 0, embed_VD, work)
         assert (int(ids), int(pos_ids)) == (pending, 10 + place)
         logits_1V = torch.randn(1, 5000, device=device)
         logits_1V[0, id] = 6.0 + place
         plain = s.clone().cpu()
-        close_draft(logits_1V, s, work, behind)
-        close_draft_ref(logits_1V.cpu(), plain, behind)
+        close_draft(logits_1V, s, work)
+        close_draft_ref(logits_1V.cpu(), plain)
         assert abs(int(s[SURE.value]) - 1e6 * float(logits_1V.softmax(-1).max())) <= 2
         s[SURE.value] = plain[SURE.value]
-        assert s.tolist() == plain.tolist() and len(seen(s).slots) == place + 1
-    assert seen(s).slots == [7, 8, 4999]
+        assert s.tolist() == plain.tolist() and seen(s).slots == []
+    assert seen(s).ids == [6, 7, 8, 4999]
     logits_1V[0, 44] = float("nan")
-    close_draft(logits_1V, s, work, True)
+    close_draft(logits_1V, s, work)
     assert seen(s).sure == -1
 
 

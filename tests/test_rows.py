@@ -13,7 +13,7 @@ HEAD = {"schema": 2, "commit": "c", "weights": {"target": {"hash": "h"}}, "confi
 
 
 def row(at, **more):
-    return {"id": f"s{at}", "at": at, "modes": {"a": {}}, "took_s": 1.0, **more}
+    return {"id": f"s{at}", "at": at, "modes": {"a": {}}, **more}
 
 
 def written(path, *rows, head=HEAD):
@@ -59,7 +59,7 @@ def test_rows_of_another_run_are_refused_by_the_name_of_what_differs(tmp_path, c
 
 def test_shards_are_put_together_by_id_and_holes_and_duplicates_refused(tmp_path):
     one, two = written(tmp_path / "1.jsonl", row(2), row(0)), written(tmp_path / "2.jsonl", row(1))
-    assert merge([one, two]) == ([2.0, 1.0], [row(2), row(0), row(1)])
+    assert merge([one, two]) == [row(2), row(0), row(1)]
     for paths, words in (([one], "1 of 3 samples are missing"), ([one, two, two], "s1 is there twice")):
         with pytest.raises(InputError, match=words):
             merge(paths)
@@ -67,8 +67,6 @@ def test_shards_are_put_together_by_id_and_holes_and_duplicates_refused(tmp_path
 
 @pytest.mark.parametrize("text", ["", "{", '{"config": {"samples": 1, "modes": []}}\n{"id": 1, "at": 0, "modes": {}}\n',
                                   '{"config": {"samples": 1, "modes": []}}\n{"id": "a", "at": 0, "modes": {"x": 1}}\n',
-                                  '{"config": {"samples": 1, "modes": []}}\n{"id": "", "at": 0, "modes": {}, '
-                                  '"took_s": ""}\n',
                                   '{"config": {"samples": true, "modes": []}}\n', "[" * 100000 + "\n"])
 def test_what_is_no_file_of_rows_is_one_line(tmp_path, text):
     (tmp_path / "r.jsonl").write_text(text)
@@ -79,11 +77,15 @@ def test_what_is_no_file_of_rows_is_one_line(tmp_path, text):
 def test_rounds_are_counted_and_timed_by_who_drafted():
     """A prefill that ends at 1 s, then rounds of 2, 1 and 4 s by two sources; a step queued behind the end."""
     line = [("target", "prefill", 0.5, 1.0, ""), ("target", "draft", 1.0, 2.0, ""), ("target", "verify", 2.0, 3.0, ""),
-            ("drafter", "draft", 2.0, 9.0, ""), ("target", "decode", 3.0, 4.0, ""), ("target", "verify", 4.5, 8.0, ""),
-            ("target", "decode", 8.0, 9.0, "")]
-    log = [engine.Round("self", [1, 2, 3], 2), engine.Round("", [], 0), engine.Round("self", [4], 1)]
-    found = rows.by_source(engine.Result(timeline=line, round_log=log))
-    assert found == {"self": {"rounds": 2, "drafts": 4, "accepted": 3, "ids": 5, "ms": pytest.approx(6000)},
-                     "none": {"rounds": 1, "drafts": 0, "accepted": 0, "ids": 1, "ms": pytest.approx(1000)}}
+            ("drafter", "prefill", 0.2, 2.5, ""), ("target", "decode", 3.0, 4.0, ""),
+            ("target", "verify", 4.5, 8.0, ""), ("target", "decode", 8.0, 9.0, "")]
+    log = [engine.Round("self", [1, 2, 3], 1), engine.Round("", [], 0), engine.Round("self", [4, 5, 6], 3, 2)]
+    result = engine.Result(mode="speculative", timeline=line, round_log=log, output_ids=[0] * 9, ttft=1.0)
+    result.count()
+    found = result.by_source
+    assert found == {"self": {"rounds": 2, "drafts": 6, "accepted": 4, "ids": 6, "ms": pytest.approx(6000), "judged": 3,
+                              "right": 2},                   # the last two of six are not its own
+                     "none": {"rounds": 1, "drafts": 0, "accepted": 0, "ids": 1, "ms": pytest.approx(1000), "judged": 0,
+                              "right": 0}}
     both = rows.added([found, {"self": found["self"]}, {}])
-    assert both["self"]["ms"] == pytest.approx(12000) and both["self"]["ids"] == 10 and both["none"]["rounds"] == 1
+    assert both["self"]["ms"] == pytest.approx(12000) and both["self"]["ids"] == 12 and both["none"]["rounds"] == 1

@@ -2,8 +2,10 @@
 
 import functools
 import json
+import random
 from pathlib import Path
 
+import common
 import pytest
 import torch
 
@@ -122,6 +124,7 @@ def test_a_copy_that_does_not_fit_is_left_out_unless_it_was_asked_for(monkeypatc
     """By arithmetic alone: room for all but the copy."""
     monkeypatch.setattr("weights.memory.pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr("weights.memory.default_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr("weights.memory.no_room", lambda path, *_: engine.InputError("no room"))
     monkeypatch.setattr("weights.memory.free_bytes", lambda _: (10 ** 9, 10 ** 9))
     need = engine.memory_budget(None, TINY / "target", "cuda", self_draft=True)["target"]
@@ -132,6 +135,48 @@ def test_a_copy_that_does_not_fit_is_left_out_unless_it_was_asked_for(monkeypatc
     assert "packed" not in engine.memory_budget(None, TINY / "target", "cuda")["target"]
 
 
+def test_it_is_said_why_the_copy_stays_beside_the_target(pair, target, monkeypatch):
+    monkeypatch.setattr(pair.target, "copy", target.target.copy)
+    assert pair.copy_stays is None, "one device"
+    monkeypatch.setattr(pair, "apart", True)
+    monkeypatch.setattr(pair.drafter, "device", torch.device("cuda:1"))
+    line = ("the copy stays on cpu and drafts on the target's own cache; on cuda:1 it would need a cache and a prefill "
+            "of its own, to be at most {} times as fast as the target")
+    assert pair.copy_stays == line.format("step / draft"), "no gate"
+    monkeypatch.setattr(pair, "gate", Gate())
+    pair.gate.timed("step", 3.9e-3)
+    assert pair.copy_stays == line.format("step / draft"), "no draft was seen"
+    pair.gate.timed("self draft", 1.56e-3)
+    assert pair.copy_stays == line.format("2.50 (step 3.90 / draft 1.56 ms)")
+    monkeypatch.setattr(pair.target, "copy", None)
+    assert pair.copy_stays is None, "no copy"
+
+
+def test_the_default_costs_half_a_percent_at_most_where_nothing_pays(pair, target, clock, monkeypatch):
+    """A drafter and a copy that are never right, answers that never come back, 61 requests of a new engine's gate."""
+    monkeypatch.setattr(pair.target, "copy", target.target.copy)
+    monkeypatch.setattr(pair.target, "recorded", None)
+    monkeypatch.setattr(pair.target, "step_graphs", {})
+    monkeypatch.setattr(pair, "gate", Gate())
+    pair.gate.timed("step", 1.0)                             # as loading tells it
+    costs = dict(encode=1.0, prefill=12.0, step=1.0)
+    common.script(monkeypatch, pair.drafter, [99] * 99, clock, **costs)
+    common.script(monkeypatch, pair.target, list(range(20, 90)), clock, **costs, verify=1.03, copy=0.4)
+    taken, chance = [], random.Random(0)
+    for _ in range(61):
+        ids = [chance.randrange(100, pair.target.config.V) for _ in range(60)]
+        with torch.inference_mode():
+            pair.target.replay(ids, [99] * 60, [0.3] * 60)
+        clock.restart()
+        result = pair.generate(mode="speculative", ignore_eos=True, **{**common.asked(0), "max_new_tokens": 60})
+        assert result.output_ids == ids and result.drafter_error is None
+        taken.append(result.wall_clock_time)
+    clock.restart()
+    alone = pair.generate(mode="target_only", ignore_eos=True, **{**common.asked(0), "max_new_tokens": 60})
+    assert alone.wall_clock_time == pytest.approx(1.0 + 12.0 + 59)
+    assert sum(taken) <= 1.005 * 61 * alone.wall_clock_time
+
+
 def test_earlier_answers_go_before_the_copy_where_their_ids_are_cheaper(target, eager, monkeypatch):
     """A second request finds its whole answer; a first one finds nothing and the copy drafts."""
     monkeypatch.setattr(target, "lookup", engine.Lookup())
@@ -140,3 +185,26 @@ def test_earlier_answers_go_before_the_copy_where_their_ids_are_cheaper(target, 
     assert first.output_ids == again.output_ids
     assert {of.source for of in first.round_log if of.drafts} >= {"self"}
     assert {of.source for of in again.round_log if of.drafts} == {"lookup"} and again.rounds < 4
+
+
+def test_earlier_answers_go_on_behind_a_draft_of_the_copy(target, monkeypatch):
+    """An earlier answer holds all but this one's ninth id, behind which it is found no more. The copy drafts the tenth,
+    behind that it is found again, and 30 ids of it go along in the same forward."""
+    t, V, gate = target.target, target.target.config.V, Gate()
+    ids = [(7 * i + 5) % V for i in range(40)]
+    known = engine.Lookup()
+    known.learn([i + (place == 8) for place, i in enumerate(ids)])
+    graphs, t.step_graphs = t.step_graphs, {}
+    monkeypatch.setattr(target, "gate", gate)
+    gate.timed("step", 1e3)                                  # a draft, or a row more, costs next to nothing beside it
+    try:
+        with torch.inference_mode():
+            t.replay(ids, ids)
+        result = target.generate(mode="speculative", draft_source=[known, "self"], **asked(0))
+    finally:
+        t.recorded, t.step_graphs = None, graphs
+    assert result.output_ids == ids and result.drafter_error is None
+    assert [(of.source, len(of.drafts), of.accepted, of.behind) for of in result.round_log] == [
+        ("lookup", 31, 7, 0), ("self", 31, 31, 30)]
+    assert result.by_source["self"]["judged"] == result.by_source["self"]["right"] == 1
+    assert ("lookup behind 1", None) in gate.tries, "what was found behind the draft was judged"

@@ -6,13 +6,14 @@ import json
 from PIL import Image
 
 from weights import show
+from weights.result import Round
 
 RED, WHITE = (227, 155, 59), (255, 255, 255)                 # of a filled draft; of a hollow one
 
 
 def request(mode="speculative"):
     """A head start of four drafts of which two were right, a round of three with one, a plain step and a queued one."""
-    log = [("head start", [5, 6, 7, 8], 2), ("drafter", [1, 2, 3], 1), ("", [], 0)]
+    log = [Round("head start", [5, 6, 7, 8], 2), Round("drafter", [1, 2, 3], 1), Round("", [], 0)]
     line = [("host", "load", 0.0, 0.05, "target"), ("host", "load", 0.0, 0.01, "drafter"),
             ("drafter", "encode", 0.01, 0.02, ""), ("drafter", "prefill", 0.02, 0.04, ""),
             *(("drafter", "draft", 0.04 + i / 100, 0.05 + i / 100, "") for i in range(4)),
@@ -41,9 +42,9 @@ def test_a_draft_of_the_targets_own_copy_shows_what_its_round_accepted():
     line = [("target", "prefill", 0.0, 0.1, ""), ("target", "draft", 0.1, 0.13, ""),
             ("target", "verify", 0.13, 0.15, ""), ("target", "decode", 0.15, 0.16, ""),
             ("target", "draft", 0.16, 0.17, ""), ("target", "verify", 0.17, 0.19, "")]
-    log = [("self", [5, 6, 7], 2), ("", [], 0), ("self", [9], 1)]
+    log = [Round("self", [5, 6, 7], 2), Round("", [], 0), Round("self", [9, 8], 2, 1)]
     found = show.bars({**request(), "timeline": line, "round_log": log, "draft_log": []})
-    assert [of[5] for of in found] == [[], [True, True, False], [True, True, False], [], [True], [True]]
+    assert [of[5] for of in found] == [[], [True, True, False], [True, True, False], [], [True], [True, True]]
 
 
 def test_a_drafter_on_its_own_device_is_right_where_the_target_took_its_draft_at_that_place():
@@ -51,7 +52,7 @@ def test_a_drafter_on_its_own_device_is_right_where_the_target_took_its_draft_at
     line = [("drafter", "prefill", 0.0, 0.01, ""), ("target", "verify", 0.03, 0.04, ""),
             ("target", "verify", 0.05, 0.06, ""),
             *(("drafter", "draft", i / 100, (i + 1) / 100, "") for i in range(1, 5))]
-    log = [("drafter", [5, 6], 1), ("lookup", [8], 1)]               # the answer: 4 5 7 8
+    log = [Round("drafter", [5, 6], 1), Round("lookup", [8], 1)]     # the answer: 4 5 7 8
     found = show.bars({**request(), "timeline": sorted(line, key=lambda of: of[2]), "round_log": log,
                            "draft_log": [(0, 4), (1, 5), (2, 6), (3, 7), (3, 8)]})
     assert [of[5] for of in found if of[:2] == ("drafter", "draft")] == [[True], [False], [False], [False]]

@@ -5,10 +5,10 @@
 Scenes that training never saw go the whole way: events through .npz, frames through H.264, Pillow's resize, the engine.
 Beside both models stand two controls that see nothing: `answer`, the text training saw most often for the same
 question, and `value`, each attribute's own most frequent value. An attribute is read back from a text by scenes.parse
-and counts where the true answer states it. The target's own 4-bit copy drafts as `self`. Beside the drafter's drafts
-stand as many a round from what sees no scene: `answer`; `previous`, the last answer to the same question; `lookup`, of
-the answers so far; `taught`, a lookup that knew 3,000 training answers before. --packed: the drafter as loaded, then
-with each kind of packed weights.
+and counts where the true answer states it. The target's own 4-bit copy drafts as `self`, and behind the drafter's head
+start as `cascade`. Beside the drafter's drafts stand as many a round from what sees no scene: `answer`; `previous`, the
+last answer to the same question; `lookup`, of the answers so far; `taught`, a lookup that knew 3,000 training answers
+before. --packed: the drafter as loaded, then with each kind of packed weights.
 Exits 1 if a speculative answer differs from target_only's."""
 
 import argparse
@@ -94,10 +94,12 @@ def evaluate(engine, count: int, folder: Path, progress=None, controls: bool = T
             exact[side] += given == truth
         agreed.append(agreeing(preview.output_ids, alone.output_ids))
         blind = {"answer": Fixed(text.ids(common[q]) + [end]), "previous": Fixed(last.get(q, [])), **lookups}
-        own = {"drafter": "drafter", **({"self": "self"} if controls and engine.target.copy else {})}
+        own = {"drafter": "drafter"}
+        if controls and engine.target.copy:
+            own |= {"self": "self", "cascade": ["drafter", "self"]}
         for name, source in {**own, **(blind if controls else {})}.items():
-            result = engine.generate(mode="speculative", draft_source=source, draft_len=DRAFTS if controls else None,
-                                     **request)
+            rounds = 0 if name == "cascade" else DRAFTS if controls else None        # of the drafter
+            result = engine.generate(mode="speculative", draft_source=source, draft_len=rounds, **request)
             if result.output_ids != alone.output_ids:
                 unequal.append((i, name))
             accepted[name] += result.accepted_tokens
@@ -143,7 +145,7 @@ def report(figures: dict) -> str:
         around = " [{:.2f}, {:.2f}]".format(*figures["interval"][name]) if figures["interval"][name] else ""
         lines.append(f"{name:11} accept_rate {figures['accept_rate'][name]:.2f}   tokens_per_round "
                      f"{figures['tokens_per_round'][name]:.2f}{around}   accept_len {histogram}")
-    seeing = ("drafter", "self")
+    seeing = ("drafter", "self", "cascade")
     rivals = {name: rate for name, rate in figures["tokens_per_round"].items() if name not in seeing}
     if rivals:
         best = max(rivals, key=rivals.get)

@@ -182,11 +182,11 @@ def peak_memory(device) -> int:
 
 
 class Unpackable(InputError):
-    """Weights of a side whose shapes make no whole groups."""
+    """Weights of a side whose shapes make no whole groups, or whose values are too large."""
 
     def __init__(self, side: str, path, error: NotPackable):
-        flag = "drafter_dtype" if side == "drafter" else "self_draft"
-        super().__init__(f"{path}: cannot be packed ({error}); leave out {flag}")
+        self.why = f"cannot be packed ({error})"
+        super().__init__(f"{path}: {self.why}; leave out {'drafter_dtype' if side == 'drafter' else 'self_draft'}")
 
 
 def check_form(drafter_dtype, where: torch.device) -> None:
@@ -250,8 +250,8 @@ def needs_of(side: str, config: dict, where: torch.device, dtype: torch.dtype, c
 def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=None, dtype=None, cache_rows=None,
                   drafter_dtype="bf16", self_draft=None, text_rows=TEXT_ROWS, several=1) -> dict:
     """{side: {"device", "free", "rows" of its cache, and the parts of `memory_needs`}}, bytes, from headers alone.
-    "packed" of the target is its 4-bit copy, see `engine.load_engine`. InputError if it cannot fit, with the settings
-    that do: nothing is allocated then."""
+    "packed" of the target is its 4-bit copy, see `engine.load_engine`, "no_copy" why there is none where one is made if
+    it can be. InputError if it cannot fit, with the settings that do: nothing is allocated then."""
     def budget_of(eventgpt, videollava, drafter_device, cache_rows, drafter_dtype, copied, several=1) -> dict:
         budget, rows = {}, rows_of_sides(cache_rows)
         for side, path, name in (("target", videollava, device), ("drafter", eventgpt, drafter_device or device)):
@@ -267,13 +267,26 @@ def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=No
         return budget
 
     asked = (eventgpt, videollava, drafter_device, cache_rows, drafter_dtype)
-    if self_draft is None and pick_device(device).type == "cuda":
-        with contextlib.suppress(Unpackable):
-            if not lacking(budget := budget_of(*asked, True, several)):
+    where, no_copy = pick_device(device), None
+    on_gpu = videollava is not None and where.type == "cuda"
+    if on_gpu and self_draft is not False and torch.cuda.get_device_capability(where) < (8, 0):
+        no_copy = f"its products need compute capability 8.0, {where} is older"
+        if self_draft:
+            raise InputError(f"self_draft: {no_copy}; leave it out")
+    if on_gpu and self_draft is None and not no_copy:
+        try:
+            if not (short := lacking(budget := budget_of(*asked, True, several))):
                 return budget
+            more = sum(short[1].values()) - min(of["free"] for of in budget.values() if of["device"] == str(short[0]))
+            takes = budget["target"]["packed"] / 1e9
+            no_copy = f"{more / 1e9:.1f} GB of the {takes:.1f} that it takes are missing on {short[0]}"
+        except Unpackable as error:
+            no_copy = error.why
     if not (short := lacking(budget := budget_of(*asked, bool(self_draft), several))):
+        if no_copy:
+            budget["target"]["no_copy"] = no_copy
         return budget
-    where, kind = pick_device(device), str(dtype or default_dtype(pick_device(device))).removeprefix("torch.")
+    kind = str(dtype or default_dtype(where)).removeprefix("torch.")
     found = {}
     for flags, given in settings(eventgpt, videollava, where).items():
         with contextlib.suppress(Unpackable):

@@ -27,6 +27,10 @@ class Round(NamedTuple):
     source: str                             # who drafted: "drafter", "head start", "lookup", "self", ..; "": nobody
     drafts: list[int]                       # what the forward looked at
     accepted: int                           # of them; the bonus id is not counted
+    behind: int = 0                         # the last so many came from earlier answers, behind those of `source`
+
+
+SOURCED = ("rounds", "drafts", "accepted", "ids", "ms", "judged", "right")        # of a source, see `Result.sourced`
 
 
 class Verdict(NamedTuple):
@@ -53,6 +57,7 @@ class Result(Mapping):
     rejected_at: int = -1                   # index of the first rejected draft of the first span, -1 if none
     rounds: int = 0
     accept_lens: list = field(default_factory=list)   # of each round; of the last one what is in the answer
+    by_source: dict = field(default_factory=dict)     # of `speculative`: what each source brought, see `sourced`
     acceptance_rate: float = 0.0            # accepted / drafted
     tokens_per_round: float = 0.0           # mean of accept_len + 1
     free_tokens_count: int = 0              # drafts the host had before the target's prefill ended
@@ -95,17 +100,35 @@ class Result(Mapping):
     def count(self) -> None:
         """The figures that follow from the others. What was drafted beyond the answer's end is none of them."""
         log, left = self.round_log, len(self.output_ids) - 1
-        for i, (source, drafts, accepted) in enumerate(log):
-            log[i] = Round(source, drafts[:max(0, left)], min(accepted, max(0, left)))
+        for i, (source, drafts, accepted, behind) in enumerate(log):
+            log[i] = Round(source, drafts[:max(0, left)], min(accepted, max(0, left)),
+                           max(0, behind - max(0, len(drafts) - max(0, left))))
             left -= accepted + 1
         self.rounds, self.accept_lens = len(log), [of.accepted for of in log]
         self.drafted, self.accepted_tokens = sum(len(of.drafts) for of in log), sum(self.accept_lens)
         self.acceptance_rate = self.accepted_tokens / self.drafted if self.drafted else 0.0
         self.tokens_per_round = self.accepted_tokens / self.rounds + 1 if log else 0.0
+        self.by_source = self.sourced() if self.mode == "speculative" else {}
         span = next((of for of in log if of.drafts), None)
         self.rejected_at = span.accepted if span and span.accepted < len(span.drafts) else -1
         if len(self.output_ids) > 1:
             self.tpot = (self.wall_clock_time - self.ttft) / (len(self.output_ids) - 1)
+
+    def sourced(self) -> dict:
+        """{who drafted, "none" for plain steps: {rounds, drafts, accepted, ids, ms, judged, right}}; ms / ids is its
+        price of an id, ids / rounds what a round gave. A round takes from the end of the target's forward before it to
+        the end of its own; an id is one of the answer, the round's own one included. judged, right: of the drafts that
+        the source made itself, those that stood behind right ones only, and those of them that were right."""
+        ends = sorted(end for row, stage, _, end, _ in self.timeline
+                      if row == "target" and stage in ("prefill", "decode", "verify"))
+        found: dict[str, dict] = {}
+        for (source, drafts, accepted, behind), begin, end in zip(self.round_log, ends, ends[1:], strict=False):
+            own = len(drafts) - behind
+            of = found.setdefault(source or "none", dict.fromkeys(SOURCED, 0))
+            for key, value in zip(SOURCED, (1, len(drafts), accepted, accepted + 1, (end - begin) * 1e3,
+                                            min(own, accepted + 1), min(own, accepted)), strict=True):
+                of[key] += value
+        return found
 
     def in_old_words(self) -> Result:
         """Itself, with the words of egpt_prefill_only. Times in seconds; a prefill has the vision encoder in it, not

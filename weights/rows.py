@@ -87,21 +87,19 @@ def read_rows(path: Path) -> tuple[dict, list, int]:
         head, *rows = [parse_json(path, line, wanted, at) for at, line in enumerate(whole.split("\n"), 1)]
         modes = set(head["config"]["modes"])
         sound = (type(row["id"]) is str and type(row["at"]) is int and row["modes"].keys() <= modes
-                 and type(row.get("took_s", 0)) in (int, float) for row in rows)
+                 for row in rows)
         if type(head["config"]["samples"]) is not int or not all(sound):
             raise ValueError("a line that is no finished sample")
     return head, list({row["id"]: row for row in rows}.values()), len(cut.encode())
 
 
-def merge(paths: list[Path]) -> tuple[list[float], list]:
-    """(seconds that each took, rows) of all files together, by id: differing headers, duplicates and holes are refused.
-    """
-    head, rows, took = {}, {}, []
+def merge(paths: list[Path]) -> list:
+    """The rows of all files together, by id: differing headers, duplicates and holes are refused."""
+    head, rows = {}, {}
     for path in paths:
         own, found, _ = read_rows(path)
         head = head or own
         insist_same(path, own, head, f"merge runs like {paths[0]}")
-        took.append(sum(row.get("took_s", 0.0) for row in found))
         for row in found:
             if row["id"] in rows:
                 raise InputError(f"{path}: sample {row['id']} is there twice; give every row file once")
@@ -109,7 +107,7 @@ def merge(paths: list[Path]) -> tuple[list[float], list]:
     if missing := head["config"]["samples"] - len(rows):
         raise InputError(f"{paths[0]}: {missing} of {head['config']['samples']} samples are missing; give the row "
                          f"files of all shards, finished")
-    return took, list(rows.values())
+    return list(rows.values())
 
 
 # ---- figures -----------------------------------------------------------------------------------------------------
@@ -135,21 +133,8 @@ def forwards(ids: list[int], accepted: int, rounds: int) -> int:
     return rounds + max(0, len(ids) - 1 - accepted - rounds)
 
 
-def by_source(result) -> dict:
-    """{who drafted: {rounds, drafts, accepted, ids, ms}} of a `speculative` Result. A round takes from the end of the
-    target's forward before it to the end of its own; an id is one of the answer, the round's own one included."""
-    ends = sorted(end for row, stage, _, end, _ in result.timeline
-                  if row == "target" and stage in ("prefill", "decode", "verify"))
-    found = {}
-    for (source, drafts, accepted), begin, end in zip(result.round_log, ends, ends[1:], strict=False):
-        of = found.setdefault(source or "none", dict.fromkeys(("rounds", "drafts", "accepted", "ids", "ms"), 0))
-        for key, value in zip(of, (1, len(drafts), accepted, accepted + 1, (end - begin) * 1e3), strict=True):
-            of[key] += value
-    return found
-
-
 def added(tables: list[dict]) -> dict:
-    """The same over several answers."""
+    """`Result.by_source` over several answers."""
     total = {}
     for source, of in ((source, of) for table in tables for source, of in table.items()):
         mine = total.setdefault(source, dict.fromkeys(of, 0))
@@ -186,7 +171,7 @@ def compare(rows) -> dict:
     found = [(row["id"], mode, of) for row in rows for mode, of in row["modes"].items()
              if of["identical"] is not None and not (mode == "target_only" and of["identical"])]
     return {"compared": len(found), "equal": sum(of["identical"] for *_, of in found), "differing": [
-        {"id": id_, "mode": mode, "position": of["differs_at"], "margin": of.get("margin")}
+        {"id": id_, "mode": mode, "position": of["differs_at"]}
         for id_, mode, of in found if not of["identical"]]}
 
 
@@ -197,8 +182,8 @@ def per_forward(ids: int, taken: int) -> float | None:
 def mode_figures(rows, config: dict, identical: bool) -> dict:
     """{mode: what its rows of the tables show}; ratios above 1 are faster, and only there if all outputs are identical.
 
-    ratio: target_only's e2e over the mode's, by sample; worst: the smallest; later_ms: by how much its first id comes
-    later than target_only's, by repeat; saved_ms: up to the first id, and behind it, by sample."""
+    ratio: target_only's e2e over the mode's, by sample; later_ms: by how much its first id comes later than
+    target_only's, by repeat."""
     figures = {}
     for mode in config["modes"]:
         have = [row["modes"][mode] for row in rows if mode in row["modes"]]
@@ -209,8 +194,6 @@ def mode_figures(rows, config: dict, identical: bool) -> dict:
         ratios = [base["e2e_ms"] / of["e2e_ms"] for base, of in pairs]
         later = [ours - theirs for base, of in pairs for theirs, ours in
                  zip(base["raw"]["ttft_ms"], of["raw"]["ttft_ms"], strict=False) if None not in (theirs, ours)]
-        first = [(base["ttft_ms"] - of["ttft_ms"], base["e2e_ms"] - of["e2e_ms"]) for base, of in pairs
-                 if None not in (base["ttft_ms"], of["ttft_ms"])]
         accept_lens, drafted = [a for of in have for a in of["accept_lens"]], sum(of["drafted"] for of in have)
         ids, taken = sum(len(of["ids"]) for of in have), [of["forwards"] for of in have if of["forwards"] is not None]
         reasons = collections.Counter(why_not(mode, of, config) for of in have)
@@ -220,10 +203,8 @@ def mode_figures(rows, config: dict, identical: bool) -> dict:
                for values in [[v for of in have for v in of["raw"][name] if v is not None]]},
             "tokens": ids, "forwards": sum(taken) if taken else None,
             "ids_a_forward": per_forward(ids - len(have), sum(taken)),
-            "ratio": estimate(ratios), "worst": min(ratios, default=None),
+            "ratio": estimate(ratios),
             "later_ms": estimate(later) if mode != "target_only" else None,
-            "saved_ms": {"first": statistics.median(saved for saved, _ in first),
-                         "rest": statistics.median(saved - early for early, saved in first)} if first else None,
             "drafted": drafted, "accepted": sum(accept_lens),
             "overlap_drafts": median([of["overlap_drafts"] for of in have]),
             "window_drafts": median([of["window_drafts"] for of in have]),

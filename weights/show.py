@@ -1,8 +1,8 @@
 """show: one finished request for people: its answer with the drafts marked, id by id, its stages as a picture or as a
 trace for ui.perfetto.dev.
 
-A request is a mapping with timeline [(row, stage, start_s, end_s, note)] by start, round_log [(source, drafts,
-accepted)] of the target's forwards, draft_log [(place in the answer, id)] of the drafter's, mode, output_ids, ttft,
+A request is a mapping with timeline [(row, stage, start_s, end_s, note)] by start, round_log, a list of
+`Round`, of the target's forwards, draft_log [(place in the answer, id)] of the drafter's, mode, output_ids, ttft,
 output_text, wall_clock_time, drafted and accepted_tokens; rows are `host`, `drafter` and `target`."""
 
 import io
@@ -73,7 +73,7 @@ def pieces(result, text) -> list[list[str]]:
         if added := text.decode(answer[:at] + ids)[len(text.decode(answer[:at])):] if ids else "":
             found.append([kind, added])
 
-    for _, drafts, right in [("", [], 0), *result["round_log"]]:
+    for _, drafts, right, _ in [("", [], 0, 0), *result["round_log"]]:
         add("accepted", answer[at:at + right])
         at += right
         add("rejected", [i for i in drafts[right:] if i >= 0] if at < len(answer) else [])
@@ -112,7 +112,7 @@ def bars(result) -> list[tuple]:
     """The timeline's rows, each with a bool for each of its drafts, was it accepted: those that a forward of the target
     looked at, and those that a bar made."""
     rows, log, right, at = result["timeline"], list(result["round_log"]), {}, 1
-    for source, drafts, accepted in log:                     # {place in the answer: the drafter's id there, accepted}
+    for source, drafts, accepted, _ in log:                  # {place in the answer: the drafter's id there, accepted}
         right.update(enumerate(drafts[:accepted] if source in ("drafter", "head start") else [], at))
         at += accepted + 1
     stages = ("verify", "decode") if result["mode"] == "speculative" else ("verify",)
@@ -122,15 +122,16 @@ def bars(result) -> list[tuple]:
     for row in rows:
         flags = []
         if row in rounds:
-            _, drafts, accepted = rounds[row]
+            _, drafts, accepted, _ = rounds[row]
             flags = [i < accepted for i in range(len(drafts))]
         elif row[1] == "draft":
             place, id_ = next(early, (-1, -1)) if row[0] == "drafter" else (-1, -1)
             after = next((of for of in forwards if of[0][2] >= row[2]), None) if place < 0 else None
             if after and after[1][0] == row[0].replace("target", "self"):            # a round's, on the target's device
-                _, drafts, accepted = after[1]
+                _, drafts, accepted, behind = after[1]
                 count = made[after[0]] = made.get(after[0], 0) + 1
-                flags = [count <= accepted] if row[0] == "drafter" else [i < accepted for i in range(len(drafts))]
+                flags = [count <= accepted] if row[0] == "drafter" else [
+                    i < accepted for i in range(len(drafts) - behind)]
             else:
                 flags = [right.get(place) == id_]
         found.append((*row, flags))
