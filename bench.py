@@ -13,7 +13,6 @@ of its answer (lookup_again). Ratios above 1 are faster. Exit codes: 0 all well,
 import argparse
 import collections
 import hashlib
-import io
 import json
 import math
 import os
@@ -39,10 +38,21 @@ import weights.rows
 from engine import MODES
 from kernels.check import ceilings, quantiles
 from kernels.quant import BITS
-from weights import UNREADABLE, InputError, controls, describe, replace_file, show
+from weights import InputError, controls, describe, replace_file, show
 from weights.adapter import write_pairs
 from weights.dataset import Sample, read_dataset
-from weights.files import command, in_flags, printable, read_text
+from weights.files import (
+    command,
+    in_flags,
+    insist_filled,
+    printable,
+    quoted,
+    rank,
+    read_text,
+    reason_of,
+    say,
+    trusting,
+)
 from weights.memory import PARTS, nvidia_smi
 from weights.rows import RowFile, compare, estimate, forwards, judged, median, merge, mode_figures, parting
 from weights.shapes import PROMPT_ROWS
@@ -57,6 +67,7 @@ LABELS = {"tiny": "embedded trained toy pair", "random-7b": "RANDOM 7B WEIGHTS"}
 STAGES = {"drafter": ("load", "preprocess", "encode", "prefill", "draft"),
           "target": ("load", "preprocess", "encode", "prefill", "decode", "draft", "verify")}
 CLOCKS = "gpu=clocks.sm,clocks.mem,power.draw,power.limit"           # of nvidia-smi
+OUTPUTS = ("json", "out", "rows", "record", "timeline", "trace")     # flags that name what is written
 PER_FORWARD = {"draft", "decode", "verify"}                  # stages with an entry for each forward
 SHARED = {("target", "verify"), ("target", "draft")}         # those that a side's own mode does not have
 
@@ -452,7 +463,8 @@ def details(report) -> list[str]:
               f"commit   {report['commit']}{', dirty' if report['dirty'] else ''}, {report['time']}",
               f"run      {report['command']}",
               f"         {c['samples']} samples x {c['repeats']} after {c['warmup']} warm-up, {c['max_new_tokens']} "
-              f"new ids{', fixed length' * c['ignore_eos']}, draft_len {c['draft_len']}, gate {c['gate']}{sampling}",
+              f"new ids{', fixed length' if c['ignore_eos'] else ''}, draft_len {c['draft_len']}, gate {c['gate']}"
+              f"{sampling}",
               f"ceiling  read {f['read_bw'] / 1e12:.3f} TB/s, matrix {f['gemm_flops'] / 1e12:.2f} TFLOP/s, measured "
               f"now; target step >= {fmt(floor[0], 3)} ms, prefill >= {fmt(floor[1], 2)} ms"]
     lines += columns([["stage, ms", "p20", "p50", "p80", "both at once", "moved", "of ceiling", ""], *(
@@ -499,15 +511,11 @@ def modes_p50(report, mode: str, name: str) -> float | None:
 
 def read_report(path: Path, flag: str = "json", rows: list | None = None) -> dict:
     """What --json wrote, or these rows under the header at the path; InputError if they are no report."""
-    try:
+    with trusting(path, "not a saved run", f"wants what --{flag} wrote"):
         text = read_text(path, f"what --{flag} wrote", 1 << 32)
         report = json.loads(text.split("\n", 1)[0])
         report = report if rows is None else assemble(report, rows)
         screen(report), details(report)
-    except InputError:
-        raise
-    except UNREADABLE as error:
-        raise InputError(f"{path}: not a saved run ({describe(error)}); wants what --{flag} wrote") from None
     return report
 
 
@@ -519,10 +527,17 @@ def merged(paths: list[Path]) -> dict:
 
 def compare_runs(old_path: Path, new_path: Path) -> int:
     """Each mode's end-to-end time in two saved runs, paired by sample, with an interval and a verdict in words."""
-    old, new = read_report(old_path), read_report(new_path)
+    with trusting(f"{old_path}, {new_path}", "no two saved runs", "want what --json wrote"):
+        lines, changed = compared(read_report(old_path), read_report(new_path), old_path.name, new_path.name)
+    say("\n".join(lines))
+    return int(changed)
+
+
+def compared(old: dict, new: dict, old_name: str, new_name: str) -> tuple[list[str], bool]:
+    """(lines, whether a sample is answered differently)."""
     before, after = ({row["id"]: row for row in run["samples"]} for run in (old, new))
     shared = [i for i in before if i in after]
-    lines = [f"compare  {old_path.name} with {new_path.name}, commits {old['commit']} with {new['commit']}, "
+    lines = [f"compare  {old_name} with {new_name}, commits {old['commit']} with {new['commit']}, "
              f"{len(shared)} shared samples; above 1 the new run is faster",
              f"weights  {LABELS.get(new['kind'], 'checkpoints')} | {new['machine']['gpu'] or 'CPU'}"]
     if old["machine"]["gpu"] != new["machine"]["gpu"] or old["config"] != new["config"]:
@@ -534,8 +549,8 @@ def compare_runs(old_path: Path, new_path: Path) -> int:
         if ratio := estimate([one["e2e_ms"] / two["e2e_ms"] for one, two in both.values()]):
             lines.append(f"{mode:20} {shown(ratio, '.3f')}  {judged(ratio)}")
         changed |= {i for i, (one, two) in both.items() if mode != "drafter_only" and one["ids"] != two["ids"]}
-    print("\n".join([*lines, f"outputs  {f'{len(changed)} samples answer differently' if changed else 'the same'}"]))
-    return int(bool(changed))
+    lines.append(f"outputs  {f'{len(changed)} samples answer differently' if changed else 'the same'}")
+    return lines, bool(changed)
 
 
 # ---- one answer, id by id ----------------------------------------------------------------------------------------
@@ -579,6 +594,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
+        insist_filled(words)
         return super().parse_args([re.sub(r"^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in words],
                                   namespace)
 
@@ -629,7 +645,8 @@ def make_parser() -> Parser:
     add("--questions", type=Path, metavar="FILE", help="ask each line of this file, of each clip, read once")
     add("--max-samples", type=whole(1, also=-1), default=-1, metavar="N", help="the first N, -1 all (default)")
     add("--frame-rule", default="uniform", choices=("uniform", "first"), help="which 8 video frames")
-    add("--shard", metavar="I/N", help="every N-th sample from the I-th (default: torchrun's or SLURM's rank)")
+    add("--shard", metavar="I/N", help="every N-th sample from the I-th (default: torchrun's or SLURM's rank); its "
+        "number goes into the names of all files that it writes")
     add = parser.add_argument_group("run").add_argument
     add("--modes", default=",".join((*MODES, AGAIN)), metavar="A,B", help="default: %(default)s")
     add("--max-new-tokens", type=whole(1, 1_000_000), default=50, metavar="N", help="default %(default)s")
@@ -645,7 +662,7 @@ def make_parser() -> Parser:
     add("--warmup", type=whole(0), default=1, metavar="N", help="rounds before measuring (default %(default)s)")
     add("--repeats", type=whole(1), default=3, metavar="N", help="of each mode and sample (default %(default)s)")
     add("--ignore-eos", action=argparse.BooleanOptionalAction, help="fixed length (default with random weights)")
-    add("--rows", type=Path, metavar="JSONL", help="append each finished sample; a shard puts its number in")
+    add("--rows", type=Path, metavar="JSONL", help="append each finished sample")
     add("--resume", action="store_true", help="go on with --rows: skip the samples that it holds, but for failed ones")
     add("--debug", action="store_true", help="show tracebacks")
     add = parser.add_argument_group("report").add_argument
@@ -672,13 +689,28 @@ def told(error: InputError) -> str:
     return in_flags(error, make_parser(), query="--question", mode="--modes")
 
 
+def is_file(path) -> bool:
+    """Whether an output is a file, or will be one, and no device or stdout."""
+    return bool(path) and str(path) != "-" and (not os.path.exists(path) or os.path.isfile(path))
+
+
 def insist_writable(path, flag: str) -> None:
     """A long run must not end in a path that was wrong from the start. A device is written to, a file is replaced."""
-    place = Path(path or ".").resolve()
-    holds = place if place.exists() and not place.is_file() else place.parent
-    if path and str(path) != "-" and (place.is_dir() or not holds.exists() or not os.access(holds, os.W_OK)):
-        raise InputError(f"{path}: cannot be written (is a folder, or in none that one may write to); choose another "
-                         f"--{flag}")
+    if not path or str(path) == "-":
+        return
+    reason, place = "is a folder, or in none that one may write to", path
+    try:
+        if not os.path.exists(path) or os.path.isfile(path):
+            place = os.path.dirname(os.path.realpath(path))
+        if os.access(place, os.W_OK) and not os.path.isdir(path):
+            os.stat(path)
+            return
+    except FileNotFoundError:                                # a new file; or the current folder was removed
+        if place != path:
+            return
+    except OSError as error:                                 # a name that is too long, a link to itself
+        reason = reason_of(error)
+    raise InputError(f"{path}: cannot be written ({reason}); choose another --{flag}")
 
 
 def check(options) -> None:
@@ -692,7 +724,7 @@ def check(options) -> None:
     if options.questions:
         insist(options.question is None, "--questions: cannot stand beside --question; pass one of them")
         text = read_text(options.questions, "a question a line", 1 << 20)
-        options.question = [line.strip() for line in text.splitlines() if line.strip()]
+        options.question = [line.strip() for line in text.split("\n") if line.strip()]
         insist(options.question, f"{options.questions}: holds no question; write one a line")
     options.modes = [m for m in options.modes.split(",") if m]
     insist(set(options.modes) <= {*MODES, AGAIN} and set(options.modes) & set(MODES),
@@ -701,7 +733,7 @@ def check(options) -> None:
     insist(options.temperature or options.top_p == 1 and not options.seed,
            "--top-p, --seed: do nothing at temperature 0, which is greedy; pass --temperature as well")
     local, processes = (os.environ.get(*of) for of in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
-    insist(local.isdecimal() and processes.isdecimal(),
+    insist(rank(local) is not None and rank(processes) is not None,
            "LOCAL_RANK, LOCAL_WORLD_SIZE: wanted whole numbers in the environment; unset them")
     if options.device is None and int(local) < torch.cuda.device_count():
         options.device = f"cuda:{local}"                     # torchrun: a GPU for each process
@@ -732,8 +764,9 @@ def check(options) -> None:
            f"{options.kept}: belongs to one run of one target; leave :FILE out of --draft-source, or --shard, and pass "
            f"--videollava")
     insist_writable(options.kept, "draft-source")
-    model = engine.model_name(options.videollava, options.tokenizer) if options.kept else ""
-    options.source = [engine.source_named(name, model) for name in named]
+    options.model = engine.model_name(options.videollava, options.tokenizer) if options.kept else ""
+    options.source = [engine.source_named(name, options.model) for name in named]
+    options.known = sum(of.learnt for of in options.source if isinstance(of, engine.Lookup))
     options.dataset_dir = options.dataset_dir or TINY / "clips"
     options.ignore_eos = options.kind == "random-7b" if options.ignore_eos is None else options.ignore_eos
 
@@ -753,21 +786,19 @@ def read_shard(text: str | None, environ) -> tuple[int, int]:
     if text is None:
         text = next((f"{environ[i]}/{environ[n]}" for i, n in ranks if i in environ and n in environ), "0/1")
     index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise InputError(f"--shard: wanted I/N with I from 0 to N - 1, got {text!r}; number the shards from 0")
-    return int(index), int(count)
+    if rank(index) is None or rank(count) is None or rank(index) >= rank(count):
+        raise InputError(f"--shard: wanted I/N with I from 0 to N - 1, got {quoted(text)}; number the shards from 0")
+    return rank(index), rank(count)
 
 
 def speaks() -> bool:
     """Of torchrun's processes one does; where the environment says nonsense, all."""
-    rank, count = (os.environ.get(*of) for of in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    return not (rank.isdecimal() and count.isdecimal() and 0 < int(rank) < int(count))
+    mine, count = (rank(os.environ.get(*of)) for of in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    return not (mine and count and mine < count)
 
 
 @command
 def main(argv=None) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")    # an answer may hold what the terminal cannot show
     words = sys.argv[1:] if argv is None else argv
     try:
         return run(parse(argv), shlex.join(["python", "bench.py", *words]))
@@ -784,11 +815,10 @@ def main(argv=None) -> int:
 
 def run(options, command: str) -> int:
     taken = {}
-    for flag in ("json", "out", "rows", "record", "timeline", "trace"):
+    for flag in OUTPUTS:
         insist_writable(path := getattr(options, flag), flag)
-        place = Path(path or "-").resolve()
-        if path and (place.is_file() or not place.exists()) and taken.setdefault(place, flag) != flag:
-            raise InputError(f"{path}: would be written by --{taken[place]} and by --{flag}; name two files")
+        if is_file(path) and (other := taken.setdefault(os.path.realpath(path), flag)) != flag:
+            raise InputError(f"{path}: would be written by --{other} and by --{flag}; name two files")
     if options.from_json:
         return publish(read_report(options.from_json), options)
     if options.merge:
@@ -802,13 +832,17 @@ def run(options, command: str) -> int:
     shard, shards = options.shard
     if shards > len(listed):
         raise InputError(f"--shard: {shards} shards of {len(listed)} samples; take at most as many")
-    if options.rows and shards > 1:                          # each shard its own file, whoever started it
-        options.rows = options.rows.with_suffix(f".{shard:05}-of-{shards:05}{options.rows.suffix}")
-    if options.rows and options.rows.exists() and not options.resume:
+    for flag in OUTPUTS if shards > 1 else ():               # each shard its own files, whoever started it
+        if is_file(getattr(options, flag)):
+            path = Path(getattr(options, flag))
+            setattr(options, flag, path.with_suffix(f".{shard:05}-of-{shards:05}{path.suffix}"))
+    if options.rows and os.path.exists(options.rows) and not options.resume:
         raise InputError(f"{options.rows}: is already there; pass --resume to go on with it, or choose another --rows")
     head, e = set_up(options, command, listed, skipped)
     interrupted = False
     with RowFile(options.rows, head) as kept:
+        if kept.rows:                                        # a damaged one must not cost the report at the end
+            read_report(options.rows, "rows", kept.rows)
         rows, done = list(kept.rows), {row["id"] for row in kept.rows}
         left = [sample for sample in listed[shard::shards] if sample.id not in done]
         for row, source in ((row, source) for row in rows for source in learners(e, options)):
@@ -823,7 +857,11 @@ def run(options, command: str) -> int:
     code = publish(assemble(head, rows, interrupted), options,
                    f"resume    nothing was left to do: {options.rows} holds all {len(rows)} samples" * (not left))
     if options.kept:                                         # last: a full disk must not cost the report
-        next(of for of in options.source if isinstance(of, engine.Lookup)).save(options.kept)
+        own, before = next(of for of in options.source if isinstance(of, engine.Lookup)), options.known
+        there = engine.source_named(f"lookup:{options.kept}", options.model)     # what another run put there meanwhile
+        for answer in own.newest(own.learnt - before):
+            there.learn(answer)
+        there.save(options.kept)
     return code
 
 

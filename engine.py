@@ -90,9 +90,9 @@ from kernels.unpack import unpack
 from weights import InputError, asking, describe, drafting, memory
 from weights.asking import MODES, Asked, FilePath, takes
 from weights.drafting import ENOUGH, PLAIN, WIDTHS, Gate, Line, NonFinite, Proposal, Tenant, noting
-from weights.files import command, in_flags, insist_whole, printable
+from weights.files import command, in_flags, insist_filled, insist_flag, insist_function, insist_whole, printable
 from weights.given import Shown
-from weights.load import random_weights, stop_ids
+from weights.load import random_tensors, stop_ids
 from weights.memory import TINY, as_dtype, memory_budget, model_name, pick_device, ran_out
 from weights.packed import PRODUCTS, SOME, assembled, gains_by_turning, packing
 from weights.result import Event, Result, Round, Verdict
@@ -1409,6 +1409,7 @@ class Engine(Closing):
 
 def finished(events, on_event=None) -> Result:
     """The Result of a stream, each of whose events is handed on."""
+    insist_function("on_event", on_event)
     with contextlib.closing(events):                         # also if that fails
         for event in events:
             if on_event:
@@ -1581,7 +1582,7 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
             packing, form=packed, turn=turn)
     try:
         weights = (checkpoint.load(device, dtype, progress and functools.partial(progress, cls.side), made)
-                   if checkpoint else random_weights(config, device, dtype, seed, made))
+                   if checkpoint else dict(made(random_tensors(config, device, dtype, seed))))
         with torch.inference_mode():
             model = cls(config, weights, text, str(path), stops, cache_rows, graphs)
             model.origin = {"hash": checkpoint.fingerprint(), "revision": checkpoint.revision} if checkpoint else {
@@ -1629,8 +1630,10 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     """
     memory.check_form(drafter_dtype, pick_device(drafter_device or device))
     dtype = as_dtype(dtype)
-    if type(gate) is not bool:
-        raise InputError(f"gate: wanted True or False, got {gate!r}; change it")
+    for name, flag in (("gate", gate), ("graphs", graphs), ("self_draft", self_draft is not None and self_draft)):
+        insist_flag(name, flag)
+    insist_function("progress", progress)
+    seed = insist_whole("seed", seed, 0, 2 ** 63 - 2)
     draft_len = insist_whole("draft_len", draft_len, 0, STEP_ROWS - 1)
     overlap_len = insist_whole("overlap_len", overlap_len, 0, STEP_ROWS - 1)
     text_rows = insist_whole("text_rows", text_rows, 1)
@@ -1650,8 +1653,8 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
         if "no_copy" in budget["target"]:
             say_no_copy(videollava, budget["target"]["no_copy"])
     if eventgpt is not None:
-        own = Path(str(eventgpt)) / "tokenizer.json"
-        shared = target.text.path if target is not None and not own.exists() else None
+        own = os.path.join(str(eventgpt), "tokenizer.json")
+        shared = target.text.path if target is not None and not os.path.exists(own) else None
         drafter = load_model(Drafter, eventgpt, drafter_device or device, cache_rows=budget["drafter"]["rows"],
                              tokenizer=tokenizer or shared, seed=seed + 1,
                              packed=None if drafter_dtype == "bf16" else drafter_dtype, **options)
@@ -1746,6 +1749,7 @@ def main(argv=None) -> None:
         "--device", "cpu", "--query", "What are the key elements in this scene?", "--events",
         f"{clips}/event_npy/scenes/000000.npz", "--video", f"{clips}/mp4/scenes/000000.mp4"])
     of.query or parser.error("--query: the question is missing")
+    insist_filled(argv)
     if not of.eventgpt and not of.videollava:
         of.eventgpt, of.videollava = TINY / "drafter", TINY / "target"
     source = of.draft_source and of.draft_source.split(",")

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench
 from kernels.round import STATE, State, new_state
 from weights import InputError, replace_file
+from weights.files import say
 
 ROOT = Path(bench.__file__).resolve().parent
 
@@ -41,7 +42,7 @@ def run(main, argv=None) -> int:
 
 
 def publish(lines: list[str], out: Path | None) -> None:
-    print("\n".join(lines))
+    say("\n".join(lines))
     if out:
         replace_file(out, ("\n".join(lines) + "\n").encode())
 

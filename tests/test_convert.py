@@ -276,7 +276,7 @@ from pathlib import Path
 import weights
 import torch
 from weights.convert import convert
-from weights.load import open_checkpoint, random_weights
+from weights.load import open_checkpoint, random_tensors
 folder = Path(sys.argv[1])
 config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
           "num_attention_heads": 2, "vocab_size": 10}
@@ -288,7 +288,7 @@ convert(folder)
 for dtype in (torch.float32, torch.bfloat16):
     loaded = open_checkpoint(folder).load("cpu", dtype)
     assert all((tensor == 0.5).all() for tensor in loaded.values())
-assert random_weights(config, "cpu", torch.bfloat16, 0).keys() == loaded.keys()
+assert dict(random_tensors(config, "cpu", torch.bfloat16, 0)).keys() == loaded.keys()
 assert sys.modules["numpy"] is None
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)

@@ -76,7 +76,7 @@ def test_the_line_of_figures_says_who_drafted_and_in_how_many_forwards(line, pai
 
 
 @pytest.mark.parametrize("words,said", [
-    (["--nope"], "--nope"), (["--max-new-tokens"], "--max-new-tokens"), ([*CLIP, "--mode", "fast"], "--mode 'fast'"),
+    (["--nope"], "--nope"), (["--max-new-tokens"], "--max-new-tokens"), ([*CLIP, "--mode", "fast"], "--mode: 'fast'"),
     (["--video", "x.mp4"], "--query"), (["--query", "Q"], "--video: wanted"),
     ([*CLIP, "--max-new-tokens", "0"], "--max-new-tokens: "),
     (["--query", "Q", "--video", "no.mp4", "--events", "no.npz"], "no.mp4"),

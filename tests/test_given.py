@@ -261,7 +261,7 @@ GREY = numpy.zeros((9, 8, 8, 3), "u1")
     (None, {}, "video: wanted one video, or one image, got none"), (CLIP, {"image": GREY[0]}, "got video and image"),
     (None, {"video_path": GREY}, "video_path: is a ndarray, wanted the path of a video file; pass what is"),
     (None, {"image": GREY}, "image: is an array of uint8 and shape (9, 8, 8, 3)"),
-    (GREY, {"rule": "random"}, "frame_rule 'random'"), (None, {"image_path": 3}, "image_path: is a int"),
+    (GREY, {"rule": "random"}, "frame_rule: 'random'"), (None, {"image_path": 3}, "image_path: is a int"),
 ], ids=lambda v: v if isinstance(v, str) else "")
 def test_bad_frames_are_one_line(value, options, words):
     with pytest.raises(InputError) as error:

@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from weights.load import (
     TARGET_7B,
     main,
     open_checkpoint,
-    random_weights,
+    random_tensors,
     read_config,
     read_header,
     resolve,
@@ -274,7 +275,7 @@ def test_7b_plans_have_the_published_counts(config, tensors, parameters):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_random_weights_have_the_plans_shapes_and_repeat(kind):
     config = CONFIGS[kind]
-    one, two, other = (random_weights(config, CPU, F32, seed) for seed in (1, 1, 2))
+    one, two, other = (dict(random_tensors(config, CPU, F32, seed)) for seed in (1, 1, 2))
     assert {tensor.name: tensor.shape for tensor in plan(config).wanted} == {n: tuple(t.shape) for n, t in one.items()}
     assert same(one, two) and not same(one, other)
     for name, tensor in one.items():
@@ -323,6 +324,7 @@ def replaced(pattern, replacement):
 
 ONE, TWO = "model.safetensors", "model-00002-of-00003.safetensors"
 NORM = "model.layers.0.input_layernorm.weight"
+LARGE = "model.embed_tokens.weight"
 BAD = {     # name: (kind, shards, what goes wrong with the folder, what the line must say)
     "no config": ("llama", 0, lambda d: (d / "config.json").unlink(), ["config.json: no such file"]),
     "config not JSON": ("llama", 0, lambda d: (d / "config.json").write_text("{"), ["config.json: not JSON"]),
@@ -576,6 +578,26 @@ def test_pieces_read_by_threads_make_the_tensors_that_the_library_reads(stored, 
             assert torch.equal(ours[wanted.name].cpu(), parts), (wanted.name, dtype)
 
 
+def test_on_a_cpu_the_readers_fill_the_tensors_and_look_for_nan_themselves(tmp_path, monkeypatch):
+    """Done by the thread that waits for them it takes 1.5 times as long; NaN is found in any piece."""
+    def told(name):
+        real = getattr(torch, name)
+        return lambda *given: (threads.append(threading.current_thread()), real(*given))[1]
+    monkeypatch.setattr(weights.load, "PIECE", 1000)
+    monkeypatch.delattr(weights.load.Buffer, "copy_to")
+    threads: list = []
+    monkeypatch.setattr(torch, "aminmax", told("aminmax"))
+    tensors = tensors_of(TEXT)
+    assert open_checkpoint(write(tmp_path / "c", TEXT, tensors)).load(CPU, F32)
+    assert threads and threading.main_thread() not in threads
+    for at in (0, 400, tensors[LARGE].numel() - 1):
+        spoilt = tensors[LARGE].clone()
+        spoilt.view(-1)[at] = float("nan")
+        checkpoint = open_checkpoint(write(tmp_path / f"at {at}", TEXT, tensors | {LARGE: spoilt}))
+        with pytest.raises(InputError, match=f"NaN or infinity in 1 tensor: {LARGE};"):
+            checkpoint.load(CPU, F32)
+
+
 def test_a_file_cut_short_after_opening_is_an_error_and_no_crash(tmp_path):
     checkpoint = open_checkpoint(make(tmp_path / "c"))
     os.truncate(checkpoint.files[0], 20_000)
@@ -651,6 +673,7 @@ def test_a_cached_revision_without_a_branch_is_taken_if_it_is_the_only_one(tmp_p
     """As after `hf download --revision`, which leaves no word of what main is."""
     snapshots, code = tmp_path / "hub/models--org--name/snapshots", """
 import sys
+import threading
 from pathlib import Path
 from weights import InputError
 from weights.load import resolve

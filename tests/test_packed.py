@@ -159,8 +159,8 @@ def test_a_checkpoint_is_read_one_matrix_after_the_other(monkeypatch):
     read, checkpoint = [], open_checkpoint(TINY / "drafter")
     real = weights.load.Buffer.read
     monkeypatch.setattr(weights.load, "READERS", 1)          # one thread reads in the order of the jobs
-    monkeypatch.setattr(weights.load.Buffer, "read", lambda self, file, data, stored, first: (
-        read.append(stored.key), real(self, file, data, stored, first))[1])
+    monkeypatch.setattr(weights.load.Buffer, "read", lambda self, file, data, stored, *more: (
+        read.append(stored.key), real(self, file, data, stored, *more))[1])
     seen = [(name, tensor.dim()) for name, tensor in checkpoint.tensors("cpu", torch.float32)]
     owner = {checkpoint.stored[part.name].key: wanted.name for wanted in checkpoint.plan.wanted
              for part in wanted.parts}

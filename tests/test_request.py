@@ -361,7 +361,7 @@ def test_the_seeds_api_answers(pair, monkeypatch):
 
 
 @pytest.mark.parametrize("change,words", [
-    ({"mode": "fast"}, "mode 'fast'"), ({"max_new_tokens": 0}, "max_new_tokens"), ({"draft_len": 32}, "draft_len"),
+    ({"mode": "fast"}, "mode: 'fast'"), ({"max_new_tokens": 0}, "max_new_tokens"), ({"draft_len": 32}, "draft_len"),
     ({"max_new_tokens": 10 ** 6}, "raise `cache_rows`, lower `max_new_tokens`"),
     ({"video_path": None}, "video: wanted one"),
     ({"video_path": "no/such.mp4"}, "no/such.mp4"), ({"event_path": "no/such.npy"}, "no/such.npy"),

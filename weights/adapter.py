@@ -23,6 +23,7 @@ import collections
 import contextlib
 import io
 import json
+import os
 import random
 import sys
 import time
@@ -42,14 +43,19 @@ from weights.files import (
     InputError,
     brief,
     command,
+    insist_number,
+    insist_whole,
     json_lines,
     naming,
     open_regular,
     read_json,
+    reason_of,
     refusal,
     replace_file,
+    say,
+    trusting,
 )
-from weights.load import listed, read_header
+from weights.load import insist_usable, listed, read_header
 from weights.sources import agreeing
 
 WEIGHTS = "adapter.safetensors"
@@ -66,7 +72,8 @@ def read_pairs(path, src: str | None = None, vocab: int = 1 << 31) -> list[dict]
     InputError names the file and the line."""
     rows, found = [], {}
     for at, row in json_lines(path, "recorded pairs, as bench.py --record writes them"):
-        try:
+        with trusting(path, f"line {at} is no recorded pair",
+                      "wants src, seq, clip, question, videollava_ids, eventgpt_ids"):
             found[row.get("src")] = None
             if src is not None and row["src"] != src:
                 continue
@@ -77,9 +84,6 @@ def read_pairs(path, src: str | None = None, vocab: int = 1 << 31) -> list[dict]
             if type(pair["clip"]) is not type(rows[0]["clip"] if rows else pair["clip"]) or not isinstance(
                     pair["clip"], (int, str)):
                 raise TypeError("clips are neither all numbers nor all names")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise refusal(path, f"line {at} is no recorded pair ({type(error).__name__}: {brief(error)})",
-                          "wants src, seq, clip, question, videollava_ids, eventgpt_ids") from None
         for side in ("target", "drafter"):
             ids, ends = pair[side], stops[side]
             if not (isinstance(ids, list) and isinstance(ends, list)) or not all(
@@ -155,6 +159,9 @@ class AdapterConfig:
                  and type(getattr(self, f.name)) is int]
         if len(sizes) < 7 or not all(0 < s < 1 << 20 for s in sizes) or self.layers > 128 or self.width % self.heads:
             raise InputError(f"adapter: sizes that fit no network ({brief(asdict(self), 200)}); check its config.json")
+        values = self.width * (2 * self.vocab + self.rows + self.layers * (4 * self.width + 2 * self.hidden))
+        if values > 1 << 30:
+            raise InputError(f"adapter: {values / 1e9:.1f} billion parameters, wanted at most one; make it smaller")
 
 
 class TokenAdapter(nn.Module):
@@ -204,7 +211,10 @@ def guess(network, config: AdapterConfig, drafter, committed, limit: int) -> lis
 def save(folder, network, config: AdapterConfig) -> None:
     """config.json and then the weights, each in place only when whole."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refusal(folder, f"cannot be made ({reason_of(error)})", "choose another folder") from None
     replace_file(folder / "config.json", (json.dumps(asdict(config), indent=2) + "\n").encode())
     tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     replace_file(folder / WEIGHTS, to_bytes(tensors))
@@ -214,15 +224,15 @@ def load(folder, device="cpu"):
     """(network in evaluation mode, AdapterConfig) of a folder. Without config.json the sizes are read off the shapes of
     a TokenAdapter, with eight heads and shift +1: what the research repository trained."""
     folder = Path(folder)
-    path = folder / WEIGHTS if folder.is_dir() else folder
-    if not path.exists():
+    path = folder / WEIGHTS if os.path.isdir(folder) else folder
+    if not os.path.exists(path):
         raise refusal(path, "no such file", "train one, or convert best_model.pt to this name with weights.convert")
     header = read_header(path)
     shapes = {key: tuple(stored.shape) for key, stored in header.items()}
     if whole := sorted(key for key, stored in header.items() if stored.dtype not in ("F16", "BF16", "F32", "F64")):
         raise refusal(path, f"holds no floating point numbers in {listed(whole, 4)}", "save it as float32")
     beside = path.parent / "config.json"
-    if beside.exists():
+    if os.path.exists(beside):
         raw = read_json(beside, "an adapter's config")
         kind, _ = raw.pop("kind", "token"), raw.pop("sees", None)            # of files that were written before
         unknown = set(raw) - {f.name for f in fields(AdapterConfig)}
@@ -336,7 +346,7 @@ def train(rows, out, config: AdapterConfig, *, epochs=50, patience=10, lr=1e-4, 
     about = {"config": asdict(config), "epochs": epochs, "lr": lr, "seed": seed, "test": test, "valid": valid,
              "pairs": len(rows)}
     best, first, resume = {"prefix": -1.0, "position": -1.0}, 0, out / "resume.pt"
-    if resume.exists():
+    if os.path.exists(resume):
         with unfinished(resume, about, device) as state:
             network.load_state_dict(state["network"])
             optimizer.load_state_dict(state["optimizer"])
@@ -408,7 +418,11 @@ def main(argv=None) -> int:
         sub.add_argument("--valid", type=int, default=2, help="sequences to stop by (default %(default)s)")
         sub.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
+    insist_usable(args.device)
     if args.command == "train":
+        for name, low, high in (("epochs", 1, 1_000_000), ("patience", 1, 1_000_000), ("seed", 0, 2 ** 31)):
+            insist_whole(f"--{name}", getattr(args, name), low, high)
+        insist_number("--lr", args.lr, 0, 1, above=True)
         rows = read_pairs(args.pairs, args.src, args.vocab or 1 << 31)
         found = 1 + max(i for row in rows for i in row["target"] + row["drafter"])
         config = AdapterConfig(vocab=args.vocab or max(found, AdapterConfig.vocab), width=args.width,
@@ -421,7 +435,7 @@ def main(argv=None) -> int:
         parts = split(with_previous(rows), args.test, args.valid)
         figures = {"test": judge(network, config, parts["test"], args.device),
                    "controls": beside(parts["train"], parts["test"])}
-    print("\n".join(lines_of(figures, f"token adapter on {args.test} held-out sequences of {args.pairs.name}, "
+    say("\n".join(lines_of(figures, f"token adapter on {args.test} held-out sequences of {args.pairs.name}, "
                              f"{rows[0]['src']}")))
     return 0
 

@@ -17,7 +17,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from weights.drafting import WIDTHS
 from weights.events import check_canvas
-from weights.files import InputError, insist_number, insist_whole
+from weights.files import insist_flag, insist_number, insist_one_of, insist_whole
 from weights.given import Shown, events_given, video_given
 from weights.result import Event
 from weights.text import check_sampling, check_stop
@@ -93,8 +93,9 @@ class Asking:
 
     def check(self) -> None:
         """Brings the values into their plain forms; InputError for one that has none."""
-        if self.mode not in MODES:
-            raise InputError(f"mode {self.mode!r}: not one of {', '.join(MODES)}; pick one of these")
+        insist_one_of("mode", self.mode, MODES)
+        insist_flag("ignore_eos", self.ignore_eos)
+        insist_flag("remember", self.remember)
         self.max_new_tokens = insist_whole("max_new_tokens", self.max_new_tokens, 1, 1_000_000)
         for name in ("draft_len", "overlap_len"):
             if getattr(self, name) is not None:
@@ -192,6 +193,6 @@ def takes(arguments: Callable[Given, Object]) -> Callable[
         call.__signature__ = own.replace(parameters=[own.parameters["self"], *named.values()])
         call.__annotations__ = {of.name: of.annotation for of in named.values()} | {"return": own.return_annotation}
         told = [inspect.cleandoc(of.__doc__) for of in reversed(arguments.__mro__) if of.__doc__ and ": " in of.__doc__]
-        call.__doc__ = "\n\n".join([inspect.cleandoc(method.__doc__), *told])
+        call.__doc__ = "\n\n".join([inspect.cleandoc(method.__doc__ or ""), *told])      # none under python -OO
         return call
     return decorate

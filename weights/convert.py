@@ -12,12 +12,12 @@ name only when all of it is written, and nothing is overwritten.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
 import re
 import shutil
-import struct
 import sys
 import warnings
 import zipfile
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, TensorSpec, serialize_file
 
-from weights.files import brief, command, naming, open_regular, refusal
+from weights.files import brief, command, naming, open_regular, reason_of, refusal, say
 from weights.load import INDEX, SINGLE, listed, open_checkpoint, read_header, reject_impostor, shards_of
 
 PICKLED = re.compile(r"(?i)\.(bin|pt|pth|ckpt)$")
@@ -74,7 +74,7 @@ def convert_folder(source, target) -> list:
 
 def copies(source, target) -> dict:
     """{from: to} of config and tokenizer files that the target folder lacks."""
-    if target.exists() and target.samefile(source):
+    if os.path.exists(target) and os.path.samefile(target, source):
         return {}
     return {source / name: target / name for name in sorted(os.listdir(source))
             if SMALL_FILES.search(name) and not name.endswith(".index.json") and not os.path.exists(target / name)
@@ -89,11 +89,14 @@ def write_all(jobs, small_files=None, index=None) -> list:
         raise refusal(there[0], f"exists already ({len(there)} of {len(outputs)} results do)",
                       "remove it first or give another target")
     folder, partial = outputs[0].parent, {}
+
+    def beside(target):                                  # a name may be as long as names can be
+        return target.with_name(f".{os.getpid()}.{len(partial)}.partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         found, nbytes = {}, 0
         for source, target in jobs.items():
-            partial[target] = target.with_name(f".{target.name}.{os.getpid()}.partial")
+            partial[target] = beside(target)
             write(source, partial[target])
             for key, stored in read_header(partial[target]).items():
                 if key in found:
@@ -105,10 +108,10 @@ def write_all(jobs, small_files=None, index=None) -> list:
             if wrong:
                 raise refusal(old_index, f"{len(wrong)} names differ between index and shards: {listed(wrong)}",
                               "copy the checkpoint again")
-            partial[path] = path.with_name(f".{path.name}.{os.getpid()}.partial")
+            partial[path] = beside(path)
             partial[path].write_text(json.dumps({"metadata": {"total_size": nbytes}, "weight_map": found}, indent=2))
         for source, target in (small_files or {}).items():
-            partial[target] = target.with_name(f".{target.name}.{os.getpid()}.partial")
+            partial[target] = beside(target)
             shutil.copyfile(source, partial[target])
         for path in sorted(partial, key=lambda path: path.name == INDEX):
             os.rename(partial[path], path)              # the index last: it is what makes the folder a checkpoint
@@ -118,7 +121,8 @@ def write_all(jobs, small_files=None, index=None) -> list:
                       "check the path, its permissions and the disk") from None
     finally:
         for path in partial.values():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
     return outputs
 
 
@@ -157,24 +161,17 @@ def read_pickled(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")             # about pickle protocols and storages; nothing a user can act on
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        wanted = refused_name(str(error))
-        if wanted:
-            raise refusal(path, f"asks to build {wanted}, refused: only tensors and plain containers are read",
-                          "nothing of it was run; ask its author for safetensors, or for the tensors alone") from None
-        raise refusal(path, "not a file of torch.save, or a damaged one", "copy or download it again") from None
-    except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
-            MemoryError, RecursionError, OverflowError, zipfile.BadZipFile, struct.error) as error:
-        # What a damaged pickle does to the reader is open-ended; these are the classes that mutations of real ones met.
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise refusal(path, f"not a file of torch.save, or a damaged one ({brief(reason)})",
+    except Exception as error:                          # what a damaged pickle does to the reader is open-ended
+        refused = isinstance(error, pickle.UnpicklingError)
+        # The class or function that was asked for. The reader's advice to switch its check off is not repeated.
+        asked = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported class ([\w.]+)", str(error)) if refused else None
+        if asked:
+            raise refusal(path, f"asks to build {asked[1] or asked[2]}, refused: only tensors and plain containers are "
+                          "read", "nothing of it was run; ask its author for safetensors, or for the tensors alone"
+                          ) from None
+        reason = "" if refused else f" ({reason_of(error)})"
+        raise refusal(path, f"not a file of torch.save, or a damaged one{reason}",
                       "copy or download it again") from None
-
-
-def refused_name(message) -> str | None:
-    """The class or function that torch's reader was asked for. Its advice to switch the check off is not repeated."""
-    found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported class ([\w.]+)", message)
-    return found[1] or found[2] if found else None
 
 
 def unpack(path, content) -> tuple:
@@ -227,7 +224,7 @@ def main(argv=None) -> int:
         found = convert(args.source, args.target)
     for path in found:
         tensors = read_header(path).values() if path.suffix == ".safetensors" else ()
-        print(f"{path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors):,} bytes" if tensors else path)
+        say(f"{path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors):,} bytes" if tensors else str(path))
     return 0
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import threading
 from typing import NamedTuple
 
@@ -345,7 +346,7 @@ class HostSource(HostTenant):
         if self.req.preview and hasattr(self.source, "read"):
             self.source.read([i for i, _ in list(self.req.preview)])
         limit = min(limit, self.req.asked.max_new_tokens - state.n_out)
-        drafts = [int(i) for i in self.source.propose(list(state.ids), limit)][:limit]
+        drafts = [int(i) for i in itertools.islice(self.source.propose(list(state.ids), limit), limit)]
         if not drafts:
             return None
         self.target.put(drafts)

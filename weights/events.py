@@ -3,7 +3,6 @@ nothing is unpickled.
 
     events = read_events("sample1.npy")            # Events(x, y, t, p)
 
-Whatever is wrong with a file ends in InputError: one line with the path, what was wanted, what came, what to try.
 `python -m weights.events FILE` says what a file holds."""
 
 import ast
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.frames import extent, quiet_copy
-from weights.files import InputError, Refused, brief, command, naming, open_kind, reason_of, refusal
+from weights.files import InputError, Refused, brief, line_for_each, naming, open_kind, quoted, reason_of, refusal
 
 MAX_EVENT_BYTES = 1 << 30            # of a file, and of the arrays an .npz unpacks to
 MAX_PACKED = 100                     # bytes that a byte of an .npz may unpack to; recordings have some 3
@@ -72,14 +71,14 @@ def check_canvas(canvas) -> tuple | None:
     except (TypeError, ValueError):
         pass
     raise InputError(f"canvas: wanted (height, width), whole numbers of pixels up to {MAX_CANVAS[0]} x "
-                     f"{MAX_CANVAS[1]}, got {brief(repr(canvas))}; change it, or leave it out")
+                     f"{MAX_CANVAS[1]}, got {quoted(canvas)}; change it, or leave it out")
 
 
 def events_of(columns, max_canvas):
     """Events of {name: RawArray}, after checking names, types, lengths and ranges."""
     missing = [key for key in "xytp" if key not in columns]
     if missing:
-        found = ", ".join(brief(repr(key), 20) for key in list(columns)[:12]) or "none"
+        found = ", ".join(quoted(key, 20) for key in list(columns)[:12]) or "none"
         raise Refused(f"wanted the keys x, y, t, p, found {found} (missing: {', '.join(missing)})",
                       "save the recording with these four names")
     lengths = {key: columns[key].length(key) for key in "xytp"}
@@ -131,7 +130,7 @@ class RawArray:
     def length(self, key):
         """Number of entries. Refuses anything but one dimension of integers whose bytes are all there."""
         if not isinstance(self.kind, str) or self.kind not in TORCH_TYPES:
-            raise Refused(f"{key} has type {brief(repr(self.kind), 20)}, wanted integers",
+            raise Refused(f"{key} has type {quoted(self.kind, 20)}, wanted integers",
                           f"convert {key} to an integer type before saving")
         shape = self.shape
         if type(shape) is not tuple or len(shape) != 1 or type(shape[0]) is not int or not 0 <= shape[0] < 2**31:
@@ -454,17 +453,12 @@ def columns_of_pickle(file, size):
     return {key: value if type(value) is RawArray else RawArray(type(value).__name__) for key, value in top.items()}
 
 
-@command
-def main(argv=None) -> int:
-    """One line for each file: its events."""
-    argv = sys.argv[1:] if argv is None else argv
-    for path in argv:
-        events = read_events(path)
-        span = (events.t.max() - events.t.min()).item() / 1e3
-        print(f"{path}: {events.x.numel()} events over {span:.3f} ms, x up to {events.x.max().item()}, y up to "
-              f"{events.y.max().item()}, {events.p.sum(dtype=torch.int64).item()} positive")
-    return 0 if argv else print(__doc__) or 2
+def described(path) -> str:
+    events = read_events(path)
+    span = (events.t.max() - events.t.min()).item() / 1e3
+    return (f"{events.x.numel()} events over {span:.3f} ms, x up to {events.x.max().item()}, y up to "
+            f"{events.y.max().item()}, {events.p.sum(dtype=torch.int64).item()} positive")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(line_for_each(__doc__, described))

@@ -19,10 +19,12 @@ import os
 import re
 import stat
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
-              RecursionError)        # what taking a damaged JSON file at its word may raise
+              RecursionError, MemoryError)       # what taking a damaged JSON file at its word may raise
 STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)    # all other files name themselves
 MAX_SMALL = 64 << 20                 # bytes of a config, an index, a tokenizer
 MAX_LIST = 256 << 20                 # bytes of a list of samples or of recorded pairs
@@ -46,10 +48,11 @@ class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: path, reason, way out. bench.py exits 2 with it.
     Arguments are named in backquotes, or by the first word; `in_flags` makes flags of them.
 
-    Whatever a path or a file puts into it, the line stays one."""
+    Whatever a path or a file puts into it, the line stays one, and can be read."""
 
     def __init__(self, line: str):
-        super().__init__(printable(line))
+        line = printable(line)
+        super().__init__(line if len(line) <= 1200 else f"{line[:700]} .. {line[-450:]}")
 
 
 class Refused(Exception):
@@ -74,18 +77,50 @@ def insist_whole(name: str, value, low: int, high: float = math.inf) -> int:
         whole = None
     if whole is None or not low <= whole <= high:
         wanted = f"{low}..{high}" if high < math.inf else f"from {low} up"
-        raise InputError(f"{name}: wanted a whole number {wanted}, got {brief(repr(value))}; change it")
+        raise InputError(f"{name}: wanted a whole number {wanted}, got {quoted(value)}; change it")
     return whole
+
+
+def insist_one_of(name: str, value, choices) -> None:
+    """The argument is one of these words."""
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"{name}: {quoted(value)} is not one of {', '.join(choices)}; pick from these")
+
+
+def insist_flag(name: str, value) -> None:
+    """The argument is True or False, of any library's type: "no" and 0 are neither."""
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise InputError(f"{name}: wanted True or False, got {quoted(value)}; change it")
+
+
+def insist_function(name: str, value) -> None:
+    if value is not None and not callable(value):
+        raise InputError(f"{name}: wanted a function, got {quoted(value)}; pass one, or leave it out")
 
 
 def insist_number(name: str, value, low: float, high: float = math.inf, above: bool = False) -> float:
     """The number that an argument is, of any library's type. above: `low` itself is too low."""
-    fits = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) <= high
-    if not fits or above and value == low:
+    try:
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:                                    # a whole number of more than 308 digits
+        number = math.nan
+    if not low <= number <= high or above and number == low:
         wanted = f"{'above ' * above}{low:g}" + (f"{' and up to ' if above else '..'}{high:g}" if high < math.inf else
                                                  " or more")
-        raise InputError(f"{name}: wanted a number {wanted}, got {brief(repr(value))}; change it")
-    return float(value)
+        raise InputError(f"{name}: wanted a number {wanted}, got {quoted(value)}; change it")
+    return number
+
+
+def insist_filled(words) -> None:
+    """Refuses a flag whose value is empty, as by a variable of the shell that is not set: it would be left out."""
+    for before, word in zip(["", *words], words, strict=False):
+        if not word or re.fullmatch("--[^=]+=", word):
+            raise InputError(f"{word[:-1] or before or 'arguments'}: is empty; give a value, or leave it out")
+
+
+def rank(text: str) -> int | None:
+    """The number of a process or shard, as its launcher writes it; None for anything else."""
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else None
 
 
 @dataclass(frozen=True)
@@ -107,15 +142,18 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def command(main):
-    """main(argv) -> exit code, as the program's end wants it: bad input is a line and 2, Ctrl-C a word and 130. A pipe
-    that nobody reads any more ends it in silence, a full disk behind stdout in a line; closed ones are /dev/null."""
+    """main(..) -> exit code, as the program's end wants it: bad input is a line and 2, Ctrl-C a word and 130. A pipe
+    that nobody reads any more ends it in silence, a full disk behind stdout in a line; closed ones are /dev/null. What
+    stdout's encoding cannot say is spelt out."""
     @functools.wraps(main)
-    def run(argv=None) -> int:
+    def run(*argv) -> int:
         for name in ("stdout", "stderr"):        # closed: the next file that is opened would be written to
             if getattr(sys, name) is None:
                 setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            code = main(argv)
+            code = main(*argv)
             sys.stdout.flush()
             return code or 0
         except (InputError, KeyboardInterrupt) as error:
@@ -132,10 +170,22 @@ def command(main):
     return run
 
 
+@command
+def line_for_each(doc: str, describe: Callable) -> int:
+    """The command that says a line of each file it is given, and what it does where it is given none."""
+    paths = sys.argv[1:]
+    if not paths or {"-h", "--help"} & {*paths}:
+        print(doc)
+        return 0 if paths else 2
+    for path in paths:
+        say(f"{path}: {describe(path)}")
+    return 0
+
+
 def refusal(path, reason, way_out) -> InputError:
     """InputError "PATH: reason; way out"."""
-    name = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else brief(repr(path))
-    return InputError(f"{name}: {reason}; {way_out}")
+    name = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else quoted(path)
+    return InputError(f"{name or repr(name)}: {reason}; {way_out}")
 
 
 @contextlib.contextmanager
@@ -145,6 +195,17 @@ def naming(path):
         yield
     except Refused as refused:
         raise refusal(path, *refused.args) from None
+
+
+@contextlib.contextmanager
+def trusting(path, what: str, way_out: str):
+    """InputError "PATH: what it is not (why); way out" where the block, which takes a file at its word, fails by it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except UNREADABLE as error:
+        raise refusal(path, f"{what} ({describe(error)})", way_out) from None
 
 
 def describe(error: BaseException) -> str:
@@ -158,6 +219,19 @@ def brief(value, limit: int = 80) -> str:
     except ValueError:                           # a whole number of more than 4,300 digits
         text = f"a huge {type(value).__name__}"
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def quoted(value, limit: int = 80) -> str:
+    """A value as code spells it, short enough for a message, whatever its class does when it is asked."""
+    try:
+        return brief(repr(value), limit)
+    except Exception:                            # also a whole number of more than 4,300 digits
+        return f"a {type(value).__name__}"
+
+
+def say(text: str) -> None:
+    """Prints what holds text from outside."""
+    print(printable(text, "\n"))
 
 
 def reason_of(error: BaseException) -> str:
@@ -200,11 +274,12 @@ def open_regular(path, wanted: str):
 
 def nearest_name(name: str) -> str:
     """A way out for a missing file: the most similar name in its folder, or the folder that is missing."""
-    folder, base = os.path.split(os.path.abspath(name))
+    folder, base = os.path.split(name)
     try:
+        folder = os.path.abspath(folder)         # OSError: the current one was removed
         near = difflib.get_close_matches(base, os.listdir(folder)[:2000], n=1)
     except OSError:
-        return f"its folder {folder} does not exist or cannot be read"
+        return f"its folder {folder or '.'} does not exist or cannot be read"
     return f"did you mean {near[0]}?" if near else f"check the name; {folder} exists"
 
 
@@ -316,7 +391,8 @@ def replace_file(path, content: bytes | memoryview) -> None:
                 file.write(content)
             return
         target = os.path.realpath(path)
-        with open(f"{target}.{os.getpid()}.partial", "wb") as file:
+        beside = f".{os.getpid()}.{threading.get_ident()}.partial"           # a name may be as long as names can be
+        with open(os.path.join(os.path.dirname(target), beside), "wb") as file:
             partial = file.name
             file.write(content)
             if status:

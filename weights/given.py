@@ -19,7 +19,7 @@ from PIL import Image
 
 from kernels.frames import clip_pixels, draw_events, quiet_copy
 from weights.events import EVENT_FILE, MAX_CANVAS, TORCH_TYPES, Events, events_of, plain_type, read_events, short_shape
-from weights.files import Held, InputError, Refused, brief, insist_file, naming, reason_of
+from weights.files import Held, InputError, Refused, brief, insist_file, insist_one_of, naming, quoted, reason_of
 from weights.video import (
     IMAGE_ERRORS,
     MAX_IMAGE_PIXELS,
@@ -89,7 +89,8 @@ def tensor_of(value) -> torch.Tensor:
         what = "holds more than numbers" if isinstance(value, (list, tuple)) else "is no array of numbers"
         raise Refused(f"is a {kind}, which {what} ({reason_of(error)})", "pass a tensor, a numpy array, or anything "
                       "with the buffer protocol or DLPack") from None
-    if found.layout != torch.strided or found.is_quantized or found.device.type not in ("cpu", "cuda"):
+    plain = found.layout == torch.strided and not (found.is_quantized or found.is_nested)
+    if not plain or found.device.type not in ("cpu", "cuda"):
         raise Refused(f"is a tensor of layout {found.layout} on {found.device}", "pass a dense one on cpu or cuda")
     return found
 
@@ -162,7 +163,10 @@ def shape_of(value) -> str:
 
 
 def dimensions(value) -> int:
-    return len(getattr(value, "shape", ()))
+    try:
+        return len(getattr(value, "shape", ()))
+    except (TypeError, RuntimeError):            # a class; a nested tensor
+        return 0
 
 
 # ---- events ----------------------------------------------------------------------------------------------------------
@@ -236,7 +240,13 @@ def events_in_memory(value, columns: str | None = None, time_unit: str | None = 
     """Events of x, y, t, p in memory, copied; they stay on their device. columns: the order of an array [N, 4] or of
     four arrays. time_unit: s, ms, us or ns; None: whole times are microseconds, others seconds."""
     with naming("events"):
-        found = columns_of(value, columns)
+        try:
+            found = columns_of(value, columns)
+        except Refused:
+            raise
+        except Exception as error:                           # a class, a file of another library that was closed
+            raise Refused(f"is a {type(value).__name__} that cannot be read ({reason_of(error)})",
+                          "pass x, y, t, p as a mapping of arrays") from None
         if found.keys() >= {"x", "y", "t", "p"}:
             for name in "xytp":
                 try:
@@ -254,10 +264,10 @@ def events_given(events=None, event_path=None, event_image_path=None, columns=No
     insist_one("recording, or pictures of events", events=events, event_path=event_path,
                event_image_path=event_image_path)
     if columns is not None and (type(columns) is not str or sorted(columns) != sorted("xytp")):
-        raise InputError(f"columns: wanted the letters x, y, t, p in their order, got {brief(repr(columns), 20)}; "
+        raise InputError(f"columns: wanted the letters x, y, t, p in their order, got {quoted(columns, 20)}; "
                          f"write \"txyp\" for time first")
-    if time_unit is not None and (type(time_unit) is not str or time_unit not in UNITS):
-        raise InputError(f"time_unit: {brief(repr(time_unit), 20)} is not one of {', '.join(UNITS)}; pick from these")
+    if time_unit is not None:
+        insist_one_of("time_unit", time_unit, UNITS)
     argument, value = "events", events
     if event_path is not None:
         value = path_of("event_path", event_path, "events", "an .npy or .npz of events")
@@ -279,7 +289,7 @@ def are_pictures(value) -> bool:
     several = isinstance(value, Sequence) and not is_file(value)
     first = next(iter(value), None) if several else value
     if is_file(first):
-        return several or isinstance(first, PATHS) and os.fspath(first).lower().endswith(PICTURES)
+        return several or isinstance(first, PATHS) and os.fsdecode(first).lower().endswith(PICTURES)
     return isinstance(first, Image.Image) or dimensions(first) > (1 if several else 2)
 
 
@@ -289,8 +299,7 @@ def video_given(video=None, video_path=None, image=None, image_path=None, num_fr
                 for_gpu: bool = False) -> Shown:
     """What the target is shown. video: a path, a file's content, a file object, or frames, of which `rule` takes
     num_frames; image: one picture in its place; the two others are paths."""
-    if rule not in VIDEO_RULES:
-        raise InputError(f"frame_rule {brief(repr(rule))}: not one of {', '.join(VIDEO_RULES)}; pick one of these")
+    insist_one_of("frame_rule", rule, VIDEO_RULES)
     insist_one("video, or one image", video=video, video_path=video_path, image=image, image_path=image_path)
     if image_path is not None:
         image = path_of("image_path", image_path, "image", "an image")
@@ -400,11 +409,11 @@ def file_of(argument: str, value, wanted: str):
         return value
     if not isinstance(value, CONTENTS):
         try:
-            at = value.tell() if value.seekable() else None
+            at = value.tell() if getattr(value, "seekable", lambda: True)() else None        # an mmap has none
             content = value.read(MAX_CONTENT + 1)
             if at is not None:
                 value.seek(at)
-        except (OSError, ValueError, AttributeError, TypeError, MemoryError) as error:
+        except Exception as error:                           # of a compressed file also its library's own
             raise InputError(f"{argument}: a file object that cannot be read ({reason_of(error)}); open it again, or "
                              f"pass its path") from None
         if not isinstance(content, CONTENTS) or len(content) > MAX_CONTENT:

@@ -40,6 +40,7 @@ from weights.files import (
     read_json,
     reason_of,
     refusal,
+    say,
 )
 from weights.names import (
     CLIP_MEAN,
@@ -102,13 +103,12 @@ def resolve(path_or_id, revision=None) -> Path:
     repo, _, pinned = name.partition("@")
     revision = revision or pinned or None
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo, re.ASCII):
-        raise refusal(name or repr(name), "no such folder",
-                      "check the spelling, or give ORG/NAME of a downloaded model")
+        raise refusal(name, "no such folder", "check the spelling, or give ORG/NAME of a downloaded model")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     try:
         return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, OSError):
+    except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError):       # ValueError: a NUL inside
         found = cached_revisions(repo) if revision is None else []
         if len(found) == 1:                                  # `hf download --revision` leaves no word of `main`
             logging.getLogger(__name__).warning("%s: revision main is not in the hub cache; the one that is there is "
@@ -126,7 +126,7 @@ def cached_revisions(repo: str) -> list[Path]:
     """The snapshots of a model that the hub cache holds, whatever their branches are called."""
     from huggingface_hub.constants import HF_HUB_CACHE
     folder = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
-    return [of for of in sorted(folder.glob("*")) if (of / "config.json").exists()]
+    return [of for of in sorted(folder.glob("*")) if os.path.exists(of / "config.json")]
 
 
 def reject_impostor(path, first_bytes):
@@ -327,8 +327,9 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """16 hex digits that tell checkpoints apart: SHA-256 of config.json, of every tensor's name, dtype and shape,
         and of its first and last 4 KiB. All bytes would take ten seconds at 7B, these take milliseconds."""
-        digest, files = hashlib.sha256((self.folder / "config.json").read_bytes()), {}
+        files: dict = {}
         try:
+            digest = hashlib.sha256((self.folder / "config.json").read_bytes())
             for name, stored in sorted(self.stored.items()):
                 if stored.file not in files:
                     files[stored.file] = open_weights(stored.file)
@@ -357,8 +358,16 @@ class Checkpoint:
         jobs = [(self.stored[part.name], part, wanted) for wanted in self.plan.wanted for part in wanted.parts]
         at = {part.name: (str(self.stored[part.name].file), self.stored[part.name].start) for _, part, _ in jobs}
         jobs.sort(key=lambda job: (len(job[2].shape) > 1, min(at[part.name] for part in job[2].parts), at[job[1].name]))
-        filling, flags, done, total = {}, [], 0, sum(stored.nbytes for stored, _, _ in jobs)
+        filling, flags, seen, done, total = {}, [], [], 0, sum(stored.nbytes for stored, _, _ in jobs)
         buffers, files = itertools.cycle([Buffer(device) for _ in range(READERS + 1)]), {}
+
+        def rows_of(job):
+            """The values [N] of a job's tensor, which has its memory from the first call on."""
+            _, part, wanted = job
+            if wanted.name not in filling:
+                filling[wanted.name] = torch.empty(wanted.shape, dtype=STORED[wanted.dtype] if wanted.dtype else dtype,
+                                                   device=device), len(wanted.parts)
+            return filling[wanted.name][0].narrow(0, part.row, part.shape[0]).flatten()
 
         def pieces():
             """(job, first value, buffer, values on their way into it), as they are asked for, in the order of jobs."""
@@ -369,31 +378,31 @@ class Checkpoint:
                     opened.callback(files[stored.file][0].close)
                 step = PIECE // STORED[stored.dtype].itemsize
                 for first in range(0, prod(part.shape), step):
-                    buffer = next(buffers)
-                    yield job, first, buffer, readers.submit(buffer.read, *files[stored.file], stored, first)
+                    buffer, to = next(buffers), rows_of(job)[first:first + step] if device.type == "cpu" else None
+                    yield job, first, buffer, readers.submit(buffer.read, *files[stored.file], stored, first, to)
 
         with contextlib.ExitStack() as opened, concurrent.futures.ThreadPoolExecutor(READERS) as readers:
             more = pieces()
             queued = collections.deque(itertools.islice(more, READERS))
             while queued:
-                (stored, part, wanted), first, buffer, reading = queued.popleft()
-                tensor, missing = filling.get(wanted.name) or (
-                    torch.empty(wanted.shape, dtype=STORED[wanted.dtype] if wanted.dtype else dtype, device=device),
-                    len(wanted.parts))
-                rows = tensor.narrow(0, part.row, part.shape[0])
+                job, first, buffer, reading = queued.popleft()
+                stored, _, wanted = job
                 try:
-                    values = reading.result()
+                    values, extremes = reading.result()
                 except OSError as error:
                     raise refusal(stored.file, f"reading {stored.key} failed ({error.strerror}) after {done} of "
                                   f"{total} bytes", "check the disk or network share and try again") from None
-                buffer.copy_to(rows.flatten()[first:first + len(values)], values)
+                rows = rows_of(job)
+                if device.type != "cpu":
+                    buffer.copy_to(rows[first:first + len(values)], values)
                 queued.extend(itertools.islice(more, 1))
-                ends = first + len(values) == rows.numel()
-                filling[wanted.name] = tensor, missing - ends
-                if not ends:
+                seen += extremes
+                if first + len(values) < len(rows):
                     continue
-                low, high = torch.aminmax(rows)
-                flags.append(torch.isfinite(low) & torch.isfinite(high))     # both NaN if one value is; no sync
+                tensor, missing = filling[wanted.name]
+                filling[wanted.name] = tensor, missing - 1
+                flags.append(torch.isfinite(torch.stack(seen or torch.aminmax(rows))).all())     # no sync
+                seen = []
                 done += stored.nbytes
                 if progress:
                     progress(done, total)
@@ -537,7 +546,8 @@ def insist_processor(folder, config: dict) -> None:
 def same_setting(found, wanted) -> bool:
     """Whether a processor's value is the wanted one: numbers to 6 digits, a size by its side or by its edges."""
     if isinstance(found, dict):
-        return bool(found) and all(same_setting(value, wanted) for value in found.values() if value is not None)
+        edges = [value for value in found.values() if value is not None]
+        return bool(found) and not any(isinstance(edge, dict) or not same_setting(edge, wanted) for edge in edges)
     if isinstance(wanted, list):
         return isinstance(found, list) and len(found) == len(wanted) and all(map(same_setting, found, wanted))
     if isinstance(wanted, bool):
@@ -606,6 +616,11 @@ def advice(kind, keys) -> str:
     return "take config.json and all weight files from one and the same checkpoint"
 
 
+def bytes_of(tensor) -> memoryview:
+    """The memory of a dense tensor on the CPU."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
 class Buffer:
     """PIECE bytes on the host, pinned for a GPU, which a reader thread fills and the main thread copies from.
 
@@ -615,23 +630,30 @@ class Buffer:
     def __init__(self, device):
         on_gpu = device.type == "cuda"
         self.tensor = torch.empty(PIECE, dtype=torch.uint8, pin_memory=on_gpu)
-        self.bytes = memoryview((ctypes.c_char * PIECE).from_address(self.tensor.data_ptr())).cast("B")
+        self.bytes = bytes_of(self.tensor)
         self.copied = torch.cuda.Event() if on_gpu else None
 
-    def read(self, file, data: int, stored, first: int):
-        """The stored values from `first` on, as many as fit; `data`: where the data of the file begin. OSError as
-        read, or where the file ends early."""
+    def read(self, file, data: int, stored, first: int, to=None):
+        """(the stored values from `first` on, as many as fit, their extremes or ()); `data`: where the data of the file
+        begin. to: rows [N] on the CPU that they shall fill, without a way round by the buffer if the types are the
+        same; only then extremes, both NaN if one value is. OSError as read, or where the file ends early."""
         dtype, got = STORED[stored.dtype], 0
         at = data + stored.start + first * dtype.itemsize
         nbytes = min(PIECE, stored.nbytes - first * dtype.itemsize)
+        same = to is not None and to.dtype == dtype
+        room = bytes_of(to) if same else self.bytes
         if self.copied:
             self.copied.synchronize()                        # the piece before has left the buffer
         while got < nbytes:
-            count = os.preadv(file.fileno(), [self.bytes[got:nbytes]], at + got)
+            count = os.preadv(file.fileno(), [room[got:nbytes]], at + got)
             if not count:
                 raise OSError(0, "the file ends there")
             got += count
-        return self.tensor[:nbytes].view(dtype)
+        values = to if same else self.tensor[:nbytes].view(dtype)
+        if to is None:
+            return values, ()
+        with torch.inference_mode(to.is_inference()):        # which is each thread's own; the caller's may be on
+            return values, torch.aminmax(to if same else to.copy_(values))
 
     def copy_to(self, rows, values):
         """Fills rows [N] with the values; on a GPU the copy is under way on return."""
@@ -671,17 +693,12 @@ DRAFTER_7B = {"model_type": "EventChat_llama", "vocab_size": 32000, "mm_visual_t
               "vision_config": {"image_size": 336}}
 
 
-def random_weights(config, device, dtype, seed, made=iter) -> dict:
-    """{engine name: tensor} of a config's shapes, drawn on the device from `seed`: for speed work, knows nothing.
-    made: see `Checkpoint.load`.
+def random_tensors(config, device, dtype, seed):
+    """Yields (engine name, tensor) of a config's shapes, drawn on the device from `seed`, for speed work.
 
     Norms are 1 and biases 0; a matrix keeps the size of what it multiplies (std 1 / sqrt(columns)), and the two that
     write into the residual stream are smaller by sqrt(2 layers), so activations stay of order one at any depth.
     """
-    return dict(made(random_tensors(config, torch.device(device), dtype, seed)))
-
-
-def random_tensors(config, device, dtype, seed):
     wanted, generator = plan(config), torch.Generator(device).manual_seed(seed)
     layers = sum(tensor.name.endswith(".attn_norm") for tensor in wanted.wanted)
     for tensor in wanted.wanted:
@@ -706,7 +723,7 @@ def random_tensors(config, device, dtype, seed):
 
 def report(checkpoint: Checkpoint):
     """Prints every engine tensor with where it comes from, then what stays unread."""
-    print(f"{checkpoint.kind} {checkpoint.folder}: {listed(file.name for file in checkpoint.files)}")
+    say(f"{checkpoint.kind} {checkpoint.folder}: {listed(file.name for file in checkpoint.files)}")
     print(f"{'engine tensor':32} {'shape':22} {'dtype':6} {'bytes':>13}  from")
     read = 0
     for tensor in checkpoint.plan.wanted:
@@ -716,19 +733,25 @@ def report(checkpoint: Checkpoint):
         print(f"{tensor.name:32} {str(list(tensor.shape)):22} {'/'.join(sorted({s.dtype for s in sources})):6} "
               f"{nbytes:13,}  {' + '.join(source.key for source in sources)}")
     for source in checkpoint.unread:
-        print(f"{'(not read)':32} {str(list(source.shape)):22} {source.dtype:6} {source.nbytes:13,}  {source.key}")
+        say(f"{'(not read)':32} {str(list(source.shape)):22} {source.dtype:6} {source.nbytes:13,}  {source.key}")
     print(f"{len(checkpoint.plan.wanted)} engine tensors from {len(checkpoint.stored)} checkpoint tensors, {read:,} "
           f"bytes; {len(checkpoint.unread)} not read, {sum(s.nbytes for s in checkpoint.unread):,} bytes")
 
 
-def checked(checkpoint: Checkpoint, device: str) -> str:
-    """Reads every value, to fp32 on the CPU and bf16 elsewhere, and keeps none."""
+def insist_usable(device: str) -> torch.device:
+    """The device of a command. InputError unless it can be used."""
     try:
         at = torch.device(device)
-        torch.zeros(1, device=at).item()                     # the driver's start is not the loader's
-    except (AssertionError, RuntimeError) as error:
-        raise refusal(f"--device {brief(device)}", f"cannot be used ({str(error).splitlines()[0][:80]})",
+        torch.zeros(1, device=at).item()
+        return at
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise refusal(f"--device {brief(device)}", f"cannot be used ({reason_of(error)})",
                       "pass cpu, or cuda where torch sees a GPU") from None
+
+
+def checked(checkpoint: Checkpoint, device: str) -> str:
+    """Reads every value, to fp32 on the CPU and bf16 elsewhere, and keeps none."""
+    at = insist_usable(device)                               # the driver's start is not the loader's
     held, began = peak_resident(), time.monotonic()
     for _ in checkpoint.tensors(at, torch.float32 if at.type == "cpu" else torch.bfloat16):
         pass

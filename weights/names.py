@@ -191,7 +191,10 @@ def plan(config: dict, where="config.json") -> Plan:
         text["tie_word_embeddings"] = text.get("tie_word_embeddings") or own.get("tie_word_embeddings")
     if kind != "llama":
         vision = settled(section(config, "vision_config", where), VISION_RULES, where)
-        insist_markers(own, text, where)
+        V, needed = text["vocab_size"], LLAMA_VOCAB + extra_rows(own)        # a lone patch token enters no prompt
+        if own.get("mm_use_im_start_end") and V < needed:
+            raise InputError(f"{where}: mm_use_im_start_end is true, and the markers' embeddings would be rows up to "
+                             f"{needed - 1} of {V}; set it to false, which makes them plain text")
         D, C = text["hidden_size"], vision["hidden_size"]
         rows = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
         if kind == "video_llava" and (own.get("video_seq_length") or 0) % rows:
@@ -312,9 +315,3 @@ def extra_rows(config) -> int:
     return bool(config.get("mm_use_im_patch_token", True)) + 2 * bool(config.get("mm_use_im_start_end"))
 
 
-def insist_markers(config, text, where):
-    """Refuses marker tokens that have no row. The lone patch token never enters a prompt and needs none."""
-    V, needed = text["vocab_size"], LLAMA_VOCAB + extra_rows(config)
-    if config.get("mm_use_im_start_end") and V < needed:
-        raise InputError(f"{where}: mm_use_im_start_end is true, and the markers' embeddings would be rows up to "
-                         f"{needed - 1} of {V}; set it to false, which makes them plain text")

@@ -23,6 +23,7 @@ from kernels.fp8 import weight8
 from kernels.quant import BITS, BLOCK, TILE, NotPackable, Packed, group_of, quantise, uneven
 from weights.files import brief, reason_of, refusal
 from weights.names import Part, Plan, Wanted, plan
+from weights.shapes import text_config
 
 PRODUCTS = {"qkv": "attn_norm", "o": None, "gate_up": "mlp_norm", "down": None}  # a layer's, and the norm in front
 FORM, VERSION = "int4", 1                                    # what can be saved, and how it is laid out
@@ -138,9 +139,9 @@ def save(checkpoint, out, device="cpu") -> list:
         what = "is packed already" if config.get("packed") else f"holds a {config['model_type']} model"
         raise refusal(checkpoint.folder, f"{what}, wanted EventGPT, the drafter: a packed target's answers would be "
                       "another model's", "give the drafter's folder")
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+    if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
         raise refusal(out, "exists already", "remove it first or give another target")
-    turn = gains_by_turning(checkpoint.some_rows, config["num_hidden_layers"])
+    turn = gains_by_turning(checkpoint.some_rows, text_config(config).L)
     config = config | {"packed": {"form": FORM, "version": VERSION, "turned": turn, "of": checkpoint.fingerprint()}}
     try:
         wanted = packed_plan(config, plan(config), checkpoint.folder)
@@ -148,11 +149,11 @@ def save(checkpoint, out, device="cpu") -> list:
         dtype = kept.pop() if len(kept) == 1 and kept <= DTYPES.keys() else "F32"
         tensors = packing(checkpoint.tensors(device, DTYPES[dtype]), FORM, turn)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as name:
+        with tempfile.TemporaryDirectory(prefix=f".{os.getpid()}.", suffix=".partial", dir=out.parent) as name:
             folder = Path(name) / out.name
             folder.mkdir()
             for small in ("tokenizer.json", "generation_config.json"):
-                if (checkpoint.folder / small).is_file():
+                if os.path.isfile(checkpoint.folder / small):
                     shutil.copyfile(checkpoint.folder / small, folder / small)
             write(folder / "model.safetensors", wanted, dtype, tensors)
             (folder / "config.json").write_text(json.dumps(config, indent=1))

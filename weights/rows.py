@@ -6,12 +6,13 @@ of several processes are put together by id. Figures are plain functions of rows
 import collections
 import fcntl
 import json
+import os
 import statistics
 from pathlib import Path
 
 from kernels.check import quantiles
-from weights import UNREADABLE, InputError, controls, describe
-from weights.files import parse_json, read_text
+from weights import InputError, controls
+from weights.files import parse_json, read_text, trusting
 from weights.sources import agreeing
 
 SAME = ("schema", "commit", "weights", "config")     # of a header: rows under different ones never share a table
@@ -23,7 +24,8 @@ def insist_same(path: Path, theirs: dict, ours: dict, way_out: str) -> None:
         return {k: v for key in of for k, v in flat(of[key], f"{name} {key}").items()} if isinstance(of, dict) else {
             name.removeprefix(" ").removeprefix("config "): json.dumps(of)[:60]}
 
-    theirs, ours = (flat({name: of.get(name) for name in SAME}) for of in (theirs, ours))
+    with trusting(path, "not a file of rows", "wants what --rows wrote"):
+        theirs, ours = (flat({name: of.get(name) for name in SAME}) for of in (theirs, ours))
     found = [f"{name} ({theirs.get(name)}, here {ours.get(name)})" for name in {**theirs, **ours}
              if theirs.get(name) != ours.get(name)]
     if found:
@@ -39,7 +41,7 @@ class RowFile:
         if path is None:
             return
         try:
-            if path.exists() and not path.is_file():
+            if os.path.exists(path) and not os.path.isfile(path):
                 raise InputError(f"{path}: is not a regular file, and rows are read back; choose another --rows")
             self.file = open(path, "a+b", buffering=0)
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # goes with the process, however it ends
@@ -79,19 +81,15 @@ class RowFile:
 def read_rows(path: Path) -> tuple[dict, list, int]:
     """(header, rows, bytes of a last line without its end, which is left out). Of a row that was tried again the last
     try counts."""
-    try:
-        wanted = "a file of rows, as --rows writes it"
+    wanted = "a file of rows, as --rows writes it"
+    with trusting(path, "not a file of rows", "wants what --rows wrote"):
         whole, _, cut = read_text(path, wanted, 1 << 32).rpartition("\n")
         head, *rows = [parse_json(path, line, wanted, at) for at, line in enumerate(whole.split("\n"), 1)]
-        assert isinstance(head["config"], dict) and type(head["config"]["samples"]) is int
         modes = set(head["config"]["modes"])
         sound = (type(row["id"]) is str and type(row["at"]) is int and row["modes"].keys() <= modes
                  for row in rows)
-        assert all(sound), "a line that is no finished sample"
-    except InputError:
-        raise
-    except UNREADABLE as error:
-        raise InputError(f"{path}: not a file of rows ({describe(error)}); wants what --rows wrote") from None
+        if type(head["config"]["samples"]) is not int or not all(sound):
+            raise ValueError("a line that is no finished sample")
     return head, list({row["id"]: row for row in rows}.values()), len(cut.encode())
 
 

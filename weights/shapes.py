@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weights.files import InputError, brief, insist_whole
+from weights.files import InputError, insist_whole, quoted
 from weights.names import CLIP_MEAN, CLIP_STD, TEXT_DEFAULTS, VISION_DEFAULTS, plan, rotary_base, with_defaults
 
 
@@ -74,6 +74,10 @@ def text_config(config: dict) -> DecoderConfig:
     return DecoderConfig.read((config.get("text_config") or {}) if config["model_type"] == "video_llava" else config)
 
 
+def vision_config(config: dict) -> VisionConfig:
+    return VisionConfig.read(config.get("vision_config") or {})
+
+
 def frames_of(config: dict, vision: VisionConfig) -> int:
     """Frames of a clip, from the visual rows that a target's config names."""
     return max(1, (config.get("video_seq_length") or 8 * (vision.P + 1)) // (vision.P + 1))
@@ -87,7 +91,7 @@ LEAST_ROWS = 512
 
 def visual_rows(side: str, config: dict) -> int:
     """Rows that a clip's pictures give, or five event frames'."""
-    vision = VisionConfig.read(config["vision_config"])
+    vision = vision_config(config)
     return frames_of(config, vision) * (vision.P + 1) if side == "target" else 5 + vision.P + 1
 
 
@@ -101,7 +105,7 @@ def rows_of_sides(cache_rows) -> dict:
     """{side: rows or None} of one number for both, or of a pair (target, drafter)."""
     pair = cache_rows if isinstance(cache_rows, (tuple, list)) else (cache_rows, cache_rows)
     if len(pair) != 2:
-        raise InputError(f"cache_rows: wanted (target, drafter), got {brief(repr(cache_rows))}; give one, or both")
+        raise InputError(f"cache_rows: wanted (target, drafter), got {quoted(cache_rows)}; give one, or both")
     return {side: of if of is None else insist_whole("cache_rows", of, 1)
             for side, of in zip(("target", "drafter"), pair, strict=True)}
 
@@ -116,7 +120,7 @@ def memory_needs(side: str, config: dict, itemsize: int, rows: int, gpu: bool, k
     a row's width, of the longest prompt (its pictures and 64 rows of text, 512 on a GPU, which prepares for as many).
     Names of widths as everywhere: D, F, ...
     """
-    d, vision, b, wanted = text_config(config), VisionConfig.read(config["vision_config"]), itemsize, plan(config)
+    d, vision, b, wanted = text_config(config), vision_config(config), itemsize, plan(config)
     R, T, A = frames_of(config, vision) if side == "target" else 5, vision.P + 1, visual_rows(side, config)
     S, HK = min(A + (512 if gpu else 64), rows), d.H * d.K
     pixels = R * 3 * vision.image ** 2 * 4

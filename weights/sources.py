@@ -13,10 +13,10 @@ from __future__ import annotations
 import collections
 import itertools
 import json
-from pathlib import Path
+import os
 
-from weights import UNREADABLE, InputError, describe, replace_file
-from weights.files import read_json
+from weights import InputError, replace_file
+from weights.files import quoted, read_json, trusting
 
 
 class DraftSource:
@@ -103,7 +103,7 @@ class Lookup(DraftSource):
     @classmethod
     def load(cls, path, model: str = "") -> Lookup:
         """What `save` wrote; InputError if it is none, is cut short, or was saved for another model."""
-        try:
+        with trusting(path, "no saved lookup of this model", "name another file, or move it away"):
             raw = read_json(path, "a saved lookup")
             if (raw["kind"], raw["model"]) != ("lookup", model):
                 raise ValueError(f"a {str(raw['kind'])[:20]!r} of model {str(raw['model'])[:40]!r}, wanted a lookup "
@@ -114,11 +114,6 @@ class Lookup(DraftSource):
                     raise ValueError("ids that are no whole numbers below 2**31")
                 lookup.learn(answer)
             return lookup
-        except InputError:
-            raise
-        except UNREADABLE as error:
-            raise InputError(f"{path}: no saved lookup of this model ({describe(error)}); name another file, or move "
-                             f"it away") from None
 
 
 class Adapted(DraftSource):
@@ -151,10 +146,10 @@ def source_named(name: str, model: str = ""):
     if kind not in SOURCES or (kind in ("drafter", "self") and colon) or bool(path) != bool(colon) or (
             kind == "adapter" and not path):
         old = "; files of `memory` are no longer read, lookup:FILE makes a new one" * (kind in ("memory", "blend"))
-        raise InputError(f"draft_source {name!r}: not one of drafter, self, lookup[:FILE], adapter:DIR; pick from "
-                         f"these{old}")
+        raise InputError(f"draft_source {quoted(name)}: not one of drafter, self, lookup[:FILE], adapter:DIR; pick "
+                         f"from these{old}")
     if kind == "lookup":
-        return Lookup.load(path, model) if path and Path(path).exists() else Lookup(model)
+        return Lookup.load(path, model) if path and os.path.exists(path) else Lookup(model)
     return Adapted(path) if kind == "adapter" else kind
 
 

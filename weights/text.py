@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from weights.files import InputError, brief, insist_number, insist_whole, read_json, reason_of, refusal
+from weights.files import InputError, insist_number, insist_whole, quoted, read_json, reason_of, refusal
 
 # EventGPT's prompt begins with it.
 DRAFTER_SYSTEM = ("A chat between a curious human and an artificial intelligence assistant. "
@@ -134,7 +134,7 @@ def check_stop(stop) -> tuple[str, ...]:
     """The strings that end an answer; InputError unless it is one, or several."""
     stops = (stop,) if isinstance(stop, str) else stop if stop is not None else ()
     if not isinstance(stops, (list, tuple)) or not all(isinstance(of, str) and 0 < len(of) <= 1000 for of in stops):
-        raise InputError(f"stop: wanted a string of 1 to 1000 characters, or a list of some, got {brief(repr(stop))}; "
+        raise InputError(f"stop: wanted a string of 1 to 1000 characters, or a list of some, got {quoted(stop)}; "
                          f"change it")
     return tuple(stops)
 

@@ -25,7 +25,7 @@ from weights.files import (
     Held,
     InputError,
     Refused,
-    command,
+    line_for_each,
     looks_like,
     naming,
     open_kind,
@@ -450,19 +450,13 @@ def rgb_tensor(frame):
     return torch.frombuffer(pixels, dtype=torch.uint8, count=height * used).view(height, width, 3)
 
 
-@command
-def main(argv=None) -> int:
-    """One line for each file: its picture's size, of a video also its number of frames."""
-    argv = sys.argv[1:] if argv is None else argv
-    for path in argv:
-        if os.path.splitext(path)[1].lower() in (".png", ".jpg", ".jpeg"):
-            print(f"{path}: image of {' x '.join(map(str, read_image(path).shape[1::-1]))} pixels")
-        else:
-            with naming(path):
-                kept, total = decode_frames(path, [0], False, rgb_tensor)
-            print(f"{path}: video of {kept[0].shape[1]} x {kept[0].shape[0]}, {total} frames")
-    return 0 if argv else print(__doc__) or 2
+def described(path) -> str:
+    if os.path.splitext(path)[1].lower() in (".png", ".jpg", ".jpeg"):
+        return f"image of {' x '.join(map(str, read_image(path).shape[1::-1]))} pixels"
+    with naming(path):
+        kept, total = decode_frames(path, [0], False, rgb_tensor)
+    return f"video of {kept[0].shape[1]} x {kept[0].shape[0]}, {total} frames"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(line_for_each(__doc__, described))

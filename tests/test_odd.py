@@ -1,0 +1,371 @@
+"""Values, names and places that nobody expects: each test stands for a kind that one mechanism answers everywhere."""
+
+import ast
+import concurrent.futures
+import contextlib
+import gzip
+import io
+import itertools
+import json
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import measure
+import pytest
+import torch
+from test_bench import HEAD, three_samples
+from test_load import TEXT, tensors_of, write
+from test_media import image_bytes, some_image
+
+import bench
+import engine
+from weights import InputError, adapter, files, load, video
+from weights.asking import Told, takes
+from weights.convert import convert
+from weights.given import events_given, video_given
+from weights.rows import merge
+from weights.sources import Lookup
+
+ROOT = Path(files.__file__).resolve().parents[1]
+
+
+def refused(call, *words):
+    """The call ends in InputError: one printable line with these words and a way out."""
+    with pytest.raises(InputError) as caught:
+        call()
+    message = str(caught.value)
+    assert message.isprintable() and "; " in message and len(message) < 1300, message
+    for word in words:
+        assert word in message, message
+
+
+# ---- names and places ------------------------------------------------------------------------------------------
+
+
+def test_whether_a_path_is_there_is_asked_of_os():
+    """pathlib raises for a name that is too long, and where a link leads to itself."""
+    asks = {"exists", "is_file", "is_dir", "is_symlink", "samefile", "resolve"}
+    known = {"os.path", "Path(__file__)", "req.timeline", "self.timeline", "folder", "options.videollava"}
+    for path in [ROOT / "engine.py", ROOT / "bench.py", *(ROOT / "weights").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in asks:
+                assert ast.unparse(node.func.value) in known, (path.name, ast.unparse(node))
+
+
+def test_a_name_may_be_as_long_as_names_can_be_and_threads_may_write_one_file(tmp_path):
+    path = tmp_path / ("n" * 255)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda i: files.replace_file(path, bytes([i]) * 9000), range(40)))
+    assert os.listdir(tmp_path) == [path.name] and len({*path.read_bytes()}) == 1
+
+
+@pytest.mark.parametrize("path, words", [
+    ("{0}/" + "n" * 256, "File name too long"), ("{0}/loop", "symbolic links"), ("{0}", "is a folder"),
+    ("{0}/none/x", "is a folder, or in none"), ("/dev/null/x", "Not a directory")])
+def test_an_output_that_cannot_be_written_is_refused_before_the_run(path, words, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for flag in bench.OUTPUTS:
+        refused(lambda flag=flag: bench.insist_writable(path.format(tmp_path), flag), words, f"choose another --{flag}")
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "loop", "a/" * 3000])
+def test_a_name_that_cannot_be_looked_up_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    for call in (lambda: engine.source_named(f"adapter:{name}"), lambda: load.open_checkpoint(name),
+                 lambda: files.insist_file(name, "a recording")):
+        refused(call)
+    assert isinstance(engine.source_named(f"lookup:{name}"), Lookup)
+    assert bench.main(["--rows", name]) == 2
+
+
+def test_where_the_current_folder_was_removed_it_is_said(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    os.rmdir(tmp_path / "gone")
+    refused(lambda: files.insist_file("x.npy", "a recording"), "x.npy: no such file, wanted a recording; its folder .")
+    refused(lambda: bench.insist_writable("x.json", "json"), "x.json: cannot be written", "choose another --json")
+
+
+def test_torch_is_not_started_where_the_current_folder_was_removed(user_env, tmp_path):
+    done = subprocess.run(["bash", "-c", f"mkdir gone; cd gone; rmdir ../gone; {sys.executable} {ROOT}/bench.py"],
+                          cwd=tmp_path, capture_output=True, text=True, env=user_env)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == (
+        "current folder: was removed, and torch cannot start there; change to another"), done
+
+
+@pytest.mark.parametrize("command, said", [(f"{ROOT}/bench.py", 1), ("/elsewhere/own.py", 6)])
+def test_ctrl_c_while_torch_is_imported_is_a_word(command, said, user_env):
+    script = f"import sys\nsys.argv[0] = {command!r}\nimport kernels\nraise "
+    for error, lines in (("KeyboardInterrupt", said), ("ValueError('x')", 6)):
+        done = subprocess.run([sys.executable, "-c", script + error], cwd=ROOT, capture_output=True, text=True,
+                              env=user_env)
+        text = done.stderr.splitlines()
+        assert text == ["interrupted"] if (error, lines) == ("KeyboardInterrupt", 1) else "Traceback" in text[0], done
+
+
+def test_an_empty_path_is_named():
+    refused(lambda: files.insist_file("", "a recording"), "'': no such file, wanted a recording; check the name")
+    refused(lambda: load.resolve(""), "'': no such folder")
+
+
+class Named:
+    def __fspath__(self):
+        return os.fsencode(ROOT / "weights/tiny/clips/event_npy/scenes/000000.npz")
+
+
+def test_a_path_like_may_give_bytes():
+    assert len(events_given(Named()).read().x)
+
+
+# ---- values ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--json", ""], "--json"), (["--json="], "--json"), (["--rows", "a", "--trace", "", "--details"], "--trace")])
+def test_an_empty_value_is_no_flag_left_out(words, said, capsys):
+    assert bench.main(words) == 2
+    assert capsys.readouterr().err == f"{said}: is empty; give a value, or leave it out\n"
+    assert engine.main(["--query", "q", "--video", ""]) == 2 and "--video: is empty" in capsys.readouterr().err
+
+
+class Closed:
+    def keys(self):
+        raise RuntimeError("the file is closed")
+
+
+class Shapeless:
+    @property
+    def shape(self):
+        raise RuntimeError("doesn't support sizes")
+
+
+class Broken:
+    def __repr__(self):
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize("value", [10 ** 400, 10 ** 5000, Broken(), "1", None, [1], float("nan"), torch.ones(3)],
+                         ids=lambda of: type(of).__name__)
+def test_an_argument_of_any_value_is_refused_in_one_line(value):
+    for check in (lambda: files.insist_whole("n", value, 2, 9), lambda: files.insist_number("n", value, 2, 9),
+                  lambda: files.insist_one_of("n", value, ("a", "b")), lambda: files.insist_flag("n", value)):
+        refused(check, "n: ")
+    refused(lambda: files.insist_number("n", 10 ** 400, 0), "n: wanted a number 0 or more, got")
+    assert files.insist_number("n", 7, 0) == 7.0
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"gate": "on"}, "gate: wanted True or False"), ({"graphs": 1}, "graphs: wanted"),
+    ({"self_draft": "no"}, "self_draft: wanted"), ({"seed": 2 ** 64}, "seed: wanted a whole number"),
+    ({"seed": "x"}, "seed: "), ({"progress": 5}, "progress: wanted")])
+def test_an_option_of_loading_is_checked_before_anything_is_read(options, words):
+    refused(lambda: engine.load_engine("nowhere", device="cpu", **options), words)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"ignore_eos": "no"}, "ignore_eos: wanted True or False"), ({"remember": 0}, "remember: wanted"),
+    ({"mode": ["speculative"]}, "mode: ['speculative'] is not one of"), ({"on_event": 5}, "on_event: wanted"),
+    ({"timeout": 10 ** 400}, "timeout: "), ({"max_new_tokens": 10 ** 5000}, "max_new_tokens: wanted a whole number")])
+def test_a_flag_a_word_or_a_function_of_a_request_is_checked(pair, options, words):
+    refused(lambda: pair.generate("e.npz", "v.mp4", "What?", **options), words)
+
+
+@pytest.mark.parametrize("digits", ["9" * 5000, "\u0663", "\u00b2", "-1", "1.0", ""])
+def test_a_rank_is_a_short_number(digits, monkeypatch):
+    assert files.rank(digits) is None and files.rank("07") == 7
+    refused(lambda: bench.read_shard(f"0/{digits}", {}), "--shard: wanted I/N")
+    monkeypatch.setenv("RANK", digits)
+    assert bench.speaks()
+
+
+def test_a_compressed_file_that_ends_early_is_one_line(tmp_path):
+    (tmp_path / "v.gz").write_bytes(gzip.compress(bytes(range(256)) * 99)[:-40])
+    with gzip.open(tmp_path / "v.gz") as file:
+        refused(lambda: video_given(file), "video: a file object that cannot be read (Compressed file ended")
+
+
+@pytest.mark.parametrize("value", [dict, torch.Tensor, Closed(), Shapeless()],
+                         ids=lambda of: type(of).__name__)
+def test_what_cannot_be_read_in_memory_is_one_line(value):
+    for events in (value, {"x": value, "y": [1], "t": [1], "p": [1]}):
+        refused(lambda events=events: events_given(events).read(), "events: ")
+
+
+def test_a_mapped_file_is_a_file_object():
+    with open(ROOT / "weights/tiny/clips/event_npy/scenes/000000.npz", "rb") as file:
+        assert len(events_given(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)).read().x)
+
+
+def test_a_source_may_propose_without_an_end(pair):
+    class Endless(engine.DraftSource):
+        def propose(self, committed, limit):
+            return itertools.count(5)
+    clips = ROOT / "weights/tiny/clips"
+    asked = dict(events=clips / "event_npy/scenes/000000.npz", video=clips / "mp4/scenes/000000.mp4", query="What?",
+                 max_new_tokens=4)
+    ids = pair.generate(mode="target_only", **asked).output_ids
+    assert pair.generate(draft_source=Endless(), **asked).output_ids == ids
+
+
+def test_what_a_config_may_leave_out_is_left_out():
+    """The budget of memory took it for granted."""
+    from weights.shapes import visual_rows
+    assert visual_rows("target", {"video_seq_length": None}) == 8 * 257
+
+
+def test_a_long_text_from_outside_keeps_the_line_short():
+    line = str(InputError(f"{'x' * 5000}: no such file; check the name"))
+    assert len(line) < 1200 and line.startswith("xxx") and line.endswith("no such file; check the name")
+
+
+def deep(levels: int) -> str:
+    return '{"size": ' * levels + "1" + "}" * levels
+
+
+def test_a_small_file_may_be_as_deep_as_json_reads(tmp_path):
+    """What walks it goes no deeper than it needs, or names the file."""
+    write(tmp_path, TEXT, tensors_of(TEXT))
+    assert load.same_setting(json.loads(deep(2)), 224) is False and load.same_setting({"height": 224}, 224)
+    (tmp_path / "r.jsonl").write_text('{"config": {"samples": 1, "modes": []}, "weights": ' + deep(900) + "}\n")
+    refused(lambda: merge([tmp_path / "r.jsonl"]), "r.jsonl: not a file of rows (RecursionError")
+
+
+@pytest.mark.parametrize("name", ["o" * 243 + ".safetensors", "o" * 290 + ".safetensors"])
+def test_a_converted_file_may_have_a_long_name(name, tmp_path):
+    torch.save({"a": torch.ones(3)}, tmp_path / "w.bin")
+    if len(name) < 256:
+        assert convert(tmp_path / "w.bin", tmp_path / name) == [tmp_path / name]
+    else:
+        refused(lambda: convert(tmp_path / "w.bin", tmp_path / name), "cannot be written or read (File name too long)")
+    assert len(os.listdir(tmp_path)) == 1 + (len(name) < 256)
+
+
+# ---- text from outside -----------------------------------------------------------------------------------------
+
+
+def test_text_from_outside_reaches_no_terminal_raw(tmp_path, capsys, monkeypatch):
+    """Names of files and of tensors, and what a saved run says of itself."""
+    folder = tmp_path / "a\x1b[2Jb"
+    write(folder, TEXT, tensors_of(TEXT) | {"x\x1b[31m.rotary_emb.inv_freq": torch.ones(2)})
+    assert load.main([str(folder)]) == 0
+    (tmp_path / "\x1b[2J.png").write_bytes(image_bytes(some_image("RGB", (4, 4))))
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "\x1b[2J.png")])
+    assert files.line_for_each("doc", video.described) == 0
+    (tmp_path / "r.json").write_text(json.dumps(bench.assemble(HEAD | {"commit": "a\x1b[2J"}, three_samples())))
+    assert bench.main(["--compare", *[str(tmp_path / "r.json")] * 2]) == 0
+    measure.publish(["of src \x1b[2J"], None)             # of the commands under tests/
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and out.count("\\x1b[") >= 5 and "image of 4 x 4" in out
+
+
+def test_a_command_of_files_says_what_it_does(capsys, monkeypatch):
+    for words, code in ((["x"], 2), (["x", "--help"], 0)):
+        monkeypatch.setattr(sys, "argv", words)
+        assert files.line_for_each("what it does", str) == code and capsys.readouterr().out == "what it does\n"
+
+
+def test_nothing_needs_assertions_docstrings_or_a_wide_encoding():
+    """`python -OO` has neither assertions nor docstrings: only our own mistakes are asserted."""
+    asserting = {function.name for path in [ROOT / "engine.py", ROOT / "bench.py", *(ROOT / "weights").glob("*.py")]
+                 for function in ast.walk(ast.parse(path.read_text())) if isinstance(function, ast.FunctionDef)
+                 and any(isinstance(node, ast.Assert) for node in ast.walk(function))}
+    assert asserting <= {"tensors", "write"}, asserting
+
+    @takes(Told)
+    def bare(self, told):
+        return told.on_event
+    assert bare(None, on_event=5) == 5 and "on_event: called" in bare.__doc__
+    narrow = io.TextIOWrapper(raw := io.BytesIO(), encoding="ascii")
+    with contextlib.redirect_stdout(narrow):
+        assert files.command(lambda: print("caf\u00e9 \u6f22"))() == 0
+    assert raw.getvalue() == b"caf\\xe9 \\u6f22\n"
+
+
+# ---- runs and their files --------------------------------------------------------------------------------------
+
+
+def test_a_question_ends_at_a_line_feed_alone(tmp_path):
+    (tmp_path / "q.txt").write_bytes("What is\u2028there?\r\n\r\nAnd\u0085now?\x0c\n".encode())
+    options = bench.parse(["--questions", str(tmp_path / "q.txt"), "--device", "cpu"])
+    bench.check(options)
+    assert options.question == ["What is\u2028there?", "And\u0085now?"]
+
+
+@pytest.mark.parametrize("change", [{"ids": None}, {"e2e_ms": 0}, {"e2e_ms": "x"}, {}], ids=str)
+def test_two_saved_runs_that_hold_odd_values_are_one_line(change, tmp_path, capsys):
+    run = bench.assemble(HEAD, three_samples())
+    (tmp_path / "a.json").write_text(json.dumps(run))
+    run["samples"][0]["modes"]["target_only"].update(change)
+    if not change:
+        del run["samples"][0]["modes"]["target_only"]["e2e_ms"]
+    (tmp_path / "b.json").write_text(json.dumps(run))
+    code = bench.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    said = capsys.readouterr().err
+    assert code == 2 and said.count("\n") == 1 and "no" in said or (change, code) == ({"ids": None}, 1)
+
+
+def test_a_number_in_a_saved_run_takes_no_memory(tmp_path):
+    run = bench.assemble(HEAD, three_samples())
+    run["config"]["ignore_eos"] = 1 << 40
+    assert len("\n".join(bench.details(run))) < 10_000
+
+
+def test_an_adapters_command_checks_its_flags_first(tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({
+        "src": "s", "seq": f"q{i}", "clip": 0, "question": "q", "videollava_ids": [5, 6], "eventgpt_ids": [5]}) + "\n"
+        for i in range(6)))
+    (tmp_path / "file").write_text("")
+    run = ["train", str(tmp_path / "p.jsonl"), "--width", "8", "--heads", "2", "--layers", "1", "--hidden", "8",
+           "--vocab", "9", "--test", "1", "--valid", "1", "--epochs", "1", "--out"]
+    for words, said in ((["--device", "tpu"], "--device tpu: cannot"), (["--epochs", "0"], "--epochs: wanted"),
+                        (["--width", "1048574", "--heads", "2", "--layers", "9"], "billion parameters, wanted at most"),
+                        (["--seed", str(2 ** 70)], "--seed: wanted"), (["--lr", "nan"], "--lr: wanted a number"),
+                        (["--out", str(tmp_path / "file")], "file: cannot be made (File exists)")):
+        assert adapter.main([*run, str(tmp_path / "out"), *words]) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+TINY = ROOT / "weights" / "tiny"
+RUN = ["--videollava", str(TINY / "target"), "--dataset-dir", str(TINY / "clips"), "--device", "cpu", "--repeats", "1",
+       "--warmup", "0", "--max-new-tokens", "3", "--max-samples", "2", "--modes", "target_only"]
+
+
+@pytest.fixture
+def ceilings_known(monkeypatch):
+    monkeypatch.setattr(bench, "ceilings", lambda device: {"read_bw": 1e10, "gemm_flops": 1e11})
+
+
+def test_two_runs_at_once_keep_their_answers_and_shards_their_files(tmp_path, monkeypatch, ceilings_known):
+    """The other run saves while this one measures; and of two shards each writes files of its own."""
+    path, real = tmp_path / "l.json", bench.measure
+    model = engine.model_name(ROOT / "weights/tiny/target")
+
+    def measure(*given):
+        other = engine.source_named(f"lookup:{path}", model)
+        other.learn([7, 8, 9])
+        other.save(path)
+        return real(*given)
+    monkeypatch.setattr(bench, "measure", measure)
+    assert bench.main([*RUN, "--draft-source", f"lookup:{path}"]) == 0
+    assert [7, 8, 9] in (there := Lookup.load(path, model)).answers and there.learnt == 3
+    assert bench.main([*RUN, "--draft-source", f"lookup:{path}"]) == 0 and Lookup.load(path, model).learnt == 6
+    monkeypatch.setattr(bench, "measure", real)
+    outputs = {"json": "r.json", "out": "r.txt", "rows": "r.jsonl", "trace": "r.trace"}
+    words = [word for flag, name in outputs.items() for word in (f"--{flag}", str(tmp_path / name))]
+    assert bench.main([*RUN, *words, "--shard", "1/2", "--json", "/dev/null"]) == 0
+    assert bench.main([*RUN, *words, "--shard", "1/2", "--resume"]) == 0
+    assert {of.name for of in tmp_path.glob("r.*")} == {f"r.00001-of-00002{Path(of).suffix}" for of in outputs.values()}
+
+
+def test_a_row_that_no_report_can_be_made_of_is_refused_before_the_run(tmp_path, capsys, monkeypatch, ceilings_known):
+    assert bench.main([*RUN, "--rows", str(tmp_path / "r.jsonl")]) == 0
+    head, row, _ = (tmp_path / "r.jsonl").read_text().splitlines()
+    (tmp_path / "r.jsonl").write_text("\n".join([head, json.dumps(json.loads(row) | {"question": {}}), ""]))
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("it ran"))
+    assert bench.main([*RUN, "--rows", str(tmp_path / "r.jsonl"), "--resume"]) == 2
+    assert "r.jsonl: not a saved run (TypeError" in capsys.readouterr().err
