@@ -92,11 +92,11 @@ def test_the_page_names_the_sample_by_the_beginning_of_its_id(two_best, capsys, 
     assert "\x1b" not in out and "\x01" not in out and out.count(" accepted") > 5
 
 
-@pytest.mark.parametrize("name", ["no such sample", "-", ""])
-def test_a_name_that_is_not_one_sample_is_refused_in_a_line(name, capsys):
+@pytest.mark.parametrize("name, words", [("no such sample", RECORD["id"]), ("-", RECORD["id"]), ("", "is empty")])
+def test_a_name_that_is_not_one_sample_is_refused_in_a_line(name, words, capsys):
     code = bench.main(["--device", "cpu", f"--explain={name}"])
     out, err = capsys.readouterr()
-    assert code == 2 and out == "" and err.count("\n") == 1 and RECORD["id"] in err
+    assert code == 2 and out == "" and err.count("\n") == 1 and words in err
 
 
 def test_an_answer_that_differs_is_said_to(monkeypatch, capsys):
