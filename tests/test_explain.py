@@ -92,14 +92,14 @@ def test_the_page_names_the_sample_by_the_beginning_of_its_id(two_best, capsys, 
     assert "\x1b" not in out and "\x01" not in out and out.count(" accepted") > 5
 
 
-@pytest.mark.parametrize("name", ["no such sample", "-", ""])
-def test_a_name_that_is_not_one_sample_is_refused_in_a_line(name, capsys):
+@pytest.mark.parametrize("name, words", [("no such sample", RECORD["id"]), ("-", RECORD["id"]), ("", "is empty")])
+def test_a_name_that_is_not_one_sample_is_refused_in_a_line(name, words, capsys):
     code = bench.main(["--device", "cpu", f"--explain={name}"])
     out, err = capsys.readouterr()
-    assert code == 2 and out == "" and err.count("\n") == 1 and RECORD["id"] in err
+    assert code == 2 and out == "" and err.count("\n") == 1 and words in err
 
 
-def test_an_answer_that_differs_is_said_to(two_best, monkeypatch, capsys):
+def test_an_answer_that_differs_is_said_to(monkeypatch, capsys):
     real = engine.Engine.generate
 
     def tampered(self, **options):
@@ -109,12 +109,5 @@ def test_an_answer_that_differs_is_said_to(two_best, monkeypatch, capsys):
         return result
 
     monkeypatch.setattr(engine.Engine, "generate", tampered)
-    monkeypatch.setattr(bench, "ceilings", lambda device: {"read_bw": 1e10, "gemm_flops": 1e11})
     assert explain("--explain", RECORD["id"]) == 1
     assert "DIFFERENT from target_only, first at answer id 5" in capsys.readouterr().out
-    assert bench.main(["--device", "cpu", "--max-samples", "1", "--repeats", "1", "--warmup", "0", "--details",
-                       "--max-new-tokens", "24", "--modes", "target_only,speculative"]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    margin = float(two_best[1][5, 0] - two_best[1][5, 1])
-    line = next(line for line in lines if line.startswith("differs ") and "margin" in line)
-    assert "first at answer id 5" in line and float(line.split()[-1]) == pytest.approx(margin, abs=1e-3)
