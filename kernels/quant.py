@@ -19,8 +19,9 @@ count, and on nothing else.
 Bytes: O*D*bits/8 + O*D/64 of scales. LLaMA-7B, a layer at 4 bits: qkv 26.0 MB, o 8.7, gate-up 46.5, down 23.2; with an
 8-bit head of 133 MB 3.47 GB a step, 0.79 ms at the 4.4 TB/s that an H200 reads.
 
-One H200, bf16 x, target shapes, context 2,100, ms a step of 1 / 2 / 8 / 16 rows: 1.56 / 1.83 / 1.98 / 2.31
-(`python -m kernels.chain int4`). What brought what, in one run each:
+One H200, bf16 x, target shapes, context 2,100, ms a step of 1 / 2 / 8 / 16 rows: 1.46 / 1.75 / 1.83 / 2.22
+(`python -m tests.figures`); 1.57 / 1.87 / 2.01 / 2.33 before the attention of kernels/early.py.
+What brought what, in one run each:
 - all row counts by one kernel of tensor cores, in place of multiply-add and Triton's dot: 1.92 / 3.04 / 3.39 / 3.43 to
   1.91 / 1.94 / 2.09 / 2.71;
 - u's excess taken from each weight and not by one more product: 16 rows 2.69 to 2.36, 1 row 1.90 to 1.89;
@@ -29,9 +30,9 @@ One H200, bf16 x, target shapes, context 2,100, ms a step of 1 / 2 / 8 / 16 rows
 - two tiles of outputs a program, so that all programs of a product are resident at once: qkv 8.6 us, with one 13.3;
 - words on their way in shared memory in place of registers: gate-up 15.5 of 19.5;
 - plain loads and not `ld.global.nc`, which ptxas moves behind the wait on the kernel ahead.
-From the end of the kernel ahead to its own end, microseconds of a step of 1 row, beside bytes at 4.4 TB/s: qkv 6.8
-(5.9), attention 11.8 (7.6), combining 2.0, o 6.6 (2.0), gate-up 11.2 (10.6), down 9.9 (5.3), head 29.5 (30). o begins
-late, as attention fills all registers; down rounds 11,008 columns in every program.
+Microseconds that a step of 1 row gains by leaving a kernel of each layer out, beside bytes at 4.4 TB/s: qkv 6.4 (5.9),
+attention with its combine 11.4 (7.8), o 4.3 (2.0), gate-up 9.8 (10.6), down 7.3 (5.3): down rounds 11,008 columns in
+every program.
 Tried and dropped: a head of 4 bits (24 us in place of 36: 0.6 % of a step, for worse drafts); releasing the next kernel
 before the wait (0.6 % slower at 1 row, 1 % faster at 16) or near the end, as kernels/skinny.py does (13 % slower); x of
 several rows fetched two rounds ahead (5 % slower: registers); the next product's weights asked into L2 by whatever ends

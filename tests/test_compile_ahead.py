@@ -67,9 +67,8 @@ def launch(S, arch):
         close_round(scores, state, work.round)
         lookup(Ring("meta", pdl=arch >= 90), state)
         if S == 1:
-            open_round(state, 0, meta(V, D), work.round, behind=True)
             close_draft(logits, state, work.round)
-            close_draft(scores, state, work.round, behind=True)
+            close_draft(scores, state, work.round)
     else:
         rmsnorm(hidden, *norm)
         add_rmsnorm(hidden, hidden, *norm)
