@@ -33,8 +33,10 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.check import INTERPRETED, self_check, stages_that_fit
+from kernels.rmsnorm import SUM_COLS
 
 PRODUCT_ROWS, ATTENTION_ROWS = 8, 16
 BLOCK_D, BLOCK_M = 128, 64           # inner columns of a product's tile, cache rows of an attention tile
@@ -43,13 +45,8 @@ NEVER = gl.constexpr(-1e30)          # as in attention.py
 
 
 @gluon.jit
-def wait_for_the_one_ahead():
-    gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def launch_dependents_if(now, then):
-    """Lets the next kernel start once `now` equals `then`."""
+    """`launch_dependents_if` of attention.py, which is written for Triton's upper level."""
     gl.inline_asm_elementwise(
         "{.reg .pred p; setp.eq.s32 p, $1, $2; @p griddepcontrol.launch_dependents; mov.u32 $0, 0;}", "=r,r,r",
         [now, then], dtype=gl.int32, is_pure=False, pack=1)
@@ -100,7 +97,7 @@ def early_product_kernel(x_ptr, w_ptr, y_ptr, norm_ptr, residual_ptr, sums_ptr, 
     real = (narrow % BLOCK_S < S)[:, None] & (step >= 0)[None, :]    # rows need not fill their block
     x_ptrs = (x_ptr + (narrow % BLOCK_S).to(gl.int64)[:, None] * x_stride + (narrow // BLOCK_S * PER)[:, None]
               + step[None, :])
-    wait_for_the_one_ahead()
+    gdc_wait()
 
     for i in gl.static_range(STAGES):
         async_copy.async_copy_global_to_shared(x_smem.index(i), x_ptrs + i * BLOCK_D, mask=real)
@@ -167,12 +164,15 @@ def takes_product(x_SD, residual, work) -> bool:
 def product_config(O, D, residual, gated, device):
     """Pipeline; one H200, tuned inside a whole step (`python -m kernels.chain --tune plain`). Programs of one processor
     share its room; a short product may let the next kernel start at once, since its bytes are asked for early too."""
-    BLOCK_O, SLICES = (32, 2) if residual else (64, 1)
+    BLOCK_O, SLICES = (SUM_COLS, 2) if residual else (64, 1)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     beside = triton.cdiv(triton.cdiv(O, BLOCK_O), processors)
     rounds, stage = D // (SLICES * BLOCK_D), (BLOCK_O + PRODUCT_ROWS) * SLICES * BLOCK_D * 2
-    late = 5 if gated else 3 + (rounds <= 16) * 13 if residual else 8 if beside <= 2 else 3
-    return dict(BLOCK_O=BLOCK_O, SLICES=SLICES, STAGES=max(2, min(6, ROOM // (beside * stage))), LATE=min(late, rounds),
+    if residual:
+        late = rounds if rounds <= 16 else 3
+    else:
+        late = 5 if gated else 8 if beside <= 2 else 3
+    return dict(BLOCK_O=BLOCK_O, SLICES=SLICES, STAGES=max(2, min(6, ROOM // (beside * stage))), LATE=late,
                 num_warps=4)
 
 
@@ -180,7 +180,7 @@ def early_product(x_SD, w_OD, y_SO, work, norm, residual, gated, **override):
     """Fills y_SO as `skinny` does."""
     (S, D), O = x_SD.shape, w_OD.shape[0]
     config = {**product_config(O, D, residual is not None, gated, x_SD.device), **override}
-    T = triton.cdiv(D if norm else O, 32)
+    T = triton.cdiv(D if norm else O, SUM_COLS)
     early_product_kernel[(triton.cdiv(O, config["BLOCK_O"]),)](
         x_SD, w_OD, y_SO, norm[0] if norm else x_SD, x_SD if residual is None else residual, work.sums_ST,
         x_SD.stride(0), 0 if residual is None else residual.stride(0), S, O, norm[1] if norm else 0.0, D=D, T=T,
@@ -246,8 +246,8 @@ def early_attention_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr,
     sin = gl.load(sin_ptr + angle, mask=real, other=0.0).to(gl.float32)
     sin = gl.where((col < K // 2)[None, :], -sin, sin)
     if PDL:
-        wait_for_the_one_ahead()
-        launch_dependents_if(0, 0)
+        gdc_wait()
+        gdc_launch_dependents()
 
     q_ptrs = qkv_ptr + row.to(gl.int64)[:, None] * qkv_stride + head * K
     key_ptrs = q_ptrs + (H + head // GROUP - head) * K
