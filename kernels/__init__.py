@@ -20,5 +20,6 @@ def interrupted(kind, *of) -> None:
     print("interrupted", file=sys.stderr)
 
 
-if os.path.abspath(sys.argv[0]).startswith(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))):
+here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.abspath(sys.argv[0]).startswith(os.path.join(here, "")):
     sys.excepthook = interrupted                 # of a command of ours alone
