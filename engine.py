@@ -160,7 +160,8 @@ class Decoder:
 
     @contextlib.contextmanager
     def shortened(self):
-        """Forwards in the block run the first layer, the second and the last: every kernel there is, of no use else."""
+        """Forwards in the block run three layers: the first, the second and the last. That compiles every kernel; their
+        results mean nothing."""
         kept, self.depths = self.depths, sorted({0, min(1, self.config.L - 1), self.config.L - 1})
         try:
             yield
