@@ -338,6 +338,8 @@ class Model:
         self.state_W = new_state(decoder.cache_rows).to(self.device)
         self.host_W = torch.zeros(len(self.state_W), dtype=torch.long, pin_memory=self.on_gpu)   # on its way there
         self.host_read = torch.cuda.Event() if self.on_gpu else None
+        self.seen_W = torch.zeros_like(self.host_W, pin_memory=self.on_gpu)     # of the copy's state, see `drafted`
+        self.seen = torch.cuda.Event() if self.on_gpu else None
         self.tail_id = torch.zeros(1, dtype=torch.long, device=self.device)     # the prompt's last id
         self.ring: Ring | None = None                        # earlier answers, and what a drafter elsewhere expects
         self.searches = False                                # it and `sampling` are the request's: see `begin`
@@ -521,8 +523,13 @@ class Model:
             lookup(self.ring, self.draft_W)
 
     def drafted(self, places: int) -> State:
-        """The copy's state with the draft that was queued last, up to so many ids; waits for it."""
-        return Snapshot(self.draft_W[:STATE + places], self.stream).read()
+        """The copy's state with the draft that was queued last, up to so many ids; waits for it. The GPU waits for the
+        host meanwhile, so nothing is made anew."""
+        seen_W = self.seen_W[:STATE + places].copy_(self.draft_W[:STATE + places], non_blocking=True)
+        if self.seen:
+            self.seen.record(self.stream)
+            self.seen.synchronize()
+        return State(seen_W.tolist())
 
     def put(self, drafts) -> None:
         """Drafts for the next round, at most 31: a list of ids, or int64 [G] on this device."""
