@@ -38,7 +38,6 @@ import weights.rows
 from engine import MODES
 from kernels.check import ceilings, quantiles
 from weights import InputError, controls, describe, replace_file, show
-from weights.adapter import write_pairs
 from weights.dataset import Sample, read_dataset
 from weights.files import (
     command,
@@ -53,6 +52,7 @@ from weights.files import (
     trusting,
 )
 from weights.memory import DRAFTER_DTYPES, PARTS, nvidia_smi
+from weights.pairs import write_pairs
 from weights.rows import RowFile, compare, estimate, forwards, judged, median, merge, mode_figures, parting
 from weights.shapes import PROMPT_ROWS
 from weights.show import WIDTH, block, columns, fmt, shown

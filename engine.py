@@ -1655,9 +1655,9 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
 
 class PrefillOnlyInference(Closing):
     """The library API of egpt_prefill_only, which this engine grew from; models load on the first call. mode: one of
-    MODES, or `prefill_with_alignment`: the adapter's drafts, verified once. adapter_path: a folder of `python -m
-    weights.adapter train`; it drafts in the drafter's place unless use_adapter is False. use_4bit: the drafter's
-    weights are packed in 4 bits, the target's never are. Other options: those of `load_engine`."""
+    MODES, or `prefill_with_alignment`: the adapter's drafts, verified once. adapter_path: a folder with
+    its weights (weights/adapter.py); it drafts in the drafter's place unless use_adapter is False. use_4bit: the
+    drafter's weights are packed in 4 bits, the target's never are. Other options: those of `load_engine`."""
     OPTIONS = frozenset(inspect.signature(load_engine).parameters) - {"eventgpt", "videollava"}
 
     def __init__(self, eventgpt_path: FilePath | None = None,

@@ -41,9 +41,9 @@ import bench
 import engine
 from kernels.check import quantiles
 from weights import UNREADABLE, InputError, describe, replace_file, show
-from weights.adapter import read_pairs
 from weights.drafting import Gate
 from weights.files import read_json
+from weights.pairs import read_pairs
 from weights.rows import estimate, forwards, median, per_forward
 from weights.sources import Lookup
 
