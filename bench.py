@@ -53,7 +53,18 @@ from weights.files import (
 )
 from weights.memory import DRAFTER_DTYPES, PARTS, nvidia_smi
 from weights.pairs import write_pairs
-from weights.rows import RowFile, compare, estimate, forwards, judged, median, merge, mode_figures, parting
+from weights.rows import (
+    RowFile,
+    compare,
+    estimate,
+    forwards,
+    insist_sound,
+    judged,
+    median,
+    merge,
+    mode_figures,
+    parting,
+)
 from weights.shapes import PROMPT_ROWS
 from weights.show import WIDTH, block, columns, fmt, shown
 from weights.text import check_sampling
@@ -511,6 +522,7 @@ def read_report(path: Path, flag: str = "json", rows: list | None = None) -> dic
         text = read_text(path, f"what --{flag} wrote", 1 << 32)
         report = json.loads(text.split("\n", 1)[0])
         report = report if rows is None else assemble(report, rows)
+        insist_sound(report["samples"], report["config"])
         screen(report), details(report)
     return report
 

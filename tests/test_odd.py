@@ -295,7 +295,8 @@ def test_a_question_ends_at_a_line_feed_alone(tmp_path):
     assert options.question == ["What is\u2028there?", "And\u0085now?"]
 
 
-@pytest.mark.parametrize("change", [{"ids": None}, {"e2e_ms": 0}, {"e2e_ms": "x"}, {}], ids=str)
+@pytest.mark.parametrize("change", [{"ids": None}, {"e2e_ms": 0}, {"e2e_ms": "x"}, {"accept_lens": [10 ** 400]},
+                                    {"overlap_drafts": 10 ** 400}, {}], ids=lambda of: str(of)[:40])
 def test_two_saved_runs_that_hold_odd_values_are_one_line(change, tmp_path, capsys):
     run = bench.assemble(HEAD, three_samples())
     (tmp_path / "a.json").write_text(json.dumps(run))
