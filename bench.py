@@ -37,9 +37,7 @@ from tqdm import tqdm
 import weights.rows
 from engine import MODES
 from kernels.check import ceilings, quantiles
-from kernels.quant import BITS
 from weights import InputError, controls, describe, replace_file, show
-from weights.adapter import write_pairs
 from weights.dataset import Sample, read_dataset
 from weights.files import (
     command,
@@ -53,8 +51,20 @@ from weights.files import (
     say,
     trusting,
 )
-from weights.memory import PARTS, nvidia_smi
-from weights.rows import RowFile, compare, estimate, forwards, judged, median, merge, mode_figures, parting
+from weights.memory import DRAFTER_DTYPES, PARTS, nvidia_smi
+from weights.pairs import write_pairs
+from weights.rows import (
+    RowFile,
+    compare,
+    estimate,
+    forwards,
+    insist_sound,
+    judged,
+    median,
+    merge,
+    mode_figures,
+    parting,
+)
 from weights.shapes import PROMPT_ROWS
 from weights.show import WIDTH, block, columns, fmt, shown
 from weights.text import check_sampling
@@ -113,12 +123,11 @@ def machine(device) -> dict:
 def work_of(model) -> dict:
     """What a step moves and a prefill computes, as factors of the prompt's rows (`at_rows` puts them in).
 
-    Multiply and add count as two: every row through every layer, causal attention, the head for one row. matrix_rate:
-    of prefill's products, in units of the measured one: tensor cores take e4m3 twice as fast."""
+    Multiply and add count as two: every row through every layer, causal attention, the head for one row."""
     c, d = model.config, model.decoder
     products = [math.prod(layer[name].shape) for layer in d.steps.layers for name in ("qkv", "o", "gate_up", "down")]
     return {"weight_bytes": weight_bytes(model), "kv_bytes_per_row": kv_bytes(model),
-            "flop_per_row": 2 * sum(products), "matrix_rate": 2 if d.fp8 and model.on_gpu else 1,
+            "flop_per_row": 2 * sum(products),
             "flop_per_row_pair": 2 * c.H * c.K * c.L, "flop_head": 2 * math.prod(d.head_VD.shape)}
 
 
@@ -142,14 +151,12 @@ def kv_bytes(model) -> int:
 
 def dtype_of(decoder) -> str:
     full = str(decoder.dtype).removeprefix("torch.")
-    return f"{full} with {decoder.steps.packed} weights" if decoder.steps.packed else full
+    return f"{full} with int4 weights" if decoder.steps.packed else full
 
 
 def all_bytes(decoder) -> int:
-    """Weights a model holds, towers included, and packed copies."""
-    packed = [t for layer in (*decoder.steps.layers, *decoder.layers) for t in layer.values()]
-    held = {id(t): t for t in [*decoder.w.values(), *packed, decoder.steps.head_VD]}     # most are the model's own
-    return sum(t.nbytes for t in held.values())
+    """Weights a model holds, towers included, packed or not; not the target's 4-bit copy."""
+    return sum(t.nbytes for t in decoder.w.values())
 
 
 # ---- the measured run ------------------------------------------------------------------------------------------
@@ -310,7 +317,7 @@ def stage_rows(report) -> list:
                 amount, unit, share = work["step_bytes"] / 1e9, "GB", work["step_bytes"] / mid * 1e3 / limits["read_bw"]
             elif stage == "prefill" and not any(row.get("several") for row in report["samples"]):
                 amount, unit = work["prefill_flop"] / 1e12, "TFLOP"
-                share = work["prefill_flop"] / mid * 1e3 / limits["gemm_flops"] / work.get("matrix_rate", 1)
+                share = work["prefill_flop"] / mid * 1e3 / limits["gemm_flops"]
             together = median(times(side, stage, ["prefill_only"]))
             table.append((side, stage, low, mid, high, together, amount, unit, share))
     return table
@@ -515,6 +522,7 @@ def read_report(path: Path, flag: str = "json", rows: list | None = None) -> dic
         text = read_text(path, f"what --{flag} wrote", 1 << 32)
         report = json.loads(text.split("\n", 1)[0])
         report = report if rows is None else assemble(report, rows)
+        insist_sound(report["samples"], report["config"])
         screen(report), details(report)
     return report
 
@@ -635,8 +643,8 @@ def make_parser() -> Parser:
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there)")
     add("--drafter-device", metavar="DEVICE", help="another device for the drafter")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--drafter-dtype", default="bf16", choices=("bf16", *BITS), metavar="NAME",
-        help=f"the drafter's weights, packed at load: bf16 (default), {', '.join(BITS)}")
+    add("--drafter-dtype", default="bf16", choices=DRAFTER_DTYPES, metavar="NAME",
+        help="the drafter's weights: bf16 (default), or int4, packed at load")
     add("--cache-rows", type=cache_rows, metavar="T[,D]", help="cache positions of target and drafter (default: a "
         "clip's, the longest question's and --max-new-tokens)")
     add = parser.add_argument_group("data").add_argument

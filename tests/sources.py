@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import measure
 
 from weights import controls
-from weights.adapter import read_pairs
+from weights.pairs import read_pairs
 from weights.sources import Lookup, agreeing
 
 LENGTHS, SHOTS = (8, 15, 31), (15, 21, 31)         # drafts of a round, drafts of one shot

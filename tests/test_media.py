@@ -87,6 +87,13 @@ def npy_of_array(array):
     return buffer.getvalue()
 
 
+def commented(npz: bytes) -> bytes:
+    file = io.BytesIO(npz)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.comment = b"recorded on a Tuesday"
+    return file.getvalue()
+
+
 def npz_of(compressed=False, **arrays):
     buffer = io.BytesIO()
     (numpy.savez_compressed if compressed else numpy.savez)(buffer, **arrays)
@@ -222,6 +229,7 @@ def test_npz_stored_and_deflated_are_read(tmp_path, compressed):
     content = small_events(200)
     blob = npz_of(compressed, width=numpy.int64(32), label=numpy.array(["car"]), **content)
     assert_same(read_events(saved(tmp_path, blob, "e.npz")), content)
+    assert_same(read_events(saved(tmp_path, commented(blob), "e.npz")), content)
 
 
 def test_file_order_is_kept_when_time_runs_backwards(tmp_path):
@@ -372,6 +380,13 @@ BAD_EVENTS = {     # name: (file content, words of the message)
     "nested fields": (npy_of_array(numpy.zeros(3, [("x", "u2", (2,)), ("y", "u2")])), ["wanted a dict or fields"]),
     "bzip2 npz": (zip_with_method(zipfile.ZIP_BZIP2), ["compressed by method 12"]),
     "truncated npz": (npz_of(**small_events())[:400], ["damaged .npz"]),
+    "bytes behind npz": (npz_of(**small_events()) + b"abc", ["no part of its zip", "something was appended"]),
+    "npz behind npz": (npz_of(**small_events(9)) + npz_of(**small_events()), ["no part of its zip"]),
+    "npz and half its comment": (commented(npz_of(**small_events()))[:-3], ["no part of its zip"]),
+    "bytes behind npz's comment": (commented(npz_of(**small_events())) + b"a", ["no part of its zip"]),
+    "bytes behind a pickle": (npy_of_dict(small_events()) + b"abc", ["3 bytes behind its pickle"]),
+    "bytes behind rows": (npy_of_array(numpy.zeros(9, [("x", "u2"), ("y", "u2"), ("t", "i8"), ("p", "u1")])) + b"abc",
+                          ["announces 9 events", "the file has 120"]),
     "npz checksum": (npz_of(**small_events()).replace(small_events()["t"].tobytes(), bytes(160)), ["damaged .npz"]),
 }
 

@@ -22,7 +22,7 @@ from test_media import image_bytes, some_image
 
 import bench
 import engine
-from weights import InputError, adapter, files, load, video
+from weights import InputError, files, load, video
 from weights.asking import Told, takes
 from weights.convert import convert
 from weights.given import events_given, video_given
@@ -295,7 +295,8 @@ def test_a_question_ends_at_a_line_feed_alone(tmp_path):
     assert options.question == ["What is\u2028there?", "And\u0085now?"]
 
 
-@pytest.mark.parametrize("change", [{"ids": None}, {"e2e_ms": 0}, {"e2e_ms": "x"}, {}], ids=str)
+@pytest.mark.parametrize("change", [{"ids": None}, {"e2e_ms": 0}, {"e2e_ms": "x"}, {"accept_lens": [10 ** 400]},
+                                    {"overlap_drafts": 10 ** 400}, {}], ids=lambda of: str(of)[:40])
 def test_two_saved_runs_that_hold_odd_values_are_one_line(change, tmp_path, capsys):
     run = bench.assemble(HEAD, three_samples())
     (tmp_path / "a.json").write_text(json.dumps(run))
@@ -312,22 +313,6 @@ def test_a_number_in_a_saved_run_takes_no_memory(tmp_path):
     run = bench.assemble(HEAD, three_samples())
     run["config"]["ignore_eos"] = 1 << 40
     assert len("\n".join(bench.details(run))) < 10_000
-
-
-def test_an_adapters_command_checks_its_flags_first(tmp_path, capsys):
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({
-        "src": "s", "seq": f"q{i}", "clip": 0, "question": "q", "videollava_ids": [5, 6], "eventgpt_ids": [5]}) + "\n"
-        for i in range(6)))
-    (tmp_path / "file").write_text("")
-    run = ["train", str(tmp_path / "p.jsonl"), "--width", "8", "--heads", "2", "--layers", "1", "--hidden", "8",
-           "--vocab", "9", "--test", "1", "--valid", "1", "--epochs", "1", "--out"]
-    for words, said in ((["--device", "tpu"], "--device tpu: cannot"), (["--epochs", "0"], "--epochs: wanted"),
-                        (["--width", "1048574", "--heads", "2", "--layers", "9"], "billion parameters, wanted at most"),
-                        (["--seed", str(2 ** 70)], "--seed: wanted"), (["--lr", "nan"], "--lr: wanted a number"),
-                        (["--out", str(tmp_path / "file")], "file: cannot be made (File exists)")):
-        assert adapter.main([*run, str(tmp_path / "out"), *words]) == 2
-        assert said in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "out").exists()
 
 
 TINY = ROOT / "weights" / "tiny"

@@ -8,7 +8,7 @@ question, and `value`, each attribute's own most frequent value. An attribute is
 and counts where the true answer states it. The target's own 4-bit copy drafts as `self`, and behind the drafter's head
 start as `cascade`. Beside the drafter's drafts stand as many a round from what sees no scene: `answer`; `previous`, the
 last answer to the same question; `lookup`, of the answers so far; `taught`, a lookup that knew 3,000 training answers
-before. --packed: the drafter as loaded, then with each kind of packed weights.
+before. --packed: the drafter as loaded, then with packed weights.
 Exits 1 if a speculative answer differs from target_only's."""
 
 import argparse
@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from engine import Fixed, Lookup, agreeing, load_engine
-from kernels.quant import BITS
 from weights import replace_file
 from weights.controls import interval
+from weights.memory import DRAFTER_DTYPES
 from weights.tiny import make_clips, scenes
 
 TINY = Path(scenes.__file__).resolve().parent
@@ -182,7 +182,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         figures = {}
-        for dtype in ("bf16", *BITS) if options.packed else ("bf16",):
+        for dtype in DRAFTER_DTYPES if options.packed else ("bf16",):
             engine = load_engine(options.eventgpt, options.videollava, device=options.device, drafter_dtype=dtype,
                                  gate=False, self_draft=True)        # what is accepted, whether or not it pays here
             name = "as loaded" if dtype == "bf16" else dtype

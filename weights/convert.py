@@ -26,7 +26,17 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, TensorSpec, serialize_file
 
-from weights.files import brief, command, naming, open_regular, reason_of, refusal, say
+from weights.files import (
+    InputError,
+    brief,
+    command,
+    insist_whole_zip,
+    naming,
+    open_regular,
+    reason_of,
+    refusal,
+    say,
+)
 from weights.load import INDEX, SINGLE, listed, open_checkpoint, read_header, reject_impostor, shards_of
 
 PICKLED = re.compile(r"(?i)\.(bin|pt|pth|ckpt)$")
@@ -160,7 +170,12 @@ def read_pickled(path):
         # Only torch's zip form can be mapped; the form before torch 1.6 is read by the same weights-only reader.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")             # about pickle protocols and storages; nothing a user can act on
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            if zipped := zipfile.is_zipfile(path):
+                with naming(path), zipfile.ZipFile(path) as archive:
+                    insist_whole_zip(archive)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except InputError:
+        raise
     except Exception as error:                          # what a damaged pickle does to the reader is open-ended
         refused = isinstance(error, pickle.UnpicklingError)
         # The class or function that was asked for. The reader's advice to switch its check off is not repeated.

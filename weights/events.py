@@ -20,7 +20,18 @@ from typing import NamedTuple
 import torch
 
 from kernels.frames import extent, quiet_copy
-from weights.files import InputError, Refused, brief, line_for_each, naming, open_kind, quoted, reason_of, refusal
+from weights.files import (
+    InputError,
+    Refused,
+    brief,
+    insist_whole_zip,
+    line_for_each,
+    naming,
+    open_kind,
+    quoted,
+    reason_of,
+    refusal,
+)
 
 MAX_EVENT_BYTES = 1 << 30            # of a file, and of the arrays an .npz unpacks to
 MAX_PACKED = 100                     # bytes that a byte of an .npz may unpack to; recordings have some 3
@@ -224,9 +235,9 @@ def columns_of_npy(blob):
     if any(kind == "unknown" for _, kind, _, _ in columns.values()) or offset == 0:
         raise Refused("its fields are not all plain numbers", "save four arrays with numpy.savez(x=, y=, t=, p=)")
     data = memoryview(blob)[file.tell():]
-    if len(data) < shape[0] * offset:
+    if len(data) != shape[0] * offset:
         raise Refused(f"announces {shape[0]} events of {offset} bytes = {shape[0] * offset}, the file has {len(data)}",
-                      "an incomplete copy: fetch it again")
+                      "a damaged or incomplete copy: fetch it again")
     if shape[0] == 0:
         return {name: RawArray(kind, shape, b"", order) for name, (order, kind, _, _) in columns.items()}
     rows = torch.frombuffer(bytearray(data[:shape[0] * offset]), dtype=torch.uint8).view(shape[0], offset)
@@ -250,6 +261,7 @@ def columns_of_npz(file, size):
     columns, unpacked = {}, 0
     try:
         with zipfile.ZipFile(file) as archive:
+            insist_whole_zip(archive)
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
                 if name not in ("x", "y", "t", "p") or name in columns:
@@ -444,6 +456,9 @@ def columns_of_pickle(file, size):
             raise Refused(f"announces {announced[1]} bytes, the file has {announced[2]} left",
                           "an incomplete or damaged copy: fetch it again") from None
         raise Refused(f"damaged pickle ({brief(str(error))})", "fetch or save it again") from None
+    if left := len(file.read()):
+        raise Refused(f"holds {left} bytes behind its pickle", "damaged, or something was appended: fetch or save it "
+                      "again")
     top = walker.stack[-1] if stopped and walker.stack else None
     if type(top) is RawArray and type(top.data) is list and len(top.data) == 1:
         top = top.data[0]

@@ -22,8 +22,8 @@ class DecoderConfig:
     theta: float = 10000.0      # rotary base
     max_rows: int = 4096        # positions the model was trained for
     bos_id: int = 1
-    packed: str | None = None   # the form that its weights exist in, one of kernels.quant.BITS
-    turned: bool = False        # and whether the rows between them are turned
+    packed: bool = False        # its weights exist in 4 bits alone
+    turned: bool = False        # and the rows between them are turned
 
     @property
     def largest(self) -> int:
@@ -43,7 +43,7 @@ class DecoderConfig:
         return cls(D=D, L=raw["num_hidden_layers"], H=H, N=raw.get("num_key_value_heads") or H,
                    K=raw.get("head_dim") or D // H, F=raw["intermediate_size"], V=raw["vocab_size"],
                    eps=raw["rms_norm_eps"], theta=theta, max_rows=raw["max_position_embeddings"],
-                   bos_id=raw["bos_token_id"], packed=packed.get("form"), turned=packed.get("turned", False))
+                   bos_id=raw["bos_token_id"], packed=bool(packed), turned=packed.get("turned", False))
 
 
 @dataclass(frozen=True)

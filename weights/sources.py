@@ -117,8 +117,8 @@ class Lookup(DraftSource):
 
 
 class Adapted(DraftSource):
-    """What a trained adapter (`python -m weights.adapter train`) makes of the drafter's ids. Source:
-    `prefill_with_alignment` of the research code."""
+    """What a trained adapter (weights/adapter.py) makes of the drafter's ids. Source: `prefill_with_alignment` of the
+    research code."""
     name, needs_drafter = "adapter", True
 
     def __init__(self, folder, device="cpu"):
