@@ -25,10 +25,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.film import write_film
 from weights import InputError, events, video
 from weights.events import read_events
 from weights.files import line_for_each
-from weights.tiny.make_clips import write_film
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
