@@ -67,7 +67,7 @@ LABELS = {"tiny": "embedded trained toy pair", "random-7b": "RANDOM 7B WEIGHTS"}
 STAGES = {"drafter": ("load", "preprocess", "encode", "prefill", "draft"),
           "target": ("load", "preprocess", "encode", "prefill", "decode", "draft", "verify")}
 CLOCKS = "gpu=clocks.sm,clocks.mem,power.draw,power.limit"           # of nvidia-smi
-OUTPUTS = ("json", "out", "rows", "record", "timeline", "trace")     # flags that name what is written
+OUTPUTS = ("json", "out", "rows", "record", "timeline")     # flags that name what is written
 PER_FORWARD = {"draft", "decode", "verify"}                  # stages with an entry for each forward
 SHARED = {("target", "verify"), ("target", "draft")}         # those that a side's own mode does not have
 
@@ -671,7 +671,6 @@ def make_parser() -> Parser:
     add("--out", metavar="FILE", help="write what is printed there too, when all is done")
     add("--record", metavar="JSONL", help="write both models' answers, for tests/sources.py and tests/replay.py")
     add("--timeline", metavar="PNG", help="draw the last request in `speculative`, or in the last of --modes")
-    add("--trace", metavar="JSON", help="the same as a trace for ui.perfetto.dev")
     add = parser.add_argument_group("instead of measuring").add_argument
     add("--explain", metavar="ID", help="one sample id by id: drafts, the target's ids and margins, last of --modes")
     add("--merge", nargs="+", type=Path, metavar="JSONL", help="one report of the row files of all shards")
@@ -930,9 +929,8 @@ def hand_over(lines, report, options) -> None:
         replace_file(options.json, json.dumps(report).encode() + b"\n")
     if options.out:
         replace_file(options.out, ("\n".join(lines) + "\n").encode())
-    for path, write in ((options.timeline, show.draw), (options.trace, show.trace)):
-        if path and getattr(options, "shown", None):
-            write(options.shown, path)
+    if options.timeline and getattr(options, "shown", None):
+        show.draw(options.shown, options.timeline)
 
 
 if __name__ == "__main__":

@@ -154,8 +154,8 @@ def test_a_replay_runs_shards_and_merges(tmp_path, capsys):
     """Small, on the embedded pair: every setting gives the recorded ids; right drafts make several a forward."""
     answers = {"a": [[5, 6, 7, 8, 9, 10, 11, 12]] * 2, "b": [[20, 21, 22, 23]], "c": [[30]]}
     path, shards = pairs(tmp_path / "p.jsonl", answers, drafter=()), [str(tmp_path / f"s{i}.json") for i in range(2)]
-    given = [str(path), "--device", "cpu", "--gate", "off"]
-    assert measure.run(replay.main, [*given, "--accept", "1.0", "--self", "1.0", "--trace", str(tmp_path / "t")]) == 0
+    given, picture = [str(path), "--device", "cpu", "--gate", "off"], str(tmp_path / "t.png")
+    assert measure.run(replay.main, [*given, "--accept", "1.0", "--self", "1.0", "--timeline", picture]) == 0
     lines, names = capsys.readouterr().out.splitlines(), list(replay.settings([], [1.0], [1.0]))
     per = {line[:26].strip(): line for line in lines if line[:26].strip() in names}
     assert list(per) == names and f"came out of all {4 * len(names)} requests" in "\n".join(lines)

@@ -125,7 +125,7 @@ def test_a_path_like_may_give_bytes():
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--json", ""], "--json"), (["--json="], "--json"), (["--rows", "a", "--trace", "", "--details"], "--trace")])
+    (["--json", ""], "--json"), (["--json="], "--json"), (["--rows", "a", "--record", "", "--details"], "--record")])
 def test_an_empty_value_is_no_flag_left_out(words, said, capsys):
     assert bench.main(words) == 2
     assert capsys.readouterr().err == f"{said}: is empty; give a value, or leave it out\n"
@@ -355,7 +355,7 @@ def test_two_runs_at_once_keep_their_answers_and_shards_their_files(tmp_path, mo
     assert [7, 8, 9] in (there := Lookup.load(path, model)).answers and there.learnt == 3
     assert bench.main([*RUN, "--draft-source", f"lookup:{path}"]) == 0 and Lookup.load(path, model).learnt == 6
     monkeypatch.setattr(bench, "measure", real)
-    outputs = {"json": "r.json", "out": "r.txt", "rows": "r.jsonl", "trace": "r.trace"}
+    outputs = {"json": "r.json", "out": "r.txt", "rows": "r.jsonl"}
     words = [word for flag, name in outputs.items() for word in (f"--{flag}", str(tmp_path / name))]
     assert bench.main([*RUN, *words, "--shard", "1/2", "--json", "/dev/null"]) == 0
     assert bench.main([*RUN, *words, "--shard", "1/2", "--resume"]) == 0
