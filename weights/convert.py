@@ -12,13 +12,13 @@ name only when all of it is written, and nothing is overwritten.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import pickle
 import re
 import shutil
 import sys
+import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -88,41 +88,32 @@ def write_all(jobs, small_files=None, index=None) -> list:
     if there:
         raise refusal(there[0], f"exists already ({len(there)} of {len(outputs)} results do)",
                       "remove it first or give another target")
-    folder, partial = outputs[0].parent, {}
-
-    def beside(target):                                  # a name may be as long as names can be
-        return target.with_name(f".{os.getpid()}.{len(partial)}.partial")
+    folder = outputs[0].parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        found, nbytes = {}, 0
-        for source, target in jobs.items():
-            partial[target] = beside(target)
-            write(source, partial[target])
-            for key, stored in read_header(partial[target]).items():
-                if key in found:
-                    raise refusal(source, f"{brief(key)} is also in {found[key]}", "ask its author for a sound file")
-                found[key], nbytes = target.name, nbytes + stored.nbytes
-        if index:
-            old_index, weight_map, path = index
-            wrong = sorted(set(found) ^ set(weight_map))
-            if wrong:
-                raise refusal(old_index, f"{len(wrong)} names differ between index and shards: {listed(wrong)}",
-                              "copy the checkpoint again")
-            partial[path] = beside(path)
-            partial[path].write_text(json.dumps({"metadata": {"total_size": nbytes}, "weight_map": found}, indent=2))
-        for source, target in (small_files or {}).items():
-            partial[target] = beside(target)
-            shutil.copyfile(source, partial[target])
-        for path in sorted(partial, key=lambda path: path.name == INDEX):
-            os.rename(partial[path], path)              # the index last: it is what makes the folder a checkpoint
-            del partial[path]
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as made:
+            found, nbytes = {}, 0
+            for source, target in jobs.items():
+                write(source, Path(made, target.name))
+                for key, stored in read_header(Path(made, target.name)).items():
+                    if key in found:
+                        raise refusal(source, f"{brief(key)} is also in {found[key]}", "ask its author for a sound "
+                                      "file")
+                    found[key], nbytes = target.name, nbytes + stored.nbytes
+            if index:
+                old_index, weight_map, path = index
+                if wrong := sorted(set(found) ^ set(weight_map)):
+                    raise refusal(old_index, f"{len(wrong)} names differ between index and shards: {listed(wrong)}",
+                                  "copy the checkpoint again")
+                Path(made, path.name).write_text(
+                    json.dumps({"metadata": {"total_size": nbytes}, "weight_map": found}, indent=2))
+            for source, target in (small_files or {}).items():
+                shutil.copyfile(source, Path(made, target.name))
+            for name in sorted(os.listdir(made), key=lambda name: name == INDEX):
+                os.rename(Path(made, name), folder / name)   # the index last: it makes the folder a checkpoint
     except OSError as error:
         raise refusal(error.filename or folder, f"cannot be written or read ({error.strerror or brief(error)})",
                       "check the path, its permissions and the disk") from None
-    finally:
-        for path in partial.values():
-            with contextlib.suppress(OSError):
-                os.unlink(path)
     return outputs
 
 
@@ -131,8 +122,7 @@ def write(source, target):
     tensors, metadata = unpack(source, read_pickled(source))
     needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(target.parent).free
     if needed > free:
-        raise refusal(target.parent, f"{source.name} needs {needed:,} bytes, the disk has {free:,} free",
-                      "give a target with more room")
+        raise refusal(source, f"needs {needed:,} bytes, the disk has {free:,} free", "give a target with more room")
     kept, specs = [], {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()

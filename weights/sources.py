@@ -145,9 +145,8 @@ def source_named(name: str, model: str = ""):
     kind, colon, path = name.partition(":")
     if kind not in SOURCES or (kind in ("drafter", "self") and colon) or bool(path) != bool(colon) or (
             kind == "adapter" and not path):
-        old = "; files of `memory` are no longer read, lookup:FILE makes a new one" * (kind in ("memory", "blend"))
         raise InputError(f"draft_source {quoted(name)}: not one of drafter, self, lookup[:FILE], adapter:DIR; pick "
-                         f"from these{old}")
+                         f"from these")
     if kind == "lookup":
         return Lookup.load(path, model) if path and os.path.exists(path) else Lookup(model)
     return Adapted(path) if kind == "adapter" else kind
