@@ -84,18 +84,18 @@ def copies(source, target) -> dict:
 def write_all(jobs, small_files=None, index=None) -> list:
     """Converts every file, then renames all results into place. Nothing is left behind if one of them fails."""
     outputs = [*jobs.values(), *([index[2]] if index else [])]
-    there = [str(path) for path in outputs if os.path.lexists(path)]
-    if there:
-        raise refusal(there[0], f"exists already ({len(there)} of {len(outputs)} results do)",
+    if old := [path for path in outputs if os.path.lexists(path)]:
+        raise refusal(old[0], f"exists already ({len(old)} of {len(outputs)} results do)",
                       "remove it first or give another target")
     folder = outputs[0].parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as made:
-            found, nbytes = {}, 0
+            small_files, found, nbytes = small_files or {}, {}, 0
+            there = {target: Path(made, str(i)) for i, target in enumerate([*small_files.values(), *outputs])}
             for source, target in jobs.items():
-                write(source, Path(made, target.name))
-                for key, stored in read_header(Path(made, target.name)).items():
+                write(source, there[target])
+                for key, stored in read_header(there[target]).items():
                     if key in found:
                         raise refusal(source, f"{brief(key)} is also in {found[key]}", "ask its author for a sound "
                                       "file")
@@ -105,14 +105,14 @@ def write_all(jobs, small_files=None, index=None) -> list:
                 if wrong := sorted(set(found) ^ set(weight_map)):
                     raise refusal(old_index, f"{len(wrong)} names differ between index and shards: {listed(wrong)}",
                                   "copy the checkpoint again")
-                Path(made, path.name).write_text(
+                there[path].write_text(
                     json.dumps({"metadata": {"total_size": nbytes}, "weight_map": found}, indent=2))
-            for source, target in (small_files or {}).items():
-                shutil.copyfile(source, Path(made, target.name))
-            for name in sorted(os.listdir(made), key=lambda name: name == INDEX):
-                os.rename(Path(made, name), folder / name)   # the index last: it makes the folder a checkpoint
+            for source, target in small_files.items():
+                shutil.copyfile(source, there[target])
+            for target, path in there.items():               # the index last: it makes the folder a checkpoint
+                os.rename(path, target)
     except OSError as error:
-        raise refusal(error.filename or folder, f"cannot be written or read ({error.strerror or brief(error)})",
+        raise refusal(error.filename2 or error.filename or folder, f"cannot be written or read ({reason_of(error)})",
                       "check the path, its permissions and the disk") from None
     return outputs
 
