@@ -1,9 +1,7 @@
 """events: event recordings as tensors: `.npy` (EventGPT's pickled dict or a structured array) and `.npz`. No numpy, and
 nothing is unpickled.
 
-    events = read_events("sample1.npy")            # Events(x, y, t, p)
-
-`python -m weights.events FILE` says what a file holds."""
+    events = read_events("sample1.npy")            # Events(x, y, t, p)"""
 
 import ast
 import io
@@ -11,7 +9,6 @@ import operator
 import pickletools
 import re
 import struct
-import sys
 import warnings
 import zipfile
 import zlib
@@ -20,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.frames import extent, quiet_copy
-from weights.files import InputError, Refused, brief, line_for_each, naming, open_kind, quoted, reason_of, refusal
+from weights.files import InputError, Refused, brief, naming, open_kind, quoted, reason_of, refusal
 
 MAX_EVENT_BYTES = 1 << 30            # of a file, and of the arrays an .npz unpacks to
 MAX_PACKED = 100                     # bytes that a byte of an .npz may unpack to; recordings have some 3
@@ -451,14 +448,3 @@ def columns_of_pickle(file, size):
         raise Refused("its pickle holds no dict of arrays", "save x, y, t, p with numpy.savez as an .npz")
     # A plain list or number under one of the four names is answered like an array of the wrong type.
     return {key: value if type(value) is RawArray else RawArray(type(value).__name__) for key, value in top.items()}
-
-
-def described(path) -> str:
-    events = read_events(path)
-    span = (events.t.max() - events.t.min()).item() / 1e3
-    return (f"{events.x.numel()} events over {span:.3f} ms, x up to {events.x.max().item()}, y up to "
-            f"{events.y.max().item()}, {events.p.sum(dtype=torch.int64).item()} positive")
-
-
-if __name__ == "__main__":
-    sys.exit(line_for_each(__doc__, described))
