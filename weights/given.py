@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from kernels.frames import clip_pixels, draw_events, quiet_copy
-from weights.events import EVENT_FILE, MAX_CANVAS, Events, events_of, read_events, short_shape
+from weights.events import EVENT_FILE, MAX_CANVAS, TORCH_TYPES, Events, events_of, read_events, short_shape
 from weights.files import Held, InputError, Refused, brief, insist_file, insist_one_of, naming, quoted, reason_of
 from weights.video import (
     IMAGE_ERRORS,
@@ -37,9 +37,8 @@ PICTURES = (".png", ".jpg", ".jpeg")
 PATHS = (str, os.PathLike)           # a Held is one
 CONTENTS = (bytes, bytearray)
 LETTERS = {"?": "b", **dict.fromkeys("bhilqn", "i"), **dict.fromkeys("BHILQN", "u"), **dict.fromkeys("efd", "f")}
-TYPES = {"b1": torch.bool, "i1": torch.int8, "i2": torch.int16, "i4": torch.int32, "i8": torch.int64,
-         "u1": torch.uint8, "u2": torch.uint16, "u4": torch.uint32, "u8": torch.uint64,
-         "f2": torch.float16, "f4": torch.float32, "f8": torch.float64}
+TYPES = {**TORCH_TYPES, "u8": torch.uint64, "f2": torch.float16, "f4": torch.float32, "f8": torch.float64,
+         "b1": torch.bool}
 UNITS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}     # microseconds
 
 
