@@ -45,6 +45,7 @@ from weights.files import (
     command,
     in_flags,
     insist_filled,
+    insist_whole,
     printable,
     quoted,
     rank,
@@ -602,21 +603,9 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists all flags")
 
 
-def whole(low: int, high: int | None = None, also: int | None = None):
-    """A type of argparse: whole numbers from low to high, or `also`."""
-    def read(text: str) -> int:
-        value = int(text)
-        if value != also and not low <= value <= (high or value):
-            raise argparse.ArgumentTypeError(f"wanted {low} or more" * (high is None) + f"wanted {low}..{high}" * bool(
-                high) + f", or {also} for all" * (also is not None) + f", got {value}; change it")
-        return value
-    read.__name__ = "whole number"
-    return read
-
-
 def cache_rows(text: str):
     """A type of argparse: rows of both caches, or of the target's and the drafter's."""
-    found = tuple(whole(1)(word) for word in text.split(","))
+    found = tuple(map(int, text.split(",")))
     if len(found) > 2:
         raise argparse.ArgumentTypeError(f"wanted one number or two, got {text!r}; change it")
     return found[0] if len(found) == 1 else found
@@ -626,7 +615,6 @@ def make_parser() -> Parser:
     parser = Parser(prog="bench.py", description=__doc__, usage="python bench.py [FLAGS]", allow_abbrev=False,
                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
                         prog, max_help_position=30, width=110))
-    most = engine.STEP_ROWS - 1
     add = parser.add_argument_group("model").add_argument
     add("--eventgpt", metavar="DIR|ID", help="drafter (default: the embedded pair's)")
     add("--videollava", metavar="DIR|ID", help="target (default: the embedded pair's)")
@@ -643,15 +631,15 @@ def make_parser() -> Parser:
     add("--dataset-dir", type=Path, metavar="DIR", help="clips (default: the embedded ones)")
     add("--question", metavar="TEXT", help="ask this of every clip")
     add("--questions", type=Path, metavar="FILE", help="ask each line of this file, of each clip, read once")
-    add("--max-samples", type=whole(1, also=-1), default=-1, metavar="N", help="the first N, -1 all (default)")
+    add("--max-samples", type=int, default=-1, metavar="N", help="the first N, -1 all (default)")
     add("--frame-rule", default="uniform", choices=("uniform", "first"), help="which 8 video frames")
     add("--shard", metavar="I/N", help="every N-th sample from the I-th (default: torchrun's or SLURM's rank); its "
         "number goes into the names of all files that it writes")
     add = parser.add_argument_group("run").add_argument
     add("--modes", default=",".join((*MODES, AGAIN)), metavar="A,B", help="default: %(default)s")
-    add("--max-new-tokens", type=whole(1, 1_000_000), default=50, metavar="N", help="default %(default)s")
-    add("--draft-len", type=whole(0, most), default=5, metavar="G", help="drafts a round (default %(default)s)")
-    add("--overlap-len", type=whole(0, most), default=15, metavar="G", help="drafts of the head start (%(default)s)")
+    add("--max-new-tokens", type=int, default=50, metavar="N", help="default %(default)s")
+    add("--draft-len", type=int, default=5, metavar="G", help="drafts a round (default %(default)s)")
+    add("--overlap-len", type=int, default=15, metavar="G", help="drafts of the head start (%(default)s)")
     add("--draft-source", metavar="NAME,..", help="who drafts in `speculative`, asked in this order: drafter, "
         "self, lookup[:FILE], adapter:DIR (default: on a GPU lookup, drafter and self, as far as they are there and "
         "fit; on a CPU and for the embedded pair drafter)")
@@ -659,8 +647,8 @@ def make_parser() -> Parser:
     add("--temperature", type=float, default=0.0, metavar="T", help="draw ids (default %(default)s: greedy)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest ids of this mass (default all)")
     add("--seed", type=int, default=0, metavar="N", help="of the draws, for every sample (default %(default)s)")
-    add("--warmup", type=whole(0), default=1, metavar="N", help="rounds before measuring (default %(default)s)")
-    add("--repeats", type=whole(1), default=3, metavar="N", help="of each mode and sample (default %(default)s)")
+    add("--warmup", type=int, default=1, metavar="N", help="rounds before measuring (default %(default)s)")
+    add("--repeats", type=int, default=3, metavar="N", help="of each mode and sample (default %(default)s)")
     add("--ignore-eos", action=argparse.BooleanOptionalAction, help="fixed length (default with random weights)")
     add("--rows", type=Path, metavar="JSONL", help="append each finished sample")
     add("--resume", action="store_true", help="go on with --rows: skip the samples that it holds, but for failed ones")
@@ -718,6 +706,11 @@ def check(options) -> None:
         if not holds:
             raise InputError(line)
 
+    most = engine.STEP_ROWS - 1
+    for name, low, high in (("max_samples", -1, math.inf), ("max_new_tokens", 1, 1_000_000), ("draft_len", 0, most),
+                            ("overlap_len", 0, most), ("warmup", 0, math.inf), ("repeats", 1, math.inf)):
+        insist_whole(name, getattr(options, name), low, high)
+    insist(options.max_samples, "--max-samples: wanted 1 or more, or -1 for all, got 0; change it")
     insist(options.question is None or engine.check_question(options.question).strip(),
            "--question: is empty; leave it out to ask what the data set asks")
     if options.questions:

@@ -16,7 +16,7 @@ from kernels.lookup import Ring
 from kernels.quant import BITS, NotPackable, packed_bytes
 from kernels.round import STATE
 from kernels.skinny import Workspace
-from weights.files import InputError, insist_file, refusal
+from weights.files import InputError, insist_file, insist_one_of, refusal
 from weights.load import DRAFTER_7B, TARGET_7B, open_checkpoint
 from weights.packed import replaced_bytes
 from weights.shapes import TEXT_ROWS, memory_needs, rows_for, rows_of_sides, text_config
@@ -49,8 +49,7 @@ def as_dtype(dtype) -> torch.dtype | None:
     known = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if dtype is None or dtype in known.values():
         return dtype
-    if not isinstance(dtype, str) or dtype not in known:
-        raise InputError(f"dtype: {dtype!r} is not one of {', '.join(known)}; pick from these")
+    insist_one_of("dtype", dtype, known)
     return known[dtype]
 
 
@@ -191,8 +190,7 @@ class Unpackable(InputError):
 
 def check_form(drafter_dtype, where: torch.device) -> None:
     """InputError unless it names a form of a drafter's weights that this device can compute with."""
-    if drafter_dtype not in ("bf16", *BITS):
-        raise InputError(f"drafter_dtype: {drafter_dtype!r} is not one of bf16, {', '.join(BITS)}; pick from these")
+    insist_one_of("drafter_dtype", drafter_dtype, ("bf16", *BITS))
     if drafter_dtype.startswith("fp8") and where.type == "cuda" and torch.cuda.get_device_capability(where) < (8, 9):
         raise InputError(f"drafter_dtype: {drafter_dtype} needs a GPU of compute capability 8.9, {where} is older; "
                          f"take int4")
