@@ -26,13 +26,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, TensorSpec, serialize_file
 
-from weights.files import brief, command, naming, open_regular, reason_of, refusal, say
+from weights.files import MAX_SMALL, brief, command, naming, open_regular, reason_of, refusal, say
 from weights.load import INDEX, SINGLE, listed, open_checkpoint, read_header, reject_impostor, shards_of
 
 PICKLED = re.compile(r"(?i)\.(bin|pt|pth|ckpt)$")
 WRAPPERS = ("model_state_dict", "state_dict", "model")   # where training scripts put the tensors, beside other things
 SMALL_FILES = re.compile(r"(?i)\.(json|model|txt)$")     # config and tokenizer, which a converted folder needs too
-MAX_SMALL_BYTES = 64 << 20
 
 
 def convert(source, target=None) -> list:
@@ -78,7 +77,7 @@ def copies(source, target) -> dict:
         return {}
     return {source / name: target / name for name in sorted(os.listdir(source))
             if SMALL_FILES.search(name) and not name.endswith(".index.json") and not os.path.exists(target / name)
-            and os.path.isfile(source / name) and os.path.getsize(source / name) <= MAX_SMALL_BYTES}
+            and os.path.isfile(source / name) and os.path.getsize(source / name) <= MAX_SMALL}
 
 
 def write_all(jobs, small_files=None, index=None) -> list:

@@ -300,10 +300,6 @@ class Checkpoint:
     stored: dict                # canonical name -> Stored, of the tensors that will be read
     unread: list                # of Stored: declared unused, or constants nobody reads
 
-    @property
-    def kind(self) -> str:
-        return self.plan.kind
-
     def load(self, device, dtype, progress=None, made=iter) -> dict:
         """{engine name: tensor} on the device. Each is allocated once and filled from the disk, fused on the way.
 
@@ -722,7 +718,7 @@ def random_tensors(config, device, dtype, seed):
 
 def report(checkpoint: Checkpoint):
     """Prints every engine tensor with where it comes from, then what stays unread."""
-    say(f"{checkpoint.kind} {checkpoint.folder}: {listed(file.name for file in checkpoint.files)}")
+    say(f"{checkpoint.plan.kind} {checkpoint.folder}: {listed(file.name for file in checkpoint.files)}")
     print(f"{'engine tensor':32} {'shape':22} {'dtype':6} {'bytes':>13}  from")
     read = 0
     for tensor in checkpoint.plan.wanted:
