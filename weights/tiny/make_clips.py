@@ -15,6 +15,7 @@ from pathlib import Path
 
 import av
 import torch
+from PIL import Image
 
 from weights import replace_file
 from weights.dataset import LIST
@@ -46,13 +47,8 @@ def write_events(path, x, y, t, p) -> None:
 
 
 def rgb_frame(image) -> av.VideoFrame:
-    """uint8 [H, W, 3] as a frame to encode; its rows may be longer there."""
-    height, row = image.shape[0], image.shape[1] * 3
-    frame = av.VideoFrame(image.shape[1], height, "rgb24")
-    padded = torch.zeros(height, frame.planes[0].line_size, dtype=torch.uint8)
-    padded[:, :row] = image.reshape(height, row)
-    frame.planes[0].update(raw(padded))
-    return frame
+    """uint8 [H, W, 3] as a frame to encode."""
+    return av.VideoFrame.from_image(Image.frombytes("RGB", image.shape[1::-1], raw(image)))
 
 
 def write_video(path, frames) -> None:
