@@ -135,7 +135,7 @@ def test_every_kernel_compiles_and_fits(archs, user_env, tmp_path):
             wanted = PREFILL | (FP8 if arch >= 90 else set())
             if rows <= 32:
                 early = {"early_attention_kernel" if rows <= 16 else "step_kernel",
-                         "early_product_kernel" if rows <= 8 and arch == 90 else "skinny_kernel"}
+                         "early_product_kernel" if rows <= 16 and arch == 90 else "skinny_kernel"}
                 wanted = STEP | early | DRAFTS.get(rows, set())
             assert {name for of, name, _ in found if of == rows} == wanted, f"sm_{arch}, {rows} rows"
         assert max(shared for *_, shared in found) <= SHARED[arch]
