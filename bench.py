@@ -159,7 +159,7 @@ def run_sample(e, sample: Sample, mode: str, options) -> engine.Result:
     """One request, of which nothing is learnt: else a sample's second repeat would draft from its first. Where a clip
     is asked several questions, it is opened for the first of them."""
     files = {"event_image_path" if isinstance(sample.events, list) else "event_path": sample.events,
-             "video_path": sample.video}
+             "video_path": sample.video, "frame_rule": options.frame_rule}
     how = dict(mode="speculative" if mode == AGAIN else mode, max_new_tokens=options.max_new_tokens,
                ignore_eos=options.ignore_eos, temperature=options.temperature, top_p=options.top_p, seed=options.seed,
                draft_source="lookup" if mode == AGAIN else options.source if mode == "speculative" else None,
@@ -631,6 +631,7 @@ def make_parser() -> Parser:
     add("--question", metavar="TEXT", help="ask this of every clip")
     add("--questions", type=Path, metavar="FILE", help="ask each line of this file, of each clip, read once")
     add("--max-samples", type=int, default=-1, metavar="N", help="the first N, -1 all (default)")
+    add("--frame-rule", default="uniform", choices=("uniform", "first"), help="which 8 video frames")
     add("--shard", metavar="I/N", help="every N-th sample from the I-th (default: torchrun's or SLURM's rank); its "
         "number goes into the names of all files that it writes")
     add = parser.add_argument_group("run").add_argument
@@ -792,15 +793,14 @@ def main(argv=None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         return run(parse(argv), shlex.join(["python", "bench.py", *words]))
-    except (InputError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
+    except (InputError, torch.OutOfMemoryError) as error:
         if "--debug" in words:
             raise
-        stopped = isinstance(error, KeyboardInterrupt)       # before the first sample: nothing to show
-        if speaks():
-            print("interrupted" if stopped else told(error) if isinstance(error, InputError) else
-                  f"out of GPU memory ({str(error).partition('. ')[0]}); lower --cache-rows, or use another "
-                  f"--drafter-device", file=sys.stderr)
-        return 130 if stopped else 2
+        if not speaks():
+            return 2
+        raise InputError(told(error) if isinstance(error, InputError) else f"out of GPU memory ("
+                         f"{str(error).partition('. ')[0]}); lower --cache-rows, or use another --drafter-device"
+                         ) from None
 
 
 def run(options, command: str) -> int:
@@ -863,8 +863,8 @@ def set_up(options, command: str, listed, skipped) -> tuple[dict, engine.Engine]
     memory, e = load_pair(options, listed)
     drawn = {name: getattr(options, name) for name in ("temperature", "top_p", "seed")}
     config = {name: getattr(options, name) for name in (
-        "modes", "max_new_tokens", "draft_len", "overlap_len", "draft_source", "gate", "ignore_eos", "warmup",
-        "repeats")} | ({"sampling": drawn} if options.temperature else {})
+        "modes", "max_new_tokens", "draft_len", "overlap_len", "draft_source", "gate", "ignore_eos", "frame_rule",
+        "warmup", "repeats")} | ({"sampling": drawn} if options.temperature else {})
     config |= {"samples": len(listed), "dataset": digest(*((sample.id, sample.seq, sample.clip) for sample in listed)),
                "question": options.question or f"the data set's, {digest(*(sample.question for sample in listed))}",
                "tokenizer": digest(*(Path(m.text.path).read_text(encoding="utf-8") for m in e.models)),

@@ -58,7 +58,7 @@ def main(argv=None) -> int:
     device = e.target.device
     samples, _ = read_dataset(options.dataset_dir, None, 8)
     cases = [(sample, mode) for sample in samples for mode in modes]
-    run = argparse.Namespace(max_new_tokens=50, ignore_eos=bool(options.weights), source=None,
+    run = argparse.Namespace(max_new_tokens=50, ignore_eos=bool(options.weights), frame_rule="uniform", source=None,
                              temperature=0.0, top_p=1.0, seed=0)
     answers, taken, gaps = collections.defaultdict(set), collections.defaultdict(list), collections.defaultdict(list)
     for sample, mode in cases:                               # graphs, and what the allocator keeps

@@ -84,7 +84,7 @@ def rows_of(*samples, question="q"):
 
 CONFIG = {"modes": ["target_only", "speculative"], "draft_len": 2, "overlap_len": 3, "draft_source": "drafter",
           "gate": "off", "samples": 3, "repeats": 1, "warmup": 0, "max_new_tokens": 9, "ignore_eos": False,
-          "devices": {"target": "cpu", "drafter": "cpu"}}
+          "frame_rule": "uniform", "devices": {"target": "cpu", "drafter": "cpu"}}
 WORK = {"weight_bytes": 1000, "kv_bytes_per_row": 2, "flop_per_row": 10, "flop_per_row_pair": 1, "flop_head": 5}
 HEAD = {"schema": bench.SCHEMA, "commit": "abc", "dirty": False, "kind": "tiny", "command": "python bench.py",
         "time": "2026-01-01", "seed": 0, "skipped": [], "config": CONFIG,
