@@ -107,7 +107,7 @@ __all__ = ["MODES", "SOURCES", "Adapted", "Clip", "DraftSource", "Engine", "Even
 
 VERSION = "0.1.0"
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
-QUESTION_ROWS = (32, 64, 128, 256)               # a GPU has a prefill graph for questions of up to so many rows
+QUESTION_ROWS = (16, 32, 64, 128, 256)           # a GPU has a prefill graph for questions of up to so many rows
 
 # ---- decoder ---------------------------------------------------------------------------------------------------
 
@@ -439,10 +439,10 @@ class Model:
     def prefill_graph(self, rows: int, question: int | None = None) -> StepGraph:
         """On a GPU rows are padded, so that questions of up to QUESTION_ROWS share a graph that is there from loading
         on. A longer one runs without: its kernels take longer than their launches, and a capture longer than both.
-        The padding sits behind the prompt: it fills cache rows that nobody sees before decode overwrites them."""
+        The padding sits behind the prompt: it fills cache rows that nobody sees before decode overwrites them. No round
+        number: of 2,080 rows cuBLAS takes 1.2 ms more than of 2,077, of 2,093 0.7 (32 layers, one H200)."""
         room = 0 if question is None else next((n for n in QUESTION_ROWS if n >= question), question)
-        size = -(-(rows - (question or 0) + room) // 16) * 16
-        size = min(size, self.decoder.cache_rows) if self.on_gpu else rows
+        size = min(rows - (question or 0) + room, self.decoder.cache_rows) if self.on_gpu else rows
         if question is not None and room not in QUESTION_ROWS:
             return StepGraph(lambda: self._prefill(size), self, captured=False)
         return self.graph("prefill", size)
