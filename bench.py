@@ -43,6 +43,7 @@ from weights.files import (
     command,
     in_flags,
     insist_filled,
+    insist_whole,
     printable,
     quoted,
     rank,
@@ -51,7 +52,7 @@ from weights.files import (
     say,
     trusting,
 )
-from weights.memory import DRAFTER_DTYPES, PARTS, nvidia_smi
+from weights.memory import DRAFTER_DTYPES, PARTS, TINY, nvidia_smi
 from weights.pairs import write_pairs
 from weights.rows import (
     RowFile,
@@ -70,14 +71,13 @@ from weights.show import WIDTH, block, columns, fmt, shown
 from weights.text import check_sampling
 
 HERE = Path(__file__).resolve().parent
-TINY = HERE / "weights" / "tiny"
 SCHEMA = 2
 AGAIN = "lookup_again"               # a run like a mode: the clip asked again in `speculative`, with lookup
 LABELS = {"tiny": "embedded trained toy pair", "random-7b": "RANDOM 7B WEIGHTS"}      # of weights, in every header
 STAGES = {"drafter": ("load", "preprocess", "encode", "prefill", "draft"),
           "target": ("load", "preprocess", "encode", "prefill", "decode", "draft", "verify")}
 CLOCKS = "gpu=clocks.sm,clocks.mem,power.draw,power.limit"           # of nvidia-smi
-OUTPUTS = ("json", "out", "rows", "record", "timeline", "trace")     # flags that name what is written
+OUTPUTS = ("json", "out", "rows", "record", "timeline")     # flags that name what is written
 PER_FORWARD = {"draft", "decode", "verify"}                  # stages with an entry for each forward
 SHARED = {("target", "verify"), ("target", "draft")}         # those that a side's own mode does not have
 
@@ -610,21 +610,9 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists all flags")
 
 
-def whole(low: int, high: int | None = None, also: int | None = None):
-    """A type of argparse: whole numbers from low to high, or `also`."""
-    def read(text: str) -> int:
-        value = int(text)
-        if value != also and not low <= value <= (high or value):
-            raise argparse.ArgumentTypeError(f"wanted {low} or more" * (high is None) + f"wanted {low}..{high}" * bool(
-                high) + f", or {also} for all" * (also is not None) + f", got {value}; change it")
-        return value
-    read.__name__ = "whole number"
-    return read
-
-
 def cache_rows(text: str):
     """A type of argparse: rows of both caches, or of the target's and the drafter's."""
-    found = tuple(whole(1)(word) for word in text.split(","))
+    found = tuple(map(int, text.split(",")))
     if len(found) > 2:
         raise argparse.ArgumentTypeError(f"wanted one number or two, got {text!r}; change it")
     return found[0] if len(found) == 1 else found
@@ -634,7 +622,6 @@ def make_parser() -> Parser:
     parser = Parser(prog="bench.py", description=__doc__, usage="python bench.py [FLAGS]", allow_abbrev=False,
                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
                         prog, max_help_position=30, width=110))
-    most = engine.STEP_ROWS - 1
     add = parser.add_argument_group("model").add_argument
     add("--eventgpt", metavar="DIR|ID", help="drafter (default: the embedded pair's)")
     add("--videollava", metavar="DIR|ID", help="target (default: the embedded pair's)")
@@ -651,15 +638,15 @@ def make_parser() -> Parser:
     add("--dataset-dir", type=Path, metavar="DIR", help="clips (default: the embedded ones)")
     add("--question", metavar="TEXT", help="ask this of every clip")
     add("--questions", type=Path, metavar="FILE", help="ask each line of this file, of each clip, read once")
-    add("--max-samples", type=whole(1, also=-1), default=-1, metavar="N", help="the first N, -1 all (default)")
+    add("--max-samples", type=int, default=-1, metavar="N", help="the first N, -1 all (default)")
     add("--frame-rule", default="uniform", choices=("uniform", "first"), help="which 8 video frames")
     add("--shard", metavar="I/N", help="every N-th sample from the I-th (default: torchrun's or SLURM's rank); its "
         "number goes into the names of all files that it writes")
     add = parser.add_argument_group("run").add_argument
     add("--modes", default=",".join((*MODES, AGAIN)), metavar="A,B", help="default: %(default)s")
-    add("--max-new-tokens", type=whole(1, 1_000_000), default=50, metavar="N", help="default %(default)s")
-    add("--draft-len", type=whole(0, most), default=5, metavar="G", help="drafts a round (default %(default)s)")
-    add("--overlap-len", type=whole(0, most), default=15, metavar="G", help="drafts of the head start (%(default)s)")
+    add("--max-new-tokens", type=int, default=50, metavar="N", help="default %(default)s")
+    add("--draft-len", type=int, default=5, metavar="G", help="drafts a round (default %(default)s)")
+    add("--overlap-len", type=int, default=15, metavar="G", help="drafts of the head start (%(default)s)")
     add("--draft-source", metavar="NAME,..", help="who drafts in `speculative`, asked in this order: drafter, "
         "self, lookup[:FILE], adapter:DIR (default: on a GPU lookup, drafter and self, as far as they are there and "
         "fit; on a CPU and for the embedded pair drafter)")
@@ -667,8 +654,8 @@ def make_parser() -> Parser:
     add("--temperature", type=float, default=0.0, metavar="T", help="draw ids (default %(default)s: greedy)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest ids of this mass (default all)")
     add("--seed", type=int, default=0, metavar="N", help="of the draws, for every sample (default %(default)s)")
-    add("--warmup", type=whole(0), default=1, metavar="N", help="rounds before measuring (default %(default)s)")
-    add("--repeats", type=whole(1), default=3, metavar="N", help="of each mode and sample (default %(default)s)")
+    add("--warmup", type=int, default=1, metavar="N", help="rounds before measuring (default %(default)s)")
+    add("--repeats", type=int, default=3, metavar="N", help="of each mode and sample (default %(default)s)")
     add("--ignore-eos", action=argparse.BooleanOptionalAction, help="fixed length (default with random weights)")
     add("--rows", type=Path, metavar="JSONL", help="append each finished sample")
     add("--resume", action="store_true", help="go on with --rows: skip the samples that it holds, but for failed ones")
@@ -679,7 +666,6 @@ def make_parser() -> Parser:
     add("--out", metavar="FILE", help="write what is printed there too, when all is done")
     add("--record", metavar="JSONL", help="write both models' answers, for tests/sources.py and tests/replay.py")
     add("--timeline", metavar="PNG", help="draw the last request in `speculative`, or in the last of --modes")
-    add("--trace", metavar="JSON", help="the same as a trace for ui.perfetto.dev")
     add = parser.add_argument_group("instead of measuring").add_argument
     add("--explain", metavar="ID", help="one sample id by id: drafts, the target's ids and margins, last of --modes")
     add("--merge", nargs="+", type=Path, metavar="JSONL", help="one report of the row files of all shards")
@@ -727,6 +713,11 @@ def check(options) -> None:
         if not holds:
             raise InputError(line)
 
+    most = engine.STEP_ROWS - 1
+    for name, low, high in (("max_samples", -1, math.inf), ("max_new_tokens", 1, 1_000_000), ("draft_len", 0, most),
+                            ("overlap_len", 0, most), ("warmup", 0, math.inf), ("repeats", 1, math.inf)):
+        insist_whole(name, getattr(options, name), low, high)
+    insist(options.max_samples, "--max-samples: wanted 1 or more, or -1 for all, got 0; change it")
     insist(options.question is None or engine.check_question(options.question).strip(),
            "--question: is empty; leave it out to ask what the data set asks")
     if options.questions:
@@ -810,15 +801,14 @@ def main(argv=None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         return run(parse(argv), shlex.join(["python", "bench.py", *words]))
-    except (InputError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
+    except (InputError, torch.OutOfMemoryError) as error:
         if "--debug" in words:
             raise
-        stopped = isinstance(error, KeyboardInterrupt)       # before the first sample: nothing to show
-        if speaks():
-            print("interrupted" if stopped else told(error) if isinstance(error, InputError) else
-                  f"out of GPU memory ({str(error).partition('. ')[0]}); lower --cache-rows, or use another "
-                  f"--drafter-device", file=sys.stderr)
-        return 130 if stopped else 2
+        if not speaks():
+            return 2
+        raise InputError(told(error) if isinstance(error, InputError) else f"out of GPU memory ("
+                         f"{str(error).partition('. ')[0]}); lower --cache-rows, or use another --drafter-device"
+                         ) from None
 
 
 def run(options, command: str) -> int:
@@ -938,9 +928,8 @@ def hand_over(lines, report, options) -> None:
         replace_file(options.json, json.dumps(report).encode() + b"\n")
     if options.out:
         replace_file(options.out, ("\n".join(lines) + "\n").encode())
-    for path, write in ((options.timeline, show.draw), (options.trace, show.trace)):
-        if path and getattr(options, "shown", None):
-            write(options.shown, path)
+    if options.timeline and getattr(options, "shown", None):
+        show.draw(options.shown, options.timeline)
 
 
 if __name__ == "__main__":

@@ -41,10 +41,9 @@ def of(file, tests, *breaks):
 BREAKS = [
     # what a caller holds in memory
     *of("weights/given.py", "test_given.py",
-        ("held.owner = owner  ", "held.nobody = None  ", "an array is freed under the tensor that shows it"),
-        ("flat = (raw.flip(-1) if order in (\">\", \"!\") else raw)", "flat = raw",
-         "big-endian numbers are read as little"),
-        ("raw = raw.flip(backwards) if backwards else raw", "pass", "an array that runs backwards is turned round"),
+        ("array.dtype.newbyteorder(\"=\")", "array.dtype", "big-endian numbers are refused"),
+        ("array.flags.c_contiguous and ", "", "an array that runs backwards is refused"),
+        ("from_numpy(array if plain", "from_numpy(array.copy() if plain", "torch would take this array as it is"),
         ("chosen = sample_indices(len(frames), num_frames, rule)", "chosen = [*range(min(len(frames), num_frames))]",
          "of many frames in memory the first are taken, whatever the rule"),
         ("~(exact.abs() < 2.0 ** 53)", "exact.isinf()", "times that are no number become some number"),

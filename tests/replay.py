@@ -210,9 +210,8 @@ def main(argv=None) -> int:
             if options.rows:                                 # what is measured is kept
                 replace_file(options.rows, json.dumps([{**head, "sequences": len(streams)},
                                                        {name: taken[name] for name in rows}]).encode())
-    for path, write in ((options.timeline, show.draw), (options.trace, show.trace)):
-        if path:
-            write(result, path)
+    if options.timeline:
+        show.draw(result, options.timeline)
     measure.publish(report({**head, "sequences": len(streams)}, {name: taken[name] for name in rows}), options.out)
     return 0
 
@@ -284,7 +283,6 @@ def parse(argv):
     add("--rows", type=Path, metavar="JSON", help="keep what was measured, for --merge")
     add("--merge", nargs="+", type=Path, metavar="JSON", help="the table of several shards")
     add("--timeline", metavar="PNG", help="draw the last request")
-    add("--trace", metavar="JSON", help="the same as a trace for ui.perfetto.dev")
     options = parser.parse_args(argv)
     options.shard = bench.read_shard(options.shard, {})
     for name in ("max_answers", "max_new_tokens", "random_ids"):

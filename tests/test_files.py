@@ -124,7 +124,7 @@ def test_rows_are_kept_in_a_regular_file_alone(tmp_path):
 ROOT = Path(files.__file__).resolve().parents[1]
 OPENERS = {     # who opens a file, and what for; everything else goes through weights/files.py
     "weights/files.py": {"open_regular", "replace_file", "command", "run"}, "weights/rows.py": {"__init__"},
-    "weights/load.py": {"open_weights", "some_rows", "peak_resident", "fingerprint", "stored_values", "read_header"},
+    "weights/load.py": {"open_weights", "some_rows", "fingerprint", "stored_values", "read_header"},
     "weights/video.py": {"open_video", "read_image"}, "weights/events.py": {"columns_of_npz"},
     "weights/memory.py": {"free_bytes", "holders", "model_name"},
     "weights/convert.py": {"write_all", "read_pickled"}, "weights/packed.py": {"save", "write"},

@@ -25,10 +25,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from weights import InputError, events, video
+from tests.film import write_film
+from weights import InputError, video
 from weights.events import read_events
-from weights.files import line_for_each
-from weights.tiny.make_clips import write_film
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -1156,15 +1155,3 @@ def test_everything_works_without_numpy(tmp_path, user_env):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=user_env)
     assert done.stdout.split("\n")[:3] == ["(5, 3, 28, 28)", "(1, 3, 28, 28)", "(8, 3, 28, 28)"], done.stderr
     assert done.stderr == ""
-
-
-@pytest.mark.parametrize("module, name, words", [
-    (events, "e.npy", "50 events"), (video, "a.mkv", "64 x 48, 9 frames"), (video, "a.png", "image of 31 x 17")])
-def test_the_command_line_describes_a_file_and_exits_2_on_a_bad_one(tmp_path, capsys, monkeypatch, module, name, words):
-    made = {"e.npy": lambda: npy_of_dict(small_events(50)), "a.mkv": lambda: clip_bytes(tmp_path, "b.mkv", 9),
-            "a.png": lambda: image_bytes(some_image("RGB"))}
-    path = saved(tmp_path, made[name](), name)
-    monkeypatch.setattr(sys, "argv", [name, str(path)])
-    assert line_for_each(module.__doc__, module.described) == 0 and words in capsys.readouterr().out
-    path.write_bytes(b"text")
-    assert line_for_each(module.__doc__, module.described) == 2 and capsys.readouterr().err.count("\n") == 1

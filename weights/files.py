@@ -21,7 +21,6 @@ import stat
 import sys
 import threading
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
@@ -170,18 +169,6 @@ def command(main):
             print(f"stdout: cannot be written ({reason_of(error)}); free some room", file=sys.stderr)
             return 2
     return run
-
-
-@command
-def line_for_each(doc: str, describe: Callable) -> int:
-    """The command that says a line of each file it is given, and what it does where it is given none."""
-    paths = sys.argv[1:]
-    if not paths or {"-h", "--help"} & {*paths}:
-        print(doc)
-        return 0 if paths else 2
-    for path in paths:
-        say(f"{path}: {describe(path)}")
-    return 0
 
 
 def refusal(path, reason, way_out) -> InputError:

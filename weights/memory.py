@@ -16,7 +16,7 @@ from kernels.lookup import Ring
 from kernels.quant import HEAD_BITS, LAYER_BITS, NotPackable, packed_bytes
 from kernels.round import STATE
 from kernels.skinny import Workspace
-from weights.files import InputError, insist_file, refusal
+from weights.files import InputError, insist_file, insist_one_of, refusal
 from weights.load import DRAFTER_7B, TARGET_7B, open_checkpoint
 from weights.packed import replaced_bytes
 from weights.shapes import TEXT_ROWS, memory_needs, rows_for, rows_of_sides, text_config
@@ -50,8 +50,7 @@ def as_dtype(dtype) -> torch.dtype | None:
     known = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if dtype is None or dtype in known.values():
         return dtype
-    if not isinstance(dtype, str) or dtype not in known:
-        raise InputError(f"dtype: {dtype!r} is not one of {', '.join(known)}; pick from these")
+    insist_one_of("dtype", dtype, known)
     return known[dtype]
 
 

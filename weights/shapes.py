@@ -30,10 +30,6 @@ class DecoderConfig:
         """Values of a layer's largest weight."""
         return self.D * max(2 * self.F, (self.H + 2 * self.N) * self.K)
 
-    def cache_bytes(self, rows: int, itemsize: int) -> int:
-        """Keys and values, the rotary tables beside them, and the rows a prefill starts from."""
-        return rows * itemsize * (2 * self.L * self.N * self.K + 2 * self.K + self.D)
-
     @classmethod
     def read(cls, raw: dict) -> DecoderConfig:
         """From a Hugging Face LLaMA config that `plan` accepts; `rope_parameters` is the newer home of `rope_theta`."""
@@ -135,5 +131,6 @@ def memory_needs(side: str, config: dict, itemsize: int, rows: int, gpu: bool, k
         beside = S * b * (8 * d.D + HK) * ("replaced" in kernels)            # in a prefill that unpacks
         encode = max(encode + pixels, (12 * d.D * max(2 * d.F, d.V) + beside) * ("packed" in kernels))
         fixed += S * d.D * b
-    return {"weights": wanted.nbytes(b) - kernels.pop("replaced", 0), "cache": d.cache_bytes(rows, b)} | kernels | {
+    cache = rows * b * (2 * d.L * d.N * d.K + 2 * d.K + d.D)     # keys, values, rotary tables, a prefill's first rows
+    return {"weights": wanted.nbytes(b) - kernels.pop("replaced", 0), "cache": cache} | kernels | {
         "scratch": fixed + max(encode, S * b * max(layer))}
