@@ -63,14 +63,15 @@ class SplitWork:
 
 def attention_ref(q_SHK, k_NMK, v_NMK, pos_ids_S, upcast=True):
     """Plain torch. upcast: scores, softmax and mixing in fp32 with one rounding at the end; else in the dtype."""
-    (_, H, K), (N, M, _) = q_SHK.shape, k_NMK.shape
-    M = min(M, int(pos_ids_S.max()) + 1) if q_SHK.device.type == "cpu" else M
+    (S, H, K), (N, M, _) = q_SHK.shape, k_NMK.shape
+    on_host = q_SHK.device.type == "cpu"
+    M = min(M, int(pos_ids_S.max()) + 1) if on_host else M
     q, k, v = (t.float() if upcast and t.dtype != torch.float64 else t for t in (q_SHK, k_NMK[:, :M], v_NMK[:, :M]))
-    k, v = (t.repeat_interleave(H // N, dim=0) if H != N else t for t in (k, v))
-    score_HSM = (q.transpose(0, 1) @ k.transpose(1, 2)) * K ** -0.5
-    seen_SM = torch.arange(M, device=q.device)[None, :] <= pos_ids_S[:, None]
-    prob_HSM = score_HSM.masked_fill(~seen_SM, float("-inf")).softmax(-1)
-    return (prob_HSM @ v).transpose(0, 1).to(q_SHK.dtype)
+    k, v = (t[:, None].expand(N, H // N, M, K).reshape(H, M, K) if H != N else t for t in (k, v))
+    score_HSM = (q.transpose(0, 1) @ k.transpose(1, 2)).mul_(K ** -0.5)
+    if S > 1 or not on_host:                                 # on the host a single row sees all M
+        score_HSM.masked_fill_(torch.arange(M, device=q.device) > pos_ids_S[:, None], float("-inf"))
+    return (score_HSM.softmax(-1) @ v).transpose(0, 1).to(q_SHK.dtype)
 
 
 def step_attention_ref(qkv_SE, k_NMK, v_NMK, pos_ids_S, cos_MK, sin_MK):

@@ -25,11 +25,13 @@ def rope_store_ref(qkv_SE, pos_ids_S, cos_MK, sin_MK, k_cache_NMK, v_cache_NMK):
     qkv = qkv_SE.reshape(S, -1, K)
     H = qkv.shape[1] - 2 * N
     at = pos_ids_S.clamp(max=M - 1)
-    cos_SK, sin_SK = cos_MK[at], sin_MK[at]
-    keep = pos_ids_S < M                                             # rows past the cache are not stored
-    k_cache_NMK[:, at[keep]] = rotate_ref(qkv[:, H:H + N], cos_SK, sin_SK)[keep].transpose(0, 1)
-    v_cache_NMK[:, at[keep]] = qkv[:, H + N:][keep].transpose(0, 1)
-    return rotate_ref(qkv[:, :H], cos_SK, sin_SK)
+    turned = rotate_ref(qkv[:, :H + N], cos_MK[at], sin_MK[at])
+    k, v, keep = turned[:, H:], qkv[:, H + N:], pos_ids_S < M
+    if not keep.all():                                               # rows past the cache are not stored
+        at, k, v = at[keep], k[keep], v[keep]
+    k_cache_NMK[:, at] = k.transpose(0, 1)
+    v_cache_NMK[:, at] = v.transpose(0, 1)
+    return turned[:, :H]
 
 
 @triton.jit

@@ -119,7 +119,7 @@ BREAKS = [
          "top_p keeps half the mass it should")),
     # what a row sees
     *of("kernels/attention.py", "test_attention.py",
-        ("[None, :] <= pos_ids_S[:, None]", "[None, :] <= pos_ids_S[:, None] + 1", "a row sees the row behind it"),
+        ("> pos_ids_S[:, None], float", "> pos_ids_S[:, None] + 1, float", "a row sees the row behind it"),
         ("(at[None, :] <= pos[:, None])", "(at[None, :] <= pos[:, None] + 1)",
          "a prefill's row sees the row behind it"),
         ("(at[:, None] <= pos[None, :])", "(at[:, None] <= pos[None, :] + 1)", "a step's row sees the row behind it")),

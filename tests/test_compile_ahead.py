@@ -3,15 +3,17 @@
 import subprocess
 import sys
 
-import pytest
 from common import ROOT
 
 # Runs in a process of its own, where Triton compiles and does not interpret. Meta tensors carry shapes and no data, so
-# the wrappers run as they are; their launches are caught and compiled instead.
+# the wrappers run as they are; their launches are caught and compiled instead. A program without matrix products is
+# lowered once: its PTX of the oldest chip that takes the same is assembled for the newer ones, as PTX promises.
 SCRIPT = """
+import re
 import sys
 import torch
 from triton import compile
+from triton.backends.nvidia.compiler import CUDABackend, sm_arch_from_capability
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -19,6 +21,31 @@ from triton.runtime.jit import JITFunction
 
 launches = []
 JITFunction.run = lambda self, *args, grid, warmup, **options: launches.append((self, args, options))
+
+lowered, stages_of = {}, CUDABackend.add_stages
+
+def add_stages(self, stages, options, language):
+    stages_of(self, stages, options, language)
+    to_ttgir, to_llvm, to_ptx = (stages[name] for name in ("ttgir", "llir", "ptx"))
+    chip, found = ".target " + sm_arch_from_capability(self.target.arch), {}
+
+    def ttgir(src, metadata):
+        nonlocal found
+        program = re.sub("cuda:[0-9]+", "", str(src))
+        if "dot" not in program:
+            found = lowered.setdefault((program, *(getattr(options, name) for name in (
+                "num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl"))), found)
+        return "as before" if found else to_ttgir(src, metadata)
+
+    def ptx(src, metadata):
+        if not found:
+            found.update(ptx=to_ptx(src, metadata), metadata=dict(metadata))
+        metadata.update(found["metadata"] | metadata)
+        return re.sub("[.]target sm_[0-9a-z]+", chip, found["ptx"])
+    stages["ttgir"], stages["ptx"] = ttgir, ptx
+    stages["llir"] = lambda src, metadata: src if found else to_llvm(src, metadata)
+
+CUDABackend.add_stages = add_stages
 
 from kernels.attention import attention, step_attention
 from kernels.frames import drawn_at_once
@@ -116,14 +143,13 @@ SHARED = {80: 166_912, 90: 232_448, 100: 232_448}            # bytes of shared m
 ROWS = {80: (16, 2076), 90: (1, 16, 32, 2076), 100: (16, 2076)}
 
 
-@pytest.mark.parametrize("archs", [(80, 100), (90,)], ids=str)       # about as long as each other
-def test_every_kernel_compiles_and_fits(archs, user_env, tmp_path):
+def test_every_kernel_compiles_and_fits(user_env, tmp_path):
     env = user_env | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    asked = [f"{arch}:{rows}" for arch in archs for rows in ROWS[arch]]
+    asked = [f"{arch}:{rows}" for arch in ROWS for rows in ROWS[arch]]
     done = subprocess.run([sys.executable, "-c", SCRIPT, *asked], env=env, cwd=ROOT, capture_output=True, text=True)
     built = [line.split() for line in done.stdout.splitlines()]
     assert done.returncode == 0, f"behind {built[-1:]}:\n{done.stderr[-3000:]}"
-    for arch in archs:
+    for arch in ROWS:
         found = [(int(rows), name, int(shared)) for of, rows, name, shared in built if int(of) == arch]
         for rows in ROWS[arch]:
             wanted = PREFILL
@@ -132,4 +158,4 @@ def test_every_kernel_compiles_and_fits(archs, user_env, tmp_path):
                          "early_product_kernel" if rows <= 16 and arch == 90 else "skinny_kernel"}
                 wanted = STEP | early | DRAFTS.get(rows, set())
             assert {name for of, name, _ in found if of == rows} == wanted, f"sm_{arch}, {rows} rows"
-        assert max(shared for *_, shared in found) <= SHARED[arch]
+        assert 0 < max(shared for *_, shared in found) <= SHARED[arch]

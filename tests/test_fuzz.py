@@ -1,4 +1,4 @@
-"""300 seeded mutations of every kind of file: each is read or refused in one line. tests/fuzz.py says what else may
+"""200 seeded mutations of every kind of file: each is read or refused in one line. tests/fuzz.py says what else may
 not happen, and runs any number of them."""
 
 import random
@@ -25,14 +25,13 @@ def tallies(program, kinds, mutations):
                              for kind, row in rows.items()}, done.stdout
 
 
-@pytest.mark.parametrize("half", [0, 1])
-def test_damage_is_read_through_or_refused(half):
-    kinds = [kind for kind in fuzz.KINDS if kind not in HERE][half::2]
-    code, found, printed = tallies(fuzz.__file__, kinds, 300)
+def test_damage_is_read_through_or_refused():
+    kinds = [kind for kind in fuzz.KINDS if kind not in HERE]
+    code, found, printed = tallies(fuzz.__file__, kinds, 200)
     assert code == 0 and list(found) == kinds, printed
     for kind, tally in found.items():
-        assert tally["accepted"] + tally["refused"] == 300 and not fuzz.violations(tally), printed
-        assert tally["accepted"] >= 5 and tally["refused"] >= 50, f"{kind}: one side of the reader was not reached"
+        assert tally["accepted"] + tally["refused"] == 200 and not fuzz.violations(tally), printed
+        assert tally["accepted"] >= 5 and tally["refused"] >= 30, f"{kind}: one side of the reader was not reached"
 
 
 @pytest.mark.parametrize("kind, count", [("small", 150), ("index", 150), ("adapter", 100), ("answers", 40)])

@@ -13,12 +13,12 @@ from engine import MODES, DraftSource, Fixed, InputError
 from kernels.frames import draw_events
 
 
-@pytest.mark.parametrize("i", [0, 3])
 @pytest.mark.parametrize("draft_len", [1, 5, 15, 31])
 @pytest.mark.parametrize("ignore_eos", [False, True], ids=["stop", "fixed_length"])
-def test_any_drafts_give_the_targets_answer(pair, i, draft_len, ignore_eos):
-    """4 lengths x 2 endings x 17 sources x 2 samples = 272 cases."""
-    question = int(i > 0)
+def test_any_drafts_give_the_targets_answer(pair, draft_len, ignore_eos):
+    """4 lengths x 2 endings x 17 sources = 136 cases, on two samples in turn."""
+    question = int((draft_len in (5, 31)) != ignore_eos)
+    i = 3 * question
     ids, cases = truth(pair, i, question, ignore_eos), 0
     for name, guess in guesses(ids).items():
         result = pair.generate(mode="speculative", draft_source=Fixed(guess), draft_len=draft_len,

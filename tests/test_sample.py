@@ -82,11 +82,11 @@ def test_scores_are_the_definitions_and_the_sets_equal(S, V, top_p, dtype, devic
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_a_row_feels_only_itself_and_its_place_in_the_answer(top_p, device):
-    logits_SV, words_3 = (3 * torch.randn(18, 577, device=device)).half(), sampling_words(1.5, top_p, 9).to(device)
+    logits_SV, words_3 = (3 * torch.randn(7, 577, device=device)).half(), sampling_words(1.5, top_p, 9).to(device)
     whole_SV = sample(logits_SV, state(4, device), words_3)
-    for S in (1, 2, 17):
+    for S in (1, 2, 6):
         assert differing(sample(logits_SV[:S].clone(), state(4, device), words_3), whole_SV[:S]) == 0
-    for row in (1, 17):
+    for row in (1, 6):
         alone_1V = sample(logits_SV[row:row + 1].clone(), state(4 + row, device), words_3)
         assert differing(alone_1V[0], whole_SV[row]) == 0
     assert differing(sample(logits_SV, state(5, device), words_3), whole_SV) > 0

@@ -126,9 +126,9 @@ def test_nan_is_reported_and_a_replay_keeps_its_ids():
 
 @pytest.mark.parametrize("temperature, top_p", HOT)
 def test_a_seed_fixes_the_answer_in_every_mode_and_under_any_drafts(pair, temperature, top_p):
-    """2 x 3 x (8 forced drafts + 3 modes) = 66 generations against 6 of target_only."""
+    """2 x 2 x (8 forced drafts + 3 modes) = 44 generations against 4 of target_only."""
     answers, lens = set(), []
-    for i in range(3):
+    for i in range(2):
         options = asked(i, temperature=temperature, top_p=top_p, seed=2 ** 40 + i, ignore_eos=i % 2 == 1)
         ids = pair.generate(mode="target_only", **options).output_ids
         answers.add(tuple(ids[:12]))
@@ -140,7 +140,7 @@ def test_a_seed_fixes_the_answer_in_every_mode_and_under_any_drafts(pair, temper
         for mode in ("prefill_only", "prefill_then_verify", "speculative"):
             result = pair.generate(mode=mode, **options)
             assert result.output_ids == ids and result.drafter_error is None, f"sample {i}, {mode}"
-    assert len(answers) == 3 and set(range(15)) <= set(lens)
+    assert len(answers) == 2 and set(range(15)) <= set(lens)
 
 
 def test_cold_and_narrow_sampling_is_greedy_and_seeds_differ(pair):

@@ -67,9 +67,10 @@ def test_rates_count_what_a_text_states():
     assert rates["colour"] == 0.5 and rates["heading"] == 1.0
 
 
-def test_drafts_that_see_the_scene_beat_every_control_that_does_not(pair, tmp_path):
-    """16 scenes here; the README shows 500."""
-    figures = tiny_pair.evaluate(pair, 16, tmp_path)
+def test_drafts_that_see_the_scene_beat_every_control_that_does_not(pair, tmp_path, monkeypatch):
+    """Four questions about two scenes each here; the README shows 500 scenes."""
+    monkeypatch.setattr(scenes, "QUESTIONS", scenes.QUESTIONS[:4])
+    figures = tiny_pair.evaluate(pair, 8, tmp_path)
     assert not figures["unequal"]
     rates = dict(figures["tokens_per_round"])
     drafter = rates.pop("drafter")
