@@ -606,7 +606,7 @@ CASES = {
     "71 lookup that is a folder": run(lambda f: ["--draft-source", f"lookup:{f}"], "is a folder"),
     "71 lookup in no folder": run(lambda f: ["--draft-source", f"lookup:{f / 'no' / 'm.json'}"], "cannot be written"),
     "71 lookup of many shards": run(lambda f: ["--draft-source", saved_source(f), "--shard", "0/2"], "--shard"),
-    "71 memory as it was": run(lambda f: ["--draft-source", saved_source(f, "memory")], "lookup:FILE makes a new one"),
+    "71 memory as it was": run(lambda f: ["--draft-source", saved_source(f, "memory")], "lookup[:FILE]"),
     "72 two writers": two_writers,
     "72 other commits": run(lambda f: ["--merge", saved_rows(f, "a.jsonl"), saved_rows(f, "b.jsonl", commit="b")],
                             "another commit"),
