@@ -37,14 +37,13 @@ from tqdm import tqdm
 import weights.rows
 from engine import MODES
 from kernels.check import ceilings, quantiles
-from kernels.quant import BITS
 from weights import InputError, controls, describe, replace_file, show
-from weights.adapter import write_pairs
 from weights.dataset import Sample, read_dataset
 from weights.files import (
     command,
     in_flags,
     insist_filled,
+    insist_whole,
     printable,
     quoted,
     rank,
@@ -53,21 +52,32 @@ from weights.files import (
     say,
     trusting,
 )
-from weights.memory import PARTS, nvidia_smi
-from weights.rows import RowFile, compare, estimate, forwards, judged, median, merge, mode_figures, parting
+from weights.memory import DRAFTER_DTYPES, PARTS, TINY, nvidia_smi
+from weights.pairs import write_pairs
+from weights.rows import (
+    RowFile,
+    compare,
+    estimate,
+    forwards,
+    insist_sound,
+    judged,
+    median,
+    merge,
+    mode_figures,
+    parting,
+)
 from weights.shapes import PROMPT_ROWS
 from weights.show import WIDTH, block, columns, fmt, shown
 from weights.text import check_sampling
 
 HERE = Path(__file__).resolve().parent
-TINY = HERE / "weights" / "tiny"
 SCHEMA = 2
 AGAIN = "lookup_again"               # a run like a mode: the clip asked again in `speculative`, with lookup
 LABELS = {"tiny": "embedded trained toy pair", "random-7b": "RANDOM 7B WEIGHTS"}      # of weights, in every header
 STAGES = {"drafter": ("load", "preprocess", "encode", "prefill", "draft"),
           "target": ("load", "preprocess", "encode", "prefill", "decode", "draft", "verify")}
 CLOCKS = "gpu=clocks.sm,clocks.mem,power.draw,power.limit"           # of nvidia-smi
-OUTPUTS = ("json", "out", "rows", "record", "timeline", "trace")     # flags that name what is written
+OUTPUTS = ("json", "out", "rows", "record", "timeline")     # flags that name what is written
 PER_FORWARD = {"draft", "decode", "verify"}                  # stages with an entry for each forward
 SHARED = {("target", "verify"), ("target", "draft")}         # those that a side's own mode does not have
 
@@ -113,12 +123,11 @@ def machine(device) -> dict:
 def work_of(model) -> dict:
     """What a step moves and a prefill computes, as factors of the prompt's rows (`at_rows` puts them in).
 
-    Multiply and add count as two: every row through every layer, causal attention, the head for one row. matrix_rate:
-    of prefill's products, in units of the measured one: tensor cores take e4m3 twice as fast."""
+    Multiply and add count as two: every row through every layer, causal attention, the head for one row."""
     c, d = model.config, model.decoder
     products = [math.prod(layer[name].shape) for layer in d.steps.layers for name in ("qkv", "o", "gate_up", "down")]
     return {"weight_bytes": weight_bytes(model), "kv_bytes_per_row": kv_bytes(model),
-            "flop_per_row": 2 * sum(products), "matrix_rate": 2 if d.fp8 and model.on_gpu else 1,
+            "flop_per_row": 2 * sum(products),
             "flop_per_row_pair": 2 * c.H * c.K * c.L, "flop_head": 2 * math.prod(d.head_VD.shape)}
 
 
@@ -142,14 +151,12 @@ def kv_bytes(model) -> int:
 
 def dtype_of(decoder) -> str:
     full = str(decoder.dtype).removeprefix("torch.")
-    return f"{full} with {decoder.steps.packed} weights" if decoder.steps.packed else full
+    return f"{full} with int4 weights" if decoder.steps.packed else full
 
 
 def all_bytes(decoder) -> int:
-    """Weights a model holds, towers included, and packed copies."""
-    packed = [t for layer in (*decoder.steps.layers, *decoder.layers) for t in layer.values()]
-    held = {id(t): t for t in [*decoder.w.values(), *packed, decoder.steps.head_VD]}     # most are the model's own
-    return sum(t.nbytes for t in held.values())
+    """Weights a model holds, towers included, packed or not; not the target's 4-bit copy."""
+    return sum(t.nbytes for t in decoder.w.values())
 
 
 # ---- the measured run ------------------------------------------------------------------------------------------
@@ -310,7 +317,7 @@ def stage_rows(report) -> list:
                 amount, unit, share = work["step_bytes"] / 1e9, "GB", work["step_bytes"] / mid * 1e3 / limits["read_bw"]
             elif stage == "prefill" and not any(row.get("several") for row in report["samples"]):
                 amount, unit = work["prefill_flop"] / 1e12, "TFLOP"
-                share = work["prefill_flop"] / mid * 1e3 / limits["gemm_flops"] / work.get("matrix_rate", 1)
+                share = work["prefill_flop"] / mid * 1e3 / limits["gemm_flops"]
             together = median(times(side, stage, ["prefill_only"]))
             table.append((side, stage, low, mid, high, together, amount, unit, share))
     return table
@@ -515,6 +522,7 @@ def read_report(path: Path, flag: str = "json", rows: list | None = None) -> dic
         text = read_text(path, f"what --{flag} wrote", 1 << 32)
         report = json.loads(text.split("\n", 1)[0])
         report = report if rows is None else assemble(report, rows)
+        insist_sound(report["samples"], report["config"])
         screen(report), details(report)
     return report
 
@@ -602,21 +610,9 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists all flags")
 
 
-def whole(low: int, high: int | None = None, also: int | None = None):
-    """A type of argparse: whole numbers from low to high, or `also`."""
-    def read(text: str) -> int:
-        value = int(text)
-        if value != also and not low <= value <= (high or value):
-            raise argparse.ArgumentTypeError(f"wanted {low} or more" * (high is None) + f"wanted {low}..{high}" * bool(
-                high) + f", or {also} for all" * (also is not None) + f", got {value}; change it")
-        return value
-    read.__name__ = "whole number"
-    return read
-
-
 def cache_rows(text: str):
     """A type of argparse: rows of both caches, or of the target's and the drafter's."""
-    found = tuple(whole(1)(word) for word in text.split(","))
+    found = tuple(map(int, text.split(",")))
     if len(found) > 2:
         raise argparse.ArgumentTypeError(f"wanted one number or two, got {text!r}; change it")
     return found[0] if len(found) == 1 else found
@@ -626,7 +622,6 @@ def make_parser() -> Parser:
     parser = Parser(prog="bench.py", description=__doc__, usage="python bench.py [FLAGS]", allow_abbrev=False,
                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
                         prog, max_help_position=30, width=110))
-    most = engine.STEP_ROWS - 1
     add = parser.add_argument_group("model").add_argument
     add("--eventgpt", metavar="DIR|ID", help="drafter (default: the embedded pair's)")
     add("--videollava", metavar="DIR|ID", help="target (default: the embedded pair's)")
@@ -635,23 +630,23 @@ def make_parser() -> Parser:
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there)")
     add("--drafter-device", metavar="DEVICE", help="another device for the drafter")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--drafter-dtype", default="bf16", choices=("bf16", *BITS), metavar="NAME",
-        help=f"the drafter's weights, packed at load: bf16 (default), {', '.join(BITS)}")
+    add("--drafter-dtype", default="bf16", choices=DRAFTER_DTYPES, metavar="NAME",
+        help="the drafter's weights: bf16 (default), or int4, packed at load")
     add("--cache-rows", type=cache_rows, metavar="T[,D]", help="cache positions of target and drafter (default: a "
         "clip's, the longest question's and --max-new-tokens)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset-dir", type=Path, metavar="DIR", help="clips (default: the embedded ones)")
     add("--question", metavar="TEXT", help="ask this of every clip")
     add("--questions", type=Path, metavar="FILE", help="ask each line of this file, of each clip, read once")
-    add("--max-samples", type=whole(1, also=-1), default=-1, metavar="N", help="the first N, -1 all (default)")
+    add("--max-samples", type=int, default=-1, metavar="N", help="the first N, -1 all (default)")
     add("--frame-rule", default="uniform", choices=("uniform", "first"), help="which 8 video frames")
     add("--shard", metavar="I/N", help="every N-th sample from the I-th (default: torchrun's or SLURM's rank); its "
         "number goes into the names of all files that it writes")
     add = parser.add_argument_group("run").add_argument
     add("--modes", default=",".join((*MODES, AGAIN)), metavar="A,B", help="default: %(default)s")
-    add("--max-new-tokens", type=whole(1, 1_000_000), default=50, metavar="N", help="default %(default)s")
-    add("--draft-len", type=whole(0, most), default=5, metavar="G", help="drafts a round (default %(default)s)")
-    add("--overlap-len", type=whole(0, most), default=15, metavar="G", help="drafts of the head start (%(default)s)")
+    add("--max-new-tokens", type=int, default=50, metavar="N", help="default %(default)s")
+    add("--draft-len", type=int, default=5, metavar="G", help="drafts a round (default %(default)s)")
+    add("--overlap-len", type=int, default=15, metavar="G", help="drafts of the head start (%(default)s)")
     add("--draft-source", metavar="NAME,..", help="who drafts in `speculative`, asked in this order: drafter, "
         "self, lookup[:FILE], adapter:DIR (default: on a GPU lookup, drafter and self, as far as they are there and "
         "fit; on a CPU and for the embedded pair drafter)")
@@ -659,8 +654,8 @@ def make_parser() -> Parser:
     add("--temperature", type=float, default=0.0, metavar="T", help="draw ids (default %(default)s: greedy)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest ids of this mass (default all)")
     add("--seed", type=int, default=0, metavar="N", help="of the draws, for every sample (default %(default)s)")
-    add("--warmup", type=whole(0), default=1, metavar="N", help="rounds before measuring (default %(default)s)")
-    add("--repeats", type=whole(1), default=3, metavar="N", help="of each mode and sample (default %(default)s)")
+    add("--warmup", type=int, default=1, metavar="N", help="rounds before measuring (default %(default)s)")
+    add("--repeats", type=int, default=3, metavar="N", help="of each mode and sample (default %(default)s)")
     add("--ignore-eos", action=argparse.BooleanOptionalAction, help="fixed length (default with random weights)")
     add("--rows", type=Path, metavar="JSONL", help="append each finished sample")
     add("--resume", action="store_true", help="go on with --rows: skip the samples that it holds, but for failed ones")
@@ -671,7 +666,6 @@ def make_parser() -> Parser:
     add("--out", metavar="FILE", help="write what is printed there too, when all is done")
     add("--record", metavar="JSONL", help="write both models' answers, for tests/sources.py and tests/replay.py")
     add("--timeline", metavar="PNG", help="draw the last request in `speculative`, or in the last of --modes")
-    add("--trace", metavar="JSON", help="the same as a trace for ui.perfetto.dev")
     add = parser.add_argument_group("instead of measuring").add_argument
     add("--explain", metavar="ID", help="one sample id by id: drafts, the target's ids and margins, last of --modes")
     add("--merge", nargs="+", type=Path, metavar="JSONL", help="one report of the row files of all shards")
@@ -719,6 +713,11 @@ def check(options) -> None:
         if not holds:
             raise InputError(line)
 
+    most = engine.STEP_ROWS - 1
+    for name, low, high in (("max_samples", -1, math.inf), ("max_new_tokens", 1, 1_000_000), ("draft_len", 0, most),
+                            ("overlap_len", 0, most), ("warmup", 0, math.inf), ("repeats", 1, math.inf)):
+        insist_whole(name, getattr(options, name), low, high)
+    insist(options.max_samples, "--max-samples: wanted 1 or more, or -1 for all, got 0; change it")
     insist(options.question is None or engine.check_question(options.question).strip(),
            "--question: is empty; leave it out to ask what the data set asks")
     if options.questions:
@@ -802,15 +801,14 @@ def main(argv=None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         return run(parse(argv), shlex.join(["python", "bench.py", *words]))
-    except (InputError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
+    except (InputError, torch.OutOfMemoryError) as error:
         if "--debug" in words:
             raise
-        stopped = isinstance(error, KeyboardInterrupt)       # before the first sample: nothing to show
-        if speaks():
-            print("interrupted" if stopped else told(error) if isinstance(error, InputError) else
-                  f"out of GPU memory ({str(error).partition('. ')[0]}); lower --cache-rows, or use another "
-                  f"--drafter-device", file=sys.stderr)
-        return 130 if stopped else 2
+        if not speaks():
+            return 2
+        raise InputError(told(error) if isinstance(error, InputError) else f"out of GPU memory ("
+                         f"{str(error).partition('. ')[0]}); lower --cache-rows, or use another --drafter-device"
+                         ) from None
 
 
 def run(options, command: str) -> int:
@@ -930,9 +928,8 @@ def hand_over(lines, report, options) -> None:
         replace_file(options.json, json.dumps(report).encode() + b"\n")
     if options.out:
         replace_file(options.out, ("\n".join(lines) + "\n").encode())
-    for path, write in ((options.timeline, show.draw), (options.trace, show.trace)):
-        if path and getattr(options, "shown", None):
-            write(options.shown, path)
+    if options.timeline and getattr(options, "shown", None):
+        show.draw(options.shown, options.timeline)
 
 
 if __name__ == "__main__":

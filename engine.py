@@ -62,7 +62,6 @@ import torch.nn.functional as F
 from triton.runtime.cache import triton_key
 
 from kernels.attention import attention, step_attention
-from kernels.fp8 import norm8, product8, rows8
 from kernels.frames import to_device
 from kernels.lookup import AFTER, FIRST, ONLY, Ring, lookup
 from kernels.products import product
@@ -90,7 +89,16 @@ from kernels.unpack import unpack
 from weights import InputError, asking, describe, drafting, memory
 from weights.asking import MODES, Asked, FilePath, takes
 from weights.drafting import ENOUGH, PLAIN, WIDTHS, Gate, Line, NonFinite, Proposal, Tenant, noting
-from weights.files import command, in_flags, insist_filled, insist_flag, insist_function, insist_whole, printable
+from weights.files import (
+    command,
+    in_flags,
+    insist_filled,
+    insist_flag,
+    insist_function,
+    insist_one_of,
+    insist_whole,
+    printable,
+)
 from weights.given import Shown
 from weights.load import random_tensors, stop_ids
 from weights.memory import TINY, as_dtype, memory_budget, model_name, pick_device, ran_out
@@ -107,7 +115,7 @@ __all__ = ["MODES", "SOURCES", "Adapted", "Clip", "DraftSource", "Engine", "Even
 
 VERSION = "0.1.0"
 STEP_ROWS = 32          # forwards of up to this many rows go through the step kernels, whose bits ignore the row count
-QUESTION_ROWS = (32, 64, 128, 256)               # a GPU has a prefill graph for questions of up to so many rows
+QUESTION_ROWS = (16, 32, 64, 128, 256)           # a GPU has a prefill graph for questions of up to so many rows
 
 # ---- decoder ---------------------------------------------------------------------------------------------------
 
@@ -120,7 +128,7 @@ class Steps:
     head_VD: torch.Tensor | Packed
     rows: int                               # of a forward, at most
     work: Workspace
-    packed: str | None = None               # one of BITS
+    packed: bool = False                    # in 4 bits
     turned: bool = False                    # the rows between these weights are `turned`
 
 
@@ -131,8 +139,8 @@ class Decoder:
     """LLaMA over a static cache. One forward, masked by position, serves prefill, draft, verify and decode.
 
     weights: the `text.*` tensors of weights/names.py, or what `packing` makes of them: then prefill unpacks the 4-bit
-    weights one after the other into `room`, or reads their e4m3 forms. Keys are cached after rotary. Row s of a step
-    attends to the cache rows 0..pos_ids[s] and to nothing else, so what lies beyond is stale and harmless.
+    weights one after the other into `room`. Keys are cached after rotary. Row s of a step attends to the cache rows
+    0..pos_ids[s] and to nothing else, so what lies beyond is stale and harmless.
     Source: transformers' LlamaForCausalLM, rounding order included.
     """
 
@@ -141,7 +149,6 @@ class Decoder:
         self.embed_VD = weights["text.embed"]
         self.head_VD = weights.get("text.head", self.embed_VD)
         self.device, self.dtype = self.embed_VD.device, self.embed_VD.dtype
-        self.fp8 = "text.layers.0.qkv.e4m3" in weights
         shape = (config.L, config.N, cache_rows, config.K)
         self.k_cache_LNMK = torch.zeros(shape, dtype=self.dtype, device=self.device)   # zeros: unseen must be finite
         self.v_cache_LNMK = torch.zeros_like(self.k_cache_LNMK)
@@ -152,9 +159,7 @@ class Decoder:
 
         work = Workspace(self.device, config.D, config.H, config.K, cache_rows)
         self.steps = self._steps(weights, work, config.packed, config.turned)
-        self.layers = self.steps.layers if not self.fp8 else [
-            {of: weights[f"text.layers.{i}.{of}.e4m3"] for of in PRODUCTS} for i in range(config.L)]
-        unpacks = self.device.type == "cuda" and config.packed and not self.fp8
+        unpacks = self.device.type == "cuda" and config.packed
         self.room = torch.empty(config.largest, dtype=self.dtype, device=self.device) if unpacks else None
         self.depths = range(config.L)                        # layers that a forward runs
 
@@ -172,22 +177,22 @@ class Decoder:
     def cache_rows(self) -> int:
         return self.k_cache_LNMK.shape[2]
 
-    def _steps(self, weights: dict, work: Workspace, packed: str | None = None, turn: bool = False) -> Steps:
+    def _steps(self, weights: dict, work: Workspace, packed: bool = False, turn: bool = False) -> Steps:
         c = self.config
         layers = [{name: weights[f"text.layers.{i}.{name}"] for name in LAYER} for i in range(c.L)]
         return Steps(layers, weights.get("text.head", self.embed_VD), MAX_PACKED_ROWS if packed else STEP_ROWS, work,
                      packed, turn)
 
-    def packed(self, form: str) -> Steps:
-        """The weights in 4 bits, one of BITS, for steps that draft. NotPackable where their shapes or values forbid it.
+    def packed(self) -> Steps:
+        """The weights in 4 bits, for steps that draft. NotPackable where their shapes or values forbid it.
         Where weights are uneven the stream between the copies is `turned`; queries, keys, values and logits stay."""
         turn = gains_by_turning(lambda name: self.w[name][:SOME] if self.w[name].dim() > 1 else self.w[name],
                                 self.config.L)
         text = [(name, t) for name, t in self.w.items() if name.startswith("text.")]
-        made = dict(packing(sorted(text, key=lambda of: of[1].dim()), form, turn))
+        made = dict(packing(sorted(text, key=lambda of: of[1].dim()), turn))
         if not all(bool(of.scales.isfinite().all()) for of in made.values() if isinstance(of, Packed)):
             raise NotPackable("values too large for scales in fp16")
-        return self._steps(made, self.steps.work, form, turn)
+        return self._steps(made, self.steps.work, True, turn)
 
     def forward(self, hidden_SD, pos_ids_S, only=None, steps: Steps | None = None):
         """Writes cache rows pos_ids_S; returns logits [S, V], or those of the rows that `only` (int64, few) names.
@@ -196,7 +201,7 @@ class Decoder:
         nobody reads the others; its keys and values are stored for all. steps: other weights than `self.steps`.
         """
         c, rows, steps = self.config, len(pos_ids_S), steps or self.steps
-        if steps.turned and (rows <= steps.rows or not self.fp8):
+        if steps.turned:
             hidden_SD = turned(hidden_SD)
         if rows <= steps.rows:
             if not steps.packed:                             # packed products take their own
@@ -205,16 +210,10 @@ class Decoder:
                 hidden_SD = self._step_layer(layer, hidden_SD, pos_ids_S, steps)
             logits_SV = product(hidden_SD, steps.head_VD, steps.work, norm=(self.w["text.norm"], c.eps))
             return logits_SV if only is None else logits_SV.index_select(0, only)
-        fresh_SD = scale_S = None                            # the last block's output, not yet added to the stream
+        fresh_SD = None                                      # the last block's output, not yet added to the stream
         for layer in self.depths:
             kept = only if layer == c.L - 1 else None
-            if self.fp8:
-                hidden_SD, fresh_SD, scale_S = self._prefill_layer8(layer, hidden_SD, fresh_SD, scale_S, pos_ids_S,
-                                                                    kept)
-            else:
-                hidden_SD, fresh_SD = self._prefill_layer(layer, hidden_SD, fresh_SD, pos_ids_S, kept)
-        if scale_S is not None:
-            fresh_SD = (fresh_SD.float() * scale_S[:, None]).to(self.dtype)
+            hidden_SD, fresh_SD = self._prefill_layer(layer, hidden_SD, fresh_SD, pos_ids_S, kept)
         normed_SD, _ = add_rmsnorm(fresh_SD, hidden_SD, self.w["text.norm"], c.eps)
         return dense(normed_SD, self.head_VD, self.room)
 
@@ -231,7 +230,7 @@ class Decoder:
 
     def _prefill_layer(self, layer: int, hidden_SD, fresh_SD, pos_ids_S, only):
         """Many rows, cuBLAS products. Returns the stream and what this layer's feed-forward adds to it."""
-        c, w, room = self.config, self.layers[layer], self.room
+        c, w, room = self.config, self.steps.layers[layer], self.room
         if fresh_SD is None:
             normed_SD = rmsnorm(hidden_SD, w["attn_norm"], c.eps)
         else:
@@ -243,19 +242,6 @@ class Decoder:
         mixed_SD = dense(attention(q_SHK, k_NMK, v_NMK, pos_ids_S).flatten(1), w["o"], room)
         normed_SD, hidden_SD = add_rmsnorm(mixed_SD, hidden_SD, w["mlp_norm"], c.eps)
         return hidden_SD, dense(swiglu(dense(normed_SD, w["gate_up"], room)), w["down"], room)
-
-    def _prefill_layer8(self, layer: int, hidden_SD, fresh_SD, scale_S, pos_ids_S, only):
-        """The same with e4m3 products, whose norms are folded in. What the layer adds has a scale for each row."""
-        c, w, dtype = self.config, self.layers[layer], self.dtype
-        x8_SD, hidden_SD = norm8(hidden_SD, c.eps, fresh_SD, scale_S)
-        k_NMK, v_NMK = self.k_cache_LNMK[layer], self.v_cache_LNMK[layer]
-        q_SHK = rope_store(product8(x8_SD, w["qkv"], dtype), pos_ids_S, self.cos_MK, self.sin_MK, k_NMK, v_NMK)
-        if only is not None:
-            q_SHK, hidden_SD, pos_ids_S = (t.index_select(0, only) for t in (q_SHK, hidden_SD, pos_ids_S))
-        x8_SD, scale_S = rows8(attention(q_SHK, k_NMK, v_NMK, pos_ids_S).flatten(1))
-        x8_SD, hidden_SD = norm8(hidden_SD, c.eps, product8(x8_SD, w["o"], dtype), scale_S)
-        x8_SF, scale_S = rows8(product8(x8_SD, w["gate_up"], dtype), gated=True)
-        return hidden_SD, product8(x8_SF, w["down"], dtype), scale_S
 
 
 def dense(x_SD, w_OD, room=None):
@@ -338,6 +324,8 @@ class Model:
         self.state_W = new_state(decoder.cache_rows).to(self.device)
         self.host_W = torch.zeros(len(self.state_W), dtype=torch.long, pin_memory=self.on_gpu)   # on its way there
         self.host_read = torch.cuda.Event() if self.on_gpu else None
+        self.seen_W = torch.zeros_like(self.host_W, pin_memory=self.on_gpu)     # of the copy's state, see `drafted`
+        self.seen = torch.cuda.Event() if self.on_gpu else None
         self.tail_id = torch.zeros(1, dtype=torch.long, device=self.device)     # the prompt's last id
         self.ring: Ring | None = None                        # earlier answers, and what a drafter elsewhere expects
         self.searches = False                                # it and `sampling` are the request's: see `begin`
@@ -439,10 +427,10 @@ class Model:
     def prefill_graph(self, rows: int, question: int | None = None) -> StepGraph:
         """On a GPU rows are padded, so that questions of up to QUESTION_ROWS share a graph that is there from loading
         on. A longer one runs without: its kernels take longer than their launches, and a capture longer than both.
-        The padding sits behind the prompt: it fills cache rows that nobody sees before decode overwrites them."""
+        The padding sits behind the prompt: it fills cache rows that nobody sees before decode overwrites them. No round
+        number: of 2,080 rows cuBLAS takes 1.2 ms more than of 2,077, of 2,093 0.7 (32 layers, one H200)."""
         room = 0 if question is None else next((n for n in QUESTION_ROWS if n >= question), question)
-        size = -(-(rows - (question or 0) + room) // 16) * 16
-        size = min(size, self.decoder.cache_rows) if self.on_gpu else rows
+        size = min(rows - (question or 0) + room, self.decoder.cache_rows) if self.on_gpu else rows
         if question is not None and room not in QUESTION_ROWS:
             return StepGraph(lambda: self._prefill(size), self, captured=False)
         return self.graph("prefill", size)
@@ -521,8 +509,13 @@ class Model:
             lookup(self.ring, self.draft_W)
 
     def drafted(self, places: int) -> State:
-        """The copy's state with the draft that was queued last, up to so many ids; waits for it."""
-        return Snapshot(self.draft_W[:STATE + places], self.stream).read()
+        """The copy's state with the draft that was queued last, up to so many ids; waits for it. The GPU waits for the
+        host meanwhile, so nothing is made anew."""
+        seen_W = self.seen_W[:STATE + places].copy_(self.draft_W[:STATE + places], non_blocking=True)
+        if self.seen:
+            self.seen.record(self.stream)
+            self.seen.synchronize()
+        return State(seen_W.tolist())
 
     def put(self, drafts) -> None:
         """Drafts for the next round, at most 31: a list of ids, or int64 [G] on this device."""
@@ -1556,16 +1549,16 @@ def first_id(model: Model, loaded, limit: int, req: Request) -> None:
 # ---- loading ---------------------------------------------------------------------------------------------------
 
 
-def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, graphs=True, seed=0, packed=None,
+def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, graphs=True, seed=0, packed=False,
                progress=None, must_pack=True):
     """A Target or a Drafter from a folder, a hub id in the local cache, or the word `random-7b` (real shapes,
-    random numbers from `seed`, for speed work only). packed: one of BITS: a Drafter exists in that form alone, a
-    Target has a packed copy beside its own, without must_pack only if it can be. progress: called with (side, bytes
-    read, bytes in all) while a checkpoint is read."""
+    random numbers from `seed`, for speed work only). packed: a Drafter exists in 4 bits alone, a Target has a packed
+    copy beside its own weights, without must_pack only if it can be. progress: called with (side, bytes read, bytes in
+    all) while a checkpoint is read."""
     device = pick_device(device)
     dtype = dtype or memory.default_dtype(device)
     config, checkpoint = memory.open_model(cls.side, path)
-    packed = memory.form_of(cls.side, path, config, packed or "bf16") if cls is Drafter else packed
+    packed = packed or bool(config.get("packed"))            # the folder of a packed drafter
     folder = checkpoint.folder if checkpoint else TINY / "target"
     text = Text(tokenizer or Path(folder) / "tokenizer.json")
     V = text_config(config).V
@@ -1577,10 +1570,9 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
     made: Callable = iter                                    # what becomes of the weights as they come
     if config.get("packed"):
         made = functools.partial(assembled, config=config)
-    elif packed is not None and cls is Drafter:
+    elif packed and cls is Drafter:
         turn = checkpoint is not None and gains_by_turning(checkpoint.some_rows, text_config(config).L)
-        config, made = config | {"packed": {"form": packed, "turned": turn}}, functools.partial(
-            packing, form=packed, turn=turn)
+        config, made = config | {"packed": {"turned": turn}}, functools.partial(packing, turn=turn)
     try:
         weights = (checkpoint.load(device, dtype, progress and functools.partial(progress, cls.side), made)
                    if checkpoint else dict(made(random_tensors(config, device, dtype, seed))))
@@ -1588,9 +1580,9 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
             model = cls(config, weights, text, str(path), stops, cache_rows, graphs)
             model.origin = {"hash": checkpoint.fingerprint(), "revision": checkpoint.revision} if checkpoint else {
                 "hash": f"seed {seed}", "revision": None}
-            if packed is not None and cls is Target:
+            if packed and cls is Target:
                 try:
-                    model.copy = model.decoder.packed(packed)
+                    model.copy = model.decoder.packed()
                 except (NotPackable, RuntimeError, MemoryError) as error:
                     if must_pack or not (isinstance(error, NotPackable) or ran_out(error)):
                         raise
@@ -1622,14 +1614,13 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     the CPU. cache_rows: positions of both caches, or a pair (target, drafter); by default what a clip and `text_rows`
     rows of template, question and answer need. tokenizer: a tokenizer.json in place of the checkpoints' own. gate:
     draft only where it is expected to pay; False: whatever it costs. drafter_dtype: `int4` packs the drafter's weights
-    as they are read, `fp8+int4` too, with e4m3 ones beside them for a quicker prefill (answers stay the same, drafts
-    are cheaper and a little worse); `bf16` leaves them as they are. self_draft: True keeps a 4-bit copy of the target,
-    which drafts for it (see `SelfRounds`); None: on a GPU, and if that cannot be, a line in the log says why.
-    progress: see `load_model`, then `Engine.prepare`. several: clips that may be open at once; above 1 each takes a
-    cache more of each model, and asking another clip than last time a copy of its rows. Raises InputError for what
-    cannot be loaded or does not fit.
+    as they are read (answers stay the same, drafts are cheaper and a little worse); `bf16` leaves them as they are.
+    self_draft: True keeps a 4-bit copy of the target, which drafts for it (see `SelfRounds`); None: on a GPU, and if
+    that cannot be, a line in the log says why. progress: see `load_model`, then `Engine.prepare`. several: clips that
+    may be open at once; above 1 each takes a cache more of each model, and asking another clip than last time a copy of
+    its rows. Raises InputError for what cannot be loaded or does not fit.
     """
-    memory.check_form(drafter_dtype, pick_device(drafter_device or device))
+    insist_one_of("drafter_dtype", drafter_dtype, memory.DRAFTER_DTYPES)
     dtype = as_dtype(dtype)
     for name, flag in (("gate", gate), ("graphs", graphs), ("self_draft", self_draft is not None and self_draft)):
         insist_flag(name, flag)
@@ -1649,16 +1640,14 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     target = drafter = None
     if videollava is not None:
         target = load_model(Target, videollava, device, cache_rows=budget["target"]["rows"], tokenizer=tokenizer,
-                            seed=seed, packed="int4" if "packed" in budget["target"] else None,
-                            must_pack=bool(self_draft), **options)
+                            seed=seed, packed="packed" in budget["target"], must_pack=bool(self_draft), **options)
         if "no_copy" in budget["target"]:
             say_no_copy(videollava, budget["target"]["no_copy"])
     if eventgpt is not None:
         own = os.path.join(str(eventgpt), "tokenizer.json")
         shared = target.text.path if target is not None and not os.path.exists(own) else None
         drafter = load_model(Drafter, eventgpt, drafter_device or device, cache_rows=budget["drafter"]["rows"],
-                             tokenizer=tokenizer or shared, seed=seed + 1,
-                             packed=None if drafter_dtype == "bf16" else drafter_dtype, **options)
+                             tokenizer=tokenizer or shared, seed=seed + 1, packed=drafter_dtype == "int4", **options)
     if target and drafter and (apart := target.text.differing(drafter.text)):
         told = "%s: %d pieces have other ids than in %s, so drafts are seldom right; take the checkpoints' own files"
         logging.getLogger(__name__).warning(told, drafter.text.path, apart, target.text.path)
@@ -1673,9 +1662,9 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
 
 class PrefillOnlyInference(Closing):
     """The library API of egpt_prefill_only, which this engine grew from; models load on the first call. mode: one of
-    MODES, or `prefill_with_alignment`: the adapter's drafts, verified once. adapter_path: a folder of `python -m
-    weights.adapter train`; it drafts in the drafter's place unless use_adapter is False. use_4bit: the drafter's
-    weights are packed in 4 bits, the target's never are. Other options: those of `load_engine`."""
+    MODES, or `prefill_with_alignment`: the adapter's drafts, verified once. adapter_path: a folder with
+    its weights (weights/adapter.py); it drafts in the drafter's place unless use_adapter is False. use_4bit: the
+    drafter's weights are packed in 4 bits, the target's never are. Other options: those of `load_engine`."""
     OPTIONS = frozenset(inspect.signature(load_engine).parameters) - {"eventgpt", "videollava"}
 
     def __init__(self, eventgpt_path: FilePath | None = None,

@@ -9,7 +9,7 @@ import torch
 from kernels.attention import step_attention
 from kernels.check import assert_no_worse, differing, read_tbps, self_check, table, time_ms
 from kernels.products import product
-from kernels.quant import BITS, Packed, quant_ref, quantise
+from kernels.quant import HEAD_BITS, LAYER_BITS, Packed, quant_ref, quantise
 from kernels.rmsnorm import row_sums
 from kernels.skinny import Workspace, skinny_ref
 
@@ -20,7 +20,7 @@ EDGE_US = dict(plain=1.4, int4=2.1)      # microseconds a kernel, seen on an H20
 
 
 class Chain:
-    """kind: "plain", or a name of BITS. A step's weights are far larger than the L2 cache; so are 4 heads alone."""
+    """kind: "plain" or "int4". A step's weights are far larger than the L2 cache; so are 4 heads alone."""
     D, F, H, K, V, M = 4096, 11008, 32, 128, 32064, 4096
 
     def __init__(self, kind="plain", L=32, dtype=torch.bfloat16, device="cuda"):
@@ -28,13 +28,12 @@ class Chain:
         self.kind, self.L, self.dtype, self.device = kind, L, dtype, device
         self.norm = torch.rand(D, device=device).to(dtype) + 0.5, 1e-5
         shapes = dict(qkv=(3 * D, D), o=(D, D), gate_up=(2 * F, D), down=(D, F), head=(self.V, D))
-        of_layers, of_head = BITS.get(kind, (None, None))
 
         def weight(name):
             w_OD = (torch.randn(shapes[name], device=device) * 0.02).to(dtype)
             norm_D = self.norm[0] if "norm" in FOLDS[name] else None
-            bits = of_head if name == "head" else of_layers
-            return quantise(w_OD, bits, norm_D=norm_D) if bits else w_OD
+            bits = HEAD_BITS if name == "head" else LAYER_BITS
+            return quantise(w_OD, bits, norm_D=norm_D) if kind == "int4" else w_OD
         self.w = {name: [weight(name) for _ in range(4 if name == "head" else L)] for name in shapes}
         self.idle_SF = torch.randn(32, max(F, 3 * D), device=device).to(dtype)
         self.k_LNMK, self.v_LNMK = torch.randn(2, L, H, M, K, dtype=dtype, device=device)

@@ -1,5 +1,5 @@
-"""early: a step's products for 1..8 rows and its attention for 1..16, with weights and cached rows on their way into
-shared memory before the kernel ahead has ended. The same arithmetic in the same order as skinny.py and attention.py:
+"""early: a step's products and attention for 1..16 rows, with weights and cached rows on their way into shared memory
+before the kernel ahead has ended. The same arithmetic in the same order as skinny.py and attention.py:
 not a bit differs, so a step may take these kernels and a verify of more rows those.
 
 Why: a 7B step is 161 kernels that each wait for the one before. From the last weight that one kernel asks for to the
@@ -22,23 +22,28 @@ skinny.py and attention.py 3.83 to 3.87, what its bytes take 3.20 to 3.25. In th
   bytes delay the last programs of this one. With down at 4 stages gate-up 2 rounds before its end 3.830, 4: 3.904, 8:
   3.968; with down at 6, which fits beside fewer of its programs, 3: 3.532, 4: 3.505, 5: 3.481;
 - programs of one warp and 64 columns that combine 3.545, of four warps and 128 columns 3.581 (16 rows 3.94, 4.09);
-- o with 4 stages 3.68, 6 stages 3.565: it starts while attention runs, whose bytes are few.
+- o with 4 stages 3.68, 6 stages 3.565: it starts while attention runs, whose bytes are few;
+- 16 rows 3.77, by skinny.py 3.98. By the matrix instruction of 1..8 rows, whose warps each read all rows, 3.87 to 4.03;
+  by that of four warps, which reads shared memory (wgmma), 3.98 with 2 stages of gate-up and 3.82 with 3, qkv with 3
+  in place of 4 stages 3.79. Loading only 1 of the 16 rows gains 0.05: the rows' bytes are not what it waits for.
 Slower: the last program of a head combining it, a launch less (3.644 for 3.577); splits of 256 rows 3.68 to 3.72, 384
 3.59, 512 3.62 to 3.68; 2 or 4 stages of attention 3.64 and 3.75; tiles of 128 rows with 8 warps 3.81; 128 outputs a
 program 3.99; 64 inner columns 4.08; both halves of o's and down's inner dimension as two products of 2 warps 3.62.
-With 16 rows the products took 3.87 to 4.03 and with 32 rows 4.8 to 5.0, where skinny.py takes 3.99 and 4.20."""
+With more than 8 rows: rows in registers three rounds ahead and not in shared memory 4.33 (1 row 3.93); 1 row by wgmma
+3.55. 32 rows, each product tuned, 4.25, and skinny.py 4.19: a stage takes half as much room again."""
 
 import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.check import INTERPRETED, self_check, stages_that_fit
 from kernels.rmsnorm import SUM_COLS
 
-PRODUCT_ROWS, ATTENTION_ROWS = 8, 16
+PRODUCT_ROWS, ATTENTION_ROWS = 16, 16
 BLOCK_D, BLOCK_M = 128, 64           # inner columns of a product's tile, cache rows of an attention tile
 ROOM = 166_000                       # bytes of shared memory that a kernel's programs may fill on one processor
 NEVER = gl.constexpr(-1e30)          # as in attention.py
@@ -63,7 +68,8 @@ def early_product_kernel(x_ptr, w_ptr, y_ptr, norm_ptr, residual_ptr, sums_ptr, 
                          D: gl.constexpr, T: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_S: gl.constexpr,
                          BLOCK_O: gl.constexpr, BLOCK_D: gl.constexpr, SLICES: gl.constexpr, STAGES: gl.constexpr,
                          NORM: gl.constexpr, RESIDUAL: gl.constexpr, GATED: gl.constexpr, LATE: gl.constexpr):
-    """skinny_kernel: its arguments, its tiles, its order."""
+    """skinny_kernel: its arguments, its tiles, its order. Blocks of 8 rows go through each warp's registers, larger
+    ones through the instruction of four warps that reads shared memory."""
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()
     TALL: gl.constexpr = BLOCK_O * SLICES
@@ -72,10 +78,15 @@ def early_product_kernel(x_ptr, w_ptr, y_ptr, norm_ptr, residual_ptr, sums_ptr, 
     ROUNDS: gl.constexpr = PER // BLOCK_D
     WIDE: gl.constexpr = BLOCK_O // 2 if GATED else BLOCK_O          # outputs that are stored
     copied: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [WARPS, 1], [1, 0])    # 16 bytes
-    swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-    product: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
-    tall_of: gl.constexpr = gl.DotOperandLayout(0, product, 2)
-    narrow_of: gl.constexpr = gl.DotOperandLayout(1, product, 2)
+    FEW: gl.constexpr = BLOCK_S <= 8
+    if FEW:
+        swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+        product: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
+        tall_of: gl.constexpr = gl.DotOperandLayout(0, product, 2)
+        narrow_of: gl.constexpr = gl.DotOperandLayout(1, product, 2)
+    else:
+        swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+        product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, NARROW, 16])
     stored: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])     # a row's outputs side by side
     width = O // 2 if GATED else O
     tile = gl.program_id(0)
@@ -117,20 +128,24 @@ def early_product_kernel(x_ptr, w_ptr, y_ptr, norm_ptr, residual_ptr, sums_ptr, 
     slot = 0
     for i in range(ROUNDS):
         async_copy.wait_group(STAGES - 1)
+        narrow_smem = x_smem.index(slot)
         if NORM:
-            x = x_smem.index(slot).load(copied)
+            x = narrow_smem.load(copied)
             normed_smem.store((x.to(gl.float32) * scale[:, None]).to(dtype) * weight[None, :])
-            x = normed_smem.permute([1, 0]).load(narrow_of)
+            narrow_smem = normed_smem
             weight, weight_1 = weight_1, weight_2
             weight_2 = gl.load(norm_ptr + (i + 3) * BLOCK_D + step, mask=(step >= 0) & (i + 3 < ROUNDS), other=0.0)
+        if FEW:
+            x, w = narrow_smem.permute([1, 0]).load(narrow_of), w_smem.index(slot).load(tall_of)
         else:
-            x = x_smem.index(slot).permute([1, 0]).load(narrow_of)
-        w = w_smem.index(slot).load(tall_of)
+            fence_async_shared()
+            acc = warpgroup_mma(w_smem.index(slot), narrow_smem.permute([1, 0]), acc)
         ahead, more = (i + STAGES) * BLOCK_D, i + STAGES < ROUNDS
         async_copy.async_copy_global_to_shared(w_smem.index(slot), w_ptrs + ahead, mask=(tall >= 0)[:, None] & more)
         async_copy.async_copy_global_to_shared(x_smem.index(slot), x_ptrs + ahead, mask=real & more)
         async_copy.commit_group()
-        acc = mma_v2(w, x, acc)
+        if FEW:
+            acc = mma_v2(w, x, acc)
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
         launch_dependents_if(i, ROUNDS - LATE)
 
@@ -161,30 +176,31 @@ def takes_product(x_SD, residual, work) -> bool:
             and D % ((1 if residual is None else 2) * BLOCK_D) == 0 and D >= 16 * BLOCK_D)
 
 
-def product_config(O, D, residual, gated, device):
+def product_config(S, O, D, residual, gated, device):
     """Pipeline; one H200, tuned inside a whole step (`python -m kernels.chain --tune plain`). Programs of one processor
-    share its room; a short product may let the next kernel start at once, since its bytes are asked for early too."""
+    share its room, without the rows beyond 8: fewer stages would cost more than fewer programs of the next kernel. A
+    short product may let that start at once, since its bytes are asked for early too."""
     BLOCK_O, SLICES = (SUM_COLS, 2) if residual else (64, 1)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     beside = triton.cdiv(triton.cdiv(O, BLOCK_O), processors)
-    rounds, stage = D // (SLICES * BLOCK_D), (BLOCK_O + PRODUCT_ROWS) * SLICES * BLOCK_D * 2
+    rounds, stage = D // (SLICES * BLOCK_D), (BLOCK_O + 8) * SLICES * BLOCK_D * 2
     if residual:
         late = rounds if rounds <= 16 else 3
     else:
         late = 5 if gated else 8 if beside <= 2 else 3
-    return dict(BLOCK_O=BLOCK_O, SLICES=SLICES, STAGES=max(2, min(6, ROOM // (beside * stage))), LATE=late,
-                num_warps=4)
+    stages = max(2, min(6 if residual or S <= 8 else 3, ROOM // (beside * stage)))
+    return dict(BLOCK_S=8 if S <= 8 else 16, BLOCK_O=BLOCK_O, SLICES=SLICES, STAGES=stages, LATE=late, num_warps=4)
 
 
 def early_product(x_SD, w_OD, y_SO, work, norm, residual, gated, **override):
     """Fills y_SO as `skinny` does."""
     (S, D), O = x_SD.shape, w_OD.shape[0]
-    config = {**product_config(O, D, residual is not None, gated, x_SD.device), **override}
+    config = {**product_config(S, O, D, residual is not None, gated, x_SD.device), **override}
     T = triton.cdiv(D if norm else O, SUM_COLS)
     early_product_kernel[(triton.cdiv(O, config["BLOCK_O"]),)](
         x_SD, w_OD, y_SO, norm[0] if norm else x_SD, x_SD if residual is None else residual, work.sums_ST,
         x_SD.stride(0), 0 if residual is None else residual.stride(0), S, O, norm[1] if norm else 0.0, D=D, T=T,
-        BLOCK_T=triton.next_power_of_2(T), BLOCK_S=PRODUCT_ROWS, BLOCK_D=BLOCK_D, NORM=norm is not None,
+        BLOCK_T=triton.next_power_of_2(T), BLOCK_D=BLOCK_D, NORM=norm is not None,
         RESIDUAL=residual is not None, GATED=gated, launch_pdl=True, enable_fp_fusion=False, **config)
 
 
@@ -329,7 +345,7 @@ def main():
     chain, rows = Chain("plain", L=1), []
     work, late = chain.work(), chain.work(pdl=False)
     for name in FOLDS:
-        for S in (1, 2, PRODUCT_ROWS):
+        for S in (1, 8, 9, PRODUCT_ROWS):
             x_SD, keywords = case(chain, name, S)
             for of in (work, late) if "norm" in keywords else ():
                 row_sums(x_SD, of)

@@ -53,7 +53,7 @@ from kernels.check import self_check
 from kernels.rmsnorm import rmsnorm_ref
 from kernels.swiglu import silu_times, swiglu_ref
 
-BITS = {"int4": (4, 8), "fp8+int4": (4, 8)}                  # bits of a packed model's layers, and of its head
+LAYER_BITS, HEAD_BITS = 4, 8         # of a packed model
 MAX_PACKED_ROWS = 16                 # rows of a step with packed weights
 PACK_ROWS = 1024                     # packed at a time; whole tiles
 TURNED = 64                          # columns of a stream that are turned into each other

@@ -2,7 +2,7 @@
 of x, SwiGLU of y, the residual sum. Row i's bits do not depend on how many rows there are: the weights are the tall
 operand of the tensor cores' product, the rows the narrow one, a column each, and every column adds the inner
 dimension in the same order. So a verify row equals a decode row. One program makes 64 outputs (32 where a residual
-is added) of all rows. On Hopper 1 to 8 rows go to kernels/early.py, whose bits are the same.
+is added) of all rows. On Hopper 1 to 16 rows go to kernels/early.py, whose bits are the same.
 
 Bytes: 2*O*D of weights, everything else is small. LLaMA-7B in bf16, a layer: qkv 101 MB, o 34, gate-up 180, down 90.
 

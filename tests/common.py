@@ -5,9 +5,11 @@ import json
 import threading
 import time
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "weights" / "tiny"
@@ -16,6 +18,14 @@ RECORDS = json.loads((CLIPS / "EventGPT_Instruction_Subset.json").read_text())
 QUESTIONS = ["What are the key elements in this scene?", "Describe the following scene.", "What do you see happening?"]
 NEW = 40                             # ids that `asked` asks for
 EOS = 2                              # of both embedded models
+
+
+def save_adapter(folder, network, config) -> None:
+    """As folders of a trained adapter are: config.json, and the weights."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "config.json").write_text(json.dumps(asdict(config)))
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()},
+              Path(folder) / "adapter.safetensors")
 
 
 def asked(i, question=0, **options):

@@ -389,9 +389,11 @@ def index(folder):
 
 
 def adapter(folder):
+    from common import save_adapter
+
     from weights import adapter as of
     config = of.AdapterConfig(vocab=40, rows=16, width=8, layers=1, heads=2, hidden=8)
-    of.save(folder / "a", of.TokenAdapter(config), config)
+    save_adapter(folder / "a", of.TokenAdapter(config), config)
 
     def read(path):
         (folder / "a/config.json").write_bytes(path.read_bytes())
@@ -430,12 +432,13 @@ def dataset(folder):
 
 
 def pairs(folder):
-    from weights import adapter, controls
+    from weights import controls
+    from weights.pairs import read_pairs
     rows = [{"src": "s", "seq": f"q{i % 2}", "clip": f"{i:03}", "question": "q", "videollava_ids": [5, 6, 7 + i % 2, 2],
              "eventgpt_ids": [5, 9, 2]} for i in range(6)]
 
     def read(path):
-        found = adapter.read_pairs(path, "s")
+        found = read_pairs(path, "s")
         assert found and controls.beside([[row["target"] for row in found]], 5, 2)
     return "p.jsonl", ["\n".join(map(json.dumps, rows)).encode()], read
 
@@ -450,7 +453,7 @@ def lookup(folder):
     def read(path):
         loaded = Lookup.load(path)
         loaded.learn([1, 2, 3])
-        assert all(isinstance(i, int) for i in loaded.propose([1, 2], 5)), "proposes what is no id"
+        assert all(isinstance(i, int) for answer in loaded.answers for i in answer), "holds what is no id"
     return "m.json", [(folder / "sound.json").read_bytes()], read
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from common import QUESTIONS, TINY  # noqa: E402  after the paths
+from common import QUESTIONS, TINY, save_adapter  # noqa: E402  after the paths
 
 
 def make_dataset(folder: Path, rows: int) -> Path:
@@ -271,7 +271,7 @@ def generations(count: int, seed: int, adapter=None) -> dict:
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         if adapter is None:
-            adapters.save(Path(folder), adapters.TokenAdapter(config), config)
+            save_adapter(folder, adapters.TokenAdapter(config), config)
         sources = {name: engine.source_named(f"adapter:{adapter or folder}" if name == "adapter" else name)
                    for name in engine.SOURCES} | {"ahead": None, "raises": Raises(), "odd": engine.Fixed(
                        [chance.choice([2, -1, 10 ** 9, -2 ** 70, chance.randrange(576)]) for _ in range(64)])}

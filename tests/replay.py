@@ -2,7 +2,7 @@
 
     python -m tests.replay PAIRS.jsonl --weights random-7b --max-answers 300 --out tests/results/replay.txt
     python -m tests.replay PAIRS.jsonl --weights random-7b --accept 0.4,0.6,0.8 --only "drafter right" \\
-        --drafter-device cuda:1 --drafter-dtype fp8+int4
+        --drafter-device cuda:1 --drafter-dtype int4
     python -m tests.replay --random-ids 200 --weights random-7b --self 0.91,0.95,0.97,0.2 --only self --max-answers 20
     python -m tests.replay PAIRS.jsonl --shard 0/2 --rows a.json; python -m tests.replay --merge a.json b.json
 
@@ -41,9 +41,9 @@ import bench
 import engine
 from kernels.check import quantiles
 from weights import UNREADABLE, InputError, describe, replace_file, show
-from weights.adapter import read_pairs
 from weights.drafting import Gate
 from weights.files import read_json
+from weights.pairs import read_pairs
 from weights.rows import estimate, forwards, median, per_forward
 from weights.sources import Lookup
 
@@ -210,9 +210,8 @@ def main(argv=None) -> int:
             if options.rows:                                 # what is measured is kept
                 replace_file(options.rows, json.dumps([{**head, "sequences": len(streams)},
                                                        {name: taken[name] for name in rows}]).encode())
-    for path, write in ((options.timeline, show.draw), (options.trace, show.trace)):
-        if path:
-            write(result, path)
+    if options.timeline:
+        show.draw(result, options.timeline)
     measure.publish(report({**head, "sequences": len(streams)}, {name: taken[name] for name in rows}), options.out)
     return 0
 
@@ -284,7 +283,6 @@ def parse(argv):
     add("--rows", type=Path, metavar="JSON", help="keep what was measured, for --merge")
     add("--merge", nargs="+", type=Path, metavar="JSON", help="the table of several shards")
     add("--timeline", metavar="PNG", help="draw the last request")
-    add("--trace", metavar="JSON", help="the same as a trace for ui.perfetto.dev")
     options = parser.parse_args(argv)
     options.shard = bench.read_shard(options.shard, {})
     for name in ("max_answers", "max_new_tokens", "random_ids"):

@@ -8,6 +8,7 @@ they are complete, in order; `cold`: the others only. Intervals of 95 % over res
 PAIRS is what `bench.py --record` writes; some minutes for a thousand answers."""
 
 import collections
+import itertools
 import statistics
 import sys
 from pathlib import Path
@@ -18,11 +19,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import measure
 
 from weights import controls
-from weights.adapter import read_pairs
+from weights.pairs import read_pairs
 from weights.sources import Lookup, agreeing
 
 LENGTHS, SHOTS = (8, 15, 31), (15, 21, 31)         # drafts of a round, drafts of one shot
 COLD = ("most frequent", "n-grams", "lookup")      # who knows anything of other sequences
+
+
+class Searched(Lookup):
+    """A Lookup that is searched on the host: the same drafts as kernels/lookup.py finds."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids, self.after = [], {}                  # all ids, the latest place after a context
+
+    def learn(self, answer):
+        super().learn(answer)
+        own, start = [-1, *answer], len(self.ids)
+        self.ids += [*answer, -1]
+        for end in range(1, len(own)):
+            for n in range(1, min(self.ORDER, end) + 1):
+                self.after[tuple(own[end - n:end])] = start + end - 1
+
+    def propose(self, committed, limit):
+        own = [-1, *committed]                         # a beginning fits a beginning
+        places = (self.after.get(tuple(own[-n:])) for n in range(min(self.ORDER, len(own)), 0, -1))
+        at = next((place for place in places if place is not None), len(self.ids))
+        return list(itertools.takewhile(lambda i: i >= 0, self.ids[at:at + limit]))
 
 
 class Run:
@@ -40,7 +63,7 @@ def replay(rows: list[dict], own: bool = True, lengths=LENGTHS, shots=SHOTS, onl
         for question in sorted({row["question"] for row in rows if row["seq"] == seq}):
             asked = [row for row in rows if row["question"] == question]
             others = [row["target"] for row in asked if row["seq"] != seq]
-            answers, lookup = [row["target"] for row in asked if row["seq"] == seq], Lookup()
+            answers, lookup = [row["target"] for row in asked if row["seq"] == seq], Searched()
             for answer in others:
                 lookup.learn(answer)
             for answer, proposes in controls.stream(answers, others, own):

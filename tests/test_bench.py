@@ -717,7 +717,7 @@ def test_of_torchruns_processes_one_speaks(monkeypatch, capsys, quick_ceilings):
 
 
 @pytest.mark.parametrize("flags", [["--json", "a", "--out", "a"], ["--rows", "a", "--json", "./a"],
-                                   ["--record", "a", "--trace", "b/../a"]])
+                                   ["--record", "a", "--out", "b/../a"]])
 def test_one_file_is_not_written_by_two_flags(tmp_path, monkeypatch, capsys, flags):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "b").mkdir()
@@ -754,7 +754,7 @@ def test_wrong_outputs_and_flags_are_refused_before_anything_is_loaded(tmp_path,
 
     monkeypatch.setattr(engine, "load_engine", never)
     gone = str(tmp_path / "no" / "x.png")
-    cases = [([flag, gone], gone) for flag in ("--json", "--rows", "--record", "--timeline", "--trace", "--out")]
+    cases = [([flag, gone], gone) for flag in ("--json", "--rows", "--record", "--timeline", "--out")]
     cases += [([flag, value], flag) for flag, value in (
         ("--draft-len", "32"), ("--draft-len", "-1"), ("--overlap-len", "32"), ("--cache-rows", "0"),
         ("--max-samples", "0"), ("--max-samples", "-2"), ("--repeats", "0"), ("--warmup", "-1"), ("--repeats", "x"),

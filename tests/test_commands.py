@@ -16,7 +16,7 @@ import torch
 import bench
 import engine
 from engine import InputError
-from weights.adapter import read_pairs
+from weights.pairs import read_pairs
 
 PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "seed_pairs.jsonl"
 ANSWERS = {"a": [[1, 5, 3, 4], [1, 5, 3, 4], [1, 5, 8, 4]], "b": [[1, 5, 3, 9]], "c": [[7, 5, 3, 9]]}
@@ -48,11 +48,11 @@ def test_an_answer_is_never_seen_before_its_ids_are_committed(tmp_path, monkeypa
     """The ids drafted for an answer are the same whatever the answer goes on to be."""
     asked = collections.defaultdict(list)
 
-    class Spy(sources.Lookup):
+    class Spy(sources.Searched):
         def propose(self, committed, limit):
             asked[end].append((list(committed), super().propose(committed, limit)))
             return asked[end][-1][1]
-    monkeypatch.setattr(sources, "Lookup", Spy)
+    monkeypatch.setattr(sources, "Searched", Spy)
     for end in (6, 8):
         rows = read_pairs(pairs(tmp_path / "p.jsonl", {**ANSWERS, "a": [*ANSWERS["a"], [1, end, end, end]]}))
         sources.replay(rows, lengths=(), shots=(5,), only=["a"])
@@ -114,12 +114,12 @@ def test_the_table_of_a_replay_holds_what_was_measured():
 def test_a_setting_says_who_drafts_and_what_lookup_knows():
     made = replay.settings([[1, 5, 6]], [0.25], [0.5])
     assert list(made)[:2] == ["target_only", "drafter, raw"] and made["drafter, raw"].mode == "prefill_then_verify"
-    known = {name: (of.source.propose([1], 2), of.learns is of.source) for name, of in made.items()
+    known = {name: (list(of.source.answers), of.learns is of.source) for name, of in made.items()
              if isinstance(of.source, replay.Lookup)}
-    assert known == {"lookup, cold": ([], True), "lookup, other sequences": ([5, 6], False),
-                     "lookup, both": ([5, 6], True)}
+    assert known == {"lookup, cold": ([], True), "lookup, other sequences": ([[1, 5, 6]], False),
+                     "lookup, both": ([[1, 5, 6]], True)}
     both = made["lookup, right with 0.25"]
-    assert both.source[0] is both.learns and both.source[1] == "drafter" and both.source[0].propose([1], 2) == [5, 6]
+    assert both.source[0] is both.learns and both.source[1] == "drafter" and list(both.source[0].answers) == [[1, 5, 6]]
     assert made["drafter right with 0.25"].source == "drafter" and made["self right with 0.5"].source == "self"
     assert list(replay.settings([], [0.25], only="cold,right")) == [
         "target_only", "lookup, cold", "drafter right with 0.25", "lookup, right with 0.25"]
@@ -154,8 +154,8 @@ def test_a_replay_runs_shards_and_merges(tmp_path, capsys):
     """Small, on the embedded pair: every setting gives the recorded ids; right drafts make several a forward."""
     answers = {"a": [[5, 6, 7, 8, 9, 10, 11, 12]] * 2, "b": [[20, 21, 22, 23]], "c": [[30]]}
     path, shards = pairs(tmp_path / "p.jsonl", answers, drafter=()), [str(tmp_path / f"s{i}.json") for i in range(2)]
-    given = [str(path), "--device", "cpu", "--gate", "off"]
-    assert measure.run(replay.main, [*given, "--accept", "1.0", "--self", "1.0", "--trace", str(tmp_path / "t")]) == 0
+    given, picture = [str(path), "--device", "cpu", "--gate", "off"], str(tmp_path / "t.png")
+    assert measure.run(replay.main, [*given, "--accept", "1.0", "--self", "1.0", "--timeline", picture]) == 0
     lines, names = capsys.readouterr().out.splitlines(), list(replay.settings([], [1.0], [1.0]))
     per = {line[:26].strip(): line for line in lines if line[:26].strip() in names}
     assert list(per) == names and f"came out of all {4 * len(names)} requests" in "\n".join(lines)

@@ -44,11 +44,6 @@ def test_own_answers_outweigh_those_from_elsewhere():
     assert drafts([[1, 2], [1, 2]], 1, "n-grams", others=others, limit=1) == [2]
 
 
-def test_position_frequency_is_taken_place_by_place():
-    assert controls.position_frequency([[1, 5], [2, 5, 6], [2, 7]]) == [2, 5, 6]
-    assert controls.position_frequency([]) == []
-
-
 def test_figures_are_mean_accepted_and_ids_over_forwards():
     found = controls.beside([[[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 8, 4]]], shot=2, drafts=2)
     assert found["previous"]["accepted"] == pytest.approx((0 + 2 + 1) / 3)

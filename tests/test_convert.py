@@ -182,6 +182,8 @@ def saved(content):
     (lambda path: path.write_bytes(b"PK\x03\x04" + random.Random(0).randbytes(3000)), "not a file of torch.save"),
     (lambda path: [saved({"a": torch.ones(9)})(path), os.truncate(path, path.stat().st_size // 2)],
      "not a file of torch.save"),
+    (lambda path: [saved({"a": torch.ones(9)})(path), path.write_bytes(2 * path.read_bytes())],
+     "holds bytes that are no part of its zip"),
     (saved([torch.ones(1)]), "holds a list, wanted a dict"),
     (saved({"epoch": 3}), "holds no tensors, its keys are epoch"),
     (saved({}), "holds no tensors, its keys are none"),

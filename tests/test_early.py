@@ -18,7 +18,8 @@ HOPPER, PLAIN = (Workspace("cpu", 4096, 32, 128, 64, pdl=pdl, late=pdl) for pdl 
 
 @pytest.mark.parametrize("S, D, dtype, residual, work, taken", [
     (1, 4096, torch.bfloat16, False, HOPPER, True), (8, 4096, torch.float16, True, HOPPER, True),
-    (9, 4096, torch.bfloat16, False, HOPPER, False), (1, 4096, torch.float32, False, HOPPER, False),
+    (16, 4096, torch.bfloat16, False, HOPPER, True), (17, 4096, torch.bfloat16, False, HOPPER, False),
+    (1, 4096, torch.float32, False, HOPPER, False),
     (1, 4096, torch.bfloat16, False, PLAIN, False), (1, 4096, torch.bfloat16, False, None, False),
     (1, 2176, torch.bfloat16, False, HOPPER, True), (1, 2176, torch.bfloat16, True, HOPPER, False),
     (1, 1024, torch.bfloat16, False, HOPPER, False)])
@@ -41,11 +42,12 @@ def test_which_attention_goes_there(S, K, dtype, device, taken, monkeypatch):
                                                    (22016, 4096, False, True), (4096, 11008, True, False),
                                                    (32064, 4096, False, False)])
 def test_the_programs_of_a_processor_fit_beside_the_next_kernels(O, D, residual, gated):
-    config = product_config(O, D, residual, gated, torch.device("cpu"))
-    beside = math.ceil(math.ceil(O / config["BLOCK_O"]) / 132)
-    filled = beside * config["STAGES"] * (config["BLOCK_O"] + 8) * config["SLICES"] * 256
-    assert filled <= ROOM and 2 <= config["STAGES"] <= 6
-    assert 1 <= config["LATE"] <= D // (config["SLICES"] * 128)
+    for S, room in ((1, ROOM), (8, ROOM), (9, 215_000), (16, 215_000)):
+        config = product_config(S, O, D, residual, gated, torch.device("cpu"))
+        beside = math.ceil(math.ceil(O / config["BLOCK_O"]) / 132)
+        filled = beside * config["STAGES"] * (config["BLOCK_O"] + config["BLOCK_S"]) * config["SLICES"] * 256
+        assert filled <= room and 2 <= config["STAGES"] <= 6 and S <= config["BLOCK_S"]
+        assert 1 <= config["LATE"] <= D // (config["SLICES"] * 128)
 
 
 @pytest.mark.gpu
@@ -53,7 +55,7 @@ def test_the_programs_of_a_processor_fit_beside_the_next_kernels(O, D, residual,
 @pytest.mark.parametrize("fold, O, D", [("norm", 12288, 4096), ("residual", 4096, 4096), ("norm gated", 22016, 4096),
                                         ("residual", 4096, 11008), ("norm", 32064, 4096), ("norm", 1000, 2048)])
 def test_a_product_has_the_patient_ones_bits_and_sums(fold, O, D, dtype, device, nan_empty):
-    for S in (1, 2, 5, 8):
+    for S in (1, 2, 5, 8, 9, 16):
         x_SD, w_OD, folded = case(fold, S, D, O, dtype, device)
         works = [Workspace(device, O if fold == "residual" else D, 1, 16, 16, pdl=pdl) for pdl in (None, False)]
         ours, patient = [], []

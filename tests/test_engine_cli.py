@@ -142,8 +142,8 @@ def test_every_option_of_load_engine_is_one(monkeypatch):
     monkeypatch.setattr(engine, "load_engine", lambda **options: given.update(options))
     PrefillOnlyInference("e", "v", "cpu", use_4bit=True, gate=False, cache_rows=7).load()
     assert given == dict(eventgpt="e", videollava="v", device="cpu", drafter_dtype="int4", gate=False, cache_rows=7)
-    PrefillOnlyInference(use_4bit=True, drafter_dtype="fp8+int4").load()
-    assert given["drafter_dtype"] == "fp8+int4"
+    PrefillOnlyInference(use_4bit=True, drafter_dtype="bf16").load()
+    assert given["drafter_dtype"] == "bf16"
 
 
 @pytest.mark.parametrize("options", [{"use_adapter": True}, {"mode": "prefill_with_alignment"}])

@@ -445,7 +445,7 @@ def test_a_disk_that_fills_up_during_a_run_keeps_the_finished_rows(tmp_path, cap
     assert [row["id"] for row in read()["samples"]] == [r["id"] for r in RECORDS]
 
 
-@pytest.mark.parametrize("flag", ["--json", "--record", "--timeline", "--trace"])
+@pytest.mark.parametrize("flag", ["--json", "--record", "--timeline"])
 def test_a_full_disk_leaves_the_old_report_untouched(flag, tmp_path, capsys, quick_ceilings):
     path = tmp_path / ("out.png" if flag == "--timeline" else "out")
     modes = ["--modes", "target_only,drafter_only", "--max-samples", "2"]

@@ -13,13 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+from common import save_adapter
 
 from weights import InputError, adapter, files, replace_file
-from weights.adapter import AdapterConfig, read_pairs
+from weights.adapter import AdapterConfig
 from weights.convert import read_pickled
 from weights.dataset import bare, read_dataset
 from weights.files import MAX_SMALL, describe, json_lines, read_json, read_text
 from weights.load import open_checkpoint, read_header, weight_files
+from weights.pairs import read_pairs
 from weights.rows import RowFile, read_rows
 from weights.sources import Lookup
 from weights.text import Text
@@ -55,9 +57,8 @@ SMALL_FILES = {     # what -> (name in its folder, how it is read)
     "lookup": ("answers.json", Lookup.load),
     "rows": ("rows.jsonl", read_rows),
     "pickle": ("weights.bin", read_pickled),
-    "unfinished": ("resume.pt", lambda path: adapter.unfinished(path, {}).__enter__()),
 }
-BINARY = ("shard", "pickle", "unfinished")
+BINARY = ("shard", "pickle")
 
 
 @pytest.mark.parametrize("what", SMALL_FILES)
@@ -123,9 +124,9 @@ def test_rows_are_kept_in_a_regular_file_alone(tmp_path):
 ROOT = Path(files.__file__).resolve().parents[1]
 OPENERS = {     # who opens a file, and what for; everything else goes through weights/files.py
     "weights/files.py": {"open_regular", "replace_file", "command", "run"}, "weights/rows.py": {"__init__"},
-    "weights/load.py": {"open_weights", "some_rows", "peak_resident", "fingerprint", "stored_values", "read_header"},
+    "weights/load.py": {"open_weights", "some_rows", "fingerprint", "stored_values", "read_header"},
     "weights/video.py": {"open_video", "read_image"}, "weights/events.py": {"columns_of_npz"},
-    "weights/memory.py": {"free_bytes", "holders", "model_name"}, "weights/adapter.py": {"train", "unfinished"},
+    "weights/memory.py": {"free_bytes", "holders", "model_name"},
     "weights/convert.py": {"write_all", "read_pickled"}, "weights/packed.py": {"save", "write"},
     "bench.py": {"set_up"}}
 
@@ -214,8 +215,8 @@ def test_every_message_is_one_printable_line():
                                     {"hidden": 0}, {"vocab": 0}, {"shift": -1},
                                     {"width": None}, {"no_such_size": 1}])
 def test_an_adapters_config_that_fits_no_network_is_refused(tmp_path, change):
-    adapter.save(tmp_path, adapter.TokenAdapter(SMALL), SMALL)
-    assert adapter.load(tmp_path)[1] == SMALL and sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "config.json"]
+    save_adapter(tmp_path, adapter.TokenAdapter(SMALL), SMALL)
+    assert adapter.load(tmp_path)[1] == SMALL
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError):

@@ -167,7 +167,7 @@ FEW = dict(x=[1, 2, 3], y=[1, 2, 3], t=[1, 2, 3], p=[0, 1, 1])
     ([[1], [1], [1]], {}, "is a list of 3, wanted the four arrays"), (torch.ones(5, 4), {}, "pass columns="),
     (torch.ones(4, 5), {"columns": "xytp"}, "shape (4, 5), wanted [N, 4], so turned over"),
     (torch.ones(5), {}, "shape (5), wanted [N, 4]"), (5, {}, "is a int"), (object(), {}, "is a object"),
-    (numpy.zeros(3, [("x", "S2"), ("y", "i4"), ("t", "i4"), ("p", "i4")]), {}, "its field x is no plain number"),
+    (numpy.zeros(3, [("x", "S2"), ("y", "i4"), ("t", "i4"), ("p", "i4")]), {}, "x is a ndarray, which is no"),
     (FEW, {"columns": "xyt"}, "columns: wanted"), (FEW, {"columns": 4}, "columns: wanted"),
     (FEW, {"time_unit": "minutes"}, "time_unit: 'minutes' is not one of s, ms, us, ns"),
     (FEW, {"event_path": RECORDING}, "got events and event_path"), (None, {}, "events: wanted one recording"),

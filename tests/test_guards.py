@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_media import clip, every_frame
 
+from tests.film import write_film
 from weights import video
-from weights.tiny.make_clips import write_film
 
 
 def test_a_clip_opens_nothing_but_itself(tmp_path, monkeypatch):

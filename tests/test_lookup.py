@@ -6,7 +6,7 @@ import torch
 from kernels import lookup as module
 from kernels.lookup import AFTER, FIRST, ONLY, ORDER, PLACES, Ring, lookup, lookup_ref
 from kernels.round import State, new_state
-from weights.sources import Lookup
+from tests.sources import Searched
 
 
 def looked_up(ring, ids):
@@ -190,10 +190,10 @@ def test_kernel_equals_definition_on_answers_of_few_ids(rank):
 
 @pytest.mark.parametrize("G", [3, 15])
 def test_the_source_on_the_host_proposes_the_same(G):
-    assert Lookup.ORDER == ORDER
+    assert Searched.ORDER == ORDER
     generator, proposed = torch.Generator().manual_seed(G), 0
     for _ in range(30):
-        (ring, answers), source = filled(generator, 40, 5), Lookup()
+        (ring, answers), source = filled(generator, 40, 5), Searched()
         for answer in answers:
             source.learn(answer)
         ids = torch.randint(0, 5, (int(torch.randint(1, 40, (1,), generator=generator)),), generator=generator).tolist()

@@ -25,10 +25,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from weights import InputError, events, video
+from tests.film import write_film
+from weights import InputError, video
 from weights.events import read_events
-from weights.files import line_for_each
-from weights.tiny.make_clips import write_film
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -85,6 +84,13 @@ def npy_of_array(array):
     buffer = io.BytesIO()
     numpy.save(buffer, array)
     return buffer.getvalue()
+
+
+def commented(npz: bytes) -> bytes:
+    file = io.BytesIO(npz)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.comment = b"recorded on a Tuesday"
+    return file.getvalue()
 
 
 def npz_of(compressed=False, **arrays):
@@ -222,6 +228,7 @@ def test_npz_stored_and_deflated_are_read(tmp_path, compressed):
     content = small_events(200)
     blob = npz_of(compressed, width=numpy.int64(32), label=numpy.array(["car"]), **content)
     assert_same(read_events(saved(tmp_path, blob, "e.npz")), content)
+    assert_same(read_events(saved(tmp_path, commented(blob), "e.npz")), content)
 
 
 def test_file_order_is_kept_when_time_runs_backwards(tmp_path):
@@ -372,6 +379,13 @@ BAD_EVENTS = {     # name: (file content, words of the message)
     "nested fields": (npy_of_array(numpy.zeros(3, [("x", "u2", (2,)), ("y", "u2")])), ["wanted a dict or fields"]),
     "bzip2 npz": (zip_with_method(zipfile.ZIP_BZIP2), ["compressed by method 12"]),
     "truncated npz": (npz_of(**small_events())[:400], ["damaged .npz"]),
+    "bytes behind npz": (npz_of(**small_events()) + b"abc", ["no part of its zip", "something was appended"]),
+    "npz behind npz": (npz_of(**small_events(9)) + npz_of(**small_events()), ["no part of its zip"]),
+    "npz and half its comment": (commented(npz_of(**small_events()))[:-3], ["no part of its zip"]),
+    "bytes behind npz's comment": (commented(npz_of(**small_events())) + b"a", ["no part of its zip"]),
+    "bytes behind a pickle": (npy_of_dict(small_events()) + b"abc", ["3 bytes behind its pickle"]),
+    "bytes behind rows": (npy_of_array(numpy.zeros(9, [("x", "u2"), ("y", "u2"), ("t", "i8"), ("p", "u1")])) + b"abc",
+                          ["announces 9 events", "the file has 120"]),
     "npz checksum": (npz_of(**small_events()).replace(small_events()["t"].tobytes(), bytes(160)), ["damaged .npz"]),
 }
 
@@ -1141,15 +1155,3 @@ def test_everything_works_without_numpy(tmp_path, user_env):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=user_env)
     assert done.stdout.split("\n")[:3] == ["(5, 3, 28, 28)", "(1, 3, 28, 28)", "(8, 3, 28, 28)"], done.stderr
     assert done.stderr == ""
-
-
-@pytest.mark.parametrize("module, name, words", [
-    (events, "e.npy", "50 events"), (video, "a.mkv", "64 x 48, 9 frames"), (video, "a.png", "image of 31 x 17")])
-def test_the_command_line_describes_a_file_and_exits_2_on_a_bad_one(tmp_path, capsys, monkeypatch, module, name, words):
-    made = {"e.npy": lambda: npy_of_dict(small_events(50)), "a.mkv": lambda: clip_bytes(tmp_path, "b.mkv", 9),
-            "a.png": lambda: image_bytes(some_image("RGB"))}
-    path = saved(tmp_path, made[name](), name)
-    monkeypatch.setattr(sys, "argv", [name, str(path)])
-    assert line_for_each(module.__doc__, module.described) == 0 and words in capsys.readouterr().out
-    path.write_bytes(b"text")
-    assert line_for_each(module.__doc__, module.described) == 2 and capsys.readouterr().err.count("\n") == 1

@@ -16,7 +16,7 @@ import bench
 import engine
 import weights.memory
 from engine import Drafter, InputError, Target
-from kernels import fp8, quant
+from kernels import quant
 from weights.asking import Asked
 from weights.load import DRAFTER_7B, TARGET_7B, random_tensors
 from weights.packed import packing
@@ -103,7 +103,7 @@ def one_request(model, frames, text):
 
 @pytest.mark.parametrize("kernels,name,packed", [
     *((kernels, *of) for kernels in ("as on a CPU", "as on a GPU")
-      for of in (*((name, None) for name in CONFIGS), ("drafter", "int4"))), ("as on a CPU", "target", "int4")])
+      for of in (*((name, False) for name in CONFIGS), ("drafter", True))), ("as on a CPU", "target", True)])
 def test_the_budget_is_within_5_percent_of_what_is_allocated(name, packed, kernels, monkeypatch):
     cls, config = CONFIGS[name]
     monkeypatch.setattr(weights.memory, "TARGET_7B" if cls is Target else "DRAFTER_7B", config)
@@ -136,16 +136,14 @@ def test_packing_by_and_by_gives_the_same_bits(rows, turn, monkeypatch):
     assert torch.equal(whole.words, parts.words) and torch.equal(whole.scales, parts.scales)
 
 
-@pytest.mark.parametrize("form", list(quant.BITS))
-def test_while_packing_no_more_than_a_layer_is_held_beside_what_stays(form, monkeypatch):
+def test_while_packing_no_more_than_a_layer_is_held_beside_what_stays(monkeypatch):
     """Rows are packed 64 at a time here; at 7B sizes PACK_ROWS bounds it in the same way."""
     monkeypatch.setattr(quant, "PACK_ROWS", 64)
-    monkeypatch.setattr(fp8, "WEIGHT_ROWS", 64)
     config = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
               "num_attention_heads": 4, "vocab_size": 256}
     layer = 4 * (4 * 256 * 256 + 3 * 256 * 256)
     with Allocations() as counted:
-        made = dict(packing(random_tensors(config, torch.device("cpu"), torch.float32, 0), form, False))
+        made = dict(packing(random_tensors(config, torch.device("cpu"), torch.float32, 0), False))
         held = sum(nbytes for of, nbytes in counted.live.values() if not of.expired())
     assert len(made) > 12 and counted.peak <= held + layer, f"{counted.peak - held} of {layer}"
 
@@ -257,7 +255,7 @@ def test_caches_are_sized_to_a_clip_its_text_and_the_answer_or_as_told(rows, sid
     budget = engine.memory_budget(*PAIR, cache_rows=rows, text_rows=210)
     assert tuple(budget[side]["rows"] for side in ("target", "drafter")) == sides
     assert "no_copy" not in budget["target"]
-    for side, config, packed in (("target", TARGET_7B, "int4"), ("drafter", DRAFTER_7B, None)):
+    for side, config, packed in (("target", TARGET_7B, True), ("drafter", DRAFTER_7B, False)):
         needs = weights.memory.needs_of(side, config, torch.device("cuda"), torch.bfloat16, budget[side]["rows"],
                                         packed)
         assert {part: budget[side][part] for part in needs} == needs
@@ -266,7 +264,7 @@ def test_caches_are_sized_to_a_clip_its_text_and_the_answer_or_as_told(rows, sid
 def test_a_copy_is_left_out_where_it_does_not_fit_and_it_is_said_how_much_is_missing(cards):
     cards(18)
     target = engine.memory_budget(None, "random-7b", text_rows=210)["target"]
-    needs = weights.memory.needs_of("target", TARGET_7B, torch.device("cuda"), torch.bfloat16, target["rows"], "int4")
+    needs = weights.memory.needs_of("target", TARGET_7B, torch.device("cuda"), torch.bfloat16, target["rows"], True)
     assert "packed" not in target and needs["packed"] == pytest.approx(3.6e9, rel=0.05)
     assert target["no_copy"] == (f"{sum(needs.values()) / 1e9 - 18:.1f} GB of the {needs['packed'] / 1e9:.1f} that it "
                                  f"takes are missing on cuda:0")

@@ -74,6 +74,17 @@ def test_what_is_no_file_of_rows_is_one_line(tmp_path, text):
         read_rows(tmp_path / "r.jsonl")
 
 
+@pytest.mark.parametrize("of", [{"accept_lens": [10 ** 400]}, {"ids": [10 ** 30]}, {"accept_lens": [-1]},
+                                {"accept_lens": [1.5]}, {"accept_lens": [2, 3]}], ids=lambda of: str(of)[:30])
+def test_numbers_that_no_run_gives_are_refused_where_rows_are_read(tmp_path, of):
+    """--merge and --resume; a figure of them would stand in a report."""
+    path = written(tmp_path / "r.jsonl", {**row(0), "modes": {"a": {"drafted": 4, **of}}}, row(1), row(2))
+    for read in (lambda: merge([path]), lambda: RowFile(path, HEAD)):
+        with pytest.raises(InputError, match=r"not a file of rows \(ValueError: .* in sample s0") as error:
+            read()
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
 def test_rounds_are_counted_and_timed_by_who_drafted():
     """A prefill that ends at 1 s, then rounds of 2, 1 and 4 s by two sources; a step queued behind the end."""
     line = [("target", "prefill", 0.5, 1.0, ""), ("target", "draft", 1.0, 2.0, ""), ("target", "verify", 2.0, 3.0, ""),

@@ -1,7 +1,6 @@
-"""One request as a picture and as a trace: every draft is there, filled if accepted, and slices of a track nest."""
+"""One request as a picture: every draft is there, filled if accepted."""
 
 import collections
-import json
 
 from PIL import Image
 
@@ -68,19 +67,3 @@ def test_the_picture_fills_the_accepted_drafts_and_no_others(tmp_path):
     assert [colour(0.045 + i / 100) for i in range(4)] == [RED, RED, WHITE, WHITE]
     assert [colour(0.125 + i / 100) for i in range(3)] == [RED, WHITE, WHITE]
     assert picture.size[0] > 1000 and len(picture.getcolors(1 << 16)) > 8
-
-
-def test_the_trace_has_a_process_for_each_row_a_track_for_each_worker_and_drafts_in_args(tmp_path):
-    show.trace(request(), tmp_path / "t.json")
-    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
-    names = {(of["name"], of["pid"], of["tid"]): of["args"]["name"] for of in events if of["ph"] == "M"}
-    assert {name for (kind, *_), name in names.items() if kind == "process_name"} == {"host", "drafter", "target"}
-    bars = [of for of in events if of["ph"] == "X"]
-    assert len(bars) == len(request()["timeline"]) and len({of["tid"] for of in bars}) == 4      # two loads at once
-    assert {of["tid"] for of in bars if of["name"] == "load"} == {
-        tid for (kind, pid, tid), name in names.items() if kind == "thread_name" and pid == 0}
-    verify = next(of for of in bars if of["name"] == "verify")
-    assert verify["args"] == {"note": "", "drafts": 4, "accepted": 2, "rejected": 2} and round(verify["dur"]) == 20_000
-    for track in {of["tid"] for of in bars}:
-        slices = sorted((of["ts"], of["ts"] + of["dur"]) for of in bars if of["tid"] == track)
-        assert all(end <= start + 1 for (_, end), (start, _) in zip(slices, slices[1:], strict=False))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import engine
 from kernels.frames import clip_pixels, draw_events
 from tests import tiny_pair
-from weights.events import Events, read_events
+from weights.events import read_events
 from weights.load import open_checkpoint
 from weights.tiny import make_clips, scenes, train
 from weights.video import read_video
@@ -40,7 +40,7 @@ def asked(record):
 def test_every_answer_parses_back_to_its_scene(question):
     for seed in range(500):
         scene = scenes.sample(seed)
-        assert scenes.parse(scenes.answer(scene, question)) == scenes.stated(scene), scene
+        assert tiny_pair.parse(scenes.answer(scene, question)) == tiny_pair.stated(scene), scene
 
 
 def test_training_and_held_out_seeds_do_not_meet():
@@ -117,17 +117,6 @@ def test_what_stands_still_sends_noise_only():
     assert (scenes.event_maps(light, [5]) != 0).float().mean() <= 1.3 * NOISE      # 590,000 draws: 4 sigma is 1.3
 
 
-def test_training_draws_events_as_the_engine_does():
-    """Up to where the splits fall: inside an instant the recording's order is random, training splits between two."""
-    for seed in (0, 5):
-        maps = scenes.event_maps(scenes.render([scenes.sample(seed)], [seed]), [seed])
-        batched = scenes.event_pictures(maps)[0].permute(0, 2, 3, 1)
-        drawn = draw_events(Events(*scenes.event_list(maps[0], seed)), canvas=(scenes.H, scenes.W))
-        for frame, other in zip(batched, drawn, strict=True):
-            marked = (other != 255).any(-1).sum()
-            assert (frame != other).any(-1).sum() <= 0.25 * marked, "one of ten instants a frame, on both ends"
-
-
 # ---- checkpoints
 
 
@@ -191,7 +180,7 @@ def test_target_answers_its_embedded_scenes_right_and_the_drafter_sees_what_move
         truth = record["conversations"][1]["value"]
         result = pair.generate(mode="speculative", **asked(record))
         assert result.output_text == truth
-        found, wanted = scenes.parse(result.preview_text), scenes.parse(truth)
+        found, wanted = tiny_pair.parse(result.preview_text), tiny_pair.parse(truth)
         assert found.get("kind", wanted["kind"]) == wanted["kind"]
 
 

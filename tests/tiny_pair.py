@@ -4,16 +4,17 @@
 
 Scenes that training never saw go the whole way: events through .npz, frames through H.264, Pillow's resize, the engine.
 Beside both models stand two controls that see nothing: `answer`, the text training saw most often for the same
-question, and `value`, each attribute's own most frequent value. An attribute is read back from a text by scenes.parse
+question, and `value`, each attribute's own most frequent value. An attribute is read back from a text by `parse`
 and counts where the true answer states it. The target's own 4-bit copy drafts as `self`, and behind the drafter's head
 start as `cascade`. Beside the drafter's drafts stand as many a round from what sees no scene: `answer`; `previous`, the
 last answer to the same question; `lookup`, of the answers so far; `taught`, a lookup that knew 3,000 training answers
-before. --packed: the drafter as loaded, then with each kind of packed weights.
+before. --packed: the drafter as loaded, then with packed weights.
 Exits 1 if a speculative answer differs from target_only's."""
 
 import argparse
 import functools
 import json
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -22,15 +23,42 @@ from pathlib import Path
 import torch
 
 from engine import Fixed, Lookup, agreeing, load_engine
-from kernels.quant import BITS
 from weights import replace_file
 from weights.controls import interval
+from weights.memory import DRAFTER_DTYPES
 from weights.tiny import make_clips, scenes
 
 TINY = Path(scenes.__file__).resolve().parent
 MAX_NEW_TOKENS = 64                                 # the longest answer has 58 ids
 DRAFTS = 15                                         # a round, of the drafter and of every control alike
 TRAINED = range(24000)                              # scenes of training, by seed
+ATTRIBUTES = ("kind", "count", "heading", "speed", "shape", "colour", "still", "still_shape", "still_colour")
+SEEN_BY_EVENTS = ("kind", "count", "heading", "speed", "shape")
+
+
+def parse(text: str) -> dict:
+    """The attributes an answer states; what it does not state is absent."""
+    found, colours, shapes = {}, "|".join(scenes.COLOURS), "|".join(scenes.SHAPES)
+    if match := re.search(r"\b(one|two|three) cars?\b", text):
+        found |= {"kind": "road", "count": scenes.NUMBERS.index(match[1])}
+    elif match := re.search(rf"\b(a|two) ({colours}) ({shapes})s?\b(?! stands)", text):
+        found |= {"kind": "shapes", "count": {"a": 1, "two": 2}[match[1]], "colour": match[2], "shape": match[3]}
+    if match := re.search(r"\b(slowly|quickly)\b", text):
+        found["speed"] = match[1]
+    if match := re.search(r"to the (left|right)\b|\b(up|down)wards\b", text):
+        found["heading"] = match[1] or match[2]
+    if match := re.search(rf"a ({colours}) ({shapes}) stands still", text):
+        found |= {"still": True, "still_colour": match[1], "still_shape": match[2]}
+    elif "van is parked" in text:
+        found["still"] = True
+    elif re.search(r"nothing (else is there|is parked)", text):
+        found["still"] = False
+    return found
+
+
+def stated(scene: dict) -> dict:
+    """The attributes that a scene's answers state, for comparing with `parse`."""
+    return {k: scene[k] for k in ATTRIBUTES if k in scene and (scene["still"] or not k.startswith("still_"))}
 
 
 @functools.cache
@@ -48,7 +76,7 @@ def most_frequent_values() -> dict:
     """Each attribute's most frequent value over training scenes that have it."""
     seen = {}
     for scene in trained():
-        for name, value in scenes.stated(scene).items():
+        for name, value in stated(scene).items():
             seen.setdefault(name, Counter())[value] += 1
     return {name: values.most_common(1)[0][0] for name, values in seen.items()}
 
@@ -57,11 +85,11 @@ def attribute_rates(answers: list[tuple[dict, str | dict]]) -> dict[str, float]:
     """Share of texts (or of parsed ones) that state an attribute as the scene has it, where the true answer does."""
     right, asked = Counter(), Counter()
     for scene, text in answers:
-        found = scenes.parse(text) if isinstance(text, str) else text
-        for name, value in scenes.stated(scene).items():
+        found = parse(text) if isinstance(text, str) else text
+        for name, value in stated(scene).items():
             asked[name] += 1
             right[name] += found.get(name) == value
-    return {name: right[name] / asked[name] for name in scenes.ATTRIBUTES if asked[name]}
+    return {name: right[name] / asked[name] for name in ATTRIBUTES if asked[name]}
 
 
 def taught_lookup(text, end: int, count: int = 300) -> Lookup:
@@ -133,7 +161,7 @@ def report(figures: dict) -> str:
     sides = ("target", "drafter", "answer", "value")
     lines = [f"{figures['scenes']} held-out scenes; controls: the most frequent answer, the most frequent value", "",
              f"{'share right':14}" + "".join(f"{side:>10}" for side in sides)]
-    seen = {name: "" if name in scenes.SEEN_BY_EVENTS else "   not in the events" for name in scenes.ATTRIBUTES}
+    seen = {name: "" if name in SEEN_BY_EVENTS else "   not in the events" for name in ATTRIBUTES}
     rows = {"whole answer": figures["exact"], **{
         name: {side: figures["attributes"][side][name] for side in sides} for name in figures["attributes"]["target"]}}
     for name, values in rows.items():
@@ -182,7 +210,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         figures = {}
-        for dtype in ("bf16", *BITS) if options.packed else ("bf16",):
+        for dtype in DRAFTER_DTYPES if options.packed else ("bf16",):
             engine = load_engine(options.eventgpt, options.videollava, device=options.device, drafter_dtype=dtype,
                                  gate=False, self_draft=True)        # what is accepted, whether or not it pays here
             name = "as loaded" if dtype == "bf16" else dtype

@@ -41,16 +41,6 @@ def follow(table: dict, committed: list[int], limit: int, order: int | None = No
     return ids[len(committed):]
 
 
-def position_frequency(answers: Iterable[list[int]]) -> list[int]:
-    """The most frequent id at each place."""
-    places: list[collections.Counter] = []
-    for answer in answers:
-        places += [collections.Counter() for _ in range(len(answer) - len(places))]
-        for place, i in zip(places, answer, strict=False):
-            place[i] += 1
-    return [place.most_common(1)[0][0] for place in places]
-
-
 def stream(answers: list[list[int]], others: Iterable[list[int]] = (), own: bool = True) -> Iterator[tuple]:
     """(answer, {name: propose(committed, limit) -> drafts}) for each answer to one question, in order. The functions
     know `others` and, with `own`, the answers before; the most frequent way is that of `others`, or if there are none

@@ -12,13 +12,13 @@ name only when all of it is written, and nothing is overwritten.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import pickle
 import re
 import shutil
 import sys
+import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -26,13 +26,23 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, TensorSpec, serialize_file
 
-from weights.files import brief, command, naming, open_regular, reason_of, refusal, say
+from weights.files import (
+    MAX_SMALL,
+    InputError,
+    brief,
+    command,
+    insist_whole_zip,
+    naming,
+    open_regular,
+    reason_of,
+    refusal,
+    say,
+)
 from weights.load import INDEX, SINGLE, listed, open_checkpoint, read_header, reject_impostor, shards_of
 
 PICKLED = re.compile(r"(?i)\.(bin|pt|pth|ckpt)$")
 WRAPPERS = ("model_state_dict", "state_dict", "model")   # where training scripts put the tensors, beside other things
 SMALL_FILES = re.compile(r"(?i)\.(json|model|txt)$")     # config and tokenizer, which a converted folder needs too
-MAX_SMALL_BYTES = 64 << 20
 
 
 def convert(source, target=None) -> list:
@@ -78,51 +88,42 @@ def copies(source, target) -> dict:
         return {}
     return {source / name: target / name for name in sorted(os.listdir(source))
             if SMALL_FILES.search(name) and not name.endswith(".index.json") and not os.path.exists(target / name)
-            and os.path.isfile(source / name) and os.path.getsize(source / name) <= MAX_SMALL_BYTES}
+            and os.path.isfile(source / name) and os.path.getsize(source / name) <= MAX_SMALL}
 
 
 def write_all(jobs, small_files=None, index=None) -> list:
     """Converts every file, then renames all results into place. Nothing is left behind if one of them fails."""
     outputs = [*jobs.values(), *([index[2]] if index else [])]
-    there = [str(path) for path in outputs if os.path.lexists(path)]
-    if there:
-        raise refusal(there[0], f"exists already ({len(there)} of {len(outputs)} results do)",
+    if old := [path for path in outputs if os.path.lexists(path)]:
+        raise refusal(old[0], f"exists already ({len(old)} of {len(outputs)} results do)",
                       "remove it first or give another target")
-    folder, partial = outputs[0].parent, {}
-
-    def beside(target):                                  # a name may be as long as names can be
-        return target.with_name(f".{os.getpid()}.{len(partial)}.partial")
+    folder = outputs[0].parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        found, nbytes = {}, 0
-        for source, target in jobs.items():
-            partial[target] = beside(target)
-            write(source, partial[target])
-            for key, stored in read_header(partial[target]).items():
-                if key in found:
-                    raise refusal(source, f"{brief(key)} is also in {found[key]}", "ask its author for a sound file")
-                found[key], nbytes = target.name, nbytes + stored.nbytes
-        if index:
-            old_index, weight_map, path = index
-            wrong = sorted(set(found) ^ set(weight_map))
-            if wrong:
-                raise refusal(old_index, f"{len(wrong)} names differ between index and shards: {listed(wrong)}",
-                              "copy the checkpoint again")
-            partial[path] = beside(path)
-            partial[path].write_text(json.dumps({"metadata": {"total_size": nbytes}, "weight_map": found}, indent=2))
-        for source, target in (small_files or {}).items():
-            partial[target] = beside(target)
-            shutil.copyfile(source, partial[target])
-        for path in sorted(partial, key=lambda path: path.name == INDEX):
-            os.rename(partial[path], path)              # the index last: it is what makes the folder a checkpoint
-            del partial[path]
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as made:
+            small_files, found, nbytes = small_files or {}, {}, 0
+            there = {target: Path(made, str(i)) for i, target in enumerate([*small_files.values(), *outputs])}
+            for source, target in jobs.items():
+                write(source, there[target])
+                for key, stored in read_header(there[target]).items():
+                    if key in found:
+                        raise refusal(source, f"{brief(key)} is also in {found[key]}", "ask its author for a sound "
+                                      "file")
+                    found[key], nbytes = target.name, nbytes + stored.nbytes
+            if index:
+                old_index, weight_map, path = index
+                if wrong := sorted(set(found) ^ set(weight_map)):
+                    raise refusal(old_index, f"{len(wrong)} names differ between index and shards: {listed(wrong)}",
+                                  "copy the checkpoint again")
+                there[path].write_text(
+                    json.dumps({"metadata": {"total_size": nbytes}, "weight_map": found}, indent=2))
+            for source, target in small_files.items():
+                shutil.copyfile(source, there[target])
+            for target, path in there.items():               # the index last: it makes the folder a checkpoint
+                os.rename(path, target)
     except OSError as error:
-        raise refusal(error.filename or folder, f"cannot be written or read ({error.strerror or brief(error)})",
+        raise refusal(error.filename2 or error.filename or folder, f"cannot be written or read ({reason_of(error)})",
                       "check the path, its permissions and the disk") from None
-    finally:
-        for path in partial.values():
-            with contextlib.suppress(OSError):
-                os.unlink(path)
     return outputs
 
 
@@ -131,8 +132,7 @@ def write(source, target):
     tensors, metadata = unpack(source, read_pickled(source))
     needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(target.parent).free
     if needed > free:
-        raise refusal(target.parent, f"{source.name} needs {needed:,} bytes, the disk has {free:,} free",
-                      "give a target with more room")
+        raise refusal(source, f"needs {needed:,} bytes, the disk has {free:,} free", "give a target with more room")
     kept, specs = [], {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
@@ -160,7 +160,12 @@ def read_pickled(path):
         # Only torch's zip form can be mapped; the form before torch 1.6 is read by the same weights-only reader.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")             # about pickle protocols and storages; nothing a user can act on
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            if zipped := zipfile.is_zipfile(path):
+                with naming(path), zipfile.ZipFile(path) as archive:
+                    insist_whole_zip(archive)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except InputError:
+        raise
     except Exception as error:                          # what a damaged pickle does to the reader is open-ended
         refused = isinstance(error, pickle.UnpicklingError)
         # The class or function that was asked for. The reader's advice to switch its check off is not repeated.

@@ -15,6 +15,7 @@ Gate decides by prices in seconds and counts of drafts; Line is the run-ahead of
 
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
 import itertools
@@ -317,6 +318,8 @@ class SelfRounds(HostTenant):
         be right where the drafts are). alive: P(the drafts are)."""
         gate, own = self.gate, len(self.sures)
         most = 0 if ahead.ahead else min(len(ahead.slots), WIDTHS[-1] - own)
+        if not most:
+            return 0, 0.0
         right = gate.alive(kind_of(ahead), self.req.question, most)
         id_worth = gate.pace("self") or 0.0
         worth = {min(most, width - own): alive * sum(right[:width - own]) * id_worth - (gate.verify(width) or 0.0)
@@ -429,6 +432,7 @@ class Gate:
     PRIOR = 8                               # ids, see `pace`
     # P(right) of a 4-bit copy's draft by its probability, until there is experience; SubSpec's raw traces.
     SURE = ((0.5, 0.66), (0.6, 0.79), (0.7, 0.85), (0.8, 0.90), (0.9, 0.95), (1.01, 0.999))
+    ENDS = [end for end, _ in SURE]
 
     def __init__(self, decay: float = 0.95, probe: int = 40):
         self.decay, self.probe = decay, probe
@@ -563,13 +567,13 @@ class Gate:
 
     def right(self, sure: float) -> float:
         """P(a draft of this probability is right)."""
-        tried, right = self.rights[next(i for i, (end, _) in enumerate(self.SURE) if sure < end)]
+        tried, right = self.rights[bisect.bisect(self.ENDS, sure)]
         return right / tried
 
     def judged(self, sures: list[float], accepted: int) -> None:
         """Drafts of these probabilities, of which so many were right; nothing is learnt behind the first wrong one."""
         for k, sure in enumerate(sures[:accepted + 1]):
-            counts = self.rights[next(i for i, (end, _) in enumerate(self.SURE) if sure < end)]
+            counts = self.rights[bisect.bisect(self.ENDS, sure)]
             counts[:] = 0.99 * counts[0] + 1, 0.99 * counts[1] + (k < accepted)
 
     def next_draft(self, alive: float, draft: float, step: float) -> bool:

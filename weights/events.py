@@ -1,9 +1,7 @@
 """events: event recordings as tensors: `.npy` (EventGPT's pickled dict or a structured array) and `.npz`. No numpy, and
 nothing is unpickled.
 
-    events = read_events("sample1.npy")            # Events(x, y, t, p)
-
-`python -m weights.events FILE` says what a file holds."""
+    events = read_events("sample1.npy")            # Events(x, y, t, p)"""
 
 import ast
 import io
@@ -11,7 +9,6 @@ import operator
 import pickletools
 import re
 import struct
-import sys
 import warnings
 import zipfile
 import zlib
@@ -20,7 +17,17 @@ from typing import NamedTuple
 import torch
 
 from kernels.frames import extent, quiet_copy
-from weights.files import InputError, Refused, brief, line_for_each, naming, open_kind, quoted, reason_of, refusal
+from weights.files import (
+    InputError,
+    Refused,
+    brief,
+    insist_whole_zip,
+    naming,
+    open_kind,
+    quoted,
+    reason_of,
+    refusal,
+)
 
 MAX_EVENT_BYTES = 1 << 30            # of a file, and of the arrays an .npz unpacks to
 MAX_PACKED = 100                     # bytes that a byte of an .npz may unpack to; recordings have some 3
@@ -224,9 +231,9 @@ def columns_of_npy(blob):
     if any(kind == "unknown" for _, kind, _, _ in columns.values()) or offset == 0:
         raise Refused("its fields are not all plain numbers", "save four arrays with numpy.savez(x=, y=, t=, p=)")
     data = memoryview(blob)[file.tell():]
-    if len(data) < shape[0] * offset:
+    if len(data) != shape[0] * offset:
         raise Refused(f"announces {shape[0]} events of {offset} bytes = {shape[0] * offset}, the file has {len(data)}",
-                      "an incomplete copy: fetch it again")
+                      "a damaged or incomplete copy: fetch it again")
     if shape[0] == 0:
         return {name: RawArray(kind, shape, b"", order) for name, (order, kind, _, _) in columns.items()}
     rows = torch.frombuffer(bytearray(data[:shape[0] * offset]), dtype=torch.uint8).view(shape[0], offset)
@@ -250,6 +257,7 @@ def columns_of_npz(file, size):
     columns, unpacked = {}, 0
     try:
         with zipfile.ZipFile(file) as archive:
+            insist_whole_zip(archive)
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
                 if name not in ("x", "y", "t", "p") or name in columns:
@@ -286,15 +294,15 @@ ALLOWED = {Name("numpy", "ndarray"), Name("numpy", "dtype"), Name("_codecs", "en
     Name(f"numpy.{core}.{module}", name) for core in ("core", "_core")
     for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))}
 
-PUSHED = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
-          "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
-          "BINBYTES8", "BYTEARRAY8"}
+PUSHED = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING", "BINUNICODE",
+          "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 MARK = object()
 
 
 class Walker:
-    """A pickle stack machine whose only products are numbers, strings, bytes, lists, tuples, dicts and RawArrays."""
+    """A pickle stack machine whose only products are numbers, strings, bytes, lists, tuples, dicts and RawArrays. It
+    knows the opcodes that protocols 2 to 5 write for them."""
 
     def __init__(self, size):
         self.stack, self.memo, self.budget = [], {}, size
@@ -316,11 +324,11 @@ class Walker:
             pass
         elif op == "MARK":
             stack.append(MARK)
-        elif op in ("BINPUT", "LONG_BINPUT", "PUT"):
+        elif op in ("BINPUT", "LONG_BINPUT"):
             self.memo[arg] = stack[-1]       # a dict: a huge index is one entry, not a huge table
         elif op == "MEMOIZE":
             self.memo[len(self.memo)] = stack[-1]
-        elif op in ("BINGET", "LONG_BINGET", "GET"):
+        elif op in ("BINGET", "LONG_BINGET"):
             stack.append(self.memo[arg])
         elif op in ("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT"):
             stack.append({"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}[op]())
@@ -331,10 +339,6 @@ class Walker:
             stack[-count:] = [tuple(stack[-count:])]
         elif op == "TUPLE":
             stack.append(tuple(self.to_mark()))
-        elif op == "LIST":
-            stack.append(self.to_mark())
-        elif op == "DICT":
-            stack.append(self.filled({}, self.to_mark()))
         elif op in ("APPEND", "APPENDS"):
             items = self.to_mark() if op == "APPENDS" else [stack.pop()]
             if type(stack[-1]) is not list:
@@ -345,10 +349,6 @@ class Walker:
             self.filled(stack[-1], items)
         elif op == "POP":
             stack.pop()
-        elif op == "POP_MARK":
-            self.to_mark()
-        elif op == "DUP":
-            stack.append(stack[-1])
         elif op == "GLOBAL":
             stack.append(self.allowed(*arg.split(" ", 1)))
         elif op == "STACK_GLOBAL":
@@ -369,7 +369,6 @@ class Walker:
             raise TypeError("items for something that is no dict")
         # Other kinds of keys are never event columns; leaving them out also keeps deep tuples from being hashed.
         target.update((key, value) for key, value in zip(items[::2], items[1::2], strict=True) if type(key) is str)
-        return target
 
     def allowed(self, module, name):
         if type(module) is not str or type(name) is not str:
@@ -395,21 +394,21 @@ class Walker:
             data, dtype, shape = args[:3]
             return self.array(RawArray(), shape, dtype, data)
         if what == "encode" and len(args) == 2 and type(args[0]) is str and args[1] in ("latin1", "latin-1"):
-            # Once per byte of the file: repeating it over one long string must not fill the memory.
-            self.budget -= len(args[0])
-            if self.budget < 0:
-                raise Refused("its pickle expands its strings beyond its size", "fetch or save it again")
-            return args[0].encode("latin-1")
+            return self.latin1(args[0])
         raise TypeError("a call that makes no array")
+
+    def latin1(self, text):
+        """Its bytes. Once per byte of the file: repeating it over one long string must not fill the memory."""
+        self.budget -= len(text)
+        if self.budget < 0:
+            raise Refused("its pickle expands its strings beyond its size", "fetch or save it again")
+        return text.encode("latin-1")
 
     def array(self, target, shape, dtype, data):
         if type(dtype) is not RawArray or type(target) is not RawArray:
             raise TypeError("an array without a type")
         if type(data) is str:                # protocol 2 of Python 2 has strings for bytes
-            self.budget -= len(data)
-            if self.budget < 0:
-                raise Refused("its pickle expands its strings beyond its size", "fetch or save it again")
-            data = data.encode("latin-1")
+            data = self.latin1(data)
         target.kind, target.order, target.shape, target.data = dtype.kind, dtype.order, shape, data
         return target
 
@@ -444,6 +443,9 @@ def columns_of_pickle(file, size):
             raise Refused(f"announces {announced[1]} bytes, the file has {announced[2]} left",
                           "an incomplete or damaged copy: fetch it again") from None
         raise Refused(f"damaged pickle ({brief(str(error))})", "fetch or save it again") from None
+    if left := len(file.read()):
+        raise Refused(f"holds {left} bytes behind its pickle", "damaged, or something was appended: fetch or save it "
+                      "again")
     top = walker.stack[-1] if stopped and walker.stack else None
     if type(top) is RawArray and type(top.data) is list and len(top.data) == 1:
         top = top.data[0]
@@ -451,14 +453,3 @@ def columns_of_pickle(file, size):
         raise Refused("its pickle holds no dict of arrays", "save x, y, t, p with numpy.savez as an .npz")
     # A plain list or number under one of the four names is answered like an array of the wrong type.
     return {key: value if type(value) is RawArray else RawArray(type(value).__name__) for key, value in top.items()}
-
-
-def described(path) -> str:
-    events = read_events(path)
-    span = (events.t.max() - events.t.min()).item() / 1e3
-    return (f"{events.x.numel()} events over {span:.3f} ms, x up to {events.x.max().item()}, y up to "
-            f"{events.y.max().item()}, {events.p.sum(dtype=torch.int64).item()} positive")
-
-
-if __name__ == "__main__":
-    sys.exit(line_for_each(__doc__, described))

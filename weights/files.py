@@ -20,12 +20,13 @@ import re
 import stat
 import sys
 import threading
-from collections.abc import Callable
+import zipfile
 from dataclasses import dataclass
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
               RecursionError, MemoryError)       # what taking a damaged JSON file at its word may raise
 STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)    # all other files name themselves
+ZIP_END = 22                         # bytes of the record at a zip's end, in front of its comment
 MAX_SMALL = 64 << 20                 # bytes of a config, an index, a tokenizer
 MAX_LIST = 256 << 20                 # bytes of a list of samples or of recorded pairs
 LOOK_ALIKES = [                      # what comes in place of a file, by its first bytes, and the way out if it is sure
@@ -168,18 +169,6 @@ def command(main):
             print(f"stdout: cannot be written ({reason_of(error)}); free some room", file=sys.stderr)
             return 2
     return run
-
-
-@command
-def line_for_each(doc: str, describe: Callable) -> int:
-    """The command that says a line of each file it is given, and what it does where it is given none."""
-    paths = sys.argv[1:]
-    if not paths or {"-h", "--help"} & {*paths}:
-        print(doc)
-        return 0 if paths else 2
-    for path in paths:
-        say(f"{path}: {describe(path)}")
-    return 0
 
 
 def refusal(path, reason, way_out) -> InputError:
@@ -371,6 +360,18 @@ def json_lines(path, wanted: str, most: int = MAX_LIST) -> list:
     "\\n" alone: U+2028 and U+0085 may stand inside a text."""
     lines = enumerate(read_text(path, wanted, most).split("\n"), 1)
     return [(number, parse_json(path, line, wanted, number)) for number, line in lines if line.strip()]
+
+
+def insist_whole_zip(archive: zipfile.ZipFile) -> None:
+    """Refused where a file holds bytes in front of its zip, or behind it that are no comment: readers look for the last
+    end of a zip that there is, and leave out in silence what else was put into the file."""
+    first, size = min((of.header_offset for of in archive.infolist()), default=0), archive.fp.seek(0, os.SEEK_END)
+    archive.fp.seek(max(0, size - ZIP_END - 65_535))
+    tail = archive.fp.read()
+    end = tail[tail.rfind(b"PK\5\6"):]
+    if first or len(end) != ZIP_END + int.from_bytes(end[20:ZIP_END], "little"):
+        raise Refused("holds bytes that are no part of its zip", "damaged, or something was appended: fetch or save it "
+                      "again")
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------

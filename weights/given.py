@@ -3,13 +3,12 @@
     media = events_given({"x": x, "y": y, "t": t, "p": p})        # media.read() gives Events
     media = video_given(frames, num_frames=8)                     # media.read() gives eight frames [H, W, 3] uint8
 
-An array is anything with `__array_interface__`, the buffer protocol, DLPack, `__cuda_array_interface__` or `__array__`:
-numpy, torch, CuPy, Numba, JAX, array.array. numpy itself is never imported. What lies on a GPU stays there. Arrays are
-checked and copied at once, so that the caller may write over them; of files only the presence is checked, they are
-read later. Whatever is wrong ends in InputError: one line with the argument or path, what was wanted, what came, what
-to try."""
+An array is anything with the buffer protocol, DLPack, `__cuda_array_interface__` or `__array__`: numpy, torch, CuPy,
+Numba, JAX, array.array. numpy itself is never imported: where its arrays come from, it is there. What lies on a GPU
+stays there. Arrays are checked and copied at once, so that the caller may write over them; of files only the presence
+is checked, they are read later. Whatever is wrong ends in InputError: one line with the argument or path, what was
+wanted, what came, what to try."""
 
-import ctypes
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 
 from kernels.frames import clip_pixels, draw_events, quiet_copy
-from weights.events import EVENT_FILE, MAX_CANVAS, TORCH_TYPES, Events, events_of, plain_type, read_events, short_shape
+from weights.events import EVENT_FILE, MAX_CANVAS, TORCH_TYPES, Events, events_of, read_events, short_shape
 from weights.files import Held, InputError, Refused, brief, insist_file, insist_one_of, naming, quoted, reason_of
 from weights.video import (
     IMAGE_ERRORS,
@@ -37,9 +36,9 @@ MAX_CONTENT = 1 << 30                # bytes of a file object
 PICTURES = (".png", ".jpg", ".jpeg")
 PATHS = (str, os.PathLike)           # a Held is one
 CONTENTS = (bytes, bytearray)
+LETTERS = {"?": "b", **dict.fromkeys("bhilqn", "i"), **dict.fromkeys("BHILQN", "u"), **dict.fromkeys("efd", "f")}
 TYPES = {**TORCH_TYPES, "u8": torch.uint64, "f2": torch.float16, "f4": torch.float32, "f8": torch.float64,
          "b1": torch.bool}
-LETTERS = {"?": "b", **dict.fromkeys("bhilqn", "i"), **dict.fromkeys("BHILQN", "u"), **dict.fromkeys("efd", "f")}
 UNITS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}     # microseconds
 
 
@@ -64,27 +63,27 @@ class Shown(NamedTuple):
 # ---- arrays ----------------------------------------------------------------------------------------------------------
 
 def tensor_of(value) -> torch.Tensor:
-    """A dense tensor on the CPU or a GPU over the memory of any array, or a copy where its layout asks for one. Of a
-    structured array uint8 [.., bytes of a record]. Refused if the value is no array."""
+    """A dense tensor on the CPU or a GPU over the memory of any array, or a copy where torch cannot take that. Refused
+    if the value is no array."""
     found, kind = value, type(value).__name__
     try:
         if isinstance(value, torch.Tensor):
             found = value.detach()
         elif isinstance(value, (list, tuple)):
             found = torch.tensor(value, dtype=None if value else torch.int64)
-        elif isinstance(getattr(value, "__array_interface__", None), dict):
-            found = strided(value, value.__array_interface__)
+        elif hasattr(value, "__array_interface__"):
+            found = of_numpy(value.__array__())
         elif any(step < 0 for step in getattr(value, "strides", None) or ()):
             raise Refused("runs backwards", "pass a contiguous copy")        # torch aborts the process over such a one
         elif hasattr(value, "__dlpack__"):
             found = torch.from_dlpack(value)
-        elif isinstance(getattr(value, "__cuda_array_interface__", None), dict):
+        elif hasattr(value, "__cuda_array_interface__"):
             torch.cuda.synchronize()                         # whoever wrote it
-            found = strided(value, value.__cuda_array_interface__, gpu=True).clone()     # it may be gone sooner
+            found = torch.as_tensor(value, device="cuda").clone()            # it may be gone sooner
         elif callable(getattr(value, "__array__", None)):    # a pandas Series, an h5py Dataset
-            found = strided(made := value.__array__(), made.__array_interface__)
+            found = of_numpy(value.__array__())
         else:
-            found = from_buffer(memoryview(value))
+            found = of_buffer(memoryview(value))
     except (TypeError, ValueError, BufferError, RuntimeError, OverflowError, AttributeError) as error:
         what = "holds more than numbers" if isinstance(value, (list, tuple)) else "is no array of numbers"
         raise Refused(f"is a {kind}, which {what} ({reason_of(error)})", "pass a tensor, a numpy array, or anything "
@@ -95,58 +94,20 @@ def tensor_of(value) -> torch.Tensor:
     return found
 
 
-def from_buffer(view: memoryview) -> torch.Tensor:
-    letter = view.format.lstrip("@=<>!")
-    raw = torch.frombuffer(bytearray(view.tobytes() or b"\0"), dtype=torch.uint8)[:view.nbytes]
-    return typed(raw.view(*view.shape, view.itemsize), f"{LETTERS.get(letter, letter)}{view.itemsize}", view.format[0])
+def of_numpy(array) -> torch.Tensor:
+    """Over a numpy array's memory; over a copy where it is read-only, has gaps, runs backwards or is byte-swapped."""
+    plain = array.flags.c_contiguous and array.flags.aligned and array.flags.writeable and array.dtype.isnative
+    return torch.from_numpy(array if plain else array.astype(array.dtype.newbyteorder("="), order="C"))
 
 
-def strided(owner, interface: dict, gpu: bool = False) -> torch.Tensor:
-    """A tensor over what an array interface describes, whose owner lives as long, unless it lies on a GPU; steps may be
-    negative and bytes swapped."""
-    order, kind = plain_type(interface["typestr"])
-    data, shape, item = interface.get("data"), interface["shape"], int(interface["typestr"][2:])
-    if interface["typestr"][1] == "V" and len(interface.get("descr", ())) > 1:
-        kind = "record"
-    steps, step = [], item
-    for length in reversed(shape):
-        steps.insert(0, step)
-        step *= length
-    steps = interface.get("strides") or steps
-    if 0 in shape:
-        raw = torch.empty((*shape, item), dtype=torch.uint8)
-    elif isinstance(data, (*CONTENTS, memoryview)):
-        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(*shape, item)
-    else:
-        ends = [step * (length - 1) for step, length in zip(steps, shape, strict=True)]
-        begin, span = data[0] + sum(min(0, end) for end in ends), sum(map(abs, ends)) + item
-        if gpu:
-            device = torch.device("cuda", torch.cuda.current_device())
-            memory = torch._C._construct_storage_from_data_pointer(begin, device, span)
-            raw = torch.empty(0, dtype=torch.uint8, device=device).set_(memory)
-        else:
-            held = (ctypes.c_uint8 * span).from_address(begin)
-            held.owner = owner                               # type: ignore
-            raw = torch.frombuffer(held, dtype=torch.uint8)
-        raw = raw.as_strided((*shape, item), (*map(abs, steps), 1))
-        backwards = [axis for axis, step in enumerate(steps) if step < 0]
-        raw = raw.flip(backwards) if backwards else raw
-    return typed(raw, kind, order)
-
-
-def typed(raw: torch.Tensor, kind: str, order: str) -> torch.Tensor:
-    """Bytes [.., size of an item] as numbers [..]; those of records stay bytes."""
-    if kind == "record":
-        return raw
+def of_buffer(view: memoryview) -> torch.Tensor:
+    """A copy of what the buffer protocol shows."""
+    letter = view.format.lstrip("@=<")                       # native on all machines that this runs on
+    kind = f"{LETTERS.get(letter, letter)}{view.itemsize}"
     if kind not in TYPES:
-        raise TypeError(f"its items are of type {brief(kind, 20)}")
-    item = raw.shape[-1]
-    if item == 1:
-        return raw.squeeze(-1).view(TYPES[kind])
-    flat = (raw.flip(-1) if order in (">", "!") else raw).contiguous().view(-1)
-    if flat.storage_offset() % item or flat.data_ptr() % item:               # a field of a record may begin anywhere
-        flat = flat.clone()
-    return flat.view(TYPES[kind]).view(raw.shape[:-1])
+        raise TypeError(f"its items are of type {brief(view.format, 20)}")
+    raw = bytearray(view.tobytes() or bytes(view.itemsize))
+    return torch.frombuffer(raw, dtype=TYPES[kind])[:view.nbytes // view.itemsize].view(view.shape)
 
 
 def own(tensor: torch.Tensor, pin: bool = False) -> torch.Tensor:
@@ -213,20 +174,9 @@ def columns_of(value, columns: str | None) -> dict:
             raise Refused(f"is a {type(value).__name__} of {len(value)}, wanted the four arrays x, y, t, p",
                           "pass them in this order, or as a mapping")
         return dict(zip(columns or "xytp", value, strict=True))
-    table, fields = tensor_of(value), getattr(getattr(value, "dtype", None), "names", None)
-    if fields:
-        found, begin = {}, 0
-        for name, spelling, *more in value.__array_interface__["descr"]:
-            order, kind = plain_type(spelling)
-            size = int(kind[1:] or 0) if kind != "unknown" else 0
-            if kind in TYPES and not more:
-                found[name] = typed(table[..., begin:begin + size], kind, order)
-            elif name in ("x", "y", "t", "p"):
-                raise Refused(f"its field {name} is no plain number", "pass x, y, t, p as a mapping")
-            elif name:
-                found[name] = None
-            begin += size
-        return found
+    if names := getattr(getattr(value, "dtype", None), "names", None):       # a structured array
+        return {name: value[name] for name in names}
+    table = tensor_of(value)
     if table.ndim != 2 or table.shape[1] != 4:
         raise Refused(f"is one array of shape {shape_of(table)}, wanted [N, 4]" + ", so turned over"
                       * (table.ndim == 2 and table.shape[0] == 4), "or pass x, y, t, p as a mapping")
@@ -334,7 +284,8 @@ def frames_in(value):
         if not value:
             raise Refused("is an empty list, wanted frames", "pass at least one")
         return value
-    frames = tensor_of(value)
+    # numpy's stay what they are: of a view that torch cannot take, only the frames that are chosen are copied.
+    frames = value if hasattr(value, "__array_interface__") else tensor_of(value)
     if frames.ndim != 4 or not len(frames):
         raise Refused(f"is an array of shape {shape_of(frames)}, wanted frames [R, H, W, 3] or [R, 3, H, W]",
                       "bring it to this shape")

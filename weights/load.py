@@ -86,11 +86,11 @@ LOOKS_LIKE = [                       # the keys of other checkpoints that people
 # ---- folders -----------------------------------------------------------------------------------------------------
 
 
-def resolve(path_or_id, revision=None) -> Path:
+def resolve(path_or_id) -> Path:
     """The folder of a checkpoint: a local one, or a snapshot in the hub cache. Never touches the network.
 
-    path_or_id: a path, `ORG/NAME` or `ORG/NAME@REVISION`. revision: a branch, or better the 40 digits of a commit,
-    which pin the files; `main` as the cache last saw it unless told.
+    path_or_id: a path, `ORG/NAME` or `ORG/NAME@REVISION`: a branch, or better the 40 digits of a commit, which pin the
+    files; `main` as the cache last saw it unless told.
     """
     if not isinstance(path_or_id, (str, bytes, os.PathLike)):
         raise refusal(path_or_id, f"is a {type(path_or_id).__name__}, wanted a folder or ORG/NAME", "give it as text")
@@ -100,16 +100,15 @@ def resolve(path_or_id, revision=None) -> Path:
     if os.path.lexists(name):
         raise refusal(name, "is a file, wanted a folder with config.json and safetensors",
                       f"give {os.path.dirname(name) or '.'}")
-    repo, _, pinned = name.partition("@")
-    revision = revision or pinned or None
+    repo, _, revision = name.partition("@")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo, re.ASCII):
         raise refusal(name, "no such folder", "check the spelling, or give ORG/NAME of a downloaded model")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     try:
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError):       # ValueError: a NUL inside
-        found = cached_revisions(repo) if revision is None else []
+        found = [] if revision else cached_revisions(repo)
         if len(found) == 1:                                  # `hf download --revision` leaves no word of `main`
             logging.getLogger(__name__).warning("%s: revision main is not in the hub cache; the one that is there is "
                                                 "taken, %s", repo, found[0].name)
@@ -301,10 +300,6 @@ class Checkpoint:
     stored: dict                # canonical name -> Stored, of the tensors that will be read
     unread: list                # of Stored: declared unused, or constants nobody reads
 
-    @property
-    def kind(self) -> str:
-        return self.plan.kind
-
     def load(self, device, dtype, progress=None, made=iter) -> dict:
         """{engine name: tensor} on the device. Each is allocated once and filled from the disk, fused on the way.
 
@@ -424,9 +419,9 @@ class Checkpoint:
                       "load it as bfloat16 or float32")
 
 
-def open_checkpoint(path_or_id, revision=None) -> Checkpoint:
+def open_checkpoint(path_or_id) -> Checkpoint:
     """A Checkpoint, after reading its config and headers only. One InputError says all that does not fit."""
-    folder = resolve(path_or_id, revision)
+    folder = resolve(path_or_id)
     config = read_config(folder)
     kind = config["model_type"]
     files, index = weight_files(folder)
@@ -723,7 +718,7 @@ def random_tensors(config, device, dtype, seed):
 
 def report(checkpoint: Checkpoint):
     """Prints every engine tensor with where it comes from, then what stays unread."""
-    say(f"{checkpoint.kind} {checkpoint.folder}: {listed(file.name for file in checkpoint.files)}")
+    say(f"{checkpoint.plan.kind} {checkpoint.folder}: {listed(file.name for file in checkpoint.files)}")
     print(f"{'engine tensor':32} {'shape':22} {'dtype':6} {'bytes':>13}  from")
     read = 0
     for tensor in checkpoint.plan.wanted:
@@ -752,17 +747,11 @@ def insist_usable(device: str) -> torch.device:
 def checked(checkpoint: Checkpoint, device: str) -> str:
     """Reads every value, to fp32 on the CPU and bf16 elsewhere, and keeps none."""
     at = insist_usable(device)                               # the driver's start is not the loader's
-    held, began = peak_resident(), time.monotonic()
+    began = time.monotonic()
     for _ in checkpoint.tensors(at, torch.float32 if at.type == "cpu" else torch.bfloat16):
         pass
     took, read = time.monotonic() - began, sum(stored.nbytes for stored in checkpoint.stored.values())
-    return (f"every value is finite; {read / 1e9:.3f} GB to {device} in {took:.2f} s, {read / took / 1e9:.2f} GB/s, "
-            f"host memory {(peak_resident() - held) / 1e6:+.0f} MB at most")
-
-
-def peak_resident() -> int:
-    """The most bytes this process ever held. Not ru_maxrss: a child starts with its parent's."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
+    return f"every value is finite; {read / 1e9:.3f} GB to {device} in {took:.2f} s, {read / took / 1e9:.2f} GB/s"
 
 
 @command
@@ -770,11 +759,10 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weights.load", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="DIR", help="a folder, or ORG/NAME[@REVISION] in the hub cache")
-    parser.add_argument("--revision", help="branch or commit of ORG/NAME")
     parser.add_argument("--check", action="store_true", help="also read every value and look for NaN and infinity")
     parser.add_argument("--device", default="cpu", help="of --check: where to (default %(default)s)")
     args = parser.parse_args(argv)
-    checkpoint = open_checkpoint(args.checkpoint, args.revision)
+    checkpoint = open_checkpoint(args.checkpoint)
     report(checkpoint)
     if args.check:
         print(checked(checkpoint, args.device))

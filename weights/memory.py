@@ -13,16 +13,17 @@ from pathlib import Path
 import torch
 
 from kernels.lookup import Ring
-from kernels.quant import BITS, NotPackable, packed_bytes
+from kernels.quant import HEAD_BITS, LAYER_BITS, NotPackable, packed_bytes
 from kernels.round import STATE
 from kernels.skinny import Workspace
-from weights.files import InputError, insist_file, refusal
+from weights.files import InputError, insist_file, insist_one_of, refusal
 from weights.load import DRAFTER_7B, TARGET_7B, open_checkpoint
 from weights.packed import replaced_bytes
 from weights.shapes import TEXT_ROWS, memory_needs, rows_for, rows_of_sides, text_config
 
 TINY = Path(__file__).resolve().parent / "tiny"
 LOOKUP_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of earlier answers that are searched, on a GPU and on a CPU
+DRAFTER_DTYPES = ("bf16", "int4")
 PARTS = ("weights", "cache", "parked", "packed", "scratch")  # of what one side needs; "parked", "packed" if there is
 ENOUGH_ELSEWHERE = "lower `cache_rows`, free memory, or choose another `device`"
 
@@ -49,8 +50,7 @@ def as_dtype(dtype) -> torch.dtype | None:
     known = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if dtype is None or dtype in known.values():
         return dtype
-    if not isinstance(dtype, str) or dtype not in known:
-        raise InputError(f"dtype: {dtype!r} is not one of {', '.join(known)}; pick from these")
+    insist_one_of("dtype", dtype, known)
     return known[dtype]
 
 
@@ -189,23 +189,6 @@ class Unpackable(InputError):
         super().__init__(f"{path}: {self.why}; leave out {'drafter_dtype' if side == 'drafter' else 'self_draft'}")
 
 
-def check_form(drafter_dtype, where: torch.device) -> None:
-    """InputError unless it names a form of a drafter's weights that this device can compute with."""
-    if drafter_dtype not in ("bf16", *BITS):
-        raise InputError(f"drafter_dtype: {drafter_dtype!r} is not one of bf16, {', '.join(BITS)}; pick from these")
-    if drafter_dtype.startswith("fp8") and where.type == "cuda" and torch.cuda.get_device_capability(where) < (8, 9):
-        raise InputError(f"drafter_dtype: {drafter_dtype} needs a GPU of compute capability 8.9, {where} is older; "
-                         f"take int4")
-
-
-def form_of(side: str, path, config: dict, drafter_dtype: str) -> str | None:
-    """The packed form of a side's weights, one of BITS: what was asked for, or what a drafter's folder holds."""
-    asked = None if side == "target" or drafter_dtype == "bf16" else drafter_dtype
-    if config.get("packed") and asked not in (None, config["packed"]["form"]):
-        raise InputError(f"{path}: holds 4-bit weights alone, drafter_dtype {asked} needs the original; take int4")
-    return config["packed"]["form"] if config.get("packed") else asked
-
-
 def open_model(side: str, path):
     """(config, Checkpoint) of one side, from its headers alone; the Checkpoint of `random-7b` is None."""
     if str(path) == "random-7b":
@@ -230,19 +213,18 @@ def model_name(target, tokenizer=None) -> str:
     return hashlib.sha256(name.encode() + file.read_bytes()).hexdigest()[:16]
 
 
-def needs_of(side: str, config: dict, where: torch.device, dtype: torch.dtype, cache_rows=None, packed=None,
+def needs_of(side: str, config: dict, where: torch.device, dtype: torch.dtype, cache_rows=None, packed=False,
              several=1) -> dict:
     """`memory_needs` of one side on this device. "parked": room for each of several clips' keys and values."""
     d, rows, gpu = text_config(config), cache_rows or rows_for(side, config), where.type == "cuda"
     held = {"scratch": Workspace.nbytes(d.D, d.H, d.K, rows) + 16 * (rows + STATE)}
     held["scratch"] += Ring.nbytes(LOOKUP_ROWS[gpu]) if side == "target" else 8 * (rows + 1)
     if packed:
-        of_layers, of_head = BITS[packed]
         products = ((d.H + 2 * d.N) * d.K, d.D), (d.D, d.H * d.K), (2 * d.F, d.D), (d.D, d.F)
-        held["packed"] = packed_bytes(d.V, d.D, of_head) + d.L * sum(packed_bytes(*of, of_layers) for of in products)
+        held["packed"] = packed_bytes(d.V, d.D, HEAD_BITS) + d.L * sum(packed_bytes(*of, LAYER_BITS) for of in products)
         if side == "drafter":
-            held["replaced"] = replaced_bytes(config, packed, dtype.itemsize)
-            held["scratch"] += d.largest * dtype.itemsize * (gpu and packed == "int4")
+            held["replaced"] = replaced_bytes(config, dtype.itemsize)
+            held["scratch"] += d.largest * dtype.itemsize * gpu
     needs = memory_needs(side, config, dtype.itemsize, rows, gpu, held)
     return needs | {"parked": several * 2 * d.L * d.N * d.K * rows * dtype.itemsize} if several > 1 else needs
 
@@ -258,7 +240,7 @@ def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=No
             if path is not None:
                 config, where = open_model(side, path)[0], pick_device(name)
                 of = rows[side] or rows_for(side, config, text_rows)
-                packed = "int4" if side == "target" and copied else form_of(side, path, config, drafter_dtype)
+                packed = copied if side == "target" else drafter_dtype == "int4" or bool(config.get("packed"))
                 try:
                     needs = needs_of(side, config, where, dtype or default_dtype(where), of, packed, several)
                 except NotPackable as error:

@@ -1,7 +1,7 @@
 """names: checkpoint names to engine names, as data. `plan(config)` lists every tensor the engine wants and what it is
 made of; nothing here opens a file.
 
-    spelling on disk -> RENAMES -> canonical name -> TEXT, TOWER, PROJECTOR, ADAPTOR -> engine name, rows
+    spelling on disk -> SPELLINGS -> canonical name -> TEXT, TOWER, PROJECTOR, ADAPTOR -> engine name, rows
 
     text.embed [V, D]   text.norm [D]   text.head [V, D] (absent when tied: the head is text.embed)
     text.layers.{i}.attn_norm [D]  .qkv [(H + 2N)K, D] (q, k, v)  .o [D, HK]
@@ -17,37 +17,20 @@ from math import prod
 
 from weights import InputError
 
-# ---- spellings on disk, each list applied in order to every key --------------------------------------------------
+# ---- spellings on disk: (published, canonical) beginnings of a key, of which the first that fits counts ------------
 
-RENAMES = {
-    "video_llava": [                                    # the hub's spelling and three later ones
-        (r"^model\.(?=(video_tower|image_tower|multi_modal_projector|language_model)\.)", ""),
-        (r"^(video_tower|image_tower)\.vision_model\.", r"\1."),
-        (r"^language_model\.lm_head\.", "lm_head."),
-        (r"^language_model\.model\.", "language_model."),
-    ],
-    "EventChat_llama": [
-        (r"^model\.visual_tower\.visual_tower\.vision_model\.", "event_tower."),
-        (r"^model\.visual_projector\.0\.", "multi_modal_projector.linear_1."),
-        (r"^model\.visual_projector\.2\.", "multi_modal_projector.linear_2."),
-        (r"^model\.feature_adaptor\.", "feature_adaptor."),
-        (r"^model\.", "language_model."),
-    ],
-    "llama": [(r"^model\.", "language_model.")],
-    "clip": [(r"^vision_model\.", "event_tower.")],     # the tower alone, from the folder `mm_visual_tower` names
+SPELLINGS: dict[str, list[tuple[str, str]]] = {
+    "video_llava": [("video_tower.vision_model.", "video_tower."), ("image_tower.vision_model.", "image_tower."),
+                    ("language_model.lm_head.", "lm_head."), ("language_model.model.", "language_model.")],
+    "EventChat_llama": [("model.visual_tower.visual_tower.vision_model.", "event_tower."),
+                        ("model.visual_projector.0.", "multi_modal_projector.linear_1."),
+                        ("model.visual_projector.2.", "multi_modal_projector.linear_2."),
+                        ("model.feature_adaptor.", "feature_adaptor."), ("model.", "language_model.")],
+    "llama": [("model.", "language_model.")],
+    "clip": [("vision_model.", "event_tower.")],        # the tower alone, from the folder `mm_visual_tower` names
     "packed": [],                                       # of weights/packed.py: the engine's own names
 }
-ON_DISK = {                                             # back to the published spelling, for messages
-    "video_llava": [(r"^language_model\.", "language_model.model."), (r"^lm_head\.", "language_model.lm_head."),
-                    (r"^(video_tower|image_tower)\.", r"\1.vision_model.")],
-    "EventChat_llama": [(r"^language_model\.", "model."),
-                        (r"^event_tower\.", "model.visual_tower.visual_tower.vision_model."),
-                        (r"^multi_modal_projector\.linear_1\.", "model.visual_projector.0."),
-                        (r"^multi_modal_projector\.linear_2\.", "model.visual_projector.2."),
-                        (r"^feature_adaptor\.", "model.feature_adaptor.")],
-    "llama": [(r"^language_model\.", "model.")],
-    "packed": [],
-}
+LATER = re.compile(r"^model\.(?=(video_tower|image_tower|multi_modal_projector|language_model)\.)")     # Video-LLaVA's
 KINDS = ("video_llava", "EventChat_llama", "llama")     # `model_type` in config.json
 TOWERS = {"video": "video_tower", "image": "image_tower", "events": "event_tower"}
 BUFFERS = re.compile(r"\.(position_ids|inv_freq)$")     # older libraries stored these constants; never read
@@ -163,27 +146,18 @@ def canonical(key: str, kind: str) -> str | None:
     """The name that all spellings of a checkpoint key share; None for stored constants that nobody reads."""
     if BUFFERS.search(key) or kind == "clip" and CLIP_TEXT.match(key):
         return None
-    return rename(key, RENAMES[kind])
+    key = LATER.sub("", key) if kind == "video_llava" else key
+    return next((ours + key.removeprefix(theirs) for theirs, ours in SPELLINGS[kind] if key.startswith(theirs)), key)
 
 
 def on_disk(name: str, kind: str) -> str:
     """The published spelling of a canonical name."""
-    return rename(name, ON_DISK[kind])
-
-
-def rename(name, rules):
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return next((theirs + name.removeprefix(ours) for theirs, ours in SPELLINGS[kind] if name.startswith(ours)), name)
 
 
 def plan(config: dict, where="config.json") -> Plan:
     """What the engine wants of a checkpoint with this config. InputError, naming `where`, for one it cannot run."""
-    kind = config.get("model_type")
-    if kind not in KINDS:
-        raise InputError(f"{where}: model_type is {str(kind)[:60]!r}, wanted one of {', '.join(KINDS)}; "
-                         f"give a Video-LLaVA (-hf form), EventGPT or plain LLaMA folder")
-    wanted, unused = [], set()
+    kind, wanted, unused = config["model_type"], [], set()       # one of KINDS
     own = settled(config, RULES[kind], where)
     text = settled(section(config, "text_config", where) if kind == "video_llava" else config, TEXT_RULES, where)
     if kind == "video_llava":
@@ -291,8 +265,7 @@ def linear(name, keys, rows, columns=None) -> list:
 def section(config, name, where) -> dict:
     value = config.get(name) or {}
     if not isinstance(value, dict):
-        raise InputError(f"{where}: {name} is {str(value)[:60]!r}, wanted an object; "
-                         f"copy config.json from the checkpoint again")
+        raise InputError(f"{where}: {name} is {str(value)[:60]!r}, wanted an object; {AGAIN}")
     return value
 
 

@@ -1,6 +1,6 @@
 """packed: a drafter whose decoder exists in 4 bits alone: packed weight by weight as it is read, saved, read again.
 
-    weights = dict(packing(checkpoint.tensors(device, dtype), "int4", turn))      # no two full products at a time
+    weights = dict(packing(checkpoint.tensors(device, dtype), turn))      # no two full products at a time
     save(checkpoint, "eventgpt-int4")                        # python -m weights.convert --pack int4
 
 A saved folder holds the checkpoint's small files, a config.json with a section `packed`, and a model.safetensors whose
@@ -19,8 +19,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.fp8 import weight8
-from kernels.quant import BITS, BLOCK, TILE, NotPackable, Packed, group_of, quantise, uneven
+from kernels.quant import BLOCK, HEAD_BITS, LAYER_BITS, TILE, NotPackable, Packed, group_of, quantise, uneven
 from weights.files import brief, reason_of, refusal
 from weights.names import Part, Plan, Wanted, plan
 from weights.shapes import text_config
@@ -48,6 +47,11 @@ def is_product(name: str) -> bool:
     return False
 
 
+def bits_of(name: str) -> int:
+    """Of a product's packed weight."""
+    return HEAD_BITS if name == "text.head" else LAYER_BITS
+
+
 def gains_by_turning(rows_of, L: int) -> bool:
     """Whether a model loses less if its stream is turned (`kernels.quant.turned`). rows_of: name -> some rows."""
     pairs = [(f"text.layers.{i}.{of}", f"text.layers.{i}.{norm}") for i in range(L) for of, norm in PRODUCTS.items()
@@ -55,17 +59,14 @@ def gains_by_turning(rows_of, L: int) -> bool:
     return statistics.mean(uneven(rows_of(of), rows_of(norm)) for of, norm in pairs) > 3.5
 
 
-def packing(tensors, form: str, turn: bool):
+def packing(tensors, turn: bool):
     """(name, tensor) pairs, a norm before what reads it, to the same with a Packed in place of each product of the
-    decoder. What is folded in, a norm's weight, comes as ones. `fp8+int4`: NAME.e4m3 as well. A tied head is packed."""
-    (of_layers, of_head), norms, embed, head = BITS[form], {}, None, False
+    decoder. What is folded in, a norm's weight, comes as ones. A tied head is packed."""
+    norms, embed, head = {}, None, False
     for name, tensor in tensors:
         if is_product(name):
             norm, head = norm_before(name), head or name == "text.head"
-            norm_D = norms[norm] if norm else None
-            yield name, quantise(tensor, of_head if name == "text.head" else of_layers, norm_D, turn)
-            if form.startswith("fp8") and name != "text.head":
-                yield f"{name}.e4m3", weight8(tensor, norm_D)
+            yield name, quantise(tensor, bits_of(name), norms[norm] if norm else None, turn)
         elif name.startswith("text.") and name.endswith("norm"):
             norms[name] = tensor
             yield name, torch.ones_like(tensor)
@@ -74,14 +75,12 @@ def packing(tensors, form: str, turn: bool):
             yield name, tensor
         del tensor                                           # else it would stay while the next one is read
     if not head:
-        yield "text.head", quantise(embed, of_head, norms["text.norm"], turn)
+        yield "text.head", quantise(embed, HEAD_BITS, norms["text.norm"], turn)
 
 
-def replaced_bytes(config: dict, form: str, itemsize: int) -> int:
-    """Bytes of full weights that a packed model does without, less those of e4m3 that it has in their place."""
-    products = [wanted for wanted in plan(config).wanted if is_product(wanted.name)]
-    in_e4m3 = sum(of.numel for of in products if of.name != "text.head") * form.startswith("fp8")
-    return itemsize * sum(of.numel for of in products) - in_e4m3
+def replaced_bytes(config: dict, itemsize: int) -> int:
+    """Bytes of full weights that a packed model does without."""
+    return itemsize * sum(of.numel for of in plan(config).wanted if is_product(of.name))
 
 
 # ---- saved -------------------------------------------------------------------------------------------------------
@@ -96,14 +95,13 @@ def packed_plan(config: dict, full: Plan, where) -> Plan:
                       f"{VERSION}", "pack the original again with `python -m weights.convert --pack int4 DIR OUT`")
     shapes = {wanted.name: wanted.shape for wanted in full.wanted}
     shapes.setdefault("text.head", shapes["text.embed"])
-    found, (of_layers, of_head) = [], BITS[FORM]
+    found = []
     for name, shape in shapes.items():
         if is_product(name):
             O, D = shape
-            tiles, bits = -(-O // TILE), of_head if name == "text.head" else of_layers
             try:
-                parts = {"words": ((tiles, D // BLOCK, bits // 4, 32, 4), "I32"),
-                         "scales": ((tiles, D // group_of(D), 8, 2), "F16")}
+                parts = {"words": ((-(-O // TILE), D // BLOCK, bits_of(name) // 4, 32, 4), "I32"),
+                         "scales": ((-(-O // TILE), D // group_of(D), 8, 2), "F16")}
             except NotPackable as error:
                 raise refusal(where, f"names a packed model, and {name} cannot be one ({error})",
                               "copy config.json from the packed folder again") from None
@@ -127,8 +125,7 @@ def assembled(tensors, config: dict):
         halves.setdefault(base, {})[part] = tensor
         if len(halves[base]) == 2:
             (O, D), of = shapes[base], halves.pop(base)
-            bits = BITS[FORM][base == "text.head"]
-            yield base, Packed(of["words"], of["scales"], O, bits, group_of(D), norm_before(base) is not None)
+            yield base, Packed(of["words"], of["scales"], O, bits_of(base), group_of(D), norm_before(base) is not None)
 
 
 def save(checkpoint, out, device="cpu") -> list:
@@ -147,7 +144,7 @@ def save(checkpoint, out, device="cpu") -> list:
         wanted = packed_plan(config, plan(config), checkpoint.folder)
         kept = {stored.dtype for stored in checkpoint.stored.values()}
         dtype = kept.pop() if len(kept) == 1 and kept <= DTYPES.keys() else "F32"
-        tensors = packing(checkpoint.tensors(device, DTYPES[dtype]), FORM, turn)
+        tensors = packing(checkpoint.tensors(device, DTYPES[dtype]), turn)
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{os.getpid()}.", suffix=".partial", dir=out.parent) as name:
             folder = Path(name) / out.name

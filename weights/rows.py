@@ -85,12 +85,32 @@ def read_rows(path: Path) -> tuple[dict, list, int]:
     with trusting(path, "not a file of rows", "wants what --rows wrote"):
         whole, _, cut = read_text(path, wanted, 1 << 32).rpartition("\n")
         head, *rows = [parse_json(path, line, wanted, at) for at, line in enumerate(whole.split("\n"), 1)]
-        modes = set(head["config"]["modes"])
-        sound = (type(row["id"]) is str and type(row["at"]) is int and row["modes"].keys() <= modes
-                 for row in rows)
-        if type(head["config"]["samples"]) is not int or not all(sound):
-            raise ValueError("a line that is no finished sample")
+        insist_sound(rows, head["config"])
     return head, list({row["id"]: row for row in rows}.values()), len(cut.encode())
+
+
+def insist_sound(rows: list, config: dict) -> None:
+    """ValueError, or what `trusting` knows, unless each is a finished sample of a run with this config."""
+    modes = set(config["modes"])
+    if type(config["samples"]) is not int or not all(
+            type(row["id"]) is str and type(row["at"]) is int and row["modes"].keys() <= modes for row in rows):
+        raise ValueError("a line that is no finished sample")
+    for row in rows:
+        if most := max((abs(n) for n in whole_numbers(row) if not -2 ** 63 < n < 2 ** 63), default=0):
+            raise ValueError(f"a number of {most.bit_length()} bits in sample {row['id']}, wanted less than 64")
+        for mode, of in row["modes"].items():
+            lens = of.get("accept_lens", [])
+            if not all(type(n) is int and n >= 0 for n in lens) or lens and sum(lens) > of["drafted"]:
+                raise ValueError(f"accepted drafts of {mode} in sample {row['id']} that were not made")
+
+
+def whole_numbers(value):
+    """All of a JSON value."""
+    if isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from whole_numbers(part)
+    elif type(value) is int:
+        yield value
 
 
 def merge(paths: list[Path]) -> list:

@@ -22,17 +22,13 @@ class DecoderConfig:
     theta: float = 10000.0      # rotary base
     max_rows: int = 4096        # positions the model was trained for
     bos_id: int = 1
-    packed: str | None = None   # the form that its weights exist in, one of kernels.quant.BITS
-    turned: bool = False        # and whether the rows between them are turned
+    packed: bool = False        # its weights exist in 4 bits alone
+    turned: bool = False        # and the rows between them are turned
 
     @property
     def largest(self) -> int:
         """Values of a layer's largest weight."""
         return self.D * max(2 * self.F, (self.H + 2 * self.N) * self.K)
-
-    def cache_bytes(self, rows: int, itemsize: int) -> int:
-        """Keys and values, the rotary tables beside them, and the rows a prefill starts from."""
-        return rows * itemsize * (2 * self.L * self.N * self.K + 2 * self.K + self.D)
 
     @classmethod
     def read(cls, raw: dict) -> DecoderConfig:
@@ -43,7 +39,7 @@ class DecoderConfig:
         return cls(D=D, L=raw["num_hidden_layers"], H=H, N=raw.get("num_key_value_heads") or H,
                    K=raw.get("head_dim") or D // H, F=raw["intermediate_size"], V=raw["vocab_size"],
                    eps=raw["rms_norm_eps"], theta=theta, max_rows=raw["max_position_embeddings"],
-                   bos_id=raw["bos_token_id"], packed=packed.get("form"), turned=packed.get("turned", False))
+                   bos_id=raw["bos_token_id"], packed=bool(packed), turned=packed.get("turned", False))
 
 
 @dataclass(frozen=True)
@@ -135,5 +131,6 @@ def memory_needs(side: str, config: dict, itemsize: int, rows: int, gpu: bool, k
         beside = S * b * (8 * d.D + HK) * ("replaced" in kernels)            # in a prefill that unpacks
         encode = max(encode + pixels, (12 * d.D * max(2 * d.F, d.V) + beside) * ("packed" in kernels))
         fixed += S * d.D * b
-    return {"weights": wanted.nbytes(b) - kernels.pop("replaced", 0), "cache": d.cache_bytes(rows, b)} | kernels | {
+    cache = rows * b * (2 * d.L * d.N * d.K + 2 * d.K + d.D)     # keys, values, rotary tables, a prefill's first rows
+    return {"weights": wanted.nbytes(b) - kernels.pop("replaced", 0), "cache": cache} | kernels | {
         "scratch": fixed + max(encode, S * b * max(layer))}

@@ -1,12 +1,10 @@
-"""show: one finished request for people: its answer with the drafts marked, id by id, its stages as a picture or as a
-trace for ui.perfetto.dev.
+"""show: one finished request for people: its answer with the drafts marked, id by id, its stages as a picture.
 
 A request is a mapping with timeline [(row, stage, start_s, end_s, note)] by start, round_log, a list of
 `Round`, of the target's forwards, draft_log [(place in the answer, id)] of the drafter's, mode, output_ids, ttft,
 output_text, wall_clock_time, drafted and accepted_tokens; rows are `host`, `drafter` and `target`."""
 
 import io
-import json
 import os
 import sys
 import textwrap
@@ -189,18 +187,3 @@ def draw(result, path) -> None:
     content = io.BytesIO()
     image.save(content, "PNG")
     replace_file(path, content.getvalue())
-
-
-def trace(result, path) -> None:
-    """The same bars as a Chrome trace: a process for each row, a track for each worker."""
-    tracks, events = {}, []
-    for row, stage, start, end, note, accepted in bars(result):
-        track = tracks.setdefault((row, note if row == "host" else row), len(tracks))
-        args = {"note": note} | ({"drafts": len(accepted), "accepted": sum(accepted),
-                                  "rejected": len(accepted) - sum(accepted)} if accepted else {})
-        events.append({"name": stage, "ph": "X", "ts": start * 1e6, "dur": (end - start) * 1e6, "pid": ROWS.index(row),
-                       "tid": track, "args": args})
-    for (row, name), track in tracks.items():
-        events += [{"name": f"{kind}_name", "ph": "M", "pid": ROWS.index(row), "tid": track, "args": {"name": of}}
-                   for kind, of in (("process", row), ("thread", name))]
-    replace_file(path, json.dumps({"traceEvents": events}).encode())

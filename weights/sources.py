@@ -59,7 +59,7 @@ class Fixed(DraftSource):
 class Lookup(DraftSource):
     """Earlier answers, pooled over questions: what followed the longest suffix of the answer so far, the latest one if
     several are as long. The newest answers stay, ROWS ids of them. An engine searches them on the target's device
-    (kernels/lookup.py), where no round waits for the host; `propose` is the same on the host.
+    (kernels/lookup.py), where no round waits for the host.
     `save` and `load` keep the answers as JSON, under the name of the model that gave them."""
     name = "lookup"
     ORDER = 16                              # ids of a context that are compared
@@ -67,7 +67,6 @@ class Lookup(DraftSource):
 
     def __init__(self, model: str = ""):
         self.model, self.answers, self.size, self.learnt = model, collections.deque(), 0, 0
-        self.ids, self.after, self.indexed = [], {}, 0       # of `propose`: all ids, the latest place after a context
 
     def learn(self, answer):
         answer = list(answer)[:self.ROWS - 1]
@@ -79,22 +78,6 @@ class Lookup(DraftSource):
     def newest(self, count: int) -> list[list[int]]:
         """The last `count` answers, the oldest first; fewer where fewer are kept."""
         return list(itertools.islice(self.answers, max(0, len(self.answers) - count), None))
-
-    def propose(self, committed, limit):
-        for answer in self.newest(self.learnt - self.indexed):
-            self._index(answer)
-        self.indexed = self.learnt
-        own = [-1, *committed]                               # a beginning fits a beginning
-        places = (self.after.get(tuple(own[-n:])) for n in range(min(self.ORDER, len(own)), 0, -1))
-        at = next((place for place in places if place is not None), len(self.ids))
-        return list(itertools.takewhile(lambda i: i >= 0, self.ids[at:at + limit]))
-
-    def _index(self, answer):
-        own, start = [-1, *answer], len(self.ids)
-        self.ids += [*answer, -1]
-        for end in range(1, len(own)):
-            for n in range(1, min(self.ORDER, end) + 1):
-                self.after[tuple(own[end - n:end])] = start + end - 1
 
     def save(self, path) -> None:
         raw = {"kind": "lookup", "model": self.model, "answers": list(self.answers)}
@@ -117,8 +100,8 @@ class Lookup(DraftSource):
 
 
 class Adapted(DraftSource):
-    """What a trained adapter (`python -m weights.adapter train`) makes of the drafter's ids. Source:
-    `prefill_with_alignment` of the research code."""
+    """What a trained adapter (weights/adapter.py) makes of the drafter's ids. Source: `prefill_with_alignment` of the
+    research code."""
     name, needs_drafter = "adapter", True
 
     def __init__(self, folder, device="cpu"):
@@ -145,9 +128,8 @@ def source_named(name: str, model: str = ""):
     kind, colon, path = name.partition(":")
     if kind not in SOURCES or (kind in ("drafter", "self") and colon) or bool(path) != bool(colon) or (
             kind == "adapter" and not path):
-        old = "; files of `memory` are no longer read, lookup:FILE makes a new one" * (kind in ("memory", "blend"))
         raise InputError(f"draft_source {quoted(name)}: not one of drafter, self, lookup[:FILE], adapter:DIR; pick "
-                         f"from these{old}")
+                         f"from these")
     if kind == "lookup":
         return Lookup.load(path, model) if path and os.path.exists(path) else Lookup(model)
     return Adapted(path) if kind == "adapter" else kind

@@ -3,15 +3,13 @@
     frames = read_video("clip.mp4", num_frames=8)  # list of [H, W, 3] uint8
     frame = read_image("a.png")                    # one of them
 
-Whatever is wrong with a file ends in InputError: one line with the path, what was wanted, what came, what to try.
-`python -m weights.video FILE` says what a file holds."""
+Whatever is wrong with a file ends in InputError: one line with the path, what was wanted, what came, what to try."""
 
 import bisect
 import functools
 import itertools
 import os
 import struct
-import sys
 import warnings
 import zlib
 from concurrent.futures import wait
@@ -25,7 +23,6 @@ from weights.files import (
     Held,
     InputError,
     Refused,
-    line_for_each,
     looks_like,
     naming,
     open_kind,
@@ -448,15 +445,3 @@ def rgb_tensor(frame):
         pixels = bytearray().join([padded[at:at + used] for at in range(0, height * line, line)])
     # A copy by torch would wake a team of workers whose waiting holds up the decoder's threads.
     return torch.frombuffer(pixels, dtype=torch.uint8, count=height * used).view(height, width, 3)
-
-
-def described(path) -> str:
-    if os.path.splitext(path)[1].lower() in (".png", ".jpg", ".jpeg"):
-        return f"image of {' x '.join(map(str, read_image(path).shape[1::-1]))} pixels"
-    with naming(path):
-        kept, total = decode_frames(path, [0], False, rgb_tensor)
-    return f"video of {kept[0].shape[1]} x {kept[0].shape[0]}, {total} frames"
-
-
-if __name__ == "__main__":
-    sys.exit(line_for_each(__doc__, described))

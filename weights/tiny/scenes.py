@@ -2,7 +2,7 @@
 
     scene = sample(seed)                          # what is there
     frames, events = film(scene, seed)            # [T, H, W, 3] uint8 at 25 a second; (x, y, t, p) tensors
-    answer(scene, 0), parse(answer(scene, 0))     # the text both models learn, and the attributes read back from it
+    answer(scene, 0)                              # the text both models learn
 
 Two kinds. `shapes`: one or two things of one colour move, another may stand still. `road`: a grey road from above with
 one to three cars, perhaps a parked van, sensor noise; it is a toy of the DAVIS346 traffic recording in `clips`.
@@ -10,7 +10,6 @@ An event camera cannot see colour or what stands still: the drafter has to guess
 Everything is a function of the seeds, of how they are batched, and of the device."""
 
 import random
-import re
 
 import torch
 
@@ -100,35 +99,6 @@ def answer(scene: dict, question: int) -> str:
         f"{calm}",
         f"There are no vehicles. What moves here: {things}, {speed} {to}; {beside}.",
     )[question]
-
-
-ATTRIBUTES = ("kind", "count", "heading", "speed", "shape", "colour", "still", "still_shape", "still_colour")
-SEEN_BY_EVENTS = ("kind", "count", "heading", "speed", "shape")
-
-
-def parse(text: str) -> dict:
-    """The attributes an answer states; what it does not state is absent."""
-    found, colours, shapes = {}, "|".join(COLOURS), "|".join(SHAPES)
-    if match := re.search(r"\b(one|two|three) cars?\b", text):
-        found |= {"kind": "road", "count": NUMBERS.index(match[1])}
-    elif match := re.search(rf"\b(a|two) ({colours}) ({shapes})s?\b(?! stands)", text):
-        found |= {"kind": "shapes", "count": {"a": 1, "two": 2}[match[1]], "colour": match[2], "shape": match[3]}
-    if match := re.search(r"\b(slowly|quickly)\b", text):
-        found["speed"] = match[1]
-    if match := re.search(r"to the (left|right)\b|\b(up|down)wards\b", text):
-        found["heading"] = match[1] or match[2]
-    if match := re.search(rf"a ({colours}) ({shapes}) stands still", text):
-        found |= {"still": True, "still_colour": match[1], "still_shape": match[2]}
-    elif "van is parked" in text:
-        found["still"] = True
-    elif re.search(r"nothing (else is there|is parked)", text):
-        found["still"] = False
-    return found
-
-
-def stated(scene: dict) -> dict:
-    """The attributes that a scene's answers state, for comparing with `parse`."""
-    return {k: scene[k] for k in ATTRIBUTES if k in scene and (scene["still"] or not k.startswith("still_"))}
 
 
 # ---- what the cameras see --------------------------------------------------------------------------------------
@@ -268,26 +238,6 @@ def event_list(maps_THW, seed):
     when = (t.cpu() * 1e6 / (FPS * SUB) + within).long()
     order = when.argsort(stable=True)
     return x.cpu()[order], y.cpu()[order], when[order], (polarity.cpu()[order] > 0).to(torch.uint8)
-
-
-def event_pictures(maps):
-    """What kernels/frames.py draws of these events, for all scenes at once: uint8 [B, EVENT_FRAMES, 3, H, W].
-
-    Split by count at whole instants and drawn on the full canvas; a real recording splits between events and ends its
-    canvas at the largest coordinate, a difference of a pixel or two."""
-    B, T, h, w = maps.shape
-    count = (maps != 0).sum((2, 3))
-    before = count.cumsum(1) - count
-    part = (before * EVENT_FRAMES // count.sum(1, keepdim=True).clamp(min=1)).clamp(max=EVENT_FRAMES - 1)
-    pictures = torch.full((B, EVENT_FRAMES, 3, h, w), 255, dtype=torch.uint8, device=maps.device)
-    rows = torch.arange(B, device=maps.device)
-    red, blue = (torch.tensor(c, dtype=torch.uint8, device=maps.device)[None, :, None, None]
-                 for c in ((255, 0, 0), (0, 0, 255)))
-    for t in range(T):
-        polarity = maps[:, t, None]
-        drawn = pictures[rows, part[:, t]]
-        pictures[rows, part[:, t]] = torch.where(polarity > 0, red, torch.where(polarity < 0, blue, drawn))
-    return pictures
 
 
 def film(scene: dict, seed: int):
