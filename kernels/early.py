@@ -79,14 +79,12 @@ def early_product_kernel(x_ptr, w_ptr, y_ptr, norm_ptr, residual_ptr, sums_ptr, 
     WIDE: gl.constexpr = BLOCK_O // 2 if GATED else BLOCK_O          # outputs that are stored
     copied: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [WARPS, 1], [1, 0])    # 16 bytes
     FEW: gl.constexpr = BLOCK_S <= 8
+    swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0]) if FEW else gl.NVMMASharedLayout(128, 16, 2)
+    product: gl.constexpr = (gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8]) if FEW else
+                             gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, NARROW, 16]))
     if FEW:
-        swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-        product: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
         tall_of: gl.constexpr = gl.DotOperandLayout(0, product, 2)
         narrow_of: gl.constexpr = gl.DotOperandLayout(1, product, 2)
-    else:
-        swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-        product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, NARROW, 16])
     stored: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])     # a row's outputs side by side
     width = O // 2 if GATED else O
     tile = gl.program_id(0)
