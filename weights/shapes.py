@@ -127,7 +127,7 @@ def memory_needs(side: str, config: dict, itemsize: int, rows: int, gpu: bool, k
     if gpu:                                                  # cuBLAS's, for three of its handles and streams; pictures
         fixed += (3 << 25) + (2 << 26)                       # that are resized
     else:                                                    # the plain definitions keep scores, and unpack weights
-        layer = [5 * d.D + HK + 4 * d.F, 4 * d.D + HK + 3 * d.H * S + 2 * HK * (d.H != d.N)]
+        layer = [5 * d.D + HK + 4 * d.F, 4 * d.D + (d.H + d.N) * d.K + 2 * d.H * S + 2 * HK * (d.H != d.N)]
         beside = S * b * (8 * d.D + HK) * ("replaced" in kernels)            # in a prefill that unpacks
         encode = max(encode + pixels, (12 * d.D * max(2 * d.F, d.V) + beside) * ("packed" in kernels))
         fixed += S * d.D * b
