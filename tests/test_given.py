@@ -2,9 +2,10 @@
 one line."""
 
 import array
-import collections
+import collections.abc
 import hashlib
 import io
+import warnings
 import weakref
 
 import numpy
@@ -103,6 +104,8 @@ FORMS = {
     "bytes as numbers": lambda of, path: dict(events=dict(of, p=memoryview(of["p"].astype("u1").tobytes()))),
     "DLPack": lambda of, path: dict(events={k: by_dlpack(torch.tensor(of[k].astype("i4"))) for k in "xytp"}),
     "__array__": lambda of, path: dict(events={k: by_array(of[k]) for k in "xytp"}),
+    "masked, none of it": lambda of, path: dict(events={k: numpy.ma.array(of[k]) for k in "xytp"}),
+    "memoryview of a table": lambda of, path: dict(events=memoryview(table(of, "xytp", "i4")), columns="xytp"),
     "milliseconds": lambda of, path: dict(events=dict(of, t=of["t"] / 1e3), time_unit="ms"),
 }
 
@@ -144,6 +147,29 @@ def test_arrays_may_be_written_over_once_they_are_given(recorded):
     assert (pixels_hash(media), pixels_hash(clip)) == before
 
 
+class Fails(collections.abc.Sequence):
+    """A sequence of the caller's own, of whose items none can be had."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, i):
+        raise OSError(5, "no disk")
+
+
+def quietly(make, *given):
+    """What is new to torch warns of itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make(*given)
+
+
+def released():
+    view = memoryview(bytearray(8))
+    view.release()
+    return view
+
+
 FEW = dict(x=[1, 2, 3], y=[1, 2, 3], t=[1, 2, 3], p=[0, 1, 1])
 
 
@@ -172,6 +198,16 @@ FEW = dict(x=[1, 2, 3], y=[1, 2, 3], t=[1, 2, 3], p=[0, 1, 1])
     (FEW, {"time_unit": "minutes"}, "time_unit: 'minutes' is not one of s, ms, us, ns"),
     (FEW, {"event_path": RECORDING}, "got events and event_path"), (None, {}, "events: wanted one recording"),
     (b"", {}, "0 bytes"), (b"hello", {}, "events: not an .npy or .npz of events but text"), ([], {}, "list of 0"),
+    (FEW | {"x": numpy.ma.array([1, 2, 3], mask=[0, 1, 0])}, {}, "x is a MaskedArray with masked values"),
+    (numpy.ma.array(structured({k: numpy.array(FEW[k]) for k in FEW}, *"xytp"), mask=[(1, 0, 0, 0)] * 3), {},
+     "x is a MaskedArray with masked values"),
+    (FEW | {"x": quietly(torch.masked.masked_tensor, torch.ones(3), torch.ones(3) > 0)}, {}, "x is a MaskedTensor"),
+    (FEW | {"x": quietly(torch.nested.nested_tensor, [torch.ones(3), torch.ones(2)])}, {}, "x is a nested tensor"),
+    ({k: torch.zeros(1, dtype=torch.int32).expand(1 << 45) for k in "xytp"}, {}, "holds 35184372088832 events"),
+    ({k: numpy.broadcast_to(numpy.int32(0), 1 << 45) for k in "xytp"}, {}, "x holds 35184372088832 values"),
+    (torch.zeros(1, 4, 4, 3, dtype=torch.uint8).expand(1 << 40, 4, 4, 3), {}, "holds 1099511627776 pictures"),
+    (None, {"event_image_path": ["a.png"] * 1001}, "holds 1001 pictures, at most 1000"),
+    (released(), {}, "is a memoryview that cannot be read"), (Fails(), {}, "is a Fails that cannot be read (no disk)"),
     (None, {"event_path": FEW}, "event_path: is a dict, wanted the path of an .npy or .npz of events; pass what is in "
      "memory as events"),
     (None, {"event_path": given.Events(*map(torch.tensor, FEW.values()))}, "event_path: is a Events, wanted the path"),
@@ -254,7 +290,10 @@ GREY = numpy.zeros((9, 8, 8, 3), "u1")
     (GREY[:, :3, :3], {}, "shape (3, 3, 3)"), (GREY[:, :0], {}, "8 x 0 pixels"),
     ([numpy.zeros((1, 600, 3), "u1")], {}, "sides within 256 : 1"), (numpy.zeros((9, 8, 8, 4), "u1"), {}, "(8, 8, 4)"),
     (["no/such.png"], {}, "no/such.png: no such file"), ([None], {}, "video: is a NoneType"),
-    (5, {}, "video: is a int"),
+    (5, {}, "video: is a int"), (Fails(), {}, "video: is a Fails that cannot be read (no disk)"),
+    (released(), {}, "video: is a memoryview that cannot be read"),
+    ([numpy.ma.array(GREY[0], mask=GREY[0] == 0)] * 8, {}, "video[0]: is a MaskedArray with masked values"),
+    ([numpy.broadcast_to(numpy.uint8(0), (1 << 20, 1 << 20, 3))], {}, "video: holds 3298534883328 values"),
     ({"a": 1}, {}, "video: is a dict"), (b"not a clip, only some words", {}, "video: not a video container but text"),
     (io.StringIO("text"), {}, "reads a str, wanted bytes"), (io.BytesIO(), {}, "video: 0 bytes"),
     (CLIP.read_bytes()[:3000], {}, "video: a video container without a usable index"),

@@ -9,6 +9,7 @@ stays there. Arrays are checked and copied at once, so that the caller may write
 is checked, they are read later. Whatever is wrong ends in InputError: one line with the argument or path, what was
 wanted, what came, what to try."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from weights.video import (
 )
 
 MAX_CONTENT = 1 << 30                # bytes of a file object
+MAX_VALUES, MAX_EVENTS, MAX_PICTURES = 1 << 32, 1 << 30, 1000        # of an array, a recording, pictures of events
 PICTURES = (".png", ".jpg", ".jpeg")
 PATHS = (str, os.PathLike)           # a Held is one
 CONTENTS = (bytes, bytearray)
@@ -60,6 +62,24 @@ class Shown(NamedTuple):
             raise InputError(f"{self.name}: {error}; use another recording or clip") from None
 
 
+@contextlib.contextmanager
+def reading(argument: str, value):
+    """`naming`, and whatever else the caller's value raises when it is looked into, for lack of memory too, is an
+    InputError that names the argument: its class may be of any library, or of the caller's own."""
+    with naming(argument):
+        try:
+            yield
+        except (InputError, Refused):
+            raise
+        except Exception as error:
+            raise Refused(f"is a {type(value).__name__} that cannot be read ({reason_of(error)})", "pass tensors or "
+                          "arrays, or plain lists and mappings of them") from None
+
+
+def is_list(value) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, memoryview) and not is_file(value)
+
+
 # ---- arrays ----------------------------------------------------------------------------------------------------------
 
 def tensor_of(value) -> torch.Tensor:
@@ -68,10 +88,15 @@ def tensor_of(value) -> torch.Tensor:
     found, kind = value, type(value).__name__
     try:
         if isinstance(value, torch.Tensor):
+            if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+                raise Refused(f"is a {kind}, which is no array of numbers", "pass a dense tensor on cpu or cuda")
             found = value.detach()
         elif isinstance(value, (list, tuple)):
             found = torch.tensor(value, dtype=None if value else torch.int64)
         elif hasattr(value, "__array_interface__"):
+            mask: Any = getattr(value, "mask", False)             # of numpy.ma, whose memory holds what is masked too
+            if not callable(mask) and mask is not False and mask.any():
+                raise Refused(f"is a {kind} with masked values", "leave them out, or fill them")
             found = of_numpy(value.__array__())
         elif any(step < 0 for step in getattr(value, "strides", None) or ()):
             raise Refused("runs backwards", "pass a contiguous copy")        # torch aborts the process over such a one
@@ -90,12 +115,15 @@ def tensor_of(value) -> torch.Tensor:
                       "with the buffer protocol or DLPack") from None
     plain = found.layout == torch.strided and not (found.is_quantized or found.is_nested)
     if not plain or found.device.type not in ("cpu", "cuda"):
-        raise Refused(f"is a tensor of layout {found.layout} on {found.device}", "pass a dense one on cpu or cuda")
+        what = "a nested tensor" if found.is_nested else f"a tensor of layout {found.layout} on {found.device}"
+        raise Refused(f"is {what}", "pass a dense one on cpu or cuda")
     return found
 
 
 def of_numpy(array) -> torch.Tensor:
     """Over a numpy array's memory; over a copy where it is read-only, has gaps, runs backwards or is byte-swapped."""
+    if array.size > MAX_VALUES:                              # it may repeat one value without end
+        raise Refused(f"holds {array.size} values, at most {MAX_VALUES} are read", "pass a part of it")
     plain = array.flags.c_contiguous and array.flags.aligned and array.flags.writeable and array.dtype.isnative
     return torch.from_numpy(array if plain else array.astype(array.dtype.newbyteorder("="), order="C"))
 
@@ -143,6 +171,8 @@ class Column:
         if self.values.ndim != 1 or self.values.is_complex():
             raise Refused(f"{key} has type {self.values.dtype} and shape {shape_of(self.values)}, wanted one dimension "
                           f"of numbers", "pass four flat arrays, or one [N, 4] with columns")
+        if len(self.values) > MAX_EVENTS:
+            raise Refused(f"holds {len(self.values)} events, at most {MAX_EVENTS} are drawn", "pass a part of them")
         return len(self.values)
 
     def integers(self, key):
@@ -189,14 +219,8 @@ def columns_of(value, columns: str | None) -> dict:
 def events_in_memory(value, columns: str | None = None, time_unit: str | None = None, max_canvas=MAX_CANVAS) -> Events:
     """Events of x, y, t, p in memory, copied; they stay on their device. columns: the order of an array [N, 4] or of
     four arrays. time_unit: s, ms, us or ns; None: whole times are microseconds, others seconds."""
-    with naming("events"):
-        try:
-            found = columns_of(value, columns)
-        except Refused:
-            raise
-        except Exception as error:                           # a class, a file of another library that was closed
-            raise Refused(f"is a {type(value).__name__} that cannot be read ({reason_of(error)})",
-                          "pass x, y, t, p as a mapping of arrays") from None
+    with reading("events", value):
+        found = columns_of(value, columns)
         if found.keys() >= {"x", "y", "t", "p"}:
             for name in "xytp":
                 try:
@@ -222,11 +246,14 @@ def events_given(events=None, event_path=None, event_image_path=None, columns=No
     if event_path is not None:
         value = path_of("event_path", event_path, "events", "an .npy or .npz of events")
     elif event_image_path is not None:
-        argument, value = "event_image_path", listed(event_image_path)
-        value = [path_of(argument, path, "events", "a PNG or JPEG") for path in value]
-    if event_image_path is not None or event_path is None and are_pictures(value):
-        kept = kept_pictures(argument, listed(value))
-        return Shown(name_of(kept[0], argument), lambda *_: read_kept(kept), pictures=len(kept))
+        argument, value = "event_image_path", event_image_path
+    with reading(argument, value):
+        if event_image_path is not None or event_path is None and are_pictures(value):
+            pictures = listed(value)
+            if event_image_path is not None:
+                pictures = [path_of(argument, path, "events", "a PNG or JPEG") for path in pictures]
+            kept = kept_pictures(argument, pictures)
+            return Shown(name_of(kept[0], argument), lambda *_: read_kept(kept), pictures=len(kept))
     if is_file(value):
         file = file_of(argument, value, "an .npy or .npz of events")
         return Shown(file, lambda *_: read_events(file), insist_file(file, *EVENT_FILE))
@@ -236,7 +263,7 @@ def events_given(events=None, event_path=None, event_image_path=None, columns=No
 
 def are_pictures(value) -> bool:
     """Whether `events` are pictures: PIL's, paths of some, a list of paths, or arrays of three dimensions or four."""
-    several = isinstance(value, Sequence) and not is_file(value)
+    several = is_list(value)
     first = next(iter(value), None) if several else value
     if is_file(first):
         return several or isinstance(first, PATHS) and os.fsdecode(first).lower().endswith(PICTURES)
@@ -254,14 +281,15 @@ def video_given(video=None, video_path=None, image=None, image_path=None, num_fr
     if image_path is not None:
         image = path_of("image_path", image_path, "image", "an image")
     if image is not None:
-        kept = kept_pictures("image", [image], for_gpu)
+        with reading("image", image):
+            kept = kept_pictures("image", [image], for_gpu)
         return Shown(name_of(kept[0], "image"), lambda *decoding: read_kept(kept, *decoding), file_size(kept[0]), 1)
     if video_path is not None:
         video = path_of("video_path", video_path, "video", "a video file")
     if is_file(video):
         file = file_of("video", video, "a video file")
         return Shown(file, lambda *decoding: read_video(file, num_frames, rule, for_gpu, *decoding), file_size(file))
-    with naming("video"):
+    with reading("video", video):
         frames = frames_in(video)
         chosen = sample_indices(len(frames), num_frames, rule)
         several = sorted({*chosen})
@@ -280,8 +308,8 @@ def frames_in(value):
     """A sequence of frames: the list that was given, or one array by its first dimension."""
     if isinstance(value, Image.Image) or dimensions(value) == 3:
         raise Refused("is one picture, wanted frames", "pass it as image, or in a list")
-    if isinstance(value, Sequence) and not isinstance(value, memoryview):
-        if not value:
+    if is_list(value):
+        if not len(value):
             raise Refused("is an empty list, wanted frames", "pass at least one")
         return value
     # numpy's stay what they are: of a view that torch cannot take, only the frames that are chosen are copied.
@@ -381,9 +409,10 @@ def file_size(value) -> int:
 
 def listed(value) -> list:
     """What a list or an array of several pictures holds; else the one that it is."""
-    if isinstance(value, Sequence) and not is_file(value) and not isinstance(value, memoryview):
-        return list(value)
-    return list(tensor_of(value)) if dimensions(value) == 4 else [value]
+    several = is_list(value) or dimensions(value) == 4
+    if several and (count := len(value)) > MAX_PICTURES:
+        raise Refused(f"holds {count} pictures, at most {MAX_PICTURES} are shown", "pass fewer")
+    return list(value if is_list(value) else tensor_of(value)) if several else [value]
 
 
 def name_of(kept, argument: str):
