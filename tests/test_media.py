@@ -326,6 +326,16 @@ def zip_with_method(method):
     return buffer.getvalue()
 
 
+def with_member(name):
+    """An .npz, and a second x under a name that means it."""
+    file = io.BytesIO(npz_of(**small_events()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                      # of zipfile, about the name
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.writestr(name, npy_of_array(small_events()["y"]))
+    return file.getvalue()
+
+
 def without(key):
     content = small_events()
     del content[key]
@@ -386,6 +396,12 @@ BAD_EVENTS = {     # name: (file content, words of the message)
     "bytes behind a pickle": (npy_of_dict(small_events()) + b"abc", ["3 bytes behind its pickle"]),
     "bytes behind rows": (npy_of_array(numpy.zeros(9, [("x", "u2"), ("y", "u2"), ("t", "i8"), ("p", "u1")])) + b"abc",
                           ["announces 9 events", "the file has 120"]),
+    "npz member twice": (with_member("x.npy"), ["holds x twice"]),
+    "npz member with and without its ending": (with_member("x"), ["holds x twice"]),
+    "field twice": (npy_of_array(numpy.zeros(9, [("x", "u2"), ("z", "u2"), ("y", "u2"), ("t", "i8"), ("p", "u1")]))
+                    .replace(b"('z'", b"('x'"), ["two of its fields have one name"]),
+    "objects beside fields": (npy_of_array(numpy.zeros(9, [("x", "u2"), ("y", "u2"), ("t", "i8"), ("p", "u1"),
+                                                           ("note", "O")])), ["not all plain numbers"]),
     "npz checksum": (npz_of(**small_events()).replace(small_events()["t"].tobytes(), bytes(160)), ["damaged .npz"]),
 }
 
@@ -870,6 +886,7 @@ BAD_VIDEOS = {
     "text": (lambda _: b"hello\n" * 50, ["not a video container", "hello"]),
     "web page": (lambda _: b"<!DOCTYPE html><html>", ["web page", "fetch it again"]),
     "an image": (lambda _: image_bytes(some_image("RGB")), ["not a video container"]),
+    "a sound of the same family": (lambda _: b"RIFF\x40\0\0\0WAVEfmt " + bytes(48), ["not a video container"]),
     "mp4 without index": (lambda d: clip_bytes(d, "i.mp4", 40)[:2000], ["without a usable index", "incomplete copy"]),
     "truncated fast-start": (truncated_faststart, ["decoded 10 mpeg4 frames, then"]),
     "truncated fragmented": (truncated_fragmented, ["0 frames"]),

@@ -228,7 +228,10 @@ def columns_of_npy(blob):
         size = 1 if kind == "?" else int(kind[1:] if kind[1:].isdecimal() else 0) * (4 if kind[0] == "U" else 1)
         columns[name] = (order, kind, offset, size)
         offset += size
-    if any(kind == "unknown" for _, kind, _, _ in columns.values()) or offset == 0:
+    names = [name for name, _ in fields if name]        # padding has none
+    if len({*names}) < len(names):
+        raise Refused("two of its fields have one name", "save four arrays with numpy.savez(x=, y=, t=, p=)")
+    if any(kind in ("unknown", "O", "O8") for _, kind, _, _ in columns.values()) or offset == 0:
         raise Refused("its fields are not all plain numbers", "save four arrays with numpy.savez(x=, y=, t=, p=)")
     data = memoryview(blob)[file.tell():]
     if len(data) != shape[0] * offset:
@@ -260,9 +263,11 @@ def columns_of_npz(file, size):
             insist_whole_zip(archive)
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
-                if name not in ("x", "y", "t", "p") or name in columns:
-                    columns.setdefault(name, None)
+                if name not in ("x", "y", "t", "p"):
+                    columns[name] = None
                     continue
+                if name in columns:
+                    raise Refused(f"holds {name} twice", "save it again with numpy.savez")
                 if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise Refused(f"{name} is compressed by method {info.compress_type}",
                                   "save it with numpy.savez or numpy.savez_compressed")

@@ -259,7 +259,7 @@ def open_video(path, decoders="all"):
         container = av.open(file, metadata_errors="ignore", options=options)
     except VIDEO_ERRORS as error:
         if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide") or \
-                head.startswith((b"\x1aE\xdf\xa3", b"RIFF")):
+                head.startswith(b"\x1aE\xdf\xa3") or head[:4] + head[8:12] == b"RIFFAVI ":
             raise Refused(f"a video container without a usable index ({reason_of(error)})",
                           "an incomplete copy? fetch it again") from None
         what, way_out = looks_like(head, "give an mp4, mov, mkv, webm or avi file")
