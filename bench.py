@@ -18,7 +18,6 @@ import math
 import os
 import platform
 import random
-import re
 import shlex
 import statistics
 import subprocess
@@ -38,11 +37,11 @@ import weights.rows
 from engine import MODES
 from kernels.check import ceilings, quantiles
 from weights import InputError, controls, describe, replace_file, show
-from weights.dataset import Sample, read_dataset
+from weights.dataset import LIST, Sample, read_dataset
 from weights.files import (
+    Parser,
     command,
     in_flags,
-    insist_filled,
     insist_whole,
     printable,
     quoted,
@@ -597,19 +596,6 @@ def explain_page(options) -> int:
 # ---- main ------------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """A wrong flag is one line, like every other bad input; --max_samples is --max-samples."""
-
-    def parse_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else args
-        insist_filled(words)
-        return super().parse_args([re.sub(r"^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in words],
-                                  namespace)
-
-    def error(self, message):
-        raise InputError(f"{message}; --help lists all flags")
-
-
 def cache_rows(text: str):
     """A type of argparse: rows of both caches, or of the target's and the drafter's."""
     found = tuple(map(int, text.split(",")))
@@ -696,13 +682,13 @@ def insist_writable(path, flag: str) -> None:
     try:
         if not os.path.exists(path) or os.path.isfile(path):
             place = os.path.dirname(os.path.realpath(path))
-        if os.access(place, os.W_OK) and not os.path.isdir(path):
+        if os.access(place, os.W_OK) and not os.path.isdir(path) and os.path.basename(path):
             os.stat(path)
             return
     except FileNotFoundError:                                # a new file; or the current folder was removed
         if place != path:
             return
-    except OSError as error:                                 # a name that is too long, a link to itself
+    except (OSError, ValueError) as error:                   # too long, a link to itself; NUL
         reason = reason_of(error)
     raise InputError(f"{path}: cannot be written ({reason}); choose another --{flag}")
 
@@ -780,13 +766,15 @@ def sources_there(options) -> str:
 
 def read_shard(text: str | None, environ) -> tuple[int, int]:
     """(I, N) from a flag, or from torchrun's or SLURM's variables; (0, 1) without either. Shards never talk."""
-    ranks = [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"),
-             ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")]
+    where, ranks = "--shard", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"),
+                               ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")]
     if text is None:
-        text = next((f"{environ[i]}/{environ[n]}" for i, n in ranks if i in environ and n in environ), "0/1")
+        where, text = next(((f"{i}, {n}", f"{environ[i]}/{environ[n]}") for i, n in ranks if i in environ
+                            and n in environ), ("", "0/1"))
     index, _, count = text.partition("/")
     if rank(index) is None or rank(count) is None or rank(index) >= rank(count):
-        raise InputError(f"--shard: wanted I/N with I from 0 to N - 1, got {quoted(text)}; number the shards from 0")
+        raise InputError(f"{where}: wanted I/N with I from 0 to N - 1, got {quoted(text)}; number the shards from 0"
+                         + ", or unset these variables" * (where != "--shard"))
     return rank(index), rank(count)
 
 
@@ -811,10 +799,23 @@ def main(argv=None) -> int:
                          ) from None
 
 
+def inputs(options) -> dict:
+    """{path: flag} of the files that a run reads, but for the clips: none may be written over."""
+    found = {name: [getattr(options, name)] for name in ("tokenizer", "questions", "from_json")}
+    found |= {"merge": options.merge or [], "compare": options.compare or []}
+    found["draft_source"] = [of.partition(":")[2] for of in (options.draft_source or "").split(",")]
+    for name, files in (("eventgpt", "*"), ("videollava", "*"), ("dataset_dir", LIST)):
+        if getattr(options, name) and os.path.isdir(getattr(options, name)):
+            found[name] = [*Path(getattr(options, name)).glob(files)]
+    return {os.path.realpath(path): name.replace("_", "-") for name, paths in found.items() for path in paths if path}
+
+
 def run(options, command: str) -> int:
-    taken = {}
+    taken, read = {}, inputs(options)
     for flag in OUTPUTS:
         insist_writable(path := getattr(options, flag), flag)
+        if is_file(path) and (other := read.get(os.path.realpath(path))):
+            raise InputError(f"{path}: is read by --{other}, and --{flag} would replace it; name another file")
         if is_file(path) and (other := taken.setdefault(os.path.realpath(path), flag)) != flag:
             raise InputError(f"{path}: would be written by --{other} and by --{flag}; name two files")
     if options.from_json:

@@ -21,5 +21,5 @@ def interrupted(kind, *of) -> None:
 
 
 here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-if os.path.abspath(sys.argv[0]).startswith(os.path.join(here, "")):
+if os.path.abspath("".join(sys.argv[:1])).startswith(os.path.join(here, "")):     # embedded there may be none
     sys.excepthook = interrupted                 # of a command of ours alone

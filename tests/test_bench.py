@@ -713,7 +713,7 @@ def test_of_torchruns_processes_one_speaks(monkeypatch, capsys, quick_ceilings):
     assert capsys.readouterr() == ("", "")
     for nonsense in ("first", "2", "-1"):                    # nobody would say that there is no such shard
         monkeypatch.setenv("RANK", nonsense)
-        assert bench.main(SMALL) == 2 and "--shard: wanted I/N" in capsys.readouterr().err
+        assert bench.main(SMALL) == 2 and "RANK, WORLD_SIZE: wanted I/N" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--json", "a", "--out", "a"], ["--rows", "a", "--json", "./a"],

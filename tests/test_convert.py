@@ -163,6 +163,12 @@ def test_an_adapter_with_a_pickled_class_is_refused_by_name(tmp_path):
         convert(tmp_path / "l1.pt")
 
 
+def test_a_tensor_called_as_the_metadata_is_refused_in_the_name_of_its_file(tmp_path):
+    torch.save({"__metadata__": torch.ones(2)}, tmp_path / "m.pt")
+    with pytest.raises(InputError, match="m.pt: 1 entries .*: __metadata__; "):
+        convert(tmp_path / "m.pt")
+
+
 def test_a_module_in_place_of_its_tensors_is_refused_by_name(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "m.pt")
     with pytest.raises(InputError, match="asks to build torch.nn.modules.linear.Linear, refused"):

@@ -1,6 +1,7 @@
 """weights.files, weights.dataset: one reader that takes regular files alone, one writer that replaces no device."""
 
 import ast
+import contextlib
 import errno
 import json
 import os
@@ -15,7 +16,8 @@ from pathlib import Path
 import pytest
 from common import save_adapter
 
-from weights import InputError, adapter, files, replace_file
+import bench
+from weights import InputError, adapter, convert, files, load, replace_file
 from weights.adapter import AdapterConfig
 from weights.convert import read_pickled
 from weights.dataset import bare, read_dataset
@@ -163,6 +165,21 @@ def test_a_stdout_that_is_full_closed_or_no_longer_read_ends_quietly(behind, cod
     assert all(word in done.stderr for word in words)
 
 
+@pytest.mark.parametrize("main", [bench.main, convert.main, load.main])
+def test_every_command_takes_its_words_alike(main, capsys, monkeypatch):
+    """A wrong or an empty one is a line, and a help that cannot be written is told."""
+    for words in (["--no-such-flag"], [""]):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "; " in said and "usage" not in said, said
+    full = open("/dev/full", "w")
+    monkeypatch.setattr("sys.stdout", full)
+    with pytest.raises(OSError, match="No space left"):      # `command` says so
+        main.__wrapped__(["--help"])
+    with contextlib.suppress(OSError):
+        full.close()
+
+
 @pytest.mark.parametrize("error, code, told", [
     (InputError("a; b"), 2, "a; b\n"), (KeyboardInterrupt(), 130, "interrupted\n"), (OSError("disk"), None, "")])
 def test_a_command_ends_as_its_error_says(error, code, told, capsys):
@@ -219,7 +236,7 @@ def test_an_adapters_config_that_fits_no_network_is_refused(tmp_path, change):
     assert adapter.load(tmp_path)[1] == SMALL
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="config.json: "):
         adapter.load(tmp_path)
 
 

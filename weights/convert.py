@@ -29,6 +29,7 @@ from safetensors import SafetensorError, TensorSpec, serialize_file
 from weights.files import (
     MAX_SMALL,
     InputError,
+    Parser,
     brief,
     command,
     insist_whole_zip,
@@ -191,7 +192,8 @@ def unpack(path, content) -> tuple:
     tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
     rest.update((key, value) for key, value in content.items() if key not in tensors)
     # More values than stored ones (stride 0) would unfold a small file into one of any size.
-    strange = [key for key, t in tensors.items() if not isinstance(key, str) or t.layout != torch.strided
+    strange = [key for key, t in tensors.items() if type(key) is not str or key == "__metadata__"
+               or t.layout != torch.strided
                or t.is_quantized or t.is_meta or t.nbytes > t.untyped_storage().nbytes()]
     if strange:
         raise refusal(path, f"{len(strange)} entries are no plain dense tensors with a name: "
@@ -212,8 +214,8 @@ def unpack(path, content) -> tuple:
 
 @command
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m weights.convert", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m weights.convert", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a folder with pytorch_model*.bin, or one .bin, .pt, .pth or .ckpt file; with "
                                        "--pack EventGPT's folder in safetensors")
     parser.add_argument("target", nargs="?", help="where to put the result; beside the source unless given")

@@ -6,6 +6,7 @@
 Whatever is wrong with a file ends in InputError: one line with the path, what was wanted, what came, what to try. Only
 regular files are read: opening a pipe or a terminal would wait, and a device has no end."""
 
+import argparse
 import contextlib
 import difflib
 import errno
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
               RecursionError, MemoryError)       # what taking a damaged JSON file at its word may raise
-STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)    # all other files name themselves
+STDOUT_ERRORS = (errno.EPIPE, errno.EBADF, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)       # others have names
 ZIP_END = 22                         # bytes of the record at a zip's end, in front of its comment
 MAX_SMALL = 64 << 20                 # bytes of a config, an index, a tokenizer
 MAX_LIST = 256 << 20                 # bytes of a list of samples or of recorded pairs
@@ -117,6 +118,24 @@ def insist_filled(words) -> None:
     for before, word in zip(["", *words], words, strict=False):
         if not word or re.fullmatch("--[^=]+=", word):
             raise InputError(f"{word[:-1] or before or 'arguments'}: is empty; give a value, or leave it out")
+
+
+class Parser(argparse.ArgumentParser):
+    """Of every command: a wrong or empty flag is one line, like all bad input; --max_samples is --max-samples."""
+
+    way_out = "--help lists all flags"
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        insist_filled(words)
+        return super().parse_args([re.sub(r"^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in words],
+                                  namespace)
+
+    def error(self, message):
+        raise InputError(f"{message}; {self.way_out}")
+
+    def _print_message(self, message, file=None):            # argparse's own hides that it could not be written
+        print(message or "", end="", file=file or sys.stderr, flush=True)
 
 
 def rank(text: str) -> int | None:
@@ -391,6 +410,8 @@ def replace_file(path, content: bytes | memoryview) -> None:
             with open(path, "wb") as file:
                 file.write(content)
             return
+        if not os.path.basename(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         target = os.path.realpath(path)
         beside = f".{os.getpid()}.{threading.get_ident()}.partial"           # a name may be as long as names can be
         with open(os.path.join(os.path.dirname(target), beside), "wb") as file:

@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 
 from weights.files import (
     InputError,
+    Parser,
     Refused,
     brief,
     command,
@@ -756,8 +757,8 @@ def checked(checkpoint: Checkpoint, device: str) -> str:
 
 @command
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m weights.load", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m weights.load", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="DIR", help="a folder, or ORG/NAME[@REVISION] in the hub cache")
     parser.add_argument("--check", action="store_true", help="also read every value and look for NaN and infinity")
     parser.add_argument("--device", default="cpu", help="of --check: where to (default %(default)s)")
