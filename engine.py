@@ -33,7 +33,6 @@ Shapes are written into names, one letter a dimension; batch is one and carries 
 
 from __future__ import annotations
 
-import argparse
 import collections
 import concurrent.futures
 import contextlib
@@ -90,23 +89,24 @@ from weights import InputError, asking, describe, drafting, memory
 from weights.asking import MODES, Asked, FilePath, takes
 from weights.drafting import ENOUGH, PLAIN, WIDTHS, Gate, Line, NonFinite, Proposal, Tenant, noting
 from weights.files import (
+    Parser,
     command,
     in_flags,
-    insist_filled,
+    insist_file,
     insist_flag,
     insist_function,
     insist_one_of,
     insist_whole,
     printable,
 )
-from weights.given import Shown
+from weights.given import Shown, path_of
 from weights.load import random_tensors, stop_ids
 from weights.memory import TINY, as_dtype, memory_budget, model_name, pick_device, ran_out
 from weights.packed import PRODUCTS, SOME, assembled, gains_by_turning, packing
 from weights.result import Event, Result, Round, Verdict
 from weights.shapes import PROMPT_ROWS, TEXT_ROWS, DecoderConfig, VisionConfig, frames_of, rows_for, text_config
 from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named, sources_of
-from weights.text import DRAFTER_SYSTEM, Prompt, Text, TextStream, check_question
+from weights.text import DRAFTER_SYSTEM, Prompt, Text, TextStream, check_question, check_turns
 from weights.timeline import Timeline, check_finite, naming_stage
 
 __all__ = ["MODES", "SOURCES", "Adapted", "Clip", "DraftSource", "Engine", "Event", "Fixed", "Gate", "InputError",
@@ -1116,6 +1116,8 @@ class Engine(Closing):
         have room for such: the first prefill of that kind in a thread makes cuBLAS's handle there and takes the memory
         that later ones use. The gate learns what a step takes, and nothing else is learnt.
         progress: called with ("preparation", steps done, steps in all)."""
+        self._insist_usable()
+
         def capture(model: Model) -> None:
             with naming_stage(model, "preparation"):
                 rows = len(model.prompt("").before) + model.visual(model.num_frames)
@@ -1217,6 +1219,7 @@ class Engine(Closing):
         the question goes on with; opens: a clip whose rows shall be there, and nothing is asked."""
         sources, active, broke = self._checked(asked, clip)
         shown = clip.shown if clip else asked.shown(active)
+        turns = turns if turns is None else check_turns(turns, max(model.config.V for model in self.models))
         question, mode = None if opens else check_question(asked.query), asked.mode
         asked = dataclasses.replace(
             asked, draft_len=self.draft_len if asked.draft_len is None else asked.draft_len,
@@ -1291,6 +1294,8 @@ class Engine(Closing):
 
     def remember(self, result: Result) -> None:
         """Lets the sources of the last request learn its answer, where `remember=False` had kept it from them."""
+        if not isinstance(result, Result):
+            raise InputError(f"result: is a {type(result).__name__}, wanted a Result; pass what the request gave back")
         for source in self.learners:
             source.learn(list(result.output_ids))
         self.learners = []
@@ -1475,8 +1480,10 @@ class Clip(Closing):
 
     def _answer(self, further: asking.Further, chat: bool) -> Iterator[Event]:
         given = {of.name: getattr(further, of.name) for of in dataclasses.fields(asking.Further)}
-        asked = dataclasses.replace(self.asked, **{name: value for name, value in given.items() if value is not None})
-        turns = list(self.turns) if chat else None
+        asked = dataclasses.replace(self.asked, **{name: value for name, value in given.items() if value is not None
+                                                   or name == "query"})
+        insist_flag("chat", chat)
+        turns = ([] if self.turns is None else self.turns) if chat else None
         for event in self.engine._answer(asked, self, turns):
             if event.result and chat:
                 self.turns = [*turns, (asked.query, list(event.result.output_ids))]
@@ -1625,6 +1632,8 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     for name, flag in (("gate", gate), ("graphs", graphs), ("self_draft", self_draft is not None and self_draft)):
         insist_flag(name, flag)
     insist_function("progress", progress)
+    if tokenizer is not None:
+        insist_file(tokenizer, "a tokenizer.json")
     seed = insist_whole("seed", seed, 0, 2 ** 63 - 2)
     draft_len = insist_whole("draft_len", draft_len, 0, STEP_ROWS - 1)
     overlap_len = insist_whole("overlap_len", overlap_len, 0, STEP_ROWS - 1)
@@ -1660,6 +1669,10 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     return engine
 
 
+ALIGNED = "prefill_with_alignment"
+NO_ADAPTER = "adapter_path: wanted the adapter's folder, got none; pass it, or leave the adapter out"
+
+
 class PrefillOnlyInference(Closing):
     """The library API of egpt_prefill_only, which this engine grew from; models load on the first call. mode: one of
     MODES, or `prefill_with_alignment`: the adapter's drafts, verified once. adapter_path: a folder with
@@ -1675,9 +1688,14 @@ class PrefillOnlyInference(Closing):
         for name in options.keys() - self.OPTIONS:
             raise InputError(f"{name}: not an option of PrefillOnlyInference; did you mean "
                              f"{difflib.get_close_matches(name, known, 1, 0.0)[0]}?")
-        if adapter_path is None and (use_adapter or mode == "prefill_with_alignment"):
-            raise InputError("adapter_path: wanted the adapter's folder, got none; pass it, or leave the adapter out")
-        self.source = source_named(f"adapter:{adapter_path}") if adapter_path and use_adapter is not False else None
+        insist_flag("use_4bit", use_4bit)
+        insist_flag("use_adapter", use_adapter is not None and use_adapter)
+        insist_one_of("mode", mode, (*MODES, ALIGNED))
+        if adapter_path is None and (use_adapter or mode == ALIGNED):
+            raise InputError(NO_ADAPTER)
+        self.source = None
+        if adapter_path is not None and use_adapter is not False:
+            self.source = Adapted(path_of("adapter_path", adapter_path, "draft_source", "an adapter's folder"))
         self.arguments = dict(eventgpt=eventgpt_path, videollava=videollava_model_id, device=device,
                               **{"drafter_dtype": "int4"} | options if use_4bit else options)
         self.mode, self.lock = mode, threading.Lock()
@@ -1706,10 +1724,13 @@ class PrefillOnlyInference(Closing):
 
     def _answer(self, old: asking.OldAsked) -> Iterator[Event]:
         asked = Asked(**{of.name: getattr(old, of.name) for of in dataclasses.fields(Asked)})
-        asked.mode = old.mode or self.mode
+        asked.mode = self.mode if old.mode is None else old.mode
         asked.draft_source = self.source if old.draft_source is None else old.draft_source
-        asked.overlap_len = old.overlap_len if old.max_draft_tokens is None else old.max_draft_tokens
-        if asked.mode == "prefill_with_alignment" and self.source:
+        if old.max_draft_tokens is not None:
+            asked.overlap_len = insist_whole("max_draft_tokens", old.max_draft_tokens, 0, WIDTHS[-1])
+        if asked.mode == ALIGNED and not self.source:
+            raise InputError(NO_ADAPTER)
+        if asked.mode == ALIGNED:
             asked.mode, asked.draft_source = "prefill_then_verify", self.source
         for event in self.load().stream(**vars(asked)):
             yield dataclasses.replace(event, result=event.result and event.result.in_old_words())
@@ -1721,8 +1742,7 @@ class PrefillOnlyInference(Closing):
 @command
 def main(argv=None) -> None:
     """One question about one clip, answered as it forms. Without any flag: a demo on the embedded pair."""
-    parser = argparse.ArgumentParser(prog="python engine.py", description=main.__doc__, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"{message}; --help lists all flags\n")     # type: ignore
+    parser = Parser(prog="python engine.py", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"headstart {VERSION}")
     for flag, metavar, default, text in (
             ("events", "F", None, "an .npy or .npz of events, or an event picture"),
@@ -1739,7 +1759,6 @@ def main(argv=None) -> None:
         "--device", "cpu", "--query", "What are the key elements in this scene?", "--events",
         f"{clips}/event_npy/scenes/000000.npz", "--video", f"{clips}/mp4/scenes/000000.mp4"])
     of.query or parser.error("--query: the question is missing")
-    insist_filled(argv)
     if not of.eventgpt and not of.videollava:
         of.eventgpt, of.videollava = TINY / "drafter", TINY / "target"
     source = of.draft_source and of.draft_source.split(",")

@@ -387,7 +387,7 @@ def little_memory(folder):
 def saved_source(folder, kind="lookup", ids=(5, 6), model=None, cut=0):
     """`KIND:FILE` of a file that a Lookup of the embedded target saved, with something wrong about it."""
     source, path = engine.Lookup(model or engine.model_name(TINY / "target")), folder / "m.json"
-    source.learn(ids)
+    source.answers.append(list(ids))                         # unchecked
     source.save(path)
     path.write_bytes(path.read_bytes()[:-cut or None])
     return f"{kind}:{path}"

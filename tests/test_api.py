@@ -50,7 +50,7 @@ def test_a_closed_engine_has_no_threads_no_memory_and_refuses_in_one_line(mine):
     assert not any(thread.is_alive() for thread in threads)
     assert [of() for of in kept] == [None] * len(kept)
     for call in (lambda: mine.generate(**asked(0)), lambda: clip.generate("?"), lambda: next(mine.stream(**asked(0))),
-                 lambda: mine.open(video=asked(0)["video_path"])):
+                 lambda: mine.open(video=asked(0)["video_path"]), mine.prepare):
         one_line(call, "closed")
     clip.close()
 

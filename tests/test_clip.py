@@ -412,6 +412,28 @@ def test_bad_questions_cost_nothing(e):
     assert truth(e, 0)[:12] == ids
 
 
+TURNS = [[("Q", [576])], [("Q", [-1])], [("Q", [2 ** 70])], [("Q", [1.5])], [("Q", "text")], [("Q", None)],
+         [(None, [5])], [5], [{"role": "user", "content": "a"}], [("Q", [5], 1)], "abc", [("\ud800", [5])], 5]
+
+
+def test_a_chat_that_was_kept_elsewhere_is_checked(e):
+    """`turns` may be put back, as JSON or arrays hold them too; ids that the table lacks would pick other rows."""
+    with e.open(**(files(0) | {"max_new_tokens": 2})) as clip:
+        clip.turns = [("Q", [5, 6])]
+        wanted = clip.chat("And?").output_ids
+        for turns in ([["Q", [5, 6]]], (("Q", torch.tensor([5, 6])),)):
+            clip.turns = turns
+            assert clip.chat("And?").output_ids == wanted
+        for turns in TURNS:
+            clip.turns = turns
+            with pytest.raises(InputError, match="^turns: wanted pairs .*; put back what"):
+                clip.chat("And?")
+        for wrong, words in ((lambda: clip.generate(None), "^query: "),
+                             (lambda: next(clip.stream("?", chat="no")), "^chat: ")):
+            with pytest.raises(InputError, match=words):
+                wrong()
+
+
 def test_a_clip_belongs_to_its_engine(e, loaded_pair):
     expected = truth(e, 0, 1)[:12], truth(loaded_pair, 1, 1)[:12]
     with e.open(**files(0, **SHORT)) as clip, loaded_pair.open(**files(1, **SHORT)) as other:

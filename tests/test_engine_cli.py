@@ -152,6 +152,23 @@ def test_an_adapter_needs_its_folder(options):
         PrefillOnlyInference(**options)
 
 
+@pytest.mark.parametrize("options, words", [
+    ({"use_4bit": "no"}, "use_4bit: wanted True or False"), ({"use_adapter": 1}, "use_adapter: wanted"),
+    ({"mode": "spec"}, "mode: 'spec' is not one of"), ({"mode": None}, "mode: None is not"),
+    ({"adapter_path": ""}, "'': no such file"), ({"adapter_path": b"none"}, "none: no such file"),
+    ({"adapter_path": 5}, "adapter_path: is a int")])
+def test_an_option_of_the_old_library_is_checked_before_models_load(options, words):
+    with pytest.raises(InputError, match=f"^{words}"):
+        PrefillOnlyInference(**options)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"max_draft_tokens": 99}, "max_draft_tokens: wanted a whole number 0..31"), ({"mode": ""}, "mode: '' is not")])
+def test_a_request_of_the_old_library_is_refused_in_its_own_words(api, options, words):
+    with pytest.raises(InputError, match=f"^{words}"):
+        api.generate(**asked(0) | options)
+
+
 def test_the_adapter_drafts_and_is_verified_once(api, pair, monkeypatch):
     ids = truth(pair, 1)
 
@@ -160,14 +177,14 @@ def test_the_adapter_drafts_and_is_verified_once(api, pair, monkeypatch):
 
         def propose(self, committed, limit):
             return ids[len(committed):len(committed) + min(limit, 4)] + [1]
-    monkeypatch.setattr(engine, "source_named", lambda name: Guess())
+    monkeypatch.setattr(engine, "Adapted", lambda folder: Guess())
     aligned = PrefillOnlyInference(adapter_path="DIR", mode="prefill_with_alignment")
     aligned.engine = pair
     result = aligned.generate(**asked(1), max_draft_tokens=7)
     assert result.output_ids == ids and result.mode == "prefill_then_verify"
     assert [of.source for of in result.round_log] == ["adapter"] and result["draft_tokens"] == [*ids[1:5], 1]
     assert PrefillOnlyInference(adapter_path="DIR", use_adapter=False).source is None
-    with pytest.raises(InputError, match="prefill_with_alignment"):
+    with pytest.raises(InputError, match="^adapter_path: wanted the adapter"):
         api.generate(**asked(1), mode="prefill_with_alignment")
 
 

@@ -3,12 +3,14 @@
 import ast
 import concurrent.futures
 import contextlib
+import enum
 import gzip
 import io
 import itertools
 import json
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,7 @@ from weights.convert import convert
 from weights.given import events_given, video_given
 from weights.rows import merge
 from weights.sources import Lookup
+from weights.text import check_question
 
 ROOT = Path(files.__file__).resolve().parents[1]
 
@@ -63,7 +66,8 @@ def test_a_name_may_be_as_long_as_names_can_be_and_threads_may_write_one_file(tm
 
 @pytest.mark.parametrize("path, words", [
     ("{0}/" + "n" * 256, "File name too long"), ("{0}/loop", "symbolic links"), ("{0}", "is a folder"),
-    ("{0}/none/x", "is a folder, or in none"), ("/dev/null/x", "Not a directory")])
+    ("{0}/none/x", "is a folder, or in none"), ("/dev/null/x", "Not a directory"), ("{0}/new/", "is a folder"),
+    ("{0}/a\0b", "embedded null byte")])
 def test_an_output_that_cannot_be_written_is_refused_before_the_run(path, words, tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for flag in bench.OUTPUTS:
@@ -243,6 +247,36 @@ def test_a_converted_file_may_have_a_long_name(name, tmp_path):
     assert len(os.listdir(tmp_path)) == 1 + (len(name) < 256)
 
 
+@pytest.mark.parametrize("ids", [[2 ** 40], [-5], "hello", [1.5], [None], [2 ** 70], [True]], ids=str)
+def test_a_lookup_learns_ids_alone(ids):
+    """Others broke the request that was to draft from them."""
+    refused(lambda: Lookup().learn(ids), "answer: wanted a whole number 0..2147483647")
+    own = Lookup()
+    own.learn(torch.tensor([5, 6]))
+    assert list(own.answers) == [[5, 6]] and type(own.answers[0][0]) is int
+
+
+@pytest.mark.parametrize("named", [{"needs_drafter": torch.ones(2)}, {"needs_drafter": "no"},
+                                   {"name": property(lambda self: 1 / 0)}], ids=lambda of: "".join(of))
+def test_a_source_whose_own_words_cannot_be_read_is_refused(pair, named):
+    source = type("Mine", (), {"propose": lambda self, committed, limit: []} | named)()
+    refused(lambda: pair.generate("e.npz", "v.mp4", "Q", draft_source=source), "draft_source: a Mine whose")
+
+
+def test_a_question_may_be_any_kind_of_text(pair):
+    """An Enum's text spells itself otherwise in an f-string."""
+    class Asked(str, enum.Enum):  # noqa: UP042
+        KEY = "What is there?"
+    assert check_question(Asked.KEY) == f"{check_question(Asked.KEY)}" == "What is there?"
+    refused(lambda: pair.remember(5), "result: is a int, wanted a Result")
+
+
+def test_an_embedded_interpreter_may_have_no_words(user_env):
+    done = subprocess.run([sys.executable, "-c", "import sys\nsys.argv = []\nimport kernels"], cwd=ROOT, env=user_env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- text from outside -----------------------------------------------------------------------------------------
 
 
@@ -335,6 +369,27 @@ def test_two_runs_at_once_keep_their_answers_and_shards_their_files(tmp_path, mo
     assert bench.main([*RUN, *words, "--shard", "1/2", "--json", "/dev/null"]) == 0
     assert bench.main([*RUN, *words, "--shard", "1/2", "--resume"]) == 0
     assert {of.name for of in tmp_path.glob("r.*")} == {f"r.00001-of-00002{Path(of).suffix}" for of in outputs.values()}
+
+
+def test_what_a_run_reads_is_never_written_over(tmp_path, capsys, monkeypatch):
+    """A file named twice by mistake, also by a link, was replaced by the report."""
+    monkeypatch.setattr(bench, "load_pair", lambda *_: pytest.fail("it ran"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY / "target", "target")
+    shutil.copytree(TINY / "clips", "clips", ignore=lambda *_: ["event_npy", "mp4"])
+    for name in ("q", "r", "t", "m"):
+        Path(name).write_text("kept")
+    Lookup(engine.model_name(TINY / "target")).save("m")
+    Path("link").symlink_to("q")
+    listed = "clips/EventGPT_Instruction_Subset.json"
+    for words, written in ((["--questions", "q"], "q"), (["--questions", "q"], "link"), (["--tokenizer", "t"], "t"),
+                           (["--merge", "r"], "r"), (["--compare", "q", "r"], "r"), (["--from-json", "r"], "r"),
+                           (["--draft-source", "drafter,lookup:m"], "m"), (["--dataset-dir", "clips"], listed),
+                           (["--videollava", "target/"], "target/config.json")):
+        for flag in ("--json", "--out"):
+            assert bench.main([*words, flag, written]) == 2
+            said = capsys.readouterr().err
+            assert said == f"{written}: is read by {words[0]}, and {flag} would replace it; name another file\n"
 
 
 def test_a_row_that_no_report_can_be_made_of_is_refused_before_the_run(tmp_path, capsys, monkeypatch, ceilings_known):

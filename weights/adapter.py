@@ -86,16 +86,16 @@ def guess(network, config: AdapterConfig, drafter, committed, limit: int) -> lis
 def load(folder, device="cpu"):
     """(network in evaluation mode, AdapterConfig) of a folder. Without config.json the sizes are read off the shapes of
     a TokenAdapter, with eight heads and shift +1: what the research repository trained."""
-    folder = Path(folder)
-    path = folder / WEIGHTS if os.path.isdir(folder) else folder
-    if not os.path.exists(path):
-        raise refusal(path, "no such file", "make it of the research code's best_model.pt: `python -m weights.convert "
-                      "best_model.pt DIR/adapter.safetensors`")
+    folder = os.fsdecode(folder)
+    path = Path(folder, WEIGHTS) if os.path.isdir(folder) else Path(folder)
+    if not folder or not os.path.exists(path):
+        raise refusal(folder and path, "no such file", "make it of the research code's best_model.pt: `python -m "
+                      "weights.convert best_model.pt DIR/adapter.safetensors`")
     header = read_header(path)
     shapes = {key: tuple(stored.shape) for key, stored in header.items()}
     if whole := sorted(key for key, stored in header.items() if stored.dtype not in ("F16", "BF16", "F32", "F64")):
         raise refusal(path, f"holds no floating point numbers in {listed(whole, 4)}", "save it as float32")
-    beside = path.parent / "config.json"
+    beside, raw = path.parent / "config.json", None
     if os.path.exists(beside):
         raw = read_json(beside, "an adapter's config")
         kind, _ = raw.pop("kind", "token"), raw.pop("sees", None)            # of files that were written before
@@ -103,9 +103,10 @@ def load(folder, device="cpu"):
         if unknown or kind != "token":
             raise refusal(beside, f"no adapter's config (kind {brief(kind)}, unknown {listed(unknown)})",
                           "copy it again from where the adapter was trained")
-        config = AdapterConfig(**raw)
-    else:
-        config = config_of(shapes, path)
+    try:
+        config = AdapterConfig(**raw) if raw is not None else config_of(shapes, path)
+    except InputError as error:                              # sizes that fit no network
+        raise InputError(f"{path if raw is None else beside}: {str(error).removeprefix(f'{path}: ')}") from None
     with torch.device("meta"):
         network = TokenAdapter(config)
     wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}

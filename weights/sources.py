@@ -16,7 +16,7 @@ import json
 import os
 
 from weights import InputError, replace_file
-from weights.files import quoted, read_json, trusting
+from weights.files import insist_flag, insist_whole, quoted, read_json, reason_of, trusting
 
 
 class DraftSource:
@@ -69,7 +69,8 @@ class Lookup(DraftSource):
         self.model, self.answers, self.size, self.learnt = model, collections.deque(), 0, 0
 
     def learn(self, answer):
-        answer = list(answer)[:self.ROWS - 1]
+        answer = [i if type(i) is int and 0 <= i < 2 ** 31 else insist_whole("answer", i, 0, 2 ** 31 - 1)
+                  for i in itertools.islice(answer, self.ROWS - 1)]
         self.answers.append(answer)
         self.size, self.learnt = self.size + len(answer) + 1, self.learnt + 1
         while self.size > self.ROWS:
@@ -155,6 +156,12 @@ def sources_of(asked, own: Lookup, target, drafter, mode: str) -> list:
                 getattr(source, "propose", None))):
             raise InputError(f"draft_source: wanted a name or an object with `propose`, got {type(source).__name__}; "
                              f"make one by source_named")
+        try:
+            insist_flag("needs_drafter", getattr(source, "needs_drafter", False))
+            getattr(source, "name", None)
+        except Exception as error:                           # of a class of the caller's
+            raise InputError(f"draft_source: a {type(source).__name__} whose needs_drafter or name cannot be read "
+                             f"({reason_of(error)}); mend it") from None
         found.append(source)
     return found
 

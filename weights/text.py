@@ -148,7 +148,18 @@ def check_question(question) -> str:
         raise InputError("query: half a surrogate pair, not valid text; decode it as UTF-8 first") from None
     if len(question) > 100_000:
         raise InputError(f"query: the question has {len(question)} characters, at most 100000; shorten it")
-    return question
+    return str.__str__(question)                             # an Enum's text may spell itself otherwise
+
+
+def check_turns(turns, vocab: int) -> list[tuple[str, list[int]]]:
+    """A chat so far, wherever it was kept meanwhile. InputError unless it is pairs of a question and its answer's ids,
+    whole numbers below `vocab`."""
+    try:
+        return [(check_question(question), [insist_whole("id", i, 0, vocab - 1) for i in ids])
+                for question, ids in turns]
+    except (TypeError, ValueError, RuntimeError) as error:   # InputError is a ValueError
+        raise InputError(f"turns: wanted pairs (question, ids of its answer) ({reason_of(error)}); put back what "
+                         f"`turns` held, or begin a new chat") from None
 
 
 def check_sampling(temperature, top_p, seed, names=("temperature", "top_p", "seed")) -> tuple[float, float, int]:
