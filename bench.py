@@ -765,8 +765,9 @@ def sources_there(options) -> str:
 
 
 def read_shard(text: str | None, environ) -> tuple[int, int]:
-    """(I, N) from a flag, or from torchrun's or SLURM's variables; (0, 1) without either. Shards never talk."""
-    where, ranks = "--shard", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"),
+    """(I, N) from a flag, or from torchrun's or SLURM's variables; (0, 1) without either. Shards never talk. A plain
+    process of a batch script is no task of SLURM's, however many the script asked for."""
+    where, ranks = "--shard", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
                                ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")]
     if text is None:
         where, text = next(((f"{i}, {n}", f"{environ[i]}/{environ[n]}") for i, n in ranks if i in environ

@@ -147,30 +147,22 @@ def quantise(w_OD, bits, norm_D=None, turn=False) -> Packed:
     """Rounds to the nearest of 2^bits steps. The largest weight of a group, with its sign, is the lowest step, which
     has no counterpart above; at 4 bits narrower scales are tried too: a few clipped weights can pay for finer steps.
     norm_D: the weight of an RMSNorm in front, folded in: programs would read it as often as x. turn: for a stream that
-    is `turned`, which a weight behind a norm reads and any other writes. Rows are independent. A GPU packs in one
-    launch (`nearest`); what is turned before, and all in plain torch, goes PACK_ROWS rows at a time: one takes a dozen
-    times its own size meanwhile.
+    is `turned`, which a weight behind a norm reads and any other writes. Rows are independent, and go PACK_ROWS at a
+    time: one takes a dozen times its own size meanwhile.
     Tried and dropped, share of right drafts of SmolLM2-135M beside 0.833 (turned densely, groups of 64): zero points
     0.830, half-quadratic fitting 0.840 (both one more fp16 a group), a finer search of scales 0.836, groups of 32
     0.849 (twice the scales), a 4-bit head 0.776."""
     rows = PACK_ROWS if w_OD.shape[1] <= 4096 else PACK_ROWS // 4
-    by_kernel = w_OD.device.type == "cuda"
-    if len(w_OD) > rows and (turn or not by_kernel) and not (turn and norm_D is None and len(w_OD) % TURNED):
+    if len(w_OD) > rows and not (turn and norm_D is None and len(w_OD) % TURNED):
         parts = [quantise(part, bits, norm_D, turn) for part in w_OD.split(rows)]
         return Packed(torch.cat([p.words for p in parts]), torch.cat([p.scales for p in parts]), len(w_OD), bits,
                       parts[0].group, parts[0].normed)
     if turn and norm_D is None:
         return quantise(turned(w_OD.float().T).T, bits)
-    given = (turned(w_OD.float() * norm_D.float()), bits) if turn else (w_OD, bits, norm_D)
-    words, scales = (nearest if by_kernel else nearest_ref)(*given)
-    return Packed(words, scales, len(w_OD), bits, group_of(w_OD.shape[1]), norm_D is not None)
-
-
-def nearest_ref(w_OD, bits, norm_D=None):
-    """(words, scales) of a Packed; see `quantise`."""
     (O, D), half, per = w_OD.shape, 1 << bits - 1, 32 // bits
     group, tiles = group_of(D), triton.cdiv(O, TILE)
     w = w_OD.float() if norm_D is None else w_OD.float() * norm_D.float()
+    w = turned(w) if turn else w
     w = torch.nn.functional.pad(w, (0, 0, 0, tiles * TILE - O)).view(-1, D // group, group)
     widest = w.gather(2, w.abs().argmax(2, keepdim=True)) / -half
     best = scale = q = None
@@ -189,82 +181,7 @@ def nearest_ref(w_OD, bits, norm_D=None):
     for i in range(1, per):
         words |= u[..., i] << bits * i
     scales = scale.view(tiles, 2, 8, D // group).permute(0, 3, 2, 1).contiguous()
-    return words, scales
-
-
-@triton.jit
-def nearest_kernel(w_ptr, norm_ptr, words_ptr, scales_ptr, row_stride, col_stride, O,
-                   D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr,
-                   RATIOS: tl.constexpr):
-    """Packs one group of a tile's 16 outputs. It reads columns in the order in which their words want them."""
-    HALF: tl.constexpr = 1 << (BITS - 1)
-    PER: tl.constexpr = 32 // BITS                                                 # weights of a word
-    tile, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    output, at = tl.arange(0, 16), tl.arange(0, GROUP)
-    if BITS == 4:
-        col = at // 8 * 8 + ((at & 1) << 2 | at & 2 | at >> 2 & 1)                 # as `places` has them
-    else:
-        col = at // 4 * 4 + ((at & 1) << 1 | at >> 1 & 1)
-    row, col = tile * 16 + output, group * GROUP + col
-    w = tl.load(w_ptr + row[:, None] * row_stride + col[None, :].to(tl.int64) * col_stride,
-                mask=(row < O)[:, None], other=0.0).to(tl.float32)                 # [16, GROUP]; outputs past O are 0
-    if NORM:
-        w = w * tl.load(norm_ptr + col).to(tl.float32)[None, :]
-    high, missing = tl.max(tl.abs(w), 1), tl.max((w != w).to(tl.int32), 1)
-    first = tl.min(tl.where(tl.abs(w) == high[:, None], col[None, :], D), 1)       # of equals, as argmax
-    word = tl.where(col[None, :] == first[:, None], w.to(tl.int32, bitcast=True), -2147483648)
-    widest = tl.max(word, 1).to(tl.float32, bitcast=True) * (-1.0 / HALF)          # exact, and keeps the sign of 0
-    widest = tl.where(missing > 0, float("nan"), widest)
-    scale = widest.to(tl.float16)
-    if len(RATIOS) > 1:
-        best = error_of(w, scale, HALF)
-        for i in tl.static_range(1, len(RATIOS)):
-            narrower = (widest * RATIOS[i]).to(tl.float16)
-            err = error_of(w, narrower, HALF)
-            better = err < best
-            best, scale = tl.where(better, err, best), tl.where(better, narrower, scale)
-    steps = nearest_steps(w, scale, HALF) + HALF
-    u = tl.where(steps == steps, steps, 0.0).to(tl.int32)
-    shift = tl.arange(0, PER) * BITS
-    word = tl.sum(tl.reshape(u, (16, GROUP // PER, PER)) << shift[None, None, :], 2)
-    n = tl.arange(0, GROUP // PER)
-    block, part, thread = n * PER // 64, n * PER // 32 % 2, output[:, None] % 8 * 4 + (n * PER // 8 % 4)[None, :]
-    if BITS == 4:
-        place = (block * 128)[None, :] + thread * 4 + (2 * part)[None, :] + output[:, None] // 8
-    else:
-        place = (block * 256 + part * 128)[None, :] + thread * 4 + output[:, None] // 8 * 2 + (n % 2)[None, :]
-    tl.store(words_ptr + (tile * D + group * GROUP) * (16 // PER) + place, word)
-    tl.store(scales_ptr + (tile * (D // GROUP) + group) * 16 + output % 8 * 2 + output // 8, scale)
-
-
-@triton.jit
-def nearest_steps(w, scale, HALF: tl.constexpr):
-    """w over the scale of its row, rounded half to even: beyond 1.5 * 2^23 floats are whole."""
-    s = scale.to(tl.float32)
-    x = tl.div_rn(w, tl.where(s == 0, 1.0, s)[:, None])
-    x = (x + 12582912.0) - 12582912.0
-    x = tl.where(x < -HALF, -HALF * 1.0, x)                                        # NaN stays
-    return tl.where(x > HALF - 1, HALF - 1.0, x)
-
-
-@triton.jit
-def error_of(w, scale, HALF: tl.constexpr):
-    off = nearest_steps(w, scale, HALF) * scale.to(tl.float32)[:, None] - w
-    return tl.sum(off * off, 1)
-
-
-def nearest(w_OD, bits, norm_D=None):
-    """`nearest_ref` in one launch, which reads the weight once. Words and scales are the same, but where two of the
-    ratios leave errors that agree to their last bits: sums are in another order."""
-    (O, D), group = w_OD.shape, group_of(w_OD.shape[1])
-    tiles = triton.cdiv(O, TILE)
-    words = torch.empty((tiles, D // BLOCK, bits // 4, 32, 4), dtype=torch.int32, device=w_OD.device)
-    scales = torch.empty((tiles, D // group, 8, 2), dtype=torch.float16, device=w_OD.device)
-    with torch.cuda.device_of(w_OD):                         # it is loaded outside its model's stream
-        nearest_kernel[(tiles, D // group)](
-            w_OD, w_OD if norm_D is None else norm_D, words, scales, *w_OD.stride(), O, D=D, GROUP=group, BITS=bits,
-            NORM=norm_D is not None, RATIOS=RATIOS[bits], enable_fp_fusion=False, num_warps=4)
-    return words, scales
+    return Packed(words, scales, O, bits, group, norm_D is not None)
 
 
 def dequantise(w: Packed, dtype=torch.float32):

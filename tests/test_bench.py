@@ -697,7 +697,9 @@ def test_a_sample_that_failed_is_tried_again_when_its_file_was_mended(tmp_path, 
 
 
 @pytest.mark.parametrize("environ,want", [
-    ({}, (0, 1)), ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)), ({"SLURM_PROCID": "1", "SLURM_NTASKS": "3"}, (1, 3)),
+    ({}, (0, 1)), ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),
+    ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3"}, (1, 3)),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1)),
     ({"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "8"}, (0, 8))], ids=str)
 def test_the_shard_comes_from_the_flag_or_the_launchers_variables(environ, want):
     assert bench.read_shard(None, environ) == want and bench.read_shard("1/2", environ) == (1, 2)

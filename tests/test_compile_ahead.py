@@ -51,7 +51,7 @@ from kernels.attention import attention, step_attention
 from kernels.frames import drawn_at_once
 from kernels.lookup import Ring, lookup
 from kernels.products import product
-from kernels.quant import Packed, nearest
+from kernels.quant import Packed
 from kernels.rmsnorm import add_rmsnorm, rmsnorm, row_sums
 from kernels.rope_store import rope_store
 from kernels.round import close_draft, close_round, open_round
@@ -101,8 +101,6 @@ def launch(S, arch):
         attention(rope_store(meta(S, 3 * D), pos_ids, cos, sin, k, v), k, v, pos_ids)
         swiglu(meta(S, 2 * F))
         unpack(packed(2 * F, D, 4), torch.bfloat16, meta(2 * F * D))
-        nearest(meta(2 * F, D), 4, meta(D))
-        nearest(meta(V, D), 8, meta(D))
         tower = meta(5, 577, 1024)
         add_layernorm(tower, tower.clone(), meta(1024), meta(1024))
         quick_gelu(meta(5, 577, 4096))
@@ -140,7 +138,7 @@ STEP = {"open_round_kernel", "row_sums_kernel", "combine_kernel", "close_round_k
         "lookup_kernel"}
 DRAFTS = {1: {"quant_kernel", "close_draft_kernel"}, **{rows: {"quant_kernel"} for rows in (2, 8, 16)}}
 PREFILL = {"rmsnorm_kernel", "rope_store_kernel", "prefill_kernel", "swiglu_kernel", "layernorm_kernel",
-           "quick_gelu_kernel", "last_event_kernel", "paint_kernel", "unpack_kernel", "nearest_kernel"}
+           "quick_gelu_kernel", "last_event_kernel", "paint_kernel", "unpack_kernel"}
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}            # bytes of shared memory a program may use
 ROWS = {80: (16, 2076), 90: (1, 16, 32, 2076), 100: (16, 2076)}
 

@@ -8,17 +8,7 @@ import triton.language as tl
 from kernels import quant as module
 from kernels.check import assert_no_worse, differing
 from kernels.products import product
-from kernels.quant import (
-    MAX_PACKED_ROWS,
-    dequantise,
-    nearest,
-    nearest_ref,
-    places,
-    quant,
-    quant_ref,
-    quantise,
-    turned,
-)
+from kernels.quant import MAX_PACKED_ROWS, dequantise, places, quant, quant_ref, quantise, turned
 from kernels.skinny import Workspace, skinny
 from tests import ptx
 from tests.conftest import HAS_GPU
@@ -81,32 +71,6 @@ def test_trying_narrower_scales_loses_less(device, monkeypatch):
     tried = (dequantise(quantise(w_OD, 4)) - w_OD).norm()
     monkeypatch.setitem(module.RATIOS, 4, (1.0,))
     assert tried < 0.99 * (dequantise(quantise(w_OD, 4)) - w_OD).norm()
-
-
-def odd_weights(device):
-    """{name: (weight, norm)}: what a load meets, and what it should not."""
-    gen = torch.Generator().manual_seed(5)
-    w_OD = (torch.randn(40, 256, generator=gen) * 0.02).to(device)               # 40 outputs leave a tile half empty
-    large = w_OD.clone()
-    large[3, 5], large[20, 200], large[21, 0], large[30, 7] = 1e8, float("nan"), float("inf"), -3e5
-    equals = torch.randint(-9, 10, (40, 256), generator=gen).float().to(device)  # widest of either sign, often twice
-    norm_D = (1 + 0.1 * torch.randn(256, generator=gen)).to(device)
-    return {"random": (w_OD, None), "normed": (w_OD.half(), norm_D.half()), "transposed": (w_OD.T.contiguous().T, None),
-            "groups of 64": (w_OD[:, :192].contiguous(), None), "large": (large, None), "equals": (equals, None),
-            "zero": (torch.zeros_like(w_OD), None), "negative zero": (-torch.zeros_like(w_OD), None),
-            "tiny": (w_OD * 1e-5, None), "below fp16": (w_OD * 1e-7, None)}
-
-
-@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")               # the interpreter's numpy, inf / inf
-@pytest.mark.parametrize("bits", [4, 8])
-def test_one_launch_packs_to_the_bits_of_plain_torch(bits, device):
-    for name, (w_OD, norm_D) in odd_weights(device).items():
-        (words, scales), (words_ref, scales_ref) = (fn(w_OD, bits, norm_D) for fn in (nearest, nearest_ref))
-        known = ~scales_ref.isnan()
-        assert differing(scales[known], scales_ref[known]) == 0 and bool((scales.isnan() == ~known).all()), name
-        sound = known.flatten(1).all(1)                                          # a NaN's words mean nothing
-        assert differing(words[sound], words_ref[sound]) == 0, name
-        assert bool(sound.any()) and bool(sound.all()) == (name != "large"), name
 
 
 @pytest.mark.parametrize("D", [64, 192, 256])
