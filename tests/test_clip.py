@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import random
 
 import pytest
@@ -424,7 +425,7 @@ def test_a_chat_that_was_kept_elsewhere_is_checked(e):
         for turns in ([["Q", [5, 6]]], (("Q", torch.tensor([5, 6])),)):
             clip.turns = turns
             assert clip.chat("And?").output_ids == wanted
-        for turns in TURNS:
+        for turns in (*TURNS, iter([("Q", [5])]), [("Q", itertools.repeat(5))]):
             clip.turns = turns
             with pytest.raises(InputError, match="^turns: wanted pairs .*; put back what"):
                 clip.chat("And?")

@@ -251,6 +251,11 @@ def test_a_converted_file_may_have_a_long_name(name, tmp_path):
 def test_a_lookup_learns_ids_alone(ids):
     """Others broke the request that was to draft from them."""
     refused(lambda: Lookup().learn(ids), "answer: wanted a whole number 0..2147483647")
+    for wrong in (None, 5):
+        refused(lambda wrong=wrong: Lookup().learn(wrong), "answer: wanted a list of ids")
+        refused(lambda wrong=wrong: engine.Fixed(wrong), "answer: wanted a list of ids")
+        refused(lambda wrong=wrong: engine.source_named(wrong), "draft_source ")
+        refused(lambda wrong=wrong: engine.Adapted(wrong), "wanted an adapter's folder")
     own = Lookup()
     own.learn(torch.tensor([5, 6]))
     assert list(own.answers) == [[5, 6]] and type(own.answers[0][0]) is int

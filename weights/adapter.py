@@ -86,6 +86,8 @@ def guess(network, config: AdapterConfig, drafter, committed, limit: int) -> lis
 def load(folder, device="cpu"):
     """(network in evaluation mode, AdapterConfig) of a folder. Without config.json the sizes are read off the shapes of
     a TokenAdapter, with eight heads and shift +1: what the research repository trained."""
+    if not isinstance(folder, (str, bytes, os.PathLike)):
+        raise refusal(folder, f"is a {type(folder).__name__}, wanted an adapter's folder", "give it as text")
     folder = os.fsdecode(folder)
     path = Path(folder, WEIGHTS) if os.path.isdir(folder) else Path(folder)
     if not folder or not os.path.exists(path):

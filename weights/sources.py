@@ -45,12 +45,20 @@ class DraftSource:
         """The request ended with this answer."""
 
 
+def listed(ids, most: int | None = None) -> list:
+    """The first ids of an answer. InputError if it is none."""
+    try:
+        return list(itertools.islice(ids, most))
+    except TypeError:
+        raise InputError(f"answer: wanted a list of ids, got {quoted(ids)}; pass `output_ids`") from None
+
+
 class Fixed(DraftSource):
     """Drafts a known continuation by position, whatever the target said before: `ids[i]` guesses answer id i."""
     name = "fixed"
 
     def __init__(self, ids):
-        self.ids = list(ids)
+        self.ids = listed(ids)
 
     def propose(self, committed, limit):
         return self.ids[len(committed):len(committed) + limit]
@@ -70,7 +78,7 @@ class Lookup(DraftSource):
 
     def learn(self, answer):
         answer = [i if type(i) is int and 0 <= i < 2 ** 31 else insist_whole("answer", i, 0, 2 ** 31 - 1)
-                  for i in itertools.islice(answer, self.ROWS - 1)]
+                  for i in listed(answer, self.ROWS - 1)]
         self.answers.append(answer)
         self.size, self.learnt = self.size + len(answer) + 1, self.learnt + 1
         while self.size > self.ROWS:
@@ -126,7 +134,7 @@ SOURCES = ("drafter", "self", "lookup", "adapter")
 def source_named(name: str, model: str = ""):
     """A source by its name: `drafter` and `self` stay names, since their models are the engine's; `lookup` and
     `lookup:FILE` (what such a source of this model saved there, if it did) are a Lookup, `adapter:DIR` an Adapted."""
-    kind, colon, path = name.partition(":")
+    kind, colon, path = name.partition(":") if isinstance(name, str) else ("", "", "")
     if kind not in SOURCES or (kind in ("drafter", "self") and colon) or bool(path) != bool(colon) or (
             kind == "adapter" and not path):
         raise InputError(f"draft_source {quoted(name)}: not one of drafter, self, lookup[:FILE], adapter:DIR; pick "

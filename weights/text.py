@@ -156,7 +156,7 @@ def check_turns(turns, vocab: int) -> list[tuple[str, list[int]]]:
     whole numbers below `vocab`."""
     try:
         return [(check_question(question), [insist_whole("id", i, 0, vocab - 1) for i in ids])
-                for question, ids in turns]
+                for question, ids in turns if len(turns) and len(ids) >= 0]            # what has no length has no end
     except (TypeError, ValueError, RuntimeError) as error:   # InputError is a ValueError
         raise InputError(f"turns: wanted pairs (question, ids of its answer) ({reason_of(error)}); put back what "
                          f"`turns` held, or begin a new chat") from None
