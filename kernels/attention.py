@@ -36,12 +36,12 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.check import INTERPRETED, self_check, stages_that_fit
-from kernels.early import early_attention, takes_attention
 from kernels.rope_store import rope_store_ref, rotate
 
 LOG2E = 1.4426950408889634
 NEVER = tl.constexpr(-1e30)          # a masked score: finite, so that a row which sees nothing keeps a finite pivot
 MAX_ROWS = 32                        # rows of a step
+EARLY_ROWS = 16                      # of a step that may go to kernels/early.py
 COMBINE_COLS = 64                    # of a head's width, in a program of one warp that combines splits
 SPLIT = 320                          # cache rows a program of a step looks at; part of the order of addition
 
@@ -296,6 +296,12 @@ def attention(q_SHK, k_NMK, v_NMK, pos_ids_S, **override):
     return out_SHK
 
 
+def takes_attention(qkv_SE, K) -> bool:
+    """Whether a step is for kernels/early.py: on a GPU, in 16 bits, heads of 64, 128 or 256."""
+    return (qkv_SE.device.type != "cpu" and not INTERPRETED and len(qkv_SE) <= EARLY_ROWS
+            and qkv_SE.element_size() == 2 and K in (64, 128, 256) and qkv_SE.stride(0) % 8 == 0)
+
+
 def split_attention(q_SHK, k_NMK, v_NMK, pos_ids_S, cos_sin, work, **override):
     """One launch over splits of the cache, one that combines them. q_SHK may be rows of qkv."""
     (S, E, K), (N, M, _) = q_SHK.shape, k_NMK.shape
@@ -309,6 +315,8 @@ def split_attention(q_SHK, k_NMK, v_NMK, pos_ids_S, cos_sin, work, **override):
     strides, scale = (q_SHK.stride(0), k_NMK.stride(0), v_NMK.stride(0)), K ** -0.5 * LOG2E
     BLOCK_K = max(16, triton.next_power_of_2(K))
     if fused and takes_attention(q_SHK, K):
+        from kernels.early import early_attention  # a GPU's alone, and Gluon takes 50 ms to import
+
         early_attention(given, scratch, strides, S, M, scale, GROUP=H // N, device=q_SHK.device, **shape | override)
     else:
         config = {**step_config(K, q_SHK.element_size(), work.pdl, q_SHK.device), **override}

@@ -40,10 +40,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.check import INTERPRETED, self_check, stages_that_fit
+from kernels.check import self_check, stages_that_fit
 from kernels.rmsnorm import SUM_COLS
 
-PRODUCT_ROWS, ATTENTION_ROWS = 16, 16
 BLOCK_D, BLOCK_M = 128, 64           # inner columns of a product's tile, cache rows of an attention tile
 ROOM = 166_000                       # bytes of shared memory that a kernel's programs may fill on one processor
 NEVER = gl.constexpr(-1e30)          # as in attention.py
@@ -164,14 +163,6 @@ def early_product_kernel(x_ptr, w_ptr, y_ptr, norm_ptr, residual_ptr, sums_ptr, 
     if RESIDUAL:
         square = gl.where(held, y.to(gl.float32) * y.to(gl.float32), 0.0)
         gl.store(sums_ptr + s * T + tile, gl.sum(square, 1), mask=s < S)
-
-
-def takes_product(x_SD, residual, work) -> bool:
-    """Whether these rows are for `early_product`: on Hopper, in 16 bits, with full tiles."""
-    S, D = x_SD.shape
-    return (work is not None and work.pdl and work.late and not INTERPRETED and S <= PRODUCT_ROWS
-            and x_SD.element_size() == 2 and x_SD.stride(0) % 8 == 0
-            and D % ((1 if residual is None else 2) * BLOCK_D) == 0 and D >= 16 * BLOCK_D)
 
 
 def product_config(S, O, D, residual, gated, device):
@@ -318,12 +309,6 @@ def early_attention_kernel(qkv_ptr, k_ptr, v_ptr, pos_ids_ptr, cos_ptr, sin_ptr,
              mask=(s < S)[None, :] & (depth >= 0)[:, None])
 
 
-def takes_attention(qkv_SE, K) -> bool:
-    """Whether a step is for `early_attention`: on a GPU, in 16 bits, heads of 64, 128 or 256."""
-    return (qkv_SE.device.type != "cpu" and not INTERPRETED and len(qkv_SE) <= ATTENTION_ROWS
-            and qkv_SE.element_size() == 2 and K in (64, 128, 256) and qkv_SE.stride(0) % 8 == 0)
-
-
 def early_attention(given, scratch, strides, S, M, scale, H, T, K, device, **shape):
     """Leaves in `scratch` what every split found; arguments as attention.py has them for step_kernel."""
     stages = stages_that_fit(3, 4 * BLOCK_M * K, device)
@@ -334,7 +319,7 @@ def early_attention(given, scratch, strides, S, M, scale, H, T, K, device, **sha
 
 def main():
     """Bits that differ from skinny.py and attention.py: none may. Times stand in `python -m kernels.chain`."""
-    from kernels.attention import SplitWork, step_attention
+    from kernels.attention import EARLY_ROWS, SplitWork, step_attention
     from kernels.chain import FOLDS, Chain, case
     from kernels.check import differing, table
     from kernels.products import product
@@ -343,7 +328,7 @@ def main():
     chain, rows = Chain("plain", L=1), []
     work, late = chain.work(), chain.work(pdl=False)
     for name in FOLDS:
-        for S in (1, 8, 9, PRODUCT_ROWS):
+        for S in (1, 8, 9, EARLY_ROWS):
             x_SD, keywords = case(chain, name, S)
             for of in (work, late) if "norm" in keywords else ():
                 row_sums(x_SD, of)
@@ -351,7 +336,7 @@ def main():
             sums = differing(work.sums_ST[:S], late.sums_ST[:S])
             rows.append((f"{name}, {S} rows", differing(ours, theirs), sums))
     for context in (0, 319, 2100):
-        for S in (1, 2, 8, ATTENTION_ROWS):
+        for S in (1, 2, 8, EARLY_ROWS):
             qkv_SE = torch.randn(32, 3 * chain.D, device="cuda").to(chain.dtype)
             pos_ids_S = context + torch.arange(32, device="cuda")
             caches = [chain.k_LNMK[0].clone(), chain.v_LNMK[0].clone()]

@@ -28,9 +28,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention import SplitWork, launch_dependents_if, prefetch
+from kernels.attention import EARLY_ROWS, SplitWork, launch_dependents_if, prefetch
 from kernels.check import INTERPRETED, self_check, stages_that_fit
-from kernels.early import early_product, takes_product
 from kernels.rmsnorm import SUM_COLS, rmsnorm_ref, row_sums
 from kernels.round import MAX_CHUNKS, RoundWork
 from kernels.swiglu import silu_times, swiglu_ref
@@ -165,6 +164,14 @@ def skinny_kernel(x_ptr, w_ptr, y_ptr, norm_ptr, residual_ptr, sums_ptr, x_strid
         tl.store(sums_ptr + s * T + tile, pair_sum(square, BLOCK_S), mask=s < S)
 
 
+def takes_product(x_SD, residual, work) -> bool:
+    """Whether these rows are for kernels/early.py: on Hopper, in 16 bits, with full tiles of 128 inner columns."""
+    S, D = x_SD.shape
+    return (work is not None and work.pdl and work.late and not INTERPRETED and S <= EARLY_ROWS
+            and x_SD.element_size() == 2 and x_SD.stride(0) % 8 == 0
+            and D % (128 if residual is None else 256) == 0 and D >= 2048)
+
+
 def launch_config(S, D, itemsize, residual, gated, device):
     """Tile and pipeline. One H100, bf16, tuned inside a whole step (`python -m kernels.chain --tune plain`). Neither
     the tile of the narrow operand nor the depth of the pipeline touches the order of addition; SLICES and BLOCK_D do,
@@ -205,6 +212,8 @@ def skinny(x_SD, w_OD, work=None, norm=None, residual=None, gated=False, **overr
     assert model is None or work.sums_ST.shape[1] == triton.cdiv(model, SUM_COLS), \
         f"skinny: rows of {model}, a Workspace for {work.sums_ST.shape[1] * SUM_COLS}"
     if takes_product(x_SD, residual, work):
+        from kernels.early import early_product  # a GPU's alone, and Gluon takes 50 ms to import
+
         early_product(x_SD, w_OD, y_SO, work, norm, residual, gated, **override)
         return y_SO
     config = {**launch_config(S, D, x_SD.element_size(), residual is not None, gated, x_SD.device), **override}

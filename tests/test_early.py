@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from kernels.attention import SplitWork, step_attention
+from kernels.attention import SplitWork, step_attention, takes_attention
 from kernels.check import assert_no_worse, differing
-from kernels.early import ROOM, product_config, takes_attention, takes_product
+from kernels.early import ROOM, product_config
 from kernels.rmsnorm import row_sums
-from kernels.skinny import Workspace, skinny, skinny_ref
+from kernels.skinny import Workspace, skinny, skinny_ref, takes_product
 from tests.test_attention import step_case
 from tests.test_skinny import case, widened
 
@@ -24,7 +24,7 @@ HOPPER, PLAIN = (Workspace("cpu", 4096, 32, 128, 64, pdl=pdl, late=pdl) for pdl 
     (1, 2176, torch.bfloat16, False, HOPPER, True), (1, 2176, torch.bfloat16, True, HOPPER, False),
     (1, 1024, torch.bfloat16, False, HOPPER, False)])
 def test_which_products_go_there(S, D, dtype, residual, work, taken, monkeypatch):
-    monkeypatch.setattr("kernels.early.INTERPRETED", False)
+    monkeypatch.setattr("kernels.skinny.INTERPRETED", False)
     x_SD = torch.empty(S, D, dtype=dtype, device="meta")
     assert takes_product(x_SD, x_SD if residual else None, work) == taken
 
@@ -34,7 +34,7 @@ def test_which_products_go_there(S, D, dtype, residual, work, taken, monkeypatch
     (1, 64, torch.float16, "meta", True), (1, 96, torch.bfloat16, "meta", False),
     (1, 128, torch.float32, "meta", False), (1, 128, torch.bfloat16, "cpu", False)])
 def test_which_attention_goes_there(S, K, dtype, device, taken, monkeypatch):
-    monkeypatch.setattr("kernels.early.INTERPRETED", False)
+    monkeypatch.setattr("kernels.attention.INTERPRETED", False)
     assert takes_attention(torch.empty(S, 3 * K, dtype=dtype, device=device), K) == taken
 
 

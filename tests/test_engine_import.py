@@ -18,6 +18,7 @@ import engine
 assert torch.equal(before[0], torch.random.get_rng_state()), "the import drew random numbers or set a seed"
 assert before[1:] == (torch.get_default_dtype(), torch.get_num_threads(), sys.argv[:])
 assert not torch.cuda.is_initialized()
+assert "triton.experimental.gluon" not in sys.modules, "2 to 3 % of an import, for what a GPU alone needs"
 assert not torch.backends.cuda.matmul.allow_tf32
 """
 
