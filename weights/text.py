@@ -154,9 +154,13 @@ def check_question(question) -> str:
 def check_turns(turns, vocab: int) -> list[tuple[str, list[int]]]:
     """A chat so far, wherever it was kept meanwhile. InputError unless it is pairs of a question and its answer's ids,
     whole numbers below `vocab`."""
+    found = []
     try:
-        return [(check_question(question), [insist_whole("id", i, 0, vocab - 1) for i in ids])
-                for question, ids in turns if len(turns) and len(ids) >= 0]            # what has no length has no end
+        len(turns)                                           # what has no length may have no end
+        for question, ids in turns:
+            len(ids)
+            found.append((check_question(question), [insist_whole("id", i, 0, vocab - 1) for i in ids]))
+        return found
     except (TypeError, ValueError, RuntimeError) as error:   # InputError is a ValueError
         raise InputError(f"turns: wanted pairs (question, ids of its answer) ({reason_of(error)}); put back what "
                          f"`turns` held, or begin a new chat") from None
