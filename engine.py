@@ -310,6 +310,8 @@ class Model:
     origin: dict                                             # {"hash", "revision"} of its checkpoint, see `load_model`
     copy: Steps | None = None                                # its weights in 4 bits, where it drafts for itself
     draft_W: torch.Tensor                                    # the copy's state, see `draft`
+    seen_W: torch.Tensor                                     # and its first words on the host, see `drafted`
+    seen: torch.cuda.Event | None                            # they are there
     prompt: Callable                                         # question -> Prompt; the two below say how
     encode: Callable                                         # pixels -> visual rows
     visual: Callable                                         # pictures -> how many rows that is
@@ -324,8 +326,6 @@ class Model:
         self.state_W = new_state(decoder.cache_rows).to(self.device)
         self.host_W = torch.zeros(len(self.state_W), dtype=torch.long, pin_memory=self.on_gpu)   # on its way there
         self.host_read = torch.cuda.Event() if self.on_gpu else None
-        self.seen_W = torch.zeros_like(self.host_W, pin_memory=self.on_gpu)     # of the copy's state, see `drafted`
-        self.seen = torch.cuda.Event() if self.on_gpu else None
         self.tail_id = torch.zeros(1, dtype=torch.long, device=self.device)     # the prompt's last id
         self.ring: Ring | None = None                        # earlier answers, and what a drafter elsewhere expects
         self.searches = False                                # it and `sampling` are the request's: see `begin`
@@ -567,6 +567,8 @@ class Target(Model):
         super().__init__(decoder, text, path, stops, graphs)
         self.ring = Ring(self.device, memory.LOOKUP_ROWS[self.on_gpu], decoder.steps.work.pdl)
         self.draft_W = self.state_W.clone()
+        self.seen_W = torch.zeros_like(self.host_W, pin_memory=self.on_gpu)
+        self.seen = torch.cuda.Event() if self.on_gpu else None
         self.vision = VisionConfig.read(config.get("vision_config") or {})
         self.video_tower, self.image_tower = Tower(self.vision, weights, "video"), Tower(self.vision, weights, "image")
         self.projector = [weights[f"projector.{i}.{p}"] for i in (0, 1) for p in "wb"]
