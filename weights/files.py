@@ -123,6 +123,8 @@ def insist_filled(words) -> None:
 class Parser(argparse.ArgumentParser):
     """Of every command: a wrong or empty flag is one line, like all bad input; --max_samples is --max-samples."""
 
+    way_out = "--help lists all flags"                       # a command's: what is raised elsewhere names no flag
+
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
         insist_filled(words)
@@ -130,7 +132,7 @@ class Parser(argparse.ArgumentParser):
                                   namespace)
 
     def error(self, message):
-        raise InputError(f"{message}; --help lists all flags")
+        raise InputError(f"{message}; {self.way_out}")
 
     def _print_message(self, message, file=None):            # argparse's own hides that it could not be written
         print(message or "", end="", file=file or sys.stderr, flush=True)
