@@ -27,6 +27,8 @@ What brought what, in one run each:
 - u's excess taken from each weight and not by one more product: 16 rows 2.69 to 2.36, 1 row 1.90 to 1.89;
 - a single row in 8 bits: 1.76 to 1.65, its tiles tuned again 1.60, fewer instructions to round it 1.56; the same row
   in 16 bits from shared memory, without a round trip a block: 1.80 to 1.76;
+- tiles and warps tuned for up to 4, 8 and 16 rows apart, in a chain: 2 rows 1.74 to 1.70, 8 rows 1.81 to 1.79, 16 rows
+  2.20 to 2.10, of which down's two tiles a program of 16 warps 0.07;
 - two tiles of outputs a program, so that all programs of a product are resident at once: qkv 8.6 us, with one 13.3;
 - words on their way in shared memory in place of registers: gate-up 15.5 of 19.5;
 - plain loads and not `ld.global.nc`, which ptxas moves behind the wait on the kernel ahead.
@@ -34,11 +36,11 @@ Microseconds that a step of 1 row gains by leaving a kernel of each layer out, b
 attention with its combine 11.4 (7.8), o 4.3 (2.0), gate-up 9.8 (10.6), down 7.3 (5.3): down rounds 11,008 columns in
 every program.
 Tried and dropped: a head of 4 bits (24 us in place of 36: 0.6 % of a step, for worse drafts); releasing the next kernel
-before the wait (0.6 % slower at 1 row, 1 % faster at 16) or near the end, as kernels/skinny.py does (13 % slower); x of
-several rows fetched two rounds ahead (5 % slower: registers); the next product's weights asked into L2 by whatever ends
-before it, 4 to 20 MB (2 to 9 % slower; a plain step 3 to 5 %); two warps a program (gate-up 20 to 26, qkv 15.8); all
-rounds unrolled (no faster, ten times the compile time); weights of bf16 by this kernel (a step of 4.27 ms, skinny
-3.98); one split of L1 and shared memory for all kernels of a step (no difference)."""
+before the wait (0.6 % slower at 1 row, no faster at 16 since its tiles are tuned) or near the end, as kernels/skinny.py
+does (13 % slower); x of several rows fetched two rounds ahead (5 % slower: registers); the next product's weights asked
+into L2 by whatever ends before it, 4 to 20 MB (2 to 9 % slower; a plain step 3 to 5 %); two warps a program (gate-up 20
+to 26, qkv 15.8); all rounds unrolled (no faster, ten times the compile time); weights of bf16 by this kernel (a step of
+4.27 ms, skinny 3.98); one split of L1 and shared memory for all kernels of a step (no difference)."""
 
 # mypy: disable-error-code="assignment, misc"
 import functools
@@ -657,11 +659,11 @@ def launch_config(S, O, D, gated):
     if gated:
         tiles, warps, ahead = (2, 4, 4) if S == 1 else (2, 4, 3) if few else (4, 4, 2)
     elif O <= 4096 and D > O:
-        tiles, warps, ahead = (1, 8, 2) if S == 1 else (1, 16, 2) if few else (2, 8, 2)
+        tiles, warps, ahead = (1, 8, 2) if S == 1 else (1, 16, 2 if S <= 4 else 1) if few else (2, 16, 1)
     elif O <= 4096:
-        tiles, warps, ahead = (1, 4, 8) if S == 1 else (1, 8, 4) if few else (1, 8, 2)
+        tiles, warps, ahead = (1, 4, 8) if S == 1 else (1, 8, 4 if 4 < S <= 8 else 2)
     else:
-        tiles, warps, ahead = (2, 8, 2) if O <= 16384 else (2, 4, 2)
+        tiles, warps, ahead = (2, 4, 2) if O > 16384 else (2, 8, 2) if few else (2, 4, 4)
     return dict(TILES=tiles, num_warps=warps, AHEAD=ahead, ONE=S == 1)
 
 
@@ -682,7 +684,9 @@ def quant(x_SD, w: Packed, work=None, norm=None, residual=None, gated=False, **o
         return quant_ref(x_SD, w, norm, residual, gated)
     y_SO = torch.empty((S, width), dtype=x_SD.dtype, device=x_SD.device)
     pdl, config = work is not None and work.pdl, {**launch_config(S, O, D, gated), **override}
-    slot = config["TILES"] * config["num_warps"] * (w.group * 2 * w.bits + 128)       # bytes of a round
+    share = config["TILES"] * (w.group * 2 * w.bits + 128)   # bytes of a warp's round
+    config["num_warps"] = min(config["num_warps"], 1 << (SHARED // share).bit_length() - 1)
+    slot = share * config["num_warps"]
     steps = triton.cdiv(triton.cdiv(D // w.group, config["num_warps"]) * w.group, 256)
     kept = config["ONE"] * config["num_warps"] * steps * (256 + 2048 // w.group)     # bytes of a single row
     config["AHEAD"] = max(1, min(config["AHEAD"], (SHARED - kept) // slot))
