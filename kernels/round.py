@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.check import INTERPRETED, self_check
+from kernels.check import INTERPRETED
 
 FIELDS = ("n_out", "done", "accept_len", "drafted", "prompt_len", "limit", "nonfinite", "ahead", "fit", "sure")
 STOPS, DRAFTS = 16, 32
@@ -271,32 +271,3 @@ def close_draft(logits_1V, state_W, work=None):
     close_draft_kernel[(chunks,)](logits_1V, state_W, work.key_SC, work.mass_C, work.arrived, logits_1V.shape[1],
                                   len(state_W) - STATE, CHUNK=CHUNK, CHUNKS=chunks, MAX_CHUNKS=MAX_CHUNKS,
                                   STATE=STATE, PDL=work.pdl, launch_pdl=work.pdl, num_warps=4)
-
-
-def main():
-    """Agreement with the plain loop, then microseconds: all ends are launch-bound."""
-    from kernels.check import table, time_ms
-
-    V, D, work, rows = 32_064, 4096, RoundWork("cuda"), []
-    embed_VD = torch.randn(V, D, device="cuda").bfloat16()
-    for S in (1, 16, 32):
-        logits_SV = torch.randn(S, V, device="cuda").bfloat16()
-        plain = new_state(200, ids=[5], n_out=1, prompt_len=10, limit=100)
-        plain[SLOTS.value:SLOTS.value + S - 1] = logits_SV.argmax(-1)[:-1].cpu()
-        plain[FOUND.value] = S - 1
-        ours = plain.cuda()
-        close_round(logits_SV, ours, work)
-        close_round_ref(logits_SV.cpu(), plain)
-        close_draft(logits_SV[:1], ours, work)
-        close_draft_ref(logits_SV[:1].cpu(), plain)
-        assert abs(int(ours[SURE.value]) - int(plain[SURE.value])) <= 2, "close_draft: another probability"
-        ours[SURE.value] = plain[SURE.value]
-        assert ours.tolist() == plain.tolist(), f"close_round: {S} rows differ from the plain loop"
-        rows.append((f"{S} rows", 1e3 * time_ms(lambda s=ours, G=S - 1: open_round(s, G, embed_VD), 8)[1],
-                     1e3 * time_ms(lambda x=logits_SV, s=ours: close_round(x, s, work), 8)[1],
-                     1e3 * time_ms(lambda x=logits_SV[:1], s=ours: close_draft(x, s, work), 8)[1]))
-    table("both ends of a round, p50 us", ("", "open", "close", "close of a draft"), rows)
-
-
-if __name__ == "__main__":
-    self_check(main, __file__)

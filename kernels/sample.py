@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.check import INTERPRETED, self_check
+from kernels.check import INTERPRETED
 from kernels.round import N_OUT, STATE, SURE
 
 ROW_CHUNK, CHUNK = 8192, 1024        # logits that a program looks at in one go: of a whole row, and of its one chunk
@@ -168,30 +168,3 @@ class Recorded:
         place_1 = state_W[:1] - 1
         state_W.index_copy_(0, STATE + place_1, self._at(1, place_1))
         state_W[SURE.value:SURE.value + 1].copy_(self._at(2, place_1))
-
-
-def main():
-    """Agreement with the definition and between row counts, then microseconds, with and without top_p."""
-    from kernels.check import assert_no_worse, differing, table, time_ms
-
-    V, rows = 32_064, []
-    all_SV = (3 * torch.randn(32, V, device="cuda")).bfloat16()
-    state_W = torch.tensor([5, 0, 0, 10, -1, 100, 0, 0], device="cuda")
-    for top_p in (1.0, 0.9):
-        words_3 = sampling_words(0.8, top_p, 1 << 40).cuda()
-        whole_SV = sample(all_SV, state_W, words_3)
-        plain_SV = sample_ref(all_SV.cpu(), state_W.cpu(), words_3.cpu())
-        same = (whole_SV.cpu() == -torch.inf) == (plain_SV == -torch.inf)
-        assert bool(same.all()), f"sample: {int((~same).sum())} ids are cut on one side only at top_p {top_p}"
-        truth = plain_SV.masked_fill(plain_SV == -torch.inf, 0)
-        assert_no_worse(whole_SV.cpu().masked_fill(plain_SV == -torch.inf, 0), truth, truth, what="sample")
-        for S in (1, 16, 32):
-            logits_SV = all_SV[:S].clone()
-            assert differing(sample(logits_SV, state_W, words_3), whole_SV[:S]) == 0, f"{S} rows differ from 32"
-            rows.append((f"{S} rows, top_p {top_p}",
-                         1e3 * time_ms(lambda x=logits_SV, w=words_3: sample(x, state_W, w), 8)[1]))
-    table("logits to scores, p50 us", ("", "sample"), rows)
-
-
-if __name__ == "__main__":
-    self_check(main, __file__)

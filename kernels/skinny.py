@@ -29,7 +29,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import EARLY_ROWS, SplitWork, launch_dependents_if, prefetch
-from kernels.check import INTERPRETED, self_check, stages_that_fit
+from kernels.check import INTERPRETED, stages_that_fit
 from kernels.rmsnorm import SUM_COLS, rmsnorm_ref, row_sums
 from kernels.round import MAX_CHUNKS, RoundWork
 from kernels.swiglu import silu_times, swiglu_ref
@@ -229,14 +229,3 @@ def skinny(x_SD, w_OD, work=None, norm=None, residual=None, gated=False, **overr
         RESIDUAL=residual is not None, SUMS=sums, GATED=gated, PDL=pdl, launch_pdl=pdl, enable_fp_fusion=False,
         **config)
     return y_SO
-
-
-def main():
-    """Agreement of each product with plain torch, bits over row counts, then the step; --tune: one choice at a time."""
-    from kernels.chain import report
-
-    report("plain")
-
-
-if __name__ == "__main__":
-    self_check(main, __file__)

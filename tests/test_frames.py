@@ -348,8 +348,3 @@ def test_a_sliver_is_refused_before_it_grows():
 def test_no_frames_are_refused():
     with pytest.raises(ValueError, match="no frames"):
         frames.clip_pixels([], 224)
-
-
-def test_self_check_passes(capsys):
-    frames.main(runs=1)
-    assert "equal to the plain loop" in capsys.readouterr().out
