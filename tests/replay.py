@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measure
+from pairs import read_pairs
 
 import bench
 import engine
@@ -43,7 +44,6 @@ from kernels.check import quantiles
 from weights import UNREADABLE, InputError, describe, replace_file, show
 from weights.drafting import Gate
 from weights.files import read_json
-from weights.pairs import read_pairs
 from weights.rows import estimate, forwards, median, per_forward
 from weights.sources import Lookup
 

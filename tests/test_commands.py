@@ -14,11 +14,11 @@ import replay
 import sources
 import speeds
 import torch
+from pairs import read_pairs
 
 import bench
 import engine
 from engine import InputError
-from weights.pairs import read_pairs
 
 PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "seed_pairs.jsonl"
 ANSWERS = {"a": [[1, 5, 3, 4], [1, 5, 3, 4], [1, 5, 8, 4]], "b": [[1, 5, 3, 9]], "c": [[7, 5, 3, 9]]}
