@@ -80,7 +80,7 @@ from kernels.round import (
     new_state,
     open_round,
 )
-from kernels.sample import Recorded, sample, sampling_words
+from kernels.sample import sample, sampling_words
 from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 from kernels.tower import add_layernorm, layernorm, quick_gelu
@@ -331,7 +331,6 @@ class Model:
         self.searches = False                                # it and `sampling` are the request's: see `begin`
         self.sampling: tuple | None = None
         self.sampling_3 = torch.zeros(3, dtype=torch.long, device=self.device)
-        self.recorded: Recorded | None = None                # see `replay`
         self.pixels, self.step_graphs, self.prompt_rows = {}, {}, 0
         self.held, self.cached = 0, []                       # rows of the open clip, and ids whose rows lie behind them
         self.asked_W = torch.zeros(2 + decoder.cache_rows + STEP_ROWS, dtype=torch.long, device=self.device)
@@ -486,7 +485,11 @@ class Model:
         return logits_SV
 
     def _close(self, logits_SV, searches: bool, sampled: bool) -> None:
-        close_round(self._chosen(logits_SV, sampled), self.state_W, self.decoder.steps.work.round)
+        """Of rows that follow n_out ids the largest elements are the model's ids. Sampled, the draws win: they are made
+        before any draft is looked at and depend on none, so accepting what equals them is Leviathan et al. 2023's rule
+        for a draft that is certain: d with probability p(d), else an id of p without d."""
+        scores_SV = sample(logits_SV, self.state_W, self.sampling_3) if sampled else logits_SV
+        close_round(scores_SV, self.state_W, self.decoder.steps.work.round)
         if searches:
             lookup(self.ring, self.state_W)
 
@@ -503,8 +506,6 @@ class Model:
         _, pos_ids_S, hidden_SD = open_round(self.draft_W, 0, self.decoder.embed_VD, work)
         logits_SV = self.decoder.forward(hidden_SD, pos_ids_S, steps=self.copy)
         close_draft(sample(logits_SV, self.draft_W, self.sampling_3) if sampled else logits_SV, self.draft_W, work)
-        if self.recorded:
-            self.recorded.draft(self.draft_W)
         if searches:
             lookup(self.ring, self.draft_W)
 
@@ -534,23 +535,6 @@ class Model:
         to_W[:len(words)].copy_(self.host_W[:len(words)], non_blocking=True)
         if self.host_read:
             self.host_read.record(self.stream)
-
-    def replay(self, ids, drafts=(), sures=()) -> None:
-        """From here on this model computes as ever, but what it gives is recorded elsewhere (see `Recorded`): real
-        speed at a real acceptance without the checkpoint. Later calls change the ids."""
-        if self.recorded is None:
-            same = "encode", "prefill", "ask"                # other graphs end with ids
-            self.step_graphs = {key: of for key, of in self.step_graphs.items() if key[0] in same}
-            self.recorded = Recorded(self.decoder.cache_rows, self.stops[0], self.device)
-        self.recorded.set(ids, drafts, sures)
-
-    def _chosen(self, logits_SV, sampled: bool):
-        """Rows of a step, after n_out ids, whose largest elements are the model's ids. Sampled, the draws win: they are
-        made before any draft is looked at and depend on none, so accepting what equals them is Leviathan et al. 2023's
-        rule for a draft that is certain: d with probability p(d), else an id of p without d."""
-        if self.recorded:
-            self.recorded.choose(logits_SV, self.state_W)
-        return sample(logits_SV, self.state_W, self.sampling_3) if sampled else logits_SV
 
     def snapshot(self, words: int) -> Snapshot:
         return Snapshot(self.state_W[:words], self.stream)

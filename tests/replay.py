@@ -168,7 +168,7 @@ def main(argv=None) -> int:
     options.max_new_tokens = options.random_ids or options.max_new_tokens
     for model in e.models:
         with torch.inference_mode():
-            model.replay([])
+            measure.replay(model, [])
     clips, _ = bench.read_dataset(options.dataset_dir, None, -1)
     streams = choose(pairs, options.max_answers, options.shard)
     first = next(iter(streams))
@@ -191,9 +191,9 @@ def main(argv=None) -> int:
             e.gate = gates[name] if options.gate == "on" else None        # each is priced by its own acceptance
             e.right, (drafts, sures) = rights[name], of.drafts(row, chance, V)
             with torch.inference_mode():
-                e.target.replay(ids, *((drafts, sures) if "self" in of.sources else ()))
+                measure.replay(e.target, ids, *((drafts, sures) if "self" in of.sources else ()))
                 if drafter:
-                    e.drafter.replay(drafts)
+                    measure.replay(e.drafter, drafts)
             cell[name] = result = e.generate(
                 event_path=clip.events, video_path=clip.video, query=row["question"], mode=of.mode,
                 draft_source=of.source, max_new_tokens=len(ids), ignore_eos=True, remember=False,
