@@ -479,7 +479,7 @@ class Model:
         return self.graph("round", G, self.searches, self.sampling is not None)
 
     def _round(self, G: int, searches: bool, sampled: bool):
-        _, pos_ids_S, hidden_SD = open_round(self.state_W, G, self.decoder.embed_VD, self.decoder.steps.work.round)
+        pos_ids_S, hidden_SD = open_round(self.state_W, G, self.decoder.embed_VD, self.decoder.steps.work.round)
         logits_SV = self.decoder.forward(hidden_SD, pos_ids_S)
         self._close(logits_SV, searches, sampled)
         return logits_SV
@@ -503,7 +503,7 @@ class Model:
 
     def _draft(self, searches: bool, sampled: bool) -> None:
         work = self.copy.work.round
-        _, pos_ids_S, hidden_SD = open_round(self.draft_W, 0, self.decoder.embed_VD, work)
+        pos_ids_S, hidden_SD = open_round(self.draft_W, 0, self.decoder.embed_VD, work)
         logits_SV = self.decoder.forward(hidden_SD, pos_ids_S, steps=self.copy)
         close_draft(sample(logits_SV, self.draft_W, self.sampling_3) if sampled else logits_SV, self.draft_W, work)
         if searches:
