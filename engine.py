@@ -988,9 +988,7 @@ class Engine(Closing):
 
         Both sides need Python's interpreter lock. Beside a target on a GPU the drafter leaves it to the target while
         that reads packets, and from its last frame until its prefill is queued (`host_free`). Without this the frames
-        of a 20 s clip came 6.8 ms later on 16 cores; now it is 0.5, and the preview comes 3.5 ms later. Dropped, no
-        gain beyond the noise of 1 ms: waiting for a draft asleep instead of spinning, a lower priority for this thread,
-        a shorter turn of the lock."""
+        of a 20 s clip came 6.8 ms later on 16 cores; now it is 0.5, and the preview comes 3.5 ms later."""
         model = self.drafter
         alone = req.asked.mode in ("drafter_only", "prefill_only") or req.question is None
         gate = None if alone or self.apart else req.gate     # on a device of its own it disturbs nobody
@@ -1515,13 +1513,8 @@ def explain(model: Model, result: Result) -> list[Verdict]:
 
 def first_id(model: Model, loaded, limit: int, req: Request) -> None:
     """Queues all from frames or events, or from the rows of an open clip, to the first id of at most `limit`, which is
-    then in the model's state.
-
-    Dropped: prefilling frame pairs as they come. The decoder gives the 8 frames of a 1 s clip after 18.0 to 23.4 ms and
-    those of a 20 s clip, out of order, after 40 to 56; four parts take 52.7 ms on an H100 where the whole takes 45.5
-    (two 48.5, 6 frames and 2 47.8). The first id would come 1 to 6 ms earlier, and the window in which a drafter has
-    the GPU to itself would be gone.
-    """
+    then in the model's state. Dropped: prefilling frames as they come: the first id would come 1 to 6 ms earlier, and
+    the window in which a drafter has the GPU to itself would be gone."""
     prompt, stops = req.prompts[model.side], () if req.asked.ignore_eos else model.stops
     known, model.cached = agreeing(model.cached, prompt.after[:-1]) if req.goes_on else 0, []
     if req.clip:

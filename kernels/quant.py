@@ -20,25 +20,14 @@ Bytes: O*D*bits/8 + O*D/64 of scales. LLaMA-7B, a layer at 4 bits: qkv 26.0 MB, 
 8-bit head of 133 MB 3.47 GB a step, 0.79 ms at the 4.4 TB/s that an H200 reads.
 
 One H200, bf16 x, target shapes, context 2,100, ms a step of 1 / 2 / 8 / 16 rows: 1.46 / 1.75 / 1.83 / 2.22
-(`python -m tests.figures`); 1.57 / 1.87 / 2.01 / 2.33 before the attention of kernels/early.py.
-What brought what, in one run each:
-- all row counts by one kernel of tensor cores, in place of multiply-add and Triton's dot: 1.92 / 3.04 / 3.39 / 3.43 to
-  1.91 / 1.94 / 2.09 / 2.71;
-- u's excess taken from each weight and not by one more product: 16 rows 2.69 to 2.36, 1 row 1.90 to 1.89;
-- a single row in 8 bits: 1.76 to 1.65, its tiles tuned again 1.60, fewer instructions to round it 1.56; the same row
-  in 16 bits from shared memory, without a round trip a block: 1.80 to 1.76;
-- two tiles of outputs a program, so that all programs of a product are resident at once: qkv 8.6 us, with one 13.3;
-- words on their way in shared memory in place of registers: gate-up 15.5 of 19.5;
-- plain loads and not `ld.global.nc`, which ptxas moves behind the wait on the kernel ahead.
-Microseconds that a step of 1 row gains by leaving a kernel of each layer out, beside bytes at 4.4 TB/s: qkv 6.4 (5.9),
-attention with its combine 11.4 (7.8), o 4.3 (2.0), gate-up 9.8 (10.6), down 7.3 (5.3): down rounds 11,008 columns in
-every program.
-Tried and dropped: a head of 4 bits (24 us in place of 36: 0.6 % of a step, for worse drafts); releasing the next kernel
-before the wait (0.6 % slower at 1 row, 1 % faster at 16) or near the end, as kernels/skinny.py does (13 % slower); x of
-several rows fetched two rounds ahead (5 % slower: registers); the next product's weights asked into L2 by whatever ends
-before it, 4 to 20 MB (2 to 9 % slower; a plain step 3 to 5 %); two warps a program (gate-up 20 to 26, qkv 15.8); all
-rounds unrolled (no faster, ten times the compile time); weights of bf16 by this kernel (a step of 4.27 ms, skinny
-3.98); one split of L1 and shared memory for all kernels of a step (no difference)."""
+(`python -m tests.figures`). Microseconds that a step of 1 row gains by leaving a kernel of each layer out, beside bytes
+at 4.4 TB/s: qkv 6.4 (5.9), attention with its combine 11.4 (7.8), o 4.3 (2.0), gate-up 9.8 (10.6), down 7.3 (5.3): down
+rounds 11,008 columns in every program. Two tiles of outputs a program let all programs of a product be resident at
+once. Loads are plain and not `ld.global.nc`, which ptxas moves behind the wait on the kernel ahead.
+Tried and dropped: a head of 4 bits (0.6 % of a step, for worse drafts); releasing the next kernel before the wait or
+near the end; x of several rows fetched two rounds ahead; the next product's weights asked into L2 by whatever ends
+before it; two warps a program; all rounds unrolled; weights of bf16 by this kernel (a step of 4.27 ms, skinny
+3.98)."""
 
 # mypy: disable-error-code="assignment, misc"
 import functools
@@ -148,9 +137,7 @@ def quantise(w_OD, bits, norm_D=None, turn=False) -> Packed:
     norm_D: the weight of an RMSNorm in front, folded in: programs would read it as often as x. turn: for a stream that
     is `turned`, which a weight behind a norm reads and any other writes. Rows are independent, and go PACK_ROWS at a
     time: one takes a dozen times its own size meanwhile.
-    Tried and dropped, share of right drafts of SmolLM2-135M beside 0.833 (turned densely, groups of 64): zero points
-    0.830, half-quadratic fitting 0.840 (both one more fp16 a group), a finer search of scales 0.836, groups of 32
-    0.849 (twice the scales), a 4-bit head 0.776."""
+    Dropped: zero points, half-quadratic fitting, a finer search of scales, smaller groups."""
     rows = PACK_ROWS if w_OD.shape[1] <= 4096 else PACK_ROWS // 4
     if len(w_OD) > rows and not (turn and norm_D is None and len(w_OD) % TURNED):
         parts = [quantise(part, bits, norm_D, turn) for part in w_OD.split(rows)]

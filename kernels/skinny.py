@@ -6,22 +6,15 @@ is added) of all rows. On Hopper 1 to 16 rows go to kernels/early.py, whose bits
 
 Bytes: 2*O*D of weights, everything else is small. LLaMA-7B in bf16, a layer: qkv 101 MB, o 34, gate-up 180, down 90.
 
-Measured, one H100 80GB, read-only stream 3.11 TB/s; microseconds that a step at context 2,100 gains by leaving one
-kernel of every layer out, beside bytes / stream: qkv 35.6 (32.4), attention 15 to 17 (11.1), o 11.5 (10.8), gate-up
-61.9 (58.0), down 30.5 (29.0). Whole step 5.14 ms for 1 row, 5.35 for 16, 5.61 for 32; the stream alone 4.60.
-What made a difference there, ms of the whole step:
-- programmatic dependent launch with the next kernel released near the end of the loop (LATE): 5.13 to 5.15; released
-  at the start of qkv, gate-up or down 5.24, 5.18, 5.18 (what is fetched that early seems to leave L2 before it is
-  used; with all at the start nothing was left of the gain); without it 5.41;
-- both halves of the inner dimension in one program (SLICES), 128 programs for o and down on 132 processors: alone,
-  o 11.9 and down 30.3 microseconds, 13.5 and 32.0 without an early start;
+Measured, one H100 80GB, read-only stream 3.11 TB/s: a step at context 2,100 takes 5.14 ms for 1 row, 5.35 for 16, 5.61
+for 32; the stream alone 4.60 (`python -m kernels.chain plain` has each product's share). What made a difference:
+- programmatic dependent launch with the next kernel released near the end of the loop (LATE): 5.13 to 5.15, without
+  it 5.41. Released at the start 5.18 to 5.24: what is fetched that early seems to leave L2 before it is used;
+- both halves of the inner dimension in one program (SLICES): 128 programs for o and down on 132 processors;
 - weight lines asked into L2 before the wait (PREFETCH) for o and down: 0.8 to 1.1 microseconds each;
 - gate-up at 3 stages, where its 344 programs are all resident: 5.13; at 4, 5.24 to 5.28.
-Tried and dropped: x loaded by hand one or two rounds ahead, so that the pipelined weight loads stand before the
-wait: qkv and gate-up 0.6 % of the step faster at 1 row, 1 to 2 % slower at 32, o and down slower by 1 to 14
-microseconds; tiles of 64 or 256 inner columns (qkv 44 and 38.9 against 37.5 microseconds); 128 outputs a program
-(0.4 to 2 % of the step slower); interleaved halves (0.5 to 1 %); 5 stages; always 32 columns (1.8 % slower at 1
-row)."""
+Tried and dropped: x loaded by hand one or two rounds ahead; tiles of 64 or 256 inner columns; 128 outputs a program;
+interleaved halves; 5 stages; always 32 columns (1.8 % slower at 1 row)."""
 
 import torch
 import triton
