@@ -38,32 +38,9 @@ from engine import MODES
 from kernels.check import ceilings, quantiles
 from weights import InputError, controls, describe, replace_file, show
 from weights.dataset import LIST, Sample, read_dataset
-from weights.files import (
-    Parser,
-    command,
-    in_flags,
-    insist_whole,
-    printable,
-    quoted,
-    rank,
-    read_text,
-    reason_of,
-    say,
-    trusting,
-)
+from weights.files import Parser, command, in_flags, insist_whole, printable, rank, read_text, reason_of, say, trusting
 from weights.memory import DRAFTER_DTYPES, PARTS, TINY, nvidia_smi
-from weights.rows import (
-    RowFile,
-    compare,
-    estimate,
-    forwards,
-    insist_sound,
-    judged,
-    median,
-    merge,
-    mode_figures,
-    parting,
-)
+from weights.rows import RowFile, estimate, forwards, insist_sound, judged, median, merge, mode_figures, parting
 from weights.shapes import PROMPT_ROWS
 from weights.show import WIDTH, block, columns, fmt, shown
 from weights.text import check_sampling
@@ -345,7 +322,7 @@ def assemble(head: dict, rows: list, interrupted: bool = False) -> dict:
             limits[side] = at_rows(limits[side], round(statistics.median(prompts)))
         else:
             del limits[side]
-    identical, answers = compare(rows), collections.defaultdict(list)
+    identical, answers = weights.rows.compare(rows), collections.defaultdict(list)
     for row in rows:
         if "target_only" in row["modes"]:
             answers[row["question"]].append(row["modes"]["target_only"]["ids"])
@@ -773,7 +750,7 @@ def read_shard(text: str | None, environ) -> tuple[int, int]:
                             and n in environ), ("", "0/1"))
     index, _, count = text.partition("/")
     if rank(index) is None or rank(count) is None or rank(index) >= rank(count):
-        raise InputError(f"{where}: wanted I/N with I from 0 to N - 1, got {quoted(text)}; number the shards from 0"
+        raise InputError(f"{where}: wanted I/N with I from 0 to N - 1, got {text!r}; number the shards from 0"
                          + ", or unset these variables" * (where != "--shard"))
     return rank(index), rank(count)
 
