@@ -732,20 +732,28 @@ def report(checkpoint: Checkpoint):
           f"bytes; {len(checkpoint.unread)} not read, {sum(s.nbytes for s in checkpoint.unread):,} bytes")
 
 
-def insist_usable(device: str) -> torch.device:
-    """The device of a command. InputError unless it can be used."""
+def pick_device(name) -> torch.device:
+    """A device that is really there, or an InputError that says which are."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        at = torch.device(device)
-        torch.zeros(1, device=at).item()
-        return at
-    except (AssertionError, RuntimeError, NotImplementedError) as error:
-        raise refusal(f"--device {brief(device)}", f"cannot be used ({reason_of(error)})",
-                      "pass cpu, or cuda where torch sees a GPU") from None
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device {name!r}: not a device name; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise InputError(f"device {name}: {count} CUDA devices here; use cpu, a lower number, or check the driver")
+        device = torch.device("cuda", device.index or 0)
+    elif device.type != "cpu":
+        raise InputError(f"device {name}: only cpu and cuda are supported; use one of these")
+    return device
 
 
 def checked(checkpoint: Checkpoint, device: str) -> str:
     """Reads every value, to fp32 on the CPU and bf16 elsewhere, and keeps none."""
-    at = insist_usable(device)                               # the driver's start is not the loader's
+    at = pick_device(device)
+    torch.zeros(1, device=at).item()                         # the driver's start is not the loader's
     began = time.monotonic()
     for _ in checkpoint.tensors(at, torch.float32 if at.type == "cpu" else torch.bfloat16):
         pass
