@@ -3,9 +3,11 @@ and lengths are read on the device. Keys are cached after rotary. Query head h r
 
 Many rows (prefill, or a later chunk over a filled prefix): one program per 64 rows of a head, tiles of 64 cache
 rows, unmasked where every row sees all of them. 4*S*visible*H*K operations, halved by the mask: 2,076 rows of
-LLaMA-7B are 35 GFLOP a layer. H100: 103 microseconds (344 TFLOP/s), 641 rows 18.8; torch's SDPA with its causal
-flag, which knows no positions: flash 185 and 39.7, cuDNN 91 and 23.1, memory-efficient 279 and 50.1. Slower: 128 x
-64 with 8 warps 107, 128 x 128 115 to 123, 64 x 32 119, 2 stages 117, 4 stages 154.
+LLaMA-7B are 35 GFLOP a layer. H200, 2,077 rows: 87.7 microseconds (403 TFLOP/s), 641 rows 18.1; torch's SDPA with its
+causal flag, which knows no positions: cuDNN 91.4 and 24.2, flash 184 and 41.5. Tiles come through a descriptor, by the
+card's copy engine: by addresses, which every thread has to add up, 104 and 20.4. Slower: 2 stages 106, 4 stages 126;
+tiles of 64 x 128 139, 64 x 32 with 4 stages 111; 128 rows a program with 4 warps 98 (641 rows: 28.3), with 8 warps 108
+to 135; queries turned here and not by rope_store.py 95.2, as much as that saves.
 
 Few rows (a step): one program per 320 cache rows of a head at fixed positions, then one per row and head that
 combines them in a fixed order. The cache is the tall operand of both products and the step's rows the narrow one,
@@ -34,6 +36,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.check import INTERPRETED, self_check, stages_that_fit
 from kernels.rope_store import rope_store_ref, rotate
@@ -95,51 +98,49 @@ def launch_dependents_if(now, then):
 
 
 @triton.jit
-def prefill_tiles(acc, top, total, q, k_ptr, v_ptr, pos, begin, end, M, scale, K: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr):
+def prefill_tiles(acc, top, total, q, k_rows, v_rows, head_row, pos, begin, end, M, scale, BLOCK_M: tl.constexpr,
+                  MASKED: tl.constexpr):
     """Folds the cache rows begin..end into (acc, top, total). Unmasked, every row of q must see all of them."""
-    col = tl.arange(0, BLOCK_K)[None, :]
     for start in range(begin, end, BLOCK_M):
-        at = start + tl.arange(0, BLOCK_M)
-        held = (at < M)[:, None] & (col < K) if MASKED or BLOCK_K != K else None
-        k = tl.load(k_ptr + at[:, None] * K + col, mask=held, other=0.0 if MASKED or BLOCK_K != K else None)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee")                                 # [BLOCK_S, BLOCK_M]
+        k = k_rows.load([head_row + start, 0])                                                     # [BLOCK_M, BLOCK_K]
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")                                     # [BLOCK_S, BLOCK_M]
         if MASKED:
+            at = start + tl.arange(0, BLOCK_M)
             score = tl.where((at[None, :] <= pos[:, None]) & (at < M)[None, :], score, NEVER)
         new_top = tl.maximum(top, tl.max(score, 1))
-        prob = tl.exp2((score - new_top[:, None]) * scale)
+        prob = tl.exp2(score * scale - (new_top * scale)[:, None])
         if MASKED:                                       # a row that has seen nothing yet has NEVER as its pivot
             prob = tl.where(score == NEVER, 0.0, prob)
         shrink = tl.exp2((top - new_top) * scale)
         total = total * shrink + tl.sum(prob, 1)
-        v = tl.load(v_ptr + at[:, None] * K + col, mask=held, other=0.0 if MASKED or BLOCK_K != K else None)
+        v = v_rows.load([head_row + start, 0])
         acc = tl.dot(prob.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = new_top
     return acc, top, total
 
 
 @triton.jit(do_not_specialize=["S"])
-def prefill_kernel(q_ptr, k_ptr, v_ptr, pos_ids_ptr, out_ptr, q_stride, k_head_stride, v_head_stride, S, M, scale,
-                   H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr,
-                   BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """BLOCK_S rows of one query head against every cache row that any of them sees. The longest blocks start first."""
+def prefill_kernel(q_ptr, k_rows, v_rows, pos_ids_ptr, out_ptr, q_stride, head_rows, S, M, scale, H: tl.constexpr,
+                   GROUP: tl.constexpr, K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
+                   BLOCK_K: tl.constexpr):
+    """BLOCK_S rows of one query head against every cache row that any of them sees. The longest blocks start first.
+    k_rows, v_rows: descriptors of the caches, a head's rows below those of the head before it."""
     head = tl.program_id(0)
     row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_S + tl.arange(0, BLOCK_S)
     col = tl.arange(0, BLOCK_K)[None, :]
     pos = tl.load(pos_ids_ptr + row, mask=row < S, other=-1).to(tl.int32)
     q = tl.load(q_ptr + row[:, None].to(tl.int64) * q_stride + head * K + col, mask=(row < S)[:, None] & (col < K),
                 other=0.0)                                                                         # [BLOCK_S, BLOCK_K]
-    k_ptr += (head // GROUP).to(tl.int64) * k_head_stride
-    v_ptr += (head // GROUP).to(tl.int64) * v_head_stride
+    head_row = head // GROUP * head_rows
     acc = tl.zeros((BLOCK_S, BLOCK_K), dtype=tl.float32)
     top = tl.full((BLOCK_S,), NEVER, dtype=tl.float32)
     total = tl.zeros((BLOCK_S,), dtype=tl.float32)
     all_see = tl.minimum(tl.min(tl.where(row < S, pos, M - 1)) + 1, M) // BLOCK_M * BLOCK_M
     any_sees = tl.minimum(tl.max(pos) + 1, M)
-    acc, top, total = prefill_tiles(acc, top, total, q, k_ptr, v_ptr, pos, 0, all_see, M, scale, K, BLOCK_M, BLOCK_K,
+    acc, top, total = prefill_tiles(acc, top, total, q, k_rows, v_rows, head_row, pos, 0, all_see, M, scale, BLOCK_M,
                                     False)
-    acc, top, total = prefill_tiles(acc, top, total, q, k_ptr, v_ptr, pos, all_see, any_sees, M, scale, K, BLOCK_M,
-                                    BLOCK_K, True)
+    acc, top, total = prefill_tiles(acc, top, total, q, k_rows, v_rows, head_row, pos, all_see, any_sees, M, scale,
+                                    BLOCK_M, True)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out_ptr + (row[:, None].to(tl.int64) * H + head) * K + col, acc.to(out_ptr.dtype.element_ty),
              mask=(row < S)[:, None] & (col < K))
@@ -288,11 +289,17 @@ def attention(q_SHK, k_NMK, v_NMK, pos_ids_S, **override):
         return attention_ref(q_SHK, k_NMK, v_NMK, pos_ids_S)
     if S <= MAX_ROWS:
         return split_attention(q_SHK, k_NMK, v_NMK, pos_ids_S, None, SplitWork(q_SHK.device, H, K, M))
+    if K * q_SHK.element_size() % 16:                        # no descriptor takes such rows, nor has a known model them
+        return attention_ref(q_SHK, k_NMK, v_NMK, pos_ids_S)
     out_SHK = torch.empty((S, H, K), dtype=q_SHK.dtype, device=q_SHK.device)
     config = {**prefill_config(K, q_SHK.element_size(), q_SHK.device), **override}
+    BLOCK_K, head_rows = max(16, triton.next_power_of_2(K)), k_NMK.stride(0) // K
+    # A tile that hangs over a head's rows holds others', or zeros behind the last: no position sees them.
+    k_rows, v_rows = (TensorDescriptor(cache, [(N - 1) * head_rows + M, K], [K, 1], [config["BLOCK_M"], BLOCK_K])
+                      for cache in (k_NMK, v_NMK))
     prefill_kernel[(H, triton.cdiv(S, config["BLOCK_S"]))](
-        q_SHK, k_NMK, v_NMK, pos_ids_S, out_SHK, q_SHK.stride(0), k_NMK.stride(0), v_NMK.stride(0), S, M,
-        K ** -0.5 * LOG2E, H=H, GROUP=H // N, K=K, BLOCK_K=max(16, triton.next_power_of_2(K)), **config)
+        q_SHK, k_rows, v_rows, pos_ids_S, out_SHK, q_SHK.stride(0), head_rows, S, M, K ** -0.5 * LOG2E, H=H,
+        GROUP=H // N, K=K, BLOCK_K=BLOCK_K, **config)
     return out_SHK
 
 

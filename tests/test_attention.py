@@ -37,11 +37,20 @@ def test_no_further_from_the_truth_than_twice_plain_torch(S, filled, dtype, devi
     assert_no_worse(attention(q_SHK, k_NMK, v_NMK, pos_ids_S), plain, truth)
 
 
-@pytest.mark.parametrize("S", [3, 40])
-def test_head_width_need_not_be_a_power_of_two(S, device, nan_empty):
-    q_SHK = torch.randn(S, 2, 40, device=device)
-    k_NMK, v_NMK = cache(2, 100, 40, torch.float32, device, 50 + S)
+@pytest.mark.parametrize("S, K", [(3, 40), (40, 40), (40, 10)])
+def test_head_width_need_not_be_a_power_of_two(S, K, device, nan_empty):
+    q_SHK = torch.randn(S, 2, K, device=device)
+    k_NMK, v_NMK = cache(2, 100, K, torch.float32, device, 50 + S)
     pos_ids_S = 50 + torch.arange(S, device=device)
+    truth = attention_ref(q_SHK.double(), k_NMK.double(), v_NMK.double(), pos_ids_S).float()
+    assert_no_worse(attention(q_SHK, k_NMK, v_NMK, pos_ids_S), attention_ref(q_SHK, k_NMK, v_NMK, pos_ids_S), truth)
+
+
+def test_many_rows_see_a_cache_that_is_part_of_a_longer_one(device, nan_empty):
+    buffer_2NMK = torch.randn(2, 2, 96, 16, device=device)   # the cache is the first 70 rows of every head
+    buffer_2NMK[:, :, 70:] = LOUD
+    q_SHK, (k_NMK, v_NMK) = torch.randn(40, 4, 16, device=device), buffer_2NMK[:, :, :70]
+    pos_ids_S = 40 + torch.arange(40, device=device)         # the last ones lie behind its end
     truth = attention_ref(q_SHK.double(), k_NMK.double(), v_NMK.double(), pos_ids_S).float()
     assert_no_worse(attention(q_SHK, k_NMK, v_NMK, pos_ids_S), attention_ref(q_SHK, k_NMK, v_NMK, pos_ids_S), truth)
 

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 launches = []
 JITFunction.run = lambda self, *args, grid, warmup, **options: launches.append((self, args, options))
@@ -123,6 +124,8 @@ for arch, S in (map(int, word.split(":")) for word in sys.argv[1:]):
                 signature[p.name], constants[(i,)] = "constexpr", value
             elif torch.is_tensor(value):
                 signature[p.name], hints[(i,)] = names[value.dtype], [["tt.divisibility", 16]]
+            elif isinstance(value, TensorDescriptor):
+                signature[p.name] = f"tensordesc<{names[value.base.dtype][1:]}{list(value.block_shape)}>"
             else:
                 signature[p.name] = "fp32" if isinstance(value, float) else "i32"
                 if isinstance(value, int) and value % 16 == 0 and p.name != "S":
