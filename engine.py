@@ -104,7 +104,7 @@ from weights.load import random_tensors, stop_ids
 from weights.memory import TINY, as_dtype, memory_budget, model_name, pick_device, ran_out
 from weights.packed import PRODUCTS, SOME, assembled, gains_by_turning, packing
 from weights.result import Event, Result, Round, Verdict
-from weights.shapes import PROMPT_ROWS, TEXT_ROWS, DecoderConfig, VisionConfig, frames_of, rows_for, text_config
+from weights.shapes import PROMPT_ROWS, TEXT_ROWS, DecoderConfig, VisionConfig, frames_of, text_config, vision_config
 from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named, sources_of
 from weights.text import DRAFTER_SYSTEM, Prompt, Text, TextStream, check_question, check_turns
 from weights.timeline import Timeline, check_finite, naming_stage
@@ -545,15 +545,14 @@ class Target(Model):
     side = "target"
     priority = -1
 
-    def __init__(self, config: dict, weights: dict, text: Text, path: str, stops, cache_rows=None, graphs=True):
-        decoder_config = DecoderConfig.read(config.get("text_config") or {})
-        decoder = Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows)
+    def __init__(self, config: dict, weights: dict, text: Text, path: str, stops, cache_rows: int, graphs=True):
+        decoder = Decoder(text_config(config), weights, cache_rows)
         super().__init__(decoder, text, path, stops, graphs)
         self.ring = Ring(self.device, memory.LOOKUP_ROWS[self.on_gpu], decoder.steps.work.pdl)
         self.draft_W = self.state_W.clone()
         self.seen_W = torch.zeros_like(self.host_W, pin_memory=self.on_gpu)
         self.seen = torch.cuda.Event() if self.on_gpu else None
-        self.vision = VisionConfig.read(config.get("vision_config") or {})
+        self.vision = vision_config(config)
         self.video_tower, self.image_tower = Tower(self.vision, weights, "video"), Tower(self.vision, weights, "image")
         self.projector = [weights[f"projector.{i}.{p}"] for i in (0, 1) for p in "wb"]
         layer = config.get("vision_feature_layer", -2)
@@ -587,11 +586,9 @@ class Drafter(Model):
     """EventGPT. It proposes, and never decides. Source: the original EventChatModel."""
     side = "drafter"
 
-    def __init__(self, config: dict, weights: dict, text: Text, path: str, stops, cache_rows=None, graphs=True):
-        decoder_config = DecoderConfig.read(config)
-        decoder = Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows)
-        super().__init__(decoder, text, path, stops, graphs)
-        self.vision = VisionConfig.read(config.get("vision_config") or {"image_size": 336})
+    def __init__(self, config: dict, weights: dict, text: Text, path: str, stops, cache_rows: int, graphs=True):
+        super().__init__(Decoder(text_config(config), weights, cache_rows), text, path, stops, graphs)
+        self.vision = vision_config(config)
         self.tower = Tower(self.vision, weights, "events")
         self.projector = [weights[f"projector.{i}.{p}"] for i in (0, 1) for p in "wb"]
         self.adaptor = [weights["adaptor.w"], weights["adaptor.b"]] if "adaptor.w" in weights else None
@@ -599,7 +596,7 @@ class Drafter(Model):
                  ("mm_use_im_start_end", "mm_use_im_patch_token")]
         first = 32000 + int(flags[1])                        # a patch token, if added, comes before the two markers
         self.marker_ids = (first, first + 1) if flags[0] else None
-        self.committed_W = torch.zeros(1 + decoder.cache_rows, dtype=torch.long, device=self.device)     # see `resume`
+        self.committed_W = torch.zeros(1 + cache_rows, dtype=torch.long, device=self.device)     # see `resume`
 
     def rest(self):
         super().rest()
@@ -794,11 +791,6 @@ class Request:
             self.out.put((kind, ids, now))
         return now
 
-    def log(self, model: Model, round: Round, proposal: Proposal) -> None:
-        """Keeps a round of the target: every forward in `speculative`, else those that had rows for drafts."""
-        if model.side == "target" and (self.asked.mode == "speculative" or proposal.rows):
-            self.round_log.append(round)
-
     def show_answer(self, state: State) -> None:
         """Hands the target's ids that are new to the caller."""
         if self.line and not state.done:
@@ -958,11 +950,12 @@ class Engine(Closing):
             check_finite(state, model, proposal.rows and "verify" or name if proposal else "prefill")
             if not model.on_gpu:                             # there nothing is queued
                 tell_now()
-            if proposal and state.n_out > before.n_out:
+            spoke = proposal and state.n_out > before.n_out
+            if spoke and model is self.target and (req.asked.mode == "speculative" or proposal.rows):
                 author = "drafter" if before.ahead and proposal.source == "lookup" else proposal.source
-                req.log(model, Round(author if state.drafted else "", state.drafts, state.accept_len, proposal.behind),
-                        proposal)
-            if proposal is None or state.n_out > before.n_out:
+                req.round_log.append(Round(author if state.drafted else "", state.drafts, state.accept_len,
+                                           proposal.behind))
+            if spoke or proposal is None:
                 source.saw(proposal, before, state)
 
     # -- the two sides, each on a thread of its own
@@ -1552,7 +1545,7 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
         raise InputError(f"{text.path}: has {text.size} pieces, the {cls.side} {path} embeds {V}; take the "
                          f"tokenizer.json of this checkpoint")
     stops = stop_ids(folder, config) if checkpoint else (2,)
-    cache_rows = cache_rows or rows_for(cls.side, config)
+    cache_rows = cache_rows or memory.rows_for(cls.side, config)
     made: Callable = iter                                    # what becomes of the weights as they come
     if config.get("packed"):
         made = functools.partial(assembled, config=config)
