@@ -52,19 +52,7 @@ from weights.files import (
     trusting,
 )
 from weights.memory import DRAFTER_DTYPES, PARTS, TINY, nvidia_smi
-from weights.pairs import write_pairs
-from weights.rows import (
-    RowFile,
-    compare,
-    estimate,
-    forwards,
-    insist_sound,
-    judged,
-    median,
-    merge,
-    mode_figures,
-    parting,
-)
+from weights.rows import RowFile, estimate, forwards, insist_sound, judged, median, merge, mode_figures, parting
 from weights.shapes import PROMPT_ROWS
 from weights.show import WIDTH, block, columns, fmt, shown
 from weights.text import check_sampling
@@ -346,7 +334,7 @@ def assemble(head: dict, rows: list, interrupted: bool = False) -> dict:
             limits[side] = at_rows(limits[side], round(statistics.median(prompts)))
         else:
             del limits[side]
-    identical, answers = compare(rows), collections.defaultdict(list)
+    identical, answers = weights.rows.compare(rows), collections.defaultdict(list)
     for row in rows:
         if "target_only" in row["modes"]:
             answers[row["question"]].append(row["modes"]["target_only"]["ids"])
@@ -918,6 +906,20 @@ def publish(report, options, remark: str = "") -> int:
         write_pairs(options.record, report)
     failed = identical["equal"] < identical["compared"] or report["skipped"] or any("error" in row for row in rows)
     return 130 if interrupted else int(bool(failed))
+
+
+def write_pairs(path: str, report: dict) -> None:
+    """Both models' own answers of every sample, one JSON object a line, in the schema of the recorded pairs that
+    tests/sources.py and tests/replay.py read."""
+    sides = ("eventgpt", "drafter", "drafter_only"), ("videollava", "target", "target_only")
+    lines = [json.dumps({
+        "src": "headstart", "seq": row["seq"], "clip": row["clip"], "uuid": row["id"], "question": row["question"],
+        "target_input": f"video8_{report['config']['frame_rule']}", "commit": report["commit"],
+        "max_new_tokens": report["config"]["max_new_tokens"],
+        **{f"{name}_{key}": row["modes"][mode][key] for name, _, mode in sides for key in ("text", "ids")},
+        **{f"{name}_stops": report["weights"].get(side, {}).get("stops", [2]) for name, side, _ in sides}})
+        for row in report["samples"] if {"target_only", "drafter_only"} <= row["modes"].keys()]
+    replace_file(path, "".join(line + "\n" for line in lines).encode())
 
 
 def hand_over(lines, report, options) -> None:

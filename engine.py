@@ -80,7 +80,7 @@ from kernels.round import (
     new_state,
     open_round,
 )
-from kernels.sample import Recorded, sample, sampling_words
+from kernels.sample import sample, sampling_words
 from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
 from kernels.tower import add_layernorm, layernorm, quick_gelu
@@ -104,7 +104,7 @@ from weights.load import random_tensors, stop_ids
 from weights.memory import TINY, as_dtype, memory_budget, model_name, pick_device, ran_out
 from weights.packed import PRODUCTS, SOME, assembled, gains_by_turning, packing
 from weights.result import Event, Result, Round, Verdict
-from weights.shapes import PROMPT_ROWS, TEXT_ROWS, DecoderConfig, VisionConfig, frames_of, rows_for, text_config
+from weights.shapes import PROMPT_ROWS, TEXT_ROWS, DecoderConfig, VisionConfig, frames_of, text_config, vision_config
 from weights.sources import SOURCES, Adapted, DraftSource, Fixed, Lookup, agreeing, source_named, sources_of
 from weights.text import DRAFTER_SYSTEM, Prompt, Text, TextStream, check_question, check_turns
 from weights.timeline import Timeline, check_finite, naming_stage
@@ -331,7 +331,6 @@ class Model:
         self.searches = False                                # it and `sampling` are the request's: see `begin`
         self.sampling: tuple | None = None
         self.sampling_3 = torch.zeros(3, dtype=torch.long, device=self.device)
-        self.recorded: Recorded | None = None                # see `replay`
         self.pixels, self.step_graphs, self.prompt_rows = {}, {}, 0
         self.held, self.cached = 0, []                       # rows of the open clip, and ids whose rows lie behind them
         self.asked_W = torch.zeros(2 + decoder.cache_rows + STEP_ROWS, dtype=torch.long, device=self.device)
@@ -480,13 +479,17 @@ class Model:
         return self.graph("round", G, self.searches, self.sampling is not None)
 
     def _round(self, G: int, searches: bool, sampled: bool):
-        _, pos_ids_S, hidden_SD = open_round(self.state_W, G, self.decoder.embed_VD, self.decoder.steps.work.round)
+        pos_ids_S, hidden_SD = open_round(self.state_W, G, self.decoder.embed_VD, self.decoder.steps.work.round)
         logits_SV = self.decoder.forward(hidden_SD, pos_ids_S)
         self._close(logits_SV, searches, sampled)
         return logits_SV
 
     def _close(self, logits_SV, searches: bool, sampled: bool) -> None:
-        close_round(self._chosen(logits_SV, sampled), self.state_W, self.decoder.steps.work.round)
+        """Of rows that follow n_out ids the largest elements are the model's ids. Sampled, the draws win: they are made
+        before any draft is looked at and depend on none, so accepting what equals them is Leviathan et al. 2023's rule
+        for a draft that is certain: d with probability p(d), else an id of p without d."""
+        scores_SV = sample(logits_SV, self.state_W, self.sampling_3) if sampled else logits_SV
+        close_round(scores_SV, self.state_W, self.decoder.steps.work.round)
         if searches:
             lookup(self.ring, self.state_W)
 
@@ -500,11 +503,9 @@ class Model:
 
     def _draft(self, searches: bool, sampled: bool) -> None:
         work = self.copy.work.round
-        _, pos_ids_S, hidden_SD = open_round(self.draft_W, 0, self.decoder.embed_VD, work)
+        pos_ids_S, hidden_SD = open_round(self.draft_W, 0, self.decoder.embed_VD, work)
         logits_SV = self.decoder.forward(hidden_SD, pos_ids_S, steps=self.copy)
         close_draft(sample(logits_SV, self.draft_W, self.sampling_3) if sampled else logits_SV, self.draft_W, work)
-        if self.recorded:
-            self.recorded.draft(self.draft_W)
         if searches:
             lookup(self.ring, self.draft_W)
 
@@ -535,23 +536,6 @@ class Model:
         if self.host_read:
             self.host_read.record(self.stream)
 
-    def replay(self, ids, drafts=(), sures=()) -> None:
-        """From here on this model computes as ever, but what it gives is recorded elsewhere (see `Recorded`): real
-        speed at a real acceptance without the checkpoint. Later calls change the ids."""
-        if self.recorded is None:
-            same = "encode", "prefill", "ask"                # other graphs end with ids
-            self.step_graphs = {key: of for key, of in self.step_graphs.items() if key[0] in same}
-            self.recorded = Recorded(self.decoder.cache_rows, self.stops[0], self.device)
-        self.recorded.set(ids, drafts, sures)
-
-    def _chosen(self, logits_SV, sampled: bool):
-        """Rows of a step, after n_out ids, whose largest elements are the model's ids. Sampled, the draws win: they are
-        made before any draft is looked at and depend on none, so accepting what equals them is Leviathan et al. 2023's
-        rule for a draft that is certain: d with probability p(d), else an id of p without d."""
-        if self.recorded:
-            self.recorded.choose(logits_SV, self.state_W)
-        return sample(logits_SV, self.state_W, self.sampling_3) if sampled else logits_SV
-
     def snapshot(self, words: int) -> Snapshot:
         return Snapshot(self.state_W[:words], self.stream)
 
@@ -561,15 +545,14 @@ class Target(Model):
     side = "target"
     priority = -1
 
-    def __init__(self, config: dict, weights: dict, text: Text, path: str, stops, cache_rows=None, graphs=True):
-        decoder_config = DecoderConfig.read(config.get("text_config") or {})
-        decoder = Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows)
+    def __init__(self, config: dict, weights: dict, text: Text, path: str, stops, cache_rows: int, graphs=True):
+        decoder = Decoder(text_config(config), weights, cache_rows)
         super().__init__(decoder, text, path, stops, graphs)
         self.ring = Ring(self.device, memory.LOOKUP_ROWS[self.on_gpu], decoder.steps.work.pdl)
         self.draft_W = self.state_W.clone()
         self.seen_W = torch.zeros_like(self.host_W, pin_memory=self.on_gpu)
         self.seen = torch.cuda.Event() if self.on_gpu else None
-        self.vision = VisionConfig.read(config.get("vision_config") or {})
+        self.vision = vision_config(config)
         self.video_tower, self.image_tower = Tower(self.vision, weights, "video"), Tower(self.vision, weights, "image")
         self.projector = [weights[f"projector.{i}.{p}"] for i in (0, 1) for p in "wb"]
         layer = config.get("vision_feature_layer", -2)
@@ -603,11 +586,9 @@ class Drafter(Model):
     """EventGPT. It proposes, and never decides. Source: the original EventChatModel."""
     side = "drafter"
 
-    def __init__(self, config: dict, weights: dict, text: Text, path: str, stops, cache_rows=None, graphs=True):
-        decoder_config = DecoderConfig.read(config)
-        decoder = Decoder(decoder_config, weights, cache_rows or decoder_config.max_rows)
-        super().__init__(decoder, text, path, stops, graphs)
-        self.vision = VisionConfig.read(config.get("vision_config") or {"image_size": 336})
+    def __init__(self, config: dict, weights: dict, text: Text, path: str, stops, cache_rows: int, graphs=True):
+        super().__init__(Decoder(text_config(config), weights, cache_rows), text, path, stops, graphs)
+        self.vision = vision_config(config)
         self.tower = Tower(self.vision, weights, "events")
         self.projector = [weights[f"projector.{i}.{p}"] for i in (0, 1) for p in "wb"]
         self.adaptor = [weights["adaptor.w"], weights["adaptor.b"]] if "adaptor.w" in weights else None
@@ -615,7 +596,7 @@ class Drafter(Model):
                  ("mm_use_im_start_end", "mm_use_im_patch_token")]
         first = 32000 + int(flags[1])                        # a patch token, if added, comes before the two markers
         self.marker_ids = (first, first + 1) if flags[0] else None
-        self.committed_W = torch.zeros(1 + decoder.cache_rows, dtype=torch.long, device=self.device)     # see `resume`
+        self.committed_W = torch.zeros(1 + cache_rows, dtype=torch.long, device=self.device)     # see `resume`
 
     def rest(self):
         super().rest()
@@ -810,11 +791,6 @@ class Request:
             self.out.put((kind, ids, now))
         return now
 
-    def log(self, model: Model, round: Round, proposal: Proposal) -> None:
-        """Keeps a round of the target: every forward in `speculative`, else those that had rows for drafts."""
-        if model.side == "target" and (self.asked.mode == "speculative" or proposal.rows):
-            self.round_log.append(round)
-
     def show_answer(self, state: State) -> None:
         """Hands the target's ids that are new to the caller."""
         if self.line and not state.done:
@@ -974,11 +950,12 @@ class Engine(Closing):
             check_finite(state, model, proposal.rows and "verify" or name if proposal else "prefill")
             if not model.on_gpu:                             # there nothing is queued
                 tell_now()
-            if proposal and state.n_out > before.n_out:
+            spoke = proposal and state.n_out > before.n_out
+            if spoke and model is self.target and (req.asked.mode == "speculative" or proposal.rows):
                 author = "drafter" if before.ahead and proposal.source == "lookup" else proposal.source
-                req.log(model, Round(author if state.drafted else "", state.drafts, state.accept_len, proposal.behind),
-                        proposal)
-            if proposal is None or state.n_out > before.n_out:
+                req.round_log.append(Round(author if state.drafted else "", state.drafts, state.accept_len,
+                                           proposal.behind))
+            if spoke or proposal is None:
                 source.saw(proposal, before, state)
 
     # -- the two sides, each on a thread of its own
@@ -1004,9 +981,7 @@ class Engine(Closing):
 
         Both sides need Python's interpreter lock. Beside a target on a GPU the drafter leaves it to the target while
         that reads packets, and from its last frame until its prefill is queued (`host_free`). Without this the frames
-        of a 20 s clip came 6.8 ms later on 16 cores; now it is 0.5, and the preview comes 3.5 ms later. Dropped, no
-        gain beyond the noise of 1 ms: waiting for a draft asleep instead of spinning, a lower priority for this thread,
-        a shorter turn of the lock."""
+        of a 20 s clip came 6.8 ms later on 16 cores; now it is 0.5, and the preview comes 3.5 ms later."""
         model = self.drafter
         alone = req.asked.mode in ("drafter_only", "prefill_only") or req.question is None
         gate = None if alone or self.apart else req.gate     # on a device of its own it disturbs nobody
@@ -1531,13 +1506,8 @@ def explain(model: Model, result: Result) -> list[Verdict]:
 
 def first_id(model: Model, loaded, limit: int, req: Request) -> None:
     """Queues all from frames or events, or from the rows of an open clip, to the first id of at most `limit`, which is
-    then in the model's state.
-
-    Dropped: prefilling frame pairs as they come. The decoder gives the 8 frames of a 1 s clip after 18.0 to 23.4 ms and
-    those of a 20 s clip, out of order, after 40 to 56; four parts take 52.7 ms on an H100 where the whole takes 45.5
-    (two 48.5, 6 frames and 2 47.8). The first id would come 1 to 6 ms earlier, and the window in which a drafter has
-    the GPU to itself would be gone.
-    """
+    then in the model's state. Dropped: prefilling frames as they come: the first id would come 1 to 6 ms earlier, and
+    the window in which a drafter has the GPU to itself would be gone."""
     prompt, stops = req.prompts[model.side], () if req.asked.ignore_eos else model.stops
     known, model.cached = agreeing(model.cached, prompt.after[:-1]) if req.goes_on else 0, []
     if req.clip:
@@ -1575,7 +1545,7 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
         raise InputError(f"{text.path}: has {text.size} pieces, the {cls.side} {path} embeds {V}; take the "
                          f"tokenizer.json of this checkpoint")
     stops = stop_ids(folder, config) if checkpoint else (2,)
-    cache_rows = cache_rows or rows_for(cls.side, config)
+    cache_rows = cache_rows or memory.rows_for(cls.side, config)
     made: Callable = iter                                    # what becomes of the weights as they come
     if config.get("packed"):
         made = functools.partial(assembled, config=config)

@@ -1,4 +1,5 @@
-"""kernels: one family a file, each with definition, Triton kernel, launch choice, wrapper and self-check."""
+"""kernels: one family a file, each with definition, Triton kernel, launch choice and wrapper. `python -m pytest` checks
+them, on a GPU where there is one; `python -m tests.speeds` times them."""
 
 import os
 import sys

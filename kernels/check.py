@@ -1,4 +1,4 @@
-"""check: what every self-check and the bench share: compare, time, ceilings, table.
+"""check: what tests, bench.py and the commands that time kernels share: compare, time, ceilings, table.
 Ceilings are measured on the card at hand, never quoted: a read-only stream of 4 GB, and a bf16 product of 8192^3."""
 
 import functools

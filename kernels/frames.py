@@ -4,8 +4,7 @@ uint8 between its two passes, and a float resize differs by up to 24 of 255: on 
 of whole numbers in float64. There drawing is two launches for all frames, and nothing waits for the host.
 Bytes: 132,268 events are 1.2 MB as x, y, p; five frames of 480 x 640 are 4.6 MB drawn and 6.8 MB as fp32 pixels of 336.
 Measured on 2 calm CPU cores: drawing 3.8 ms; 8 frames of 480 x 640 to 224, 10 ms with a thread per core, 18 without.
-From events on the host to pixels on an H100 1.15 ms, of which the GPU computes for 0.34 in 30 operations; by torch,
-frame by frame, and with constants sent anew for every clip, 2.98 ms, of which 0.79 in 170.
+From events on the host to pixels on an H100 1.15 ms, of which the GPU computes for 0.34.
 CPU steps stay below the size from which torch wakes its own workers: those wait for each other, and hold up a video
 that is being decoded beside."""
 
@@ -21,7 +20,7 @@ import triton
 import triton.language as tl
 from PIL import Image
 
-from weights.names import CLIP_MEAN, CLIP_STD, RESCALE
+from weights.names import CLIP_MEAN, CLIP_STD
 
 COLOURS = ((0, 0, 255), (255, 0, 0))    # negative blue, positive red, on white
 ONE = 1 << 22                    # what a weight of 1 is to Pillow
@@ -39,14 +38,6 @@ def split_by_count(num_events, num_frames):
         raise ValueError(f"{num_events} events cannot fill {num_frames} frames: use a longer recording or fewer frames")
     step = num_events // num_frames
     return [(i * step, num_events if i == num_frames - 1 else (i + 1) * step) for i in range(num_frames)]
-
-
-def draw_ref(x, y, p, height, width):
-    """One frame, [H, W, 3] uint8: each event in turn overwrites its pixel. Plain Python, for comparison."""
-    frame_HW3 = torch.full((height, width, 3), 255, dtype=torch.uint8)
-    for column, row, polarity in zip(x.tolist(), y.tolist(), p.tolist(), strict=True):
-        frame_HW3[row, column] = torch.tensor(COLOURS[polarity != 0], dtype=torch.uint8)
-    return frame_HW3
 
 
 @triton.jit
@@ -186,72 +177,36 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=pool.cache_clear)     # a forked child has the object and none of its threads
 
 
-def crop_planes(frame_HW3, size, crop):
-    """3 * crop * crop bytes: the frame brought to a shorter side of `size`, bicubic, and its centre, plane by plane."""
+def crop_planes(frame_HW3, size):
+    """3 * size * size bytes: the frame brought to a shorter side of `size`, bicubic, and its centre, plane by plane."""
     height, width = frame_HW3.shape[:2]
     # Pillow copies from where the tensor lies; without numpy a tensor hands out its memory by address only.
     memory = (ctypes.c_uint8 * (height * width * 3)).from_address(frame_HW3.data_ptr())
     image = Image.frombytes("RGB", (width, height), memory)
     height, width = resized_hw(height, width, size)
-    top, left = (height - crop) // 2, (width - crop) // 2
-    image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + crop, top + crop))
+    top, left = (height - size) // 2, (width - size) // 2
+    image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
     return bytearray().join([plane.tobytes() for plane in image.split()])
 
 
-def on_threads(work, frames):
-    """Runs work(number, frame) for every frame, on the threads that there are. Pillow resizes without the interpreter.
-
-    `work` keeps torch to pieces of SERIAL elements: larger ones start a team of workers under each of these threads."""
-    frames = [frame.cpu().contiguous() for frame in frames]
-    each = pool().map if len(frames) > 1 and cores() > 1 else map
-    list(each(work, range(len(frames)), frames))
-
-
-def checked_crop(frames, size, crop):
-    """The side of the crop, after refusing what cannot be resized before any thread or GPU works on it."""
-    crop = size if crop is None else crop
-    assert 0 < crop <= size, f"a centre of {crop} cannot be cut from a shorter side of {size}"
-    for frame in frames:
-        assert frame.dtype == torch.uint8 and frame.ndim == 3 and frame.shape[2] == 3 and frame.numel() > 0, \
-            f"wanted frames of uint8 [H, W, 3], got {frame.dtype} {tuple(frame.shape)}"
-        resized_hw(*frame.shape[:2], size)
-    return crop
-
-
-def crops_u8(frames, size, crop=None):
-    """[R, 3, crop, crop] uint8 on the CPU, of R frames [H, W, 3] uint8 of any sizes. crop: `size` unless given."""
-    crop = checked_crop(frames, size, crop)
-    crops = torch.empty(len(frames), 3 * crop * crop, dtype=torch.uint8)
-    address = crops.data_ptr()
+def pixels_cpu(frames, size):
+    """[R, 3, size, size] float32. Pillow resizes without the interpreter, so there is a thread for each frame, which
+    also normalises it, while it is in that core's cache: in pieces of SERIAL elements, since larger ones would start a
+    team of torch's workers under each of these threads."""
+    pixels = torch.empty(len(frames), 3, size * size)
+    whole, mean, std = (torch.tensor(v) for v in (255.0, CLIP_MEAN, CLIP_STD))
 
     def work(number, frame):
-        planes = crop_planes(frame, size, crop)
-        ctypes.memmove(address + number * len(planes), (ctypes.c_uint8 * len(planes)).from_buffer(planes), len(planes))
-
-    on_threads(work, frames)
-    return crops.view(-1, 3, crop, crop)
-
-
-def pixels_cpu(frames, size, crop, mean, std):
-    """[R, 3, crop, crop] float32: each thread crops a frame and normalises it, while it is in that core's cache."""
-    pixels = torch.empty(len(frames), 3, crop * crop)
-    whole, mean, std = (torch.tensor(v) for v in (255.0, mean, std))
-
-    def work(number, frame):
-        planes = torch.frombuffer(crop_planes(frame, size, crop), dtype=torch.uint8).view(3, -1)
+        planes = torch.frombuffer(crop_planes(frame, size), dtype=torch.uint8).view(3, -1)
         with torch.inference_mode():             # the caller may be in this mode, and a mode belongs to one thread
             for channel in range(3):
                 pieces = zip(planes[channel].split(SERIAL), pixels[number, channel].split(SERIAL), strict=True)
                 for piece, out in pieces:
                     torch.div(piece, whole, out=out).sub_(mean[channel]).div_(std[channel])
 
-    on_threads(work, frames)
-    return pixels.view(-1, 3, crop, crop)
-
-
-def crop_u8(frame_HW3, size, crop=None):
-    """[3, crop, crop] uint8 on the CPU: one frame resized and cropped. crop: `size` unless given."""
-    return crops_u8([frame_HW3], size, crop)[0]
+    each = pool().map if len(frames) > 1 and cores() > 1 else map
+    list(each(work, range(len(frames)), [frame.cpu().contiguous() for frame in frames]))
+    return pixels.view(-1, 3, size, size)
 
 
 def lane(device):
@@ -283,16 +238,16 @@ def bicubic_weights(have, want, begin, count, device, lane):
     return dense.scatter_add_(1, at.clamp(max=have - 1).long(), weight).to(device)
 
 
-def crop_exact(frames_RHW3, size, crop):
-    """[R, 3, crop, crop] uint8 of frames of one size, on their device, bit for bit what Pillow makes of them.
+def crop_exact(frames_RHW3, size):
+    """[R, 3, size, size] uint8 of frames of one size, on their device, bit for bit what Pillow makes of them.
 
     Both passes are products of whole numbers below 2^53 in float64, so any order of adding gives the same sums. Pillow
     works in 8 bits between the passes, and from 13 on takes the vertical one first where that leaves it less to do."""
     height, width = frames_RHW3.shape[1:3]
     high, wide = resized_hw(height, width, size)
-    top, left = (high - crop) // 2, (wide - crop) // 2
+    top, left = (high - size) // 2, (wide - size) // 2
     device = frames_RHW3.device
-    across, down = (bicubic_weights(*of, crop, device, lane(device)) for of in
+    across, down = (bicubic_weights(*of, size, device, lane(device)) for of in
                     ((width, wide, left), (height, high, top)))
 
     def to_bytes(sums):
@@ -306,8 +261,8 @@ def crop_exact(frames_RHW3, size, crop):
     return planes.to(torch.uint8)
 
 
-def crops_on(device, frames, size, crop):
-    """[R, 3, crop, crop] uint8 on a GPU: whole frames travel as bytes, through pinned memory, and are resized there."""
+def crops_on(device, frames, size):
+    """[R, 3, size, size] uint8 on a GPU: whole frames travel as bytes, through pinned memory, and are resized there."""
     crops, begin = [], 0
     while begin < len(frames):
         shape, end = frames[begin].shape, begin + 1
@@ -317,103 +272,38 @@ def crops_on(device, frames, size, crop):
         batch = torch.empty(end - begin, *shape, dtype=torch.uint8, device=device)
         for there, frame in zip(batch, frames[begin:end], strict=True):
             there.copy_(pinned(frame) if device.type == "cuda" else frame, non_blocking=True)
-        crops.append(crop_exact(batch, size, crop))
+        crops.append(crop_exact(batch, size))
         begin = end
     return torch.cat(crops)
 
 
-def clip_table(mean=CLIP_MEAN, std=CLIP_STD):
-    """[3, 256] float32: what each uint8 becomes per channel. Rescaled in double, rounded, normalised in float32."""
-    unit = (torch.arange(256, dtype=torch.float64) * RESCALE).float()
-    return (unit - torch.tensor(mean).view(3, 1)) / torch.tensor(std).view(3, 1)
+def normalised(crops):
+    """float32 of uint8 crops [R, 3, X, X], on their device, as CLIP's processor has it: rescaled in double, rounded,
+    normalised in float32.
 
-
-def normalised(crops, mean=CLIP_MEAN, std=CLIP_STD):
-    """float32 of uint8 crops [R, 3, X, X], on their device: for each of the 768 inputs the very bits of `clip_table`.
-
-    u / 255 rounded once is what rescaling in double and rounding gives, for all 256 of them. Looking the table up took
-    3.6 ms where this takes 0.34. The 255 is a tensor: by a Python number CUDA would multiply with its inverse."""
-    device = crops.device
-    whole, mean, std = (channels(values, device, lane(device)) for values in ((255.0,), tuple(mean), tuple(std)))
+    u / 255 rounded once is what rescaling in double and rounding gives, for all 256 of them. Looking a table up took
+    3.6 ms where this takes 0.34."""
+    whole, mean, std = constants(crops.device, lane(crops.device))
     return crops.float().div_(whole).sub_(mean).div_(std)
 
 
 @functools.lru_cache(maxsize=16)
-def channels(values, device, lane):
-    """[C, 1, 1] float32 on the device, where it stays: a fresh copy would wait for all that is queued there."""
-    return torch.tensor(values, device=device).view(-1, 1, 1)
+def constants(device, lane):
+    """255, means and deviations, each float32 [C, 1, 1] on the device, where they stay: a fresh copy would wait for all
+    that is queued there. The 255 is a tensor, for by a Python number CUDA would multiply with its inverse."""
+    return [torch.tensor(values, device=device).view(-1, 1, 1) for values in ((255.0,), CLIP_MEAN, CLIP_STD)]
 
 
-def clip_pixels(frames, size, mean=CLIP_MEAN, std=CLIP_STD, crop=None, device="cpu"):
-    """[R, 3, crop, crop] float32 on `device`: every frame brought to a shorter side of `size`, centre kept, normalised.
+def clip_pixels(frames, size, device="cpu"):
+    """[R, 3, size, size] float32 on `device`: every frame brought to a shorter side of `size`, centre kept, normalised.
 
-    frames: R tensors [H, W, 3] uint8; sizes may differ. crop: side of the centre square, `size` unless given.
-    On the CPU Pillow resizes. A GPU gets the frames as uint8, and resizes to the same bits. Does not wait for it."""
-    frames = list(frames)
+    frames: R tensors [H, W, 3] uint8; sizes may differ. On the CPU Pillow resizes. A GPU gets the frames as uint8, and
+    resizes to the same bits. Does not wait for it. Raises ValueError for a frame too narrow to be resized."""
+    frames, device = list(frames), torch.device(device)
     if not frames:
         raise ValueError("no frames given: at least 1 is needed")
-    device = torch.device(device)
-    if device.type == "cpu":
-        return pixels_cpu(frames, size, checked_crop(frames, size, crop), mean, std)
-    return normalised(crops_on(device, frames, size, checked_crop(frames, size, crop)), mean, std)
-
-
-def main(runs=20):
-    """Agreement with the plain loop, then the times that the docstring quotes, medians of so many runs."""
-    import time
-    from types import SimpleNamespace
-
-    def median_ms(fn):
-        times = []
-        for _ in range(3 + runs):
-            begin = time.perf_counter()
-            fn()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times.append(1e3 * (time.perf_counter() - begin))
-        return sorted(times[3:])[runs // 2]
-
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    seeded = torch.Generator().manual_seed(0)
-    N = 132_268
-    x, y, p = (torch.randint(0, top, (N,), generator=seeded, dtype=torch.int32) for top in (640, 480, 2))
-    x[-1], y[-1] = 639, 479
-    few = SimpleNamespace(x=x[:5000] % 40, y=y[:5000] % 30, p=p[:5000])
-    for device in devices:
-        on = SimpleNamespace(**{k: v.to(device) for k, v in vars(few).items()})
-        equal = True
-        for (b, e), frame in zip(split_by_count(5000, 5), draw_events(on, 5), strict=True):
-            equal &= torch.equal(frame.cpu(), draw_ref(few.x[b:e], few.y[b:e], few.p[b:e], *frame.shape[:2]))
-        print(f"draw_events {device:>4}: {'equal to' if equal else 'NOT EQUAL to'} the plain loop, 5000 events")
-        assert equal
-        if device == "cuda":
-            for a, b in zip(draw_events(few, 5), draw_events(few, 5, device=device), strict=True):
-                assert torch.equal(a, b.cpu()), "events on the host, drawn on the GPU"
-    sizes = torch.randint(1, 200, (200, 2), generator=seeded).tolist()
-    odd = [torch.randint(0, 256, (h, w, 3), generator=seeded, dtype=torch.uint8) for h, w in sizes + [(480, 640)] * 8]
-    for device in devices:
-        wrong = sum(not torch.equal(crop_exact(frame[None].to(device), size, size)[0].cpu(), crop_u8(frame, size))
-                    for frame, size in zip(odd, [28, 56, 33, 1] * 50 + [224, 336] * 4, strict=True))
-        print(f"crop_exact {device:>4}: {'equal to' if wrong == 0 else 'NOT EQUAL to'} Pillow, {len(odd)} sizes")
-        assert wrong == 0
-        assert torch.equal(clip_pixels(odd, 28, device=device).cpu(), clip_pixels(odd, 28)), f"clip_pixels on {device}"
-    table = clip_table()
-    print(f"clip_table: 0 -> {table[:, 0].tolist()}, 255 -> {table[:, 255].tolist()}")
-    print("what                                      p50 ms")
-    on_host = SimpleNamespace(x=x, y=y, p=p.to(torch.uint8))
-    for device in devices:
-        took = median_ms(lambda device=device: draw_events(on_host, device=device))
-        print(f"draw_events, 132268 events, {device:>4}        {took:8.2f}")
-        took = median_ms(lambda device=device: clip_pixels(draw_events(on_host, device=device), 336, device=device))
-        print(f"the same, to pixels of 336, {device:>4}        {took:8.2f}")
-    frames = [torch.randint(0, 256, (480, 640, 3), generator=seeded, dtype=torch.uint8) for _ in range(8)]
-    for size in (224, 336):
-        one = median_ms(lambda size=size: [crop_u8(frame, size) for frame in frames])
-        print(f"crop_u8 x 8, 480 x 640 to {size}, no threads {one:8.2f}")
-        for device in devices:
-            all_of_it = median_ms(lambda size=size, device=device: clip_pixels(frames, size, device=device))
-            print(f"clip_pixels, 8 of 480 x 640 to {size}, {device:>4}  {all_of_it:8.2f}")
-
-
-if __name__ == "__main__":
-    main()
+    for frame in frames:                         # before any thread or GPU works on one
+        assert frame.dtype == torch.uint8 and frame.ndim == 3 and frame.shape[2] == 3 and frame.numel() > 0, \
+            f"wanted frames of uint8 [H, W, 3], got {frame.dtype} {tuple(frame.shape)}"
+        resized_hw(*frame.shape[:2], size)
+    return pixels_cpu(frames, size) if device.type == "cpu" else normalised(crops_on(device, frames, size))

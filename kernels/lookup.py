@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.check import INTERPRETED, self_check
+from kernels.check import INTERPRETED
 from kernels.round import AHEAD, DONE, DRAFTS, FIT, FOUND, SLOTS, STATE, State
 
 ORDER = 16                           # ids of a context that are compared
@@ -173,39 +173,3 @@ def lookup(ring: Ring, state_W) -> None:
     lookup_kernel[(chunks,)](ring.ids_M, ring.end, state_W, ring.key_C, ring.arrived, ROWS=ring.rows, PLACES=PLACES,
                              CHUNKS=triton.next_power_of_2(chunks), ORDER=ORDER, STATE=STATE, PDL=ring.pdl,
                              launch_pdl=ring.pdl, num_warps=4)
-
-
-def main():
-    """Agreement with the definition on answers of few ids, where much fits; then microseconds."""
-    from kernels.check import table, time_ms
-    from kernels.round import new_state
-
-    generator, checked, rows = torch.Generator().manual_seed(0), [0, 0], []
-    for turn in range(100):
-        ring = Ring("cuda", 4 * PLACES)
-        for _ in range(120):
-            length = int(torch.randint(1, 80, (1,), generator=generator))
-            ring.add(torch.randint(0, 4, (length,), generator=generator).tolist())
-        n_out = int(torch.randint(1, 30, (1,), generator=generator))
-        ids = torch.randint(0, 4, (60,), generator=generator).tolist()
-        state_W = new_state(60, n_out=n_out, ids=ids)
-        ring.set_line(ids[:32], (AFTER.value, FIRST.value, ONLY.value)[turn % 3])
-        torch.cuda.synchronize()
-        ours = state_W.cuda()
-        lookup(ring, ours)
-        ring.ids_M = ring.ids_M.cpu()
-        drafts, ahead, fit = lookup_ref(ring, state_W)
-        seen = State(ours.tolist())
-        assert (seen.slots, seen.ahead, seen.fit) == (drafts, ahead, fit), f"lookup: turn {turn} differs"
-        checked[ahead] += bool(drafts)
-    print(f"the definition's drafts in 100 of 100 rings: remembered ones in {checked[0]}, the line's in {checked[1]}")
-    for M in (1 << 12, 1 << 16, 1 << 18):
-        ring = Ring("cuda", M)
-        ring.add(torch.randint(0, 32000, (M - 1,)).tolist())
-        state_W = new_state(99, n_out=9, ids=torch.randint(0, 9, (99,)).tolist()).cuda()
-        rows.append((f"{M} ids", 1e3 * time_ms(lambda r=ring, s=state_W: lookup(r, s), 8)[1]))
-    table("31 drafts, p50 us", ("", "us"), rows)
-
-
-if __name__ == "__main__":
-    self_check(main, __file__)

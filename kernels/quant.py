@@ -51,7 +51,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.check import self_check
 from kernels.rmsnorm import rmsnorm_ref
 from kernels.swiglu import silu_times, swiglu_ref
 
@@ -702,14 +701,3 @@ def by_hand(x_SD):
     """Whether the kernel takes these rows."""
     return x_SD.device.type != "cpu" and x_SD.element_size() == 2 and x_SD.stride(0) % 8 == 0 and \
         x_SD.data_ptr() % 16 == 0
-
-
-def main():
-    """Agreement with fp64, each product, then a step."""
-    from kernels.chain import report
-
-    report("int4")
-
-
-if __name__ == "__main__":
-    self_check(main, __file__)

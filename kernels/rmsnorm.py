@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.check import INTERPRETED, self_check
+from kernels.check import INTERPRETED
 
 SUM_COLS = 32                        # columns of a row under one partial sum of squares
 
@@ -97,23 +97,3 @@ def row_sums(x_SD, work):
     assert work.sums_ST.shape[1] == T, f"row_sums: rows of {D}, a Workspace for {work.sums_ST.shape[1] * SUM_COLS}"
     row_sums_kernel[(S,)](x_SD, work.sums_ST, x_SD.stride(0), D=D, BLOCK_T=triton.next_power_of_2(T), T=T,
                           SUM_COLS=SUM_COLS, PDL=work.pdl, launch_pdl=work.pdl, enable_fp_fusion=False, num_warps=4)
-
-
-def main():
-    """Agreement with fp64 at 7B shapes, then microseconds and TB/s beside the read-only stream of this card."""
-    from kernels.check import assert_no_worse, read_tbps, table, time_ms
-
-    S, D, copies = 2076, 4096, 6                             # several copies: one alone would stay in L2
-    xs = [torch.randn(S, D, device="cuda").bfloat16() for _ in range(copies)]
-    w_D = torch.rand(D, device="cuda").bfloat16()
-    truth = rmsnorm_ref(xs[0].double(), w_D.double(), 1e-5).float()
-    errs = assert_no_worse(rmsnorm(xs[0], w_D), rmsnorm_ref(xs[0], w_D, 1e-5), truth)
-    rows = [("rmsnorm", time_ms(lambda: [rmsnorm(x, w_D) for x in xs])[1] / copies, 4e-12 * S * D),
-            ("add_rmsnorm", time_ms(lambda: [add_rmsnorm(x, xs[i - 1], w_D) for i, x in enumerate(xs)])[1] / copies,
-             8e-12 * S * D)]
-    table(f"{S} x {D} bf16, distance from fp64 {errs[0]:.2e}, plain torch {errs[1]:.2e}; stream {read_tbps():.2f} TB/s",
-          ("", "p50 us", "TB/s"), [(name, 1e3 * ms, 1e3 * terabytes / ms) for name, ms, terabytes in rows])
-
-
-if __name__ == "__main__":
-    self_check(main, __file__)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.check import INTERPRETED, self_check
+from kernels.check import INTERPRETED
 
 HEADS = 16                       # heads a program turns
 
@@ -83,25 +83,3 @@ def rope_store(qkv_SE, pos_ids_S, cos_MK, sin_MK, k_cache_NMK, v_cache_NMK):
         k_cache_NMK.stride(0), v_cache_NMK.stride(0),
         H=H, N=N, K=K, HEADS=HEADS, BLOCK_K=triton.next_power_of_2(K), num_warps=4, enable_fp_fusion=False)
     return q_SHK
-
-
-def main():
-    """Bits against the definition at 7B shapes, then microseconds and TB/s beside the read-only stream of this card."""
-    from kernels.check import differing, read_tbps, table, time_ms
-
-    S, H, K, M = 2076, 32, 128, 2304
-    qkv = [torch.randn(S, 3 * H * K, device="cuda").bfloat16() for _ in range(2)]
-    pos_ids_S, (k_NMK, v_NMK) = torch.arange(S, device="cuda"), torch.zeros(2, H, M, K, device="cuda").bfloat16()
-    angle_MK = torch.randn(M, K // 2, device="cuda").repeat(1, 2)
-    cos_MK, sin_MK, k_ref, v_ref = angle_MK.cos().bfloat16(), angle_MK.sin().bfloat16(), k_NMK.clone(), v_NMK.clone()
-    apart = differing(rope_store(qkv[0], pos_ids_S, cos_MK, sin_MK, k_NMK, v_NMK),
-                      rope_store_ref(qkv[0], pos_ids_S, cos_MK, sin_MK, k_ref, v_ref))
-    apart += differing(k_NMK, k_ref) + differing(v_NMK, v_ref)
-    assert apart == 0, f"rope_store: {apart} elements differ from the definition"
-    ms = time_ms(lambda: [rope_store(x, pos_ids_S, cos_MK, sin_MK, k_NMK, v_NMK) for x in qkv])[1] / 2
-    table(f"{S} rows of 3 x {H} heads of {K}, bits equal; stream {read_tbps():.2f} TB/s",
-          ("", "p50 us", "TB/s"), [("rope_store", 1e3 * ms, 12e-9 * S * H * K / ms)])
-
-
-if __name__ == "__main__":
-    self_check(main, __file__)

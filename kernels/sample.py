@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.check import INTERPRETED, self_check
-from kernels.round import N_OUT, STATE, SURE
+from kernels.check import INTERPRETED
+from kernels.round import N_OUT
 
 ROW_CHUNK, CHUNK = 8192, 1024        # logits that a program looks at in one go: of a whole row, and of its one chunk
 BELOW_ONE = tl.constexpr(1 - 2 ** -24)
@@ -139,59 +139,3 @@ def sample(logits_SV, state_W, sampling_3):
     scores_kernel[(S, triton.cdiv(V, CHUNK))](logits_SV, state_W, sampling_3, best_S, bound_S, scores_SV, V,
                                               CHUNK=CHUNK, num_warps=4)
     return scores_SV
-
-
-class Recorded:
-    """Ids that win over a model's own, place by place of the answer; the drafts of its 4-bit copy, and their
-    probabilities. Behind them come stop ids. The tensor stays, so that graphs which read it see what `set` wrote."""
-
-    def __init__(self, places: int, stop: int, device):
-        self.stop, self.recorded_3M = stop, torch.zeros(3, places, dtype=torch.long, device=device)
-
-    def set(self, ids, drafts=(), sures=()) -> None:
-        """sures: probabilities of the drafts."""
-        places = self.recorded_3M.shape[1]
-        rows = [[*ids] + [self.stop] * places, [*drafts] + [self.stop] * places,
-                [int(1e6 * sure) for sure in sures] + [999_999] * places]
-        self.recorded_3M.copy_(torch.tensor([row[:places] for row in rows]))
-
-    def _at(self, row: int, place_S):
-        return self.recorded_3M[row].index_select(0, place_S.clamp(max=self.recorded_3M.shape[1] - 1))
-
-    def choose(self, logits_SV, state_W) -> None:
-        """The largest logit of each row becomes that of the recorded id."""
-        ids_S = self._at(0, state_W[:1] + torch.arange(len(logits_SV), device=logits_SV.device))
-        logits_SV.scatter_(1, ids_S[:, None], torch.finfo(logits_SV.dtype).max)
-
-    def draft(self, state_W) -> None:
-        """The last id of the copy's state, and its probability, become the recorded ones."""
-        place_1 = state_W[:1] - 1
-        state_W.index_copy_(0, STATE + place_1, self._at(1, place_1))
-        state_W[SURE.value:SURE.value + 1].copy_(self._at(2, place_1))
-
-
-def main():
-    """Agreement with the definition and between row counts, then microseconds, with and without top_p."""
-    from kernels.check import assert_no_worse, differing, table, time_ms
-
-    V, rows = 32_064, []
-    all_SV = (3 * torch.randn(32, V, device="cuda")).bfloat16()
-    state_W = torch.tensor([5, 0, 0, 10, -1, 100, 0, 0], device="cuda")
-    for top_p in (1.0, 0.9):
-        words_3 = sampling_words(0.8, top_p, 1 << 40).cuda()
-        whole_SV = sample(all_SV, state_W, words_3)
-        plain_SV = sample_ref(all_SV.cpu(), state_W.cpu(), words_3.cpu())
-        same = (whole_SV.cpu() == -torch.inf) == (plain_SV == -torch.inf)
-        assert bool(same.all()), f"sample: {int((~same).sum())} ids are cut on one side only at top_p {top_p}"
-        truth = plain_SV.masked_fill(plain_SV == -torch.inf, 0)
-        assert_no_worse(whole_SV.cpu().masked_fill(plain_SV == -torch.inf, 0), truth, truth, what="sample")
-        for S in (1, 16, 32):
-            logits_SV = all_SV[:S].clone()
-            assert differing(sample(logits_SV, state_W, words_3), whole_SV[:S]) == 0, f"{S} rows differ from 32"
-            rows.append((f"{S} rows, top_p {top_p}",
-                         1e3 * time_ms(lambda x=logits_SV, w=words_3: sample(x, state_W, w), 8)[1]))
-    table("logits to scores, p50 us", ("", "sample"), rows)
-
-
-if __name__ == "__main__":
-    self_check(main, __file__)

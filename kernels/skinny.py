@@ -232,7 +232,7 @@ def skinny(x_SD, w_OD, work=None, norm=None, residual=None, gated=False, **overr
 
 
 def main():
-    """Agreement of each product with plain torch, bits over row counts, then the step; --tune: one choice at a time."""
+    """A step of plain weights: each product, and the whole beside what the model predicts."""
     from kernels.chain import report
 
     report("plain")

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.check import INTERPRETED, self_check
+from kernels.check import INTERPRETED
 
 GELU = 1.702                         # steepness of the sigmoid
 BLOCK = 2048                         # elements of a GELU's program
@@ -96,30 +96,3 @@ def quick_gelu(x):
     y = torch.empty_like(x)
     quick_gelu_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, y, x.numel(), GELU=GELU, BLOCK=BLOCK, num_warps=8)
     return y
-
-
-def main():
-    """Agreement with fp64 at the drafter's shapes, then microseconds and TB/s beside torch and the read-only stream."""
-    from kernels.check import assert_no_worse, read_tbps, table, time_ms
-
-    S, C, F, copies = 5 * 577, 1024, 4096, 6                 # several copies: one alone would stay in L2
-    xs, wide = ([torch.randn(S, D, device="cuda").bfloat16() for _ in range(copies)] for D in (C, F))
-    w_C, b_C = torch.rand(2, C, device="cuda").bfloat16()
-    truth = layernorm_ref(xs[0].double(), w_C.double(), b_C.double(), 1e-5).float()
-    norm = assert_no_worse(layernorm(xs[0], w_C, b_C), layernorm_ref(xs[0], w_C, b_C, 1e-5), truth)
-    gelu = assert_no_worse(quick_gelu(wide[0]), quick_gelu_ref(wide[0]), quick_gelu_ref(wide[0].double()).float())
-    ways = [("layernorm", xs, 4 * S * C, lambda x: layernorm(x, w_C, b_C), lambda x: layernorm_ref(x, w_C, b_C, 1e-5)),
-            ("add_layernorm", xs, 8 * S * C, lambda x: add_layernorm(x, xs[0], w_C, b_C),
-             lambda x: add_layernorm_ref(x, xs[0], w_C, b_C, 1e-5)),
-            ("quick_gelu", wide, 4 * S * F, quick_gelu, quick_gelu_ref)]
-    rows = []
-    for name, given, nbytes, ours, plain in ways:
-        us, theirs = (1e3 * time_ms(lambda fn=fn, given=given: [fn(x) for x in given])[1] / copies
-                      for fn in (ours, plain))
-        rows.append((name, us, 1e-6 * nbytes / us, theirs))
-    table(f"{S} rows bf16; distance from fp64, norm {norm[0]:.2e} (torch {norm[1]:.2e}), GELU {gelu[0]:.2e} (torch "
-          f"{gelu[1]:.2e}); stream {read_tbps():.2f} TB/s", ("", "p50 us", "TB/s", "torch us"), rows)
-
-
-if __name__ == "__main__":
-    self_check(main, __file__)

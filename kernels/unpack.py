@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.check import INTERPRETED, self_check
+from kernels.check import INTERPRETED
 from kernels.quant import BLOCK, TILE, Packed, dequantise
 
 
@@ -68,23 +68,3 @@ def unpack(w: Packed, dtype, room=None):
     unpack_kernel[(triton.cdiv(O, TILE), triton.cdiv(D // BLOCK, warps))](
         w.words, w.scales, y_OD.view(torch.int32), O, D=D, GROUP=w.group, WARPS=warps, DTYPE=kind, num_warps=warps)
     return y_OD
-
-
-def main():
-    """Agreement with the definition, and what a layer's weights take."""
-    from kernels.check import max_err, table, time_ms
-    from kernels.quant import quantise
-
-    rows = []
-    for name, O, D in (("qkv", 12288, 4096), ("o", 4096, 4096), ("gate_up", 22016, 4096), ("down", 4096, 11008)):
-        packed = [quantise(torch.randn(O, D, device="cuda") * 0.02, 4) for _ in range(8)]
-        room = torch.empty(O * D, dtype=torch.bfloat16, device="cuda")
-        ms = time_ms(lambda packed=packed, room=room: [unpack(w, torch.bfloat16, room) for w in packed])[1] / 8
-        err = max_err(unpack(packed[0], torch.bfloat16, room), dequantise(packed[0]).bfloat16())
-        rows.append((name, 1e3 * ms, (packed[0].nbytes + room.nbytes) / ms / 1e9, err))
-    rows.append(("32 layers, ms", 32e-3 * sum(row[1] for row in rows), "", max(row[3] for row in rows)))
-    table("a weight of 4 bits as bf16", ("", "us", "TB/s", "off by"), rows)
-
-
-if __name__ == "__main__":
-    self_check(main, __file__)

@@ -432,8 +432,9 @@ def dataset(folder):
 
 
 def pairs(folder):
+    from pairs import read_pairs
+
     from weights import controls
-    from weights.pairs import read_pairs
     rows = [{"src": "s", "seq": f"q{i % 2}", "clip": f"{i:03}", "question": "q", "videollava_ids": [5, 6, 7 + i % 2, 2],
              "eventgpt_ids": [5, 9, 2]} for i in range(6)]
 

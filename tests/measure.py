@@ -13,7 +13,8 @@ import triton
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench
-from kernels.round import STATE, State, new_state
+from kernels.lookup import lookup
+from kernels.round import STATE, SURE, State, new_state
 from weights import InputError, replace_file
 from weights.files import say
 
@@ -75,6 +76,61 @@ def at_context(model, context: int) -> None:
 def state_of(model, ids: int) -> State:
     """The model's state with room for so many ids, when all that is queued is done."""
     return model.snapshot(STATE + ids).read()
+
+
+# ---- recorded ids ----------------------------------------------------------------------------------------------
+
+
+class Recorded:
+    """Ids that win over a model's own, place by place of the answer; the drafts of its 4-bit copy, and their
+    probabilities. Behind them come stop ids. The tensor stays, so that graphs which read it see what `set` wrote."""
+
+    def __init__(self, places: int, stop: int, device):
+        self.stop, self.recorded_3M = stop, torch.zeros(3, places, dtype=torch.long, device=device)
+
+    def set(self, ids, drafts=(), sures=()) -> None:
+        """sures: probabilities of the drafts."""
+        places = self.recorded_3M.shape[1]
+        rows = [[*ids] + [self.stop] * places, [*drafts] + [self.stop] * places,
+                [int(1e6 * sure) for sure in sures] + [999_999] * places]
+        self.recorded_3M.copy_(torch.tensor([row[:places] for row in rows]))
+
+    def _at(self, row: int, place_S):
+        return self.recorded_3M[row].index_select(0, place_S.clamp(max=self.recorded_3M.shape[1] - 1))
+
+    def choose(self, logits_SV, state_W) -> None:
+        """The largest logit of each row becomes that of the recorded id."""
+        ids_S = self._at(0, state_W[:1] + torch.arange(len(logits_SV), device=logits_SV.device))
+        logits_SV.scatter_(1, ids_S[:, None], torch.finfo(logits_SV.dtype).max)
+
+    def draft(self, state_W) -> None:
+        """The last id of the copy's state, and its probability, become the recorded ones."""
+        place_1 = state_W[:1] - 1
+        state_W.index_copy_(0, STATE + place_1, self._at(1, place_1))
+        state_W[SURE.value:SURE.value + 1].copy_(self._at(2, place_1))
+
+
+def replay(model, ids, drafts=(), sures=()) -> None:
+    """From here on the model computes as ever, but what it gives is recorded elsewhere: real speed at a real acceptance
+    without the checkpoint. Later calls change the ids. `model.recorded = None` ends it, but for graphs."""
+    if getattr(model, "recorded", None) is None:
+        same = "encode", "prefill", "ask"                    # other graphs end with ids
+        model.step_graphs = {key: of for key, of in model.step_graphs.items() if key[0] in same}
+        model.recorded, kind = Recorded(model.decoder.cache_rows, model.stops[0], model.device), type(model)
+
+        def close(logits_SV, searches, sampled):
+            if getattr(model, "recorded", None):
+                model.recorded.choose(logits_SV, model.state_W)
+            kind._close(model, logits_SV, searches, sampled)
+
+        def draft(searches, sampled):
+            kind._draft(model, False, sampled)
+            if getattr(model, "recorded", None):
+                model.recorded.draft(model.draft_W)
+            if searches:
+                lookup(model.ring, model.draft_W)
+        model._close, model._draft = close, draft
+    model.recorded.set(ids, drafts, sures)
 
 
 # ---- times, in milliseconds ------------------------------------------------------------------------------------

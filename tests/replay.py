@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measure
+from pairs import read_pairs
 
 import bench
 import engine
@@ -43,7 +44,6 @@ from kernels.check import quantiles
 from weights import UNREADABLE, InputError, describe, replace_file, show
 from weights.drafting import Gate
 from weights.files import read_json
-from weights.pairs import read_pairs
 from weights.rows import estimate, forwards, median, per_forward
 from weights.sources import Lookup
 
@@ -168,7 +168,7 @@ def main(argv=None) -> int:
     options.max_new_tokens = options.random_ids or options.max_new_tokens
     for model in e.models:
         with torch.inference_mode():
-            model.replay([])
+            measure.replay(model, [])
     clips, _ = bench.read_dataset(options.dataset_dir, None, -1)
     streams = choose(pairs, options.max_answers, options.shard)
     first = next(iter(streams))
@@ -191,9 +191,9 @@ def main(argv=None) -> int:
             e.gate = gates[name] if options.gate == "on" else None        # each is priced by its own acceptance
             e.right, (drafts, sures) = rights[name], of.drafts(row, chance, V)
             with torch.inference_mode():
-                e.target.replay(ids, *((drafts, sures) if "self" in of.sources else ()))
+                measure.replay(e.target, ids, *((drafts, sures) if "self" in of.sources else ()))
                 if drafter:
-                    e.drafter.replay(drafts)
+                    measure.replay(e.drafter, drafts)
             cell[name] = result = e.generate(
                 event_path=clip.events, video_path=clip.video, query=row["question"], mode=of.mode,
                 draft_source=of.source, max_new_tokens=len(ids), ignore_eos=True, remember=False,

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measure
+from pairs import read_pairs
 
 from weights import controls
-from weights.pairs import read_pairs
 from weights.sources import Lookup, agreeing
 
 LENGTHS, SHOTS = (8, 15, 31), (15, 21, 31)         # drafts of a round, drafts of one shot

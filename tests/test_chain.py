@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels.chain as module
-from kernels.chain import FOLDS, ROWS, Chain, agreement
+from kernels.chain import ROWS, Chain
 from kernels.quant import packed_bytes
 
 
@@ -13,11 +13,9 @@ class Small(Chain):
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_a_chain_agrees_steps_and_counts_its_bytes(kind, monkeypatch):
-    monkeypatch.setitem(ROWS, kind, (1, 3))
+def test_a_chain_steps_and_counts_its_bytes(kind):
     chain = Small(kind, L=2, dtype=torch.float32, device="cpu")
     work = chain.work()
-    assert len(agreement(chain, work)) == len(FOLDS) * len(ROWS[kind])
     logits_SV = chain.step(torch.randn(3, chain.D), 7 + torch.arange(3), work)
     assert logits_SV.shape == (3, chain.V) and bool(logits_SV.isfinite().all())
     D, F, V = chain.D, chain.F, chain.V

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import functools
 import json
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import peers
 import pytest
 import replay
 import sources
+import speeds
 import torch
+from pairs import read_pairs
 
 import bench
 import engine
 from engine import InputError
-from weights.pairs import read_pairs
 
 PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "seed_pairs.jsonl"
 ANSWERS = {"a": [[1, 5, 3, 4], [1, 5, 3, 4], [1, 5, 8, 4]], "b": [[1, 5, 3, 9]], "c": [[7, 5, 3, 9]]}
@@ -230,7 +232,21 @@ def test_a_peers_ratio_is_paired_by_run_and_above_1_ours_is_faster():
         ["8.00", "[2.00,", "8.00]", "3.00", "1.00", "[1.00,", "1.00]", "0.50", "8.00", "[4.00,", "8.00]", "1.50"]]
 
 
-@pytest.mark.parametrize("command,words", [(figures, "run it where torch sees one"), (peers, "peers: ")])
+def test_a_kernels_bandwidth_is_what_it_has_to_move_over_its_time(monkeypatch):
+    """Of the plain definitions, which CPU tensors take; each call is said to take 2 us."""
+    calls = []
+    monkeypatch.setattr(speeds.check, "time_ms", lambda fn, count=1: calls.append(fn()) or [0, 2e-3 * (
+        len(calls[-1]) if isinstance(calls[-1], list) else 1), 0])
+    monkeypatch.setattr(speeds, "host_ms", lambda fn: 7.0)
+    monkeypatch.setattr(speeds, "launches", functools.partial(speeds.launches, D=64, V=96, ids=1024))
+    rows = {line[:34].strip(): line[34:].split() for line in speeds.report(
+        torch.device("cpu"), S=4, D=128, F=128, K=64, copies=3)}
+    assert rows["rmsnorm"] == ["2.00", f"{4 * 4 * 128 / 2e6:.3f}", "2.00", "0.0e+00"]
+    assert rows["close_draft"] == ["2.00"] and rows["the same, to pixels of 336"] == ["7.00"]
+
+
+@pytest.mark.parametrize("command,words", [(figures, "run it where torch sees one"), (peers, "peers: "),
+                                           (speeds, "run it where torch sees one")])
 def test_without_a_gpu_a_command_says_so_in_one_line(command, words, capsys):
     assert measure.run(command.main, ["--device", "cpu"]) == 2
     out, err = capsys.readouterr()

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 from common import save_adapter
+from pairs import json_lines, read_pairs
 
 import bench
 from weights import InputError, adapter, convert, files, load, replace_file
 from weights.adapter import AdapterConfig
 from weights.convert import read_pickled
 from weights.dataset import bare, read_dataset
-from weights.files import MAX_SMALL, describe, json_lines, read_json, read_text
+from weights.files import MAX_SMALL, describe, read_json, read_text
 from weights.load import open_checkpoint, read_header, weight_files
-from weights.pairs import read_pairs
 from weights.rows import RowFile, read_rows
 from weights.sources import Lookup
 from weights.text import Text

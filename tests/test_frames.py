@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from kernels import frames
 from weights.events import read_events
+from weights.names import CLIP_MEAN, CLIP_STD, RESCALE
 from weights.video import read_video
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +44,25 @@ def chosen(recording, keep, shift_x=0, shift_y=0):
     return events(recording.x[keep] - shift_x, recording.y[keep] - shift_y, recording.p[keep])
 
 
+def draw_ref(x, y, p, height, width):
+    """One frame, [H, W, 3] uint8: each event in turn overwrites its pixel."""
+    frame_HW3 = torch.full((height, width, 3), 255, dtype=torch.uint8)
+    for column, row, polarity in zip(x.tolist(), y.tolist(), p.tolist(), strict=True):
+        frame_HW3[row, column] = torch.tensor(frames.COLOURS[polarity != 0], dtype=torch.uint8)
+    return frame_HW3
+
+
+def crop_u8(frame, size):
+    """[3, size, size] uint8: what Pillow makes of a frame before it is normalised."""
+    return torch.frombuffer(frames.crop_planes(frame, size), dtype=torch.uint8).view(3, size, size)
+
+
+def clip_table():
+    """[3, 256] float32: what each uint8 becomes per channel. Rescaled in double, rounded, normalised in float32."""
+    unit = (torch.arange(256, dtype=torch.float64) * RESCALE).float()
+    return (unit - torch.tensor(CLIP_MEAN).view(3, 1)) / torch.tensor(CLIP_STD).view(3, 1)
+
+
 def check_frames(drawn, wanted):
     """Canvas and crop bytes, counts and means of each frame, as far as the recorded frame names them."""
     assert len(drawn) == len(wanted)
@@ -54,7 +74,7 @@ def check_frames(drawn, wanted):
         assert (frame == torch.tensor([255, 0, 0])).all(-1).sum() == want["red"]
         assert (frame == torch.tensor([0, 0, 255])).all(-1).sum() == want["blue"]
         assert list(frames.resized_hw(height, width, 336)) == want["resized_hw"]
-        assert sha256(frames.crop_u8(frame, 336).permute(1, 2, 0)) == want["resize_u8_sha256"]
+        assert sha256(crop_u8(frame, 336).permute(1, 2, 0)) == want["resize_u8_sha256"]
         # recorded with six digits
         assert abs(pixel.double().mean().item() - want["normalised_mean"]) <= 1e-6
         if "bf16_mean" in want:
@@ -107,7 +127,7 @@ def test_drawing_equals_one_event_at_a_time(num_events, num_frames):
     spans = frames.split_by_count(num_events, num_frames)
     for (begin, end), drawn in zip(spans, frames.draw_events(recording, num_frames), strict=True):
         x, y, p = (v[begin:end] for v in (recording.x, recording.y, recording.p))
-        plain = frames.draw_ref(x, y, p, y.max().item() + 1, x.max().item() + 1)
+        plain = draw_ref(x, y, p, y.max().item() + 1, x.max().item() + 1)
         assert torch.equal(drawn, plain)
 
 
@@ -174,7 +194,7 @@ def test_gpu_draws_the_same_bytes():
 def test_video_crops_equal_hugging_face():
     want = expected(PREPROCESS)
     clip = read_video(PREPROCESS / want["video"])
-    crops = frames.crops_u8(clip, 224)
+    crops = torch.stack([crop_u8(frame, 224) for frame in clip])
     assert torch.equal(crops, load_file(PREPROCESS / "expected.safetensors")["crop_uint8"])
     assert sha256(crops) == want["slow"]["sha256_crop_uint8_TCHW"]
     assert frames.resized_hw(240, 320, 224) == tuple(want["resized_hw"])
@@ -201,27 +221,27 @@ def test_resize_cases_equal_hugging_face(case):
     tensors = load_file(path)
     given = next(v for k, v in tensors.items() if case in k and v.shape[-1] == 3)
     wanted = next(v for k, v in tensors.items() if case in k and v.shape[0] == 3)
-    assert torch.equal(frames.crop_u8(given, 224), wanted)
+    assert torch.equal(crop_u8(given, 224), wanted)
 
 
 def test_table_equals_rescale_in_double_and_normalise_in_float32():
     numpy = pytest.importorskip("numpy")
     mean, std = (numpy.array(v, dtype=numpy.float32)[:, None] for v in (frames.CLIP_MEAN, frames.CLIP_STD))
     unit = (numpy.arange(256).astype(numpy.float64) * 0.00392156862745098).astype(numpy.float32)
-    table = frames.clip_table()
+    table = clip_table()
     assert numpy.array_equal(table.numpy(), (unit - mean) / std)
     # the end points that the specification writes out, to its eight digits
     assert (table[:, 0] - torch.tensor([-1.7922626, -1.7520971, -1.4802198])).abs().max() <= 1e-7
     assert (table[:, 255] - torch.tensor([1.9303361, 2.0748837, 2.1458969])).abs().max() <= 2.5e-7
 
 
-def by_pillow(frame, size, crop):
-    """[3, crop, crop] uint8: the whole frame resized in one call, then its centre: the recipe as upstream spells it."""
+def by_pillow(frame, size):
+    """[3, size, size] uint8: the whole frame resized in one call, then its centre: the recipe as upstream spells it."""
     height, width = frames.resized_hw(*frame.shape[:2], size)
     image = Image.fromarray(frame.numpy()).resize((width, height), Image.Resampling.BICUBIC)
-    top, left = (height - crop) // 2, (width - crop) // 2
-    cut = image.crop((left, top, left + crop, top + crop))
-    return torch.frombuffer(bytearray(cut.tobytes()), dtype=torch.uint8).view(crop, crop, 3).permute(2, 0, 1)
+    top, left = (height - size) // 2, (width - size) // 2
+    cut = image.crop((left, top, left + size, top + size))
+    return torch.frombuffer(bytearray(cut.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
 
 def odd_frames(count, seed, most=120):
@@ -237,17 +257,15 @@ def test_crops_equal_pillows():
     """500 random sizes, grown, shrunk and kept, portrait and landscape."""
     for number, frame in enumerate(odd_frames(500, seed=8)):
         size = (28, 33, 56, 1)[number % 4]
-        crop = max(1, size - number % 3)
-        assert torch.equal(frames.crop_u8(frame, size, crop), by_pillow(frame, size, crop)), tuple(frame.shape)
+        assert torch.equal(crop_u8(frame, size), by_pillow(frame, size)), tuple(frame.shape)
 
 
 def test_products_of_whole_numbers_equal_pillow():
     """500 random sizes; tall ones among them take the vertical pass first."""
     for number, frame in enumerate(odd_frames(500, seed=9)):
         size = (28, 33, 56, 1)[number % 4]
-        crop = max(1, size - number % 3)
-        found = frames.crop_exact(frame[None], size, crop)[0]
-        assert torch.equal(found, by_pillow(frame, size, crop)), (tuple(frame.shape), size, crop)
+        found = frames.crop_exact(frame[None], size)[0]
+        assert torch.equal(found, by_pillow(frame, size)), (tuple(frame.shape), size)
 
 
 @pytest.mark.parametrize("height, width, size", [(480, 640, 224), (480, 640, 336), (1080, 1440, 336), (640, 480, 336),
@@ -255,7 +273,7 @@ def test_products_of_whole_numbers_equal_pillow():
 def test_products_of_whole_numbers_equal_pillow_at_real_sizes(height, width, size):
     seeded = torch.Generator().manual_seed(height)
     frame = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=seeded)
-    assert torch.equal(frames.crop_exact(frame[None], size, size)[0], by_pillow(frame, size, size))
+    assert torch.equal(frames.crop_exact(frame[None], size)[0], by_pillow(frame, size))
 
 
 def test_vertical_pass_comes_first_where_pillow_has_it_first():
@@ -278,8 +296,8 @@ def test_vertical_pass_comes_first_where_pillow_has_it_first():
 def test_frames_on_their_way_to_a_device_keep_their_order():
     given = list(odd_frames(9, seed=11))
     given = given[:4] + [given[4]] * 3 + given[5:]
-    found = frames.crops_on(torch.device("cpu"), given, 28, 26)
-    assert torch.equal(found, frames.crops_u8(given, 28, 26))
+    found = frames.crops_on(torch.device("cpu"), given, 28)
+    assert torch.equal(found, torch.stack([crop_u8(frame, 28) for frame in given]))
 
 
 @pytest.mark.gpu
@@ -292,13 +310,12 @@ def test_gpu_pixels_equal_the_cpus():
 
 def test_normalising_gives_the_tables_bits_for_every_input():
     every = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
-    for mean, std in ((frames.CLIP_MEAN, frames.CLIP_STD), ((0.5, 0.1, 0.9), (0.5, 0.3, 1e-3))):
-        assert torch.equal(frames.normalised(every, mean, std).view(3, 256), frames.clip_table(mean, std))
+    assert torch.equal(frames.normalised(every).view(3, 256), clip_table())
 
 
 def test_pixels_are_the_table_of_the_crop():
     given = torch.randint(0, 256, (31, 47, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-    crop, table = frames.crop_u8(given, 28), frames.clip_table()
+    crop, table = crop_u8(given, 28), clip_table()
     wanted = torch.stack([table[c][crop[c].long()] for c in range(3)])
     assert torch.equal(frames.clip_pixels([given], 28)[0], wanted)
 
@@ -307,7 +324,8 @@ def test_pixels_are_the_table_of_the_crop():
 def test_threads_write_into_tensors_of_any_mode(monkeypatch, mode):
     monkeypatch.setattr(frames, "cores", lambda: 2)
     given = list(odd_frames(5, seed=13))
-    wanted = frames.normalised(frames.crops_u8(given, 300))      # 90,000 elements a plane: several pieces
+    crops = torch.stack([crop_u8(frame, 300) for frame in given])    # 90,000 elements a plane: several pieces
+    wanted = frames.normalised(crops)
     with mode():
         assert torch.equal(frames.clip_pixels(given, 300), wanted)
 
@@ -322,34 +340,25 @@ def test_many_frames_on_threads_equal_one_at_a_time():
 def test_a_forked_child_starts_its_own_threads():
     """The pool is copied by a fork and its threads are not: waiting for them would never end."""
     script = ("import os, sys, torch\nfrom kernels import frames\nframes.cores = lambda: 2\n"
-              "given = [torch.full((9, 12, 3), 7, dtype=torch.uint8)] * 3\nwant = frames.crops_u8(given, 4)\n"
+              "given = [torch.full((9, 12, 3), 7, dtype=torch.uint8)] * 3\nwant = frames.clip_pixels(given, 4)\n"
               "child = os.fork()\n"
-              "if child == 0: os._exit(0 if torch.equal(frames.crops_u8(given, 4), want) else 3)\n"
+              "if child == 0: os._exit(0 if torch.equal(frames.clip_pixels(given, 4), want) else 3)\n"
               "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
-def test_smaller_crop_is_the_centre_of_the_larger():
-    given = torch.randint(0, 256, (40, 60, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(frames.crop_u8(given, 32, crop=28), frames.crop_u8(given, 32)[:, 2:30, 2:30])
-
-
 def test_a_view_with_other_strides_is_read_by_its_values():
     given = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(6))
-    assert torch.equal(frames.crop_u8(given.permute(1, 2, 0), 28), frames.crop_u8(given.permute(1, 2, 0).clone(), 28))
+    view = given.permute(1, 2, 0)
+    assert torch.equal(frames.clip_pixels([view], 28), frames.clip_pixels([view.clone()], 28))
 
 
 def test_a_sliver_is_refused_before_it_grows():
     with pytest.raises(ValueError, match="1 x 150000|150000 x 1"):
-        frames.crop_u8(torch.zeros(1, 150_000, 3, dtype=torch.uint8), 336)
+        frames.clip_pixels([torch.zeros(1, 150_000, 3, dtype=torch.uint8)], 336)
 
 
 def test_no_frames_are_refused():
     with pytest.raises(ValueError, match="no frames"):
         frames.clip_pixels([], 224)
-
-
-def test_self_check_passes(capsys):
-    frames.main(runs=1)
-    assert "equal to the plain loop" in capsys.readouterr().out

@@ -277,7 +277,7 @@ def test_a_request_of_the_size_that_caches_were_made_for_fits(pair, monkeypatch)
         config = weights.memory.open_model(model.side, engine.TINY / model.side)[0]
         config = config | longer | {"text_config": config.get("text_config", {}) | longer}
         new = 600 + -(visual + 160 + 600) % 64
-        rows = engine.rows_for(model.side, config, 160 + new)
+        rows = weights.memory.rows_for(model.side, config, 160 + new)
         monkeypatch.setattr(engine.Decoder, "cache_rows", property(lambda self, rows=rows: rows))
         prompt = engine.Prompt([1] * 60, [1] * 100)
         request = SimpleNamespace(

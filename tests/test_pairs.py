@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from pairs import read_pairs
 
 from engine import InputError
-from weights.pairs import read_pairs
 
 
 def write_pairs(path, src="headstart", **change):

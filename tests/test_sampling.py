@@ -2,6 +2,7 @@
 
 import threading
 
+import measure
 import pytest
 import torch
 from common import TINY, asked, script
@@ -117,7 +118,7 @@ def test_nan_is_reported_and_a_replay_keeps_its_ids():
     assert after(m, 0, [5, 5], 2.0, 0.5).nonfinite == 1
     m = small_model()
     m.step_graphs.clear()
-    m.replay([4, 8, 1, 6])
+    measure.replay(m, [4, 8, 1, 6])
     assert all(after(m, seed, [8, 1], 100.0).ids == [4, 8, 1, 6] for seed in range(50))
 
 

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import common
+import measure
 import pytest
 import torch
 
@@ -79,7 +80,7 @@ def test_a_round_stops_at_the_first_unsure_draft(target, monkeypatch):
     monkeypatch.setattr(target, "gate", Gate())
     try:
         with torch.inference_mode():
-            t.replay(ids, ids, [0.3 if i % 4 == 0 else 0.99 for i in range(40)])
+            measure.replay(t, ids, ids, [0.3 if i % 4 == 0 else 0.99 for i in range(40)])
         target.gate.timed("step", 1e3)                       # a draft costs next to nothing beside this step
         target.gate.waits["self"] = [0, 1]
         monkeypatch.setattr(target.gate, "right", lambda sure: sure)
@@ -155,7 +156,7 @@ def test_it_is_said_why_the_copy_stays_beside_the_target(pair, target, monkeypat
 def test_the_default_costs_half_a_percent_at_most_where_nothing_pays(pair, target, clock, monkeypatch):
     """A drafter and a copy that are never right, answers that never come back, 61 requests of a new engine's gate."""
     monkeypatch.setattr(pair.target, "copy", target.target.copy)
-    monkeypatch.setattr(pair.target, "recorded", None)
+    monkeypatch.setattr(pair.target, "recorded", None, raising=False)
     monkeypatch.setattr(pair.target, "step_graphs", {})
     monkeypatch.setattr(pair, "gate", Gate())
     pair.gate.timed("step", 1.0)                             # as loading tells it
@@ -166,7 +167,7 @@ def test_the_default_costs_half_a_percent_at_most_where_nothing_pays(pair, targe
     for _ in range(61):
         ids = [chance.randrange(100, pair.target.config.V) for _ in range(60)]
         with torch.inference_mode():
-            pair.target.replay(ids, [99] * 60, [0.3] * 60)
+            measure.replay(pair.target, ids, [99] * 60, [0.3] * 60)
         clock.restart()
         result = pair.generate(mode="speculative", ignore_eos=True, **{**common.asked(0), "max_new_tokens": 60})
         assert result.output_ids == ids and result.drafter_error is None
@@ -199,7 +200,7 @@ def test_earlier_answers_go_on_behind_a_draft_of_the_copy(target, monkeypatch):
     gate.timed("step", 1e3)                                  # a draft, or a row more, costs next to nothing beside it
     try:
         with torch.inference_mode():
-            t.replay(ids, ids)
+            measure.replay(t, ids, ids)
         result = target.generate(mode="speculative", draft_source=[known, "self"], **asked(0))
     finally:
         t.recorded, t.step_graphs = None, graphs

@@ -4,11 +4,8 @@ TokenAdapter is that of the research repository this engine started from, layer 
 drafter's ids in, the target's ids out, entry i guessing answer id i + `shift`. Its `best_model.pt` loads after
 `python -m weights.convert best_model.pt DIR/adapter.safetensors`; sizes come from the shapes, shift is 1.
 
-Training is not here any more: on 1,100 recorded answers of the 7B pair, one question, three of twelve sequences held
-out, the token adapter was right at 28.08 % of places, accepted 8.65 of 21 drafts after the target's own first id. The
-most frequent id at each place needs no network and has 25.43 % and 8.54, the previous answer 12.59, the engine's lookup
-13.54 over all answers. A causal decoder of 4.7 M parameters over the answer so far, with the drafter's ids and the
-previous answer in front or not: 9.15; from 645 answers it does not learn to copy the previous one.
+Training is not here any more: held out, an adapter was right at 28.1 % of places, where the most frequent id of each
+place, which needs no network, is right at 25.4 %.
 """
 
 import os

@@ -39,7 +39,7 @@ from weights.files import (
     refusal,
     say,
 )
-from weights.load import INDEX, SINGLE, listed, open_checkpoint, read_header, reject_impostor, shards_of
+from weights.load import INDEX, SINGLE, listed, open_checkpoint, pick_device, read_header, reject_impostor, shards_of
 
 PICKLED = re.compile(r"(?i)\.(bin|pt|pth|ckpt)$")
 WRAPPERS = ("model_state_dict", "state_dict", "model")   # where training scripts put the tensors, beside other things
@@ -224,8 +224,7 @@ def main(argv=None) -> int:
     if args.pack and args.target is None:
         raise refusal(args.source, "--pack makes a new folder and was given none", "name it behind the source")
     if args.pack:
-        from weights.memory import pick_device  # these two bring Triton, a second of start that others need not
-        from weights.packed import save
+        from weights.packed import save  # it brings Triton, a second of start that others need not
         found = save(open_checkpoint(args.source), args.target, pick_device(None))
     else:
         found = convert(args.source, args.target)

@@ -17,17 +17,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.frames import extent, quiet_copy
-from weights.files import (
-    InputError,
-    Refused,
-    brief,
-    insist_whole_zip,
-    naming,
-    open_kind,
-    quoted,
-    reason_of,
-    refusal,
-)
+from weights.files import InputError, Refused, brief, insist_whole_zip, naming, open_kind, quoted, reason_of, refusal
 
 MAX_EVENT_BYTES = 1 << 30            # of a file, and of the arrays an .npz unpacks to
 MAX_PACKED = 100                     # bytes that a byte of an .npz may unpack to; recordings have some 3

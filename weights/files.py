@@ -29,7 +29,7 @@ UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, Arith
 STDOUT_ERRORS = (errno.EPIPE, errno.EBADF, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)       # others have names
 ZIP_END = 22                         # bytes of the record at a zip's end, in front of its comment
 MAX_SMALL = 64 << 20                 # bytes of a config, an index, a tokenizer
-MAX_LIST = 256 << 20                 # bytes of a list of samples or of recorded pairs
+MAX_LIST = 256 << 20                 # bytes of a list of samples, or of recorded pairs
 LOOK_ALIKES = [                      # what comes in place of a file, by its first bytes, and the way out if it is sure
     (rb"version https://git-lfs", "a Git LFS pointer", "fetch the file itself with `git lfs pull`"),
     (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page", "the download saved a page and not the file: fetch it again"),
@@ -372,13 +372,6 @@ def read_json(path, wanted: str, most: int = MAX_SMALL, kind: type = dict):
         raise refusal(path, f"holds a JSON {names.get(type(value), type(value).__name__)}, wanted {wanted}: "
                       f"{names[kind]}", "fetch it again")
     return value
-
-
-def json_lines(path, wanted: str, most: int = MAX_LIST) -> list:
-    """[(line number from 1, value)] of a file with one JSON value a line; blank lines are left out. A line ends at
-    "\\n" alone: U+2028 and U+0085 may stand inside a text."""
-    lines = enumerate(read_text(path, wanted, most).split("\n"), 1)
-    return [(number, parse_json(path, line, wanted, number)) for number, line in lines if line.strip()]
 
 
 def insist_whole_zip(archive: zipfile.ZipFile) -> None:

@@ -57,7 +57,7 @@ class Shown(NamedTuple):
         try:
             if isinstance(loaded, Events):
                 loaded = draw_events(loaded, event_frames, canvas, device)
-            return clip_pixels(loaded, vision.image, vision.mean, vision.std, device=device)
+            return clip_pixels(loaded, vision.image, device)
         except ValueError as error:
             raise InputError(f"{self.name}: {error}; use another recording or clip") from None
 

@@ -618,10 +618,8 @@ def bytes_of(tensor) -> memoryview:
 
 
 class Buffer:
-    """PIECE bytes on the host, pinned for a GPU, which a reader thread fills and the main thread copies from.
-
-    14.2 GB of fp16 to bf16 on an H200, medians of 4: from disk 9.4 s, from memory 1.3 s; without reader threads 9.7 and
-    2.8 s. The library's own reading holds Python's lock, so threads could not share it."""
+    """PIECE bytes on the host, pinned for a GPU, which a reader thread fills and the main thread copies from: 14.2 GB
+    from memory take 1.3 s on an H200, without threads 2.8. The library's own reading holds Python's lock."""
 
     def __init__(self, device):
         on_gpu = device.type == "cuda"
@@ -734,20 +732,28 @@ def report(checkpoint: Checkpoint):
           f"bytes; {len(checkpoint.unread)} not read, {sum(s.nbytes for s in checkpoint.unread):,} bytes")
 
 
-def insist_usable(device: str) -> torch.device:
-    """The device of a command. InputError unless it can be used."""
+def pick_device(name) -> torch.device:
+    """A device that is really there, or an InputError that says which are."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        at = torch.device(device)
-        torch.zeros(1, device=at).item()
-        return at
-    except (AssertionError, RuntimeError, NotImplementedError) as error:
-        raise refusal(f"--device {brief(device)}", f"cannot be used ({reason_of(error)})",
-                      "pass cpu, or cuda where torch sees a GPU") from None
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device {name!r}: not a device name; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise InputError(f"device {name}: {count} CUDA devices here; use cpu, a lower number, or check the driver")
+        device = torch.device("cuda", device.index or 0)
+    elif device.type != "cpu":
+        raise InputError(f"device {name}: only cpu and cuda are supported; use one of these")
+    return device
 
 
 def checked(checkpoint: Checkpoint, device: str) -> str:
     """Reads every value, to fp32 on the CPU and bf16 elsewhere, and keeps none."""
-    at = insist_usable(device)                               # the driver's start is not the loader's
+    at = pick_device(device)
+    torch.zeros(1, device=at).item()                         # the driver's start is not the loader's
     began = time.monotonic()
     for _ in checkpoint.tensors(at, torch.float32 if at.type == "cpu" else torch.bfloat16):
         pass

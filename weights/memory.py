@@ -1,5 +1,5 @@
-"""memory: devices by name, what one has left and who holds the rest; what a pair of checkpoints will take, from their
-headers alone; and the line that says so when it is not enough. A side is "target" or "drafter"."""
+"""memory: what a device has left and who holds the rest; what a pair of checkpoints takes, from their headers alone;
+and the line that says so when it is not enough. A side is "target" or "drafter"."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kernels.quant import HEAD_BITS, LAYER_BITS, NotPackable, packed_bytes
 from kernels.round import STATE
 from kernels.skinny import Workspace
 from weights.files import InputError, insist_file, insist_one_of, refusal
-from weights.load import DRAFTER_7B, TARGET_7B, open_checkpoint
+from weights.load import DRAFTER_7B, TARGET_7B, open_checkpoint, pick_device
 from weights.packed import replaced_bytes
 from weights.shapes import TEXT_ROWS, memory_needs, rows_for, rows_of_sides, text_config
 
@@ -26,24 +26,6 @@ LOOKUP_ROWS = {True: 1 << 16, False: 1 << 13}    # ids of earlier answers that a
 DRAFTER_DTYPES = ("bf16", "int4")
 PARTS = ("weights", "cache", "parked", "packed", "scratch")  # of what one side needs; "parked", "packed" if there is
 ENOUGH_ELSEWHERE = "lower `cache_rows`, free memory, or choose another `device`"
-
-
-def pick_device(name) -> torch.device:
-    """A device that is really there, or an InputError that says which are."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        raise InputError(f"device {name!r}: not a device name; use cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise InputError(f"device {name}: {count} CUDA devices here; use cpu, a lower number, or check the driver")
-        device = torch.device("cuda", device.index or 0)
-    elif device.type != "cpu":
-        raise InputError(f"device {name}: only cpu and cuda are supported; use one of these")
-    return device
 
 
 def as_dtype(dtype) -> torch.dtype | None:

@@ -155,11 +155,9 @@ def forwards(ids: list[int], accepted: int, rounds: int) -> int:
 
 def added(tables: list[dict]) -> dict:
     """`Result.by_source` over several answers."""
-    total = {}
+    total = collections.defaultdict(collections.Counter)
     for source, of in ((source, of) for table in tables for source, of in table.items()):
-        mine = total.setdefault(source, dict.fromkeys(of, 0))
-        for key, value in of.items():
-            mine[key] += value
+        total[source].update(of)
     return total
 
 

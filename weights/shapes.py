@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from weights.files import InputError, insist_whole, quoted
-from weights.names import CLIP_MEAN, CLIP_STD, TEXT_DEFAULTS, VISION_DEFAULTS, plan, rotary_base, with_defaults
+from weights.names import TEXT_DEFAULTS, VISION_DEFAULTS, plan, rotary_base, with_defaults
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,13 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Shape of a CLIP vision tower, and the constants of its image processor."""
+    """Shape of a CLIP vision tower."""
     C: int = 1024               # width
     layers: int = 24
     heads: int = 16
     image: int = 224            # side of the square it sees, pixels
     patch: int = 14             # side of a patch, pixels
     eps: float = 1e-5
-    mean: tuple = CLIP_MEAN
-    std: tuple = CLIP_STD
 
     @property
     def P(self) -> int:

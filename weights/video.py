@@ -19,17 +19,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from kernels.frames import cores, pinned, pool
-from weights.files import (
-    Held,
-    InputError,
-    Refused,
-    looks_like,
-    naming,
-    open_kind,
-    open_regular,
-    reason_of,
-    refusal,
-)
+from weights.files import Held, InputError, Refused, looks_like, naming, open_kind, open_regular, reason_of, refusal
 
 MAX_IMAGE_PIXELS = 50_000_000
 MAX_VIDEO_PIXELS = 4096 * 4096       # of one frame

@@ -1,10 +1,15 @@
 """pairs: both models' recorded answers, one JSON object a line with src, seq, clip, question, videollava_ids,
-eventgpt_ids: what `bench.py --record` writes, and tests/sources.py and tests/replay.py read."""
+eventgpt_ids: what `bench.py --record` writes, and sources.py and replay.py read."""
 
-import json
-
-from weights.files import json_lines, refusal, replace_file, trusting
+from weights.files import MAX_LIST, parse_json, read_text, refusal, trusting
 from weights.load import listed
+
+
+def json_lines(path, wanted: str, most: int = MAX_LIST) -> list:
+    """[(line number from 1, value)] of a file with one JSON value a line; blank lines are left out. A line ends at
+    "\\n" alone: U+2028 and U+0085 may stand inside a text."""
+    lines = enumerate(read_text(path, wanted, most).split("\n"), 1)
+    return [(number, parse_json(path, line, wanted, number)) for number, line in lines if line.strip()]
 
 
 def read_pairs(path, src: str | None = None, vocab: int = 1 << 31) -> list[dict]:
@@ -42,19 +47,3 @@ def read_pairs(path, src: str | None = None, vocab: int = 1 << 31) -> list[dict]
     if len({row["src"] for row in rows}) > 1:
         raise refusal(path, f"holds {listed(sorted({row['src'] for row in rows}))}", "name one of these as --src")
     return sorted(rows, key=lambda r: (r["seq"], r["clip"]))
-
-
-def write_pairs(path: str, report: dict) -> None:
-    """Both models' own answers of every sample, one JSON object a line, in the schema of the recorded pairs that
-    tests/sources.py and tests/replay.py read."""
-    lines = [json.dumps({
-        "src": "headstart", "seq": row["seq"], "clip": row["clip"], "uuid": row["id"], "question": row["question"],
-        "target_input": f"video8_{report['config']['frame_rule']}", "commit": report["commit"],
-        "max_new_tokens": report["config"]["max_new_tokens"],
-        **{f"{name}_{key}": row["modes"][mode][key] for name, mode in (("eventgpt", "drafter_only"),
-                                                                       ("videollava", "target_only"))
-           for key in ("text", "ids")},
-        **{f"{name}_stops": report["weights"].get(side, {}).get("stops", [2])
-           for name, side in (("eventgpt", "drafter"), ("videollava", "target"))}}) for row in report["samples"]
-        if {"target_only", "drafter_only"} <= row["modes"].keys()]
-    replace_file(path, "".join(line + "\n" for line in lines).encode())
