@@ -42,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.check import self_check, stages_that_fit
+from kernels.check import stages_that_fit
 from kernels.rmsnorm import SUM_COLS
 
 BLOCK_D, BLOCK_M = 128, 64           # inner columns of a product's tile, cache rows of an attention tile
@@ -318,40 +318,3 @@ def early_attention(given, scratch, strides, S, M, scale, H, T, K, device, **sha
         *given, *scratch, *strides, S, M, scale, H=H, T=T, K=K, BLOCK_M=BLOCK_M, BLOCK_S=8 if S <= 8 else 16,
         **dict(STAGES=stages, num_warps=4, enable_fp_fusion=False) | shape)
 
-
-def main():
-    """Bits that differ from skinny.py and attention.py: none may. Times stand in `python -m kernels.chain`."""
-    from kernels.attention import EARLY_ROWS, SplitWork, step_attention
-    from kernels.chain import FOLDS, Chain, case
-    from kernels.check import differing, table
-    from kernels.products import product
-    from kernels.rmsnorm import row_sums
-
-    chain, rows = Chain("plain", L=1), []
-    work, late = chain.work(), chain.work(pdl=False)
-    for name in FOLDS:
-        for S in (1, 8, 9, EARLY_ROWS):
-            x_SD, keywords = case(chain, name, S)
-            for of in (work, late) if "norm" in keywords else ():
-                row_sums(x_SD, of)
-            ours, theirs = (product(x_SD, chain.w[name][0], of, **keywords) for of in (work, late))
-            sums = differing(work.sums_ST[:S], late.sums_ST[:S])
-            rows.append((f"{name}, {S} rows", differing(ours, theirs), sums))
-    for context in (0, 319, 2100):
-        for S in (1, 2, 8, EARLY_ROWS):
-            qkv_SE = torch.randn(32, 3 * chain.D, device="cuda").to(chain.dtype)
-            pos_ids_S = context + torch.arange(32, device="cuda")
-            caches = [chain.k_LNMK[0].clone(), chain.v_LNMK[0].clone()]
-            alike = [t.clone() for t in caches]
-            split = SplitWork("cuda", chain.H, chain.K, chain.M)
-            ours = step_attention(qkv_SE[:S], *caches, pos_ids_S[:S], chain.cos_MK, chain.sin_MK, work)
-            theirs = step_attention(qkv_SE, *alike, pos_ids_S, chain.cos_MK, chain.sin_MK, split)[:S]
-            rows.append((f"attention, {S} rows after {context}", differing(ours, theirs),
-                         sum(differing(a[:, :context + S], b[:, :context + S])
-                             for a, b in zip(caches, alike, strict=True))))
-    table("early kernels against the others", ("", "bits differ", "of sums or cache"), rows)
-    assert not any(of for row in rows for of in row[1:])
-
-
-if __name__ == "__main__":
-    self_check(main, __file__)

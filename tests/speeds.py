@@ -2,16 +2,18 @@
 
     python -m tests.speeds
 
-Rows: the products and norms of prefills and towers, 4-bit weights unpacked, the ends of a forward, lookup and sampling;
-then events and frames to pixels, from the host, on the CPU and on the GPU. "off by" is the largest distance from the
-plain definition; bounds are tested. Steps stand in `python -m tests.figures` and `python -m kernels.chain`."""
+Rows: norms, gates and attention of prefills, towers and steps, 4-bit weights unpacked, the ends of a forward, lookup,
+sampling; then events and frames to pixels, from the host, on the CPU and on the GPU. "off by" is the largest distance
+from the plain definition; bounds are tested. Steps stand in `python -m tests.figures` and `python -m kernels.chain`."""
 
+import functools
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -20,6 +22,7 @@ import measure
 
 import engine
 from kernels import check
+from kernels.attention import attention, step_attention, step_attention_ref
 from kernels.frames import clip_pixels, draw_events
 from kernels.lookup import Ring, lookup
 from kernels.quant import dequantise, quantise
@@ -27,6 +30,7 @@ from kernels.rmsnorm import add_rmsnorm, add_rmsnorm_ref, rmsnorm, rmsnorm_ref
 from kernels.rope_store import rope_store, rope_store_ref
 from kernels.round import RoundWork, close_draft, close_round, new_state, open_round
 from kernels.sample import sample, sampling_words
+from kernels.skinny import Workspace
 from kernels.swiglu import swiglu, swiglu_ref
 from kernels.tower import add_layernorm, add_layernorm_ref, layernorm, layernorm_ref, quick_gelu, quick_gelu_ref
 from kernels.unpack import unpack
@@ -46,6 +50,17 @@ def streaming(device, S=2076, D=4096, F=11008, K=128, copies=6):
     cos, sin = (of(torch.randn(S, K // 2, device=device)).repeat(1, 2).bfloat16() for of in (torch.cos, torch.sin))
     yield ("rope_store", randn(S, 3 * D), 12 * S * D, lambda x: rope_store(x, at, cos, sin, k, v),
            lambda x: rope_store_ref(x, at, cos, sin, k, v))
+    H, work = D // K, Workspace(device, D, D // K, K, S)
+    for rows in (S, S // 3):                                 # beside torch's, which knows no positions
+        qkv = list(zip(randn(rows, H, K), randn(H, rows, K), randn(H, rows, K), strict=True))
+        yield (f"attention, {rows} rows", qkv, 8 * rows * D, lambda of: attention(*of, at[:len(of[0])]),
+               lambda of: scaled_dot_product_attention(of[0].transpose(0, 1)[None], *(x[None] for x in of[1:]),
+                                                       is_causal=True)[0].transpose(0, 1))
+    for rows in (1, 16, 32):
+        qkv, caches = randn(rows, 3 * D)[0], list(zip(randn(H, S, K), randn(H, S, K), strict=True))
+        yield (f"step attention, {rows} rows", caches, 4 * S * D,
+               *(lambda of, qkv=qkv, fn=fn: fn(qkv, *of, at[-len(qkv):], cos, sin)
+                 for fn in (functools.partial(step_attention, work=work), step_attention_ref)))
     R, C = 5 * 577 * S // 2076, D // 4                       # rows of five event frames, width of a tower
     x, (w, b) = randn(R, C), torch.rand(2, C, device=device).bfloat16()
     yield "layernorm", x, 4 * R * C, lambda x: layernorm(x, w, b), lambda x: layernorm_ref(x, w, b, 1e-5)

@@ -240,8 +240,9 @@ def test_a_kernels_bandwidth_is_what_it_has_to_move_over_its_time(monkeypatch):
     monkeypatch.setattr(speeds, "host_ms", lambda fn: 7.0)
     monkeypatch.setattr(speeds, "launches", functools.partial(speeds.launches, D=64, V=96, ids=1024))
     rows = {line[:34].strip(): line[34:].split() for line in speeds.report(
-        torch.device("cpu"), S=4, D=128, F=128, K=64, copies=3)}
-    assert rows["rmsnorm"] == ["2.00", f"{4 * 4 * 128 / 2e6:.3f}", "2.00", "0.0e+00"]
+        torch.device("cpu"), S=32, D=128, F=128, K=64, copies=3)}
+    assert rows["rmsnorm"] == ["2.00", f"{4 * 32 * 128 / 2e6:.3f}", "2.00", "0.0e+00"]
+    assert rows["step attention, 16 rows"][:2] == ["2.00", f"{4 * 32 * 128 / 2e6:.3f}"]
     assert rows["close_draft"] == ["2.00"] and rows["the same, to pixels of 336"] == ["7.00"]
 
 
