@@ -413,8 +413,7 @@ class Model:
         """Drafts that the verify of so many has rows for: captured ones come in a few widths."""
         return next(width for width in WIDTHS if width >= drafts) if self.graphs else drafts
 
-    def prefill(self, hidden_SD, limit: int, stops: tuple[int, ...], tail_id: int,
-                question: int | None = None) -> None:
+    def prefill(self, hidden_SD, limit: int, stops: tuple[int, ...], tail_id: int, question: int | None = None) -> None:
         """Fills cache rows 0..S-1 and puts the first answer id into the state. tail_id: the prompt's last id; question:
         its rows behind the visual ones."""
         self.prompt_rows = len(hidden_SD)

@@ -1,6 +1,6 @@
 """chain: random LLaMA-7B layers and a step through them, for timing: what a kernel costs beside its neighbours shows
-only in a chain. `python -m kernels.chain [--tune] [plain|int4]`: each product over all layers, then whole steps beside
-what their bytes take at this card's read-only stream; --tune: launch choices."""
+only in a chain. `python -m kernels.chain [plain|int4]`: each product over all layers, then whole steps beside what
+their bytes take at this card's read-only stream. Another launch choice: `step_ms(.., qkv=dict(LATE=4))`."""
 
 import sys
 
@@ -96,37 +96,6 @@ def step_ms(chain, work, S, context, **override):
     return time_ms(lambda: chain.step(x_SD, pos_ids_S, work, **override))[1]
 
 
-def tiles(*choices):
-    """Launch choices of kernels/quant.py."""
-    return [dict(zip(("TILES", "num_warps", "AHEAD"), choice, strict=True)) for choice in choices]
-
-
-TUNE = dict(early=dict(
-    qkv=[dict(STAGES=3), dict(LATE=4), dict(LATE=16)],
-    o=[dict(STAGES=5), dict(STAGES=7), dict(LATE=8)],
-    gate_up=[dict(STAGES=2), dict(LATE=4), dict(LATE=6), dict(LATE=8)],
-    down=[dict(STAGES=5), dict(LATE=2), dict(LATE=4), dict(LATE=8)],
-    attention=[dict(STAGES=2), dict(STAGES=4)]), plain=dict(
-    qkv=[dict(num_stages=3), dict(PREFETCH=0), dict(PREFETCH=4), dict(LATE=2), dict(LATE=8)],
-    o=[dict(num_stages=4), dict(PREFETCH=8), dict(LATE=2), dict(LATE=8)],
-    gate_up=[dict(num_stages=4), dict(PREFETCH=0), dict(PREFETCH=4), dict(LATE=2), dict(LATE=8)],
-    down=[dict(num_stages=4), dict(PREFETCH=8), dict(LATE=2), dict(LATE=8)],
-    attention=[dict(BLOCK_M=32), dict(num_stages=2), dict(PREFETCH=0), dict(PREFETCH=128)]), int4=dict(
-    qkv=tiles((1, 8, 4), (2, 4, 2), (2, 4, 4), (2, 8, 2), (4, 4, 2)),
-    o=tiles((1, 8, 4), (1, 16, 2), (2, 4, 4), (2, 8, 2)),
-    gate_up=tiles((2, 4, 2), (2, 4, 3), (2, 8, 2), (4, 4, 2)),
-    down=tiles((1, 8, 4), (1, 16, 2), (2, 8, 2), (2, 16, 1)),
-    head=tiles((1, 4, 3), (2, 4, 2), (2, 8, 1))))
-
-
-def tune(chain, work, choices, S):
-    """One launch choice at a time, in a whole step of S rows."""
-    rows = [("as it is", step_ms(chain, work, S, 2100))]
-    for name, of in choices.items():
-        rows += [(f"{name} {choice}", step_ms(chain, work, S, 2100, **{name: choice})) for choice in of]
-    table(f"{chain.kind}: one launch choice at a time, p50 ms at context 2,100", ("kernel, choice", f"{S} rows"), rows)
-
-
 def model_us(chain, context, stream):
     """{kernel: (microseconds that its bytes take at `stream` TB/s, its kernels)}, of one layer, and of the head."""
     of = {name: (1e-6 * weights[0].nbytes / stream, 1) for name, weights in chain.w.items()}
@@ -149,8 +118,8 @@ def inside(chain, work, stream, context=2100):
     return rows
 
 
-def report(kind, tuned=False):
-    """Times."""
+def report(kind):
+    """Times of a kind's products, steps, and kernels inside a step."""
     chain, stream, counts = Chain(kind), read_tbps(), ROWS[kind]
     work, patient = chain.work(), chain.work(pdl=False)
     rows = []
@@ -169,17 +138,12 @@ def report(kind, tuned=False):
     table(f"{kind}: a step of {chain.L} layers and the head",
           ("", "p50 ms", "no early start", "floor ms", "% of stream"), rows)
     inside(chain, work, stream)
-    if tuned:
-        for S in counts[:2] if kind == "plain" else counts[:1]:      # of plain weights 32 rows go elsewhere
-            tune(chain, work, TUNE["early" if kind == "plain" else kind], S)
-        if kind == "plain":
-            tune(chain, work, TUNE[kind], counts[-1])
 
 
 def main():
     """Both kinds, or the one named."""
     for kind in [kind for kind in ROWS if kind in sys.argv] or ROWS:
-        report(kind, "--tune" in sys.argv)
+        report(kind)
         torch.cuda.empty_cache()
 
 

@@ -12,16 +12,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # Triton runs on CPU
 
 
 @functools.cache
-def shared_bytes(device):
-    """Shared memory that one program may use. A device that is no GPU counts as an H100."""
-    if torch.device(device).type != "cuda":
-        return 232_448
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
 def stages_that_fit(wanted, stage_bytes, device):
-    """Depth of a software pipeline, at most `wanted`, whose buffers leave 16 KiB of shared memory for the rest."""
-    return max(1, min(wanted, (shared_bytes(device) - 16_384) // stage_bytes))
+    """Depth of a software pipeline, at most `wanted`, whose buffers leave 16 KiB of a program's shared memory for the
+    rest. A device that is no GPU counts as an H100."""
+    gpu = torch.device(device).type == "cuda"
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin if gpu else 232_448
+    return max(1, min(wanted, (room - 16_384) // stage_bytes))
 
 
 def max_err(x, truth):

@@ -173,7 +173,7 @@ def takes_product(x_SD, residual, work) -> bool:
 
 
 def launch_config(S, D, itemsize, residual, gated, device):
-    """Tile and pipeline. One H100, bf16, tuned inside a whole step (`python -m kernels.chain --tune plain`). Neither
+    """Tile and pipeline. One H100, bf16, tuned inside a whole step (`kernels.chain.step_ms`). Neither
     the tile of the narrow operand nor the depth of the pipeline touches the order of addition; SLICES and BLOCK_D do,
     so they follow the product and never the number of rows."""
     BLOCK_S, BLOCK_O, SLICES = 16 if S <= 16 else 32, SUM_COLS if residual else 64, 2 if residual else 1

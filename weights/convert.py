@@ -116,8 +116,7 @@ def write_all(jobs, small_files=None, index=None) -> list:
                 if wrong := sorted(set(found) ^ set(weight_map)):
                     raise refusal(old_index, f"{len(wrong)} names differ between index and shards: {listed(wrong)}",
                                   "copy the checkpoint again")
-                there[path].write_text(
-                    json.dumps({"metadata": {"total_size": nbytes}, "weight_map": found}, indent=2))
+                there[path].write_text(json.dumps({"metadata": {"total_size": nbytes}, "weight_map": found}, indent=2))
             for source, target in small_files.items():
                 shutil.copyfile(source, there[target])
             for target, path in there.items():               # the index last: it makes the folder a checkpoint

@@ -60,9 +60,6 @@ class InputError(ValueError):
 class Refused(Exception):
     """Why a file cannot be used: (reason, way out). `naming` makes an InputError of it where the path is known."""
 
-    def __init__(self, reason: str, way_out: str):
-        super().__init__(reason, way_out)
-
 
 def in_flags(error: InputError, parser, **others: str) -> str:
     """The line in the words of a command: a library names arguments, in backquotes or as the first word, a command its

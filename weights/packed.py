@@ -7,7 +7,6 @@ A saved folder holds the checkpoint's small files, a config.json with a section 
 tensors have the engine's names: NAME.words and NAME.scales of each product (kernels/quant.py), all others as they were.
 """
 
-import contextlib
 import ctypes
 import json
 import os
@@ -30,21 +29,14 @@ SOME = 128                                                   # rows of a weight 
 DTYPES = {"I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-def norm_before(name: str) -> str | None:
-    """The norm in front of one of the decoder's products. KeyError for a tensor that is none."""
-    if name == "text.head":
-        return "text.norm"
-    layer, _, kind = name.rpartition(".")
-    if not name.startswith("text.layers."):
-        raise KeyError(name)
-    return PRODUCTS[kind] and f"{layer}.{PRODUCTS[kind]}"
-
-
 def is_product(name: str) -> bool:
-    with contextlib.suppress(KeyError):
-        norm_before(name)
-        return True
-    return False
+    return name == "text.head" or name.startswith("text.layers.") and name.rpartition(".")[2] in PRODUCTS
+
+
+def norm_before(name: str) -> str | None:
+    """The norm in front of one of the decoder's products."""
+    layer, _, kind = name.rpartition(".")
+    return "text.norm" if name == "text.head" else PRODUCTS[kind] and f"{layer}.{PRODUCTS[kind]}"
 
 
 def bits_of(name: str) -> int:

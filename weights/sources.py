@@ -160,8 +160,7 @@ def sources_of(asked, own: Lookup, target, drafter, mode: str) -> list:
         if source == "self" and not copy:
             raise InputError("draft_source self: the target's 4-bit copy was not made; load the engine with "
                              "self_draft=True")
-        if not isinstance(source, str) and (isinstance(source, type) or not callable(
-                getattr(source, "propose", None))):
+        if not isinstance(source, str) and (isinstance(source, type) or not callable(getattr(source, "propose", None))):
             raise InputError(f"draft_source: wanted a name or an object with `propose`, got {type(source).__name__}; "
                              f"make one by source_named")
         try:
