@@ -3,7 +3,9 @@
 import ast
 import concurrent.futures
 import contextlib
+import decimal
 import enum
+import fractions
 import gzip
 import io
 import itertools
@@ -16,6 +18,7 @@ import sys
 from pathlib import Path
 
 import measure
+import numpy
 import pytest
 import torch
 from test_bench import HEAD, three_samples
@@ -151,14 +154,26 @@ class Broken:
         raise RuntimeError("no words")
 
 
-@pytest.mark.parametrize("value", [10 ** 400, 10 ** 5000, Broken(), "1", None, [1], float("nan"), torch.ones(3)],
-                         ids=lambda of: type(of).__name__)
+class Numberless(float):
+    def __index__(self):
+        raise KeyError("no number")
+
+    __float__ = __index__
+
+
+@pytest.mark.parametrize("value", [
+    10 ** 400, 10 ** 5000, Broken(), "1", b"5", None, [1], float("nan"), torch.ones(3), torch.ones(1).long() * 5, 5j,
+    torch.tensor(True), torch.tensor(5j), numpy.array([5]), numpy.array("5"), numpy.timedelta64(5, "s"),
+    Numberless(5), memoryview(b"5")], ids=lambda of: type(of).__name__)
 def test_an_argument_of_any_value_is_refused_in_one_line(value):
     for check in (lambda: files.insist_whole("n", value, 2, 9), lambda: files.insist_number("n", value, 2, 9),
                   lambda: files.insist_one_of("n", value, ("a", "b")), lambda: files.insist_flag("n", value)):
         refused(check, "n: ")
     refused(lambda: files.insist_number("n", 10 ** 400, 0), "n: wanted a number 0 or more, got")
-    assert files.insist_number("n", 7, 0) == 7.0
+    for five in (5, torch.tensor(5), numpy.array(5, ">i4"), numpy.uint64(5)):
+        assert files.insist_whole("n", five, 2, 9) == files.insist_number("n", five, 2, 9) == 5
+    for half in (0.5, torch.tensor(0.5), numpy.array(0.5), decimal.Decimal("0.5"), fractions.Fraction(1, 2)):
+        assert files.insist_number("n", half, 0) == 0.5
 
 
 @pytest.mark.parametrize("options, words", [

@@ -4,8 +4,8 @@ nothing is unpickled.
     events = read_events("sample1.npy")            # Events(x, y, t, p)"""
 
 import ast
+import contextlib
 import io
-import operator
 import pickletools
 import re
 import struct
@@ -21,6 +21,7 @@ from weights.files import (
     InputError,
     Refused,
     brief,
+    insist_whole,
     insist_whole_zip,
     naming,
     open_kind,
@@ -71,12 +72,9 @@ def check_canvas(canvas) -> tuple | None:
     """(H, W) of the pictures that events are drawn in, or None: as large as they need. InputError for anything else."""
     if canvas is None:
         return None
-    try:
-        height, width = map(operator.index, canvas)
-        if 0 < height <= MAX_CANVAS[0] and 0 < width <= MAX_CANVAS[1]:
-            return height, width
-    except (TypeError, ValueError):
-        pass
+    with contextlib.suppress(Exception):                     # of any class; a set has no order, a mapping no first
+        height, width = (insist_whole("canvas", canvas[i], 1, MAX_CANVAS[i]) for i in range(len(canvas)))
+        return height, width
     raise InputError(f"canvas: wanted (height, width), whole numbers of pixels up to {MAX_CANVAS[0]} x "
                      f"{MAX_CANVAS[1]}, got {quoted(canvas)}; change it, or leave it out")
 

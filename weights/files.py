@@ -14,7 +14,6 @@ import functools
 import io
 import json
 import math
-import numbers
 import operator
 import os
 import re
@@ -23,6 +22,7 @@ import sys
 import threading
 import zipfile
 from dataclasses import dataclass
+from typing import Any, SupportsFloat, SupportsIndex
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
               RecursionError, MemoryError)       # what taking a damaged JSON file at its word may raise
@@ -71,13 +71,20 @@ def in_flags(error: InputError, parser, **others: str) -> str:
     return re.sub(r"^(\w+)(?=[:\s[])|`(\w+)`", lambda of: flags.get(of[1] or of[2], of[0]), str(error))
 
 
+def number_of(value, convert) -> Any:
+    """The number that a value of any library is, by `operator.index` or `float`; NaN where it is none, or several."""
+    dtype = getattr(value, "dtype", int)         # of a tensor, or a number of numpy
+    with contextlib.suppress(Exception):         # what a class of the caller's raises; OverflowError of 309 digits
+        if isinstance(value, (SupportsFloat, SupportsIndex)) and not isinstance(value, bool) and \
+                getattr(value, "shape", ()) == () and re.search("int|float", getattr(dtype, "name", str(dtype))):
+            return convert(value)
+    return math.nan
+
+
 def insist_whole(name: str, value, low: int, high: float = math.inf) -> int:
     """The whole number that an argument is, of any library's type."""
-    try:
-        whole = None if isinstance(value, bool) else operator.index(value)
-    except (TypeError, ValueError, RuntimeError):            # ValueError, RuntimeError: an array or a tensor of several
-        whole = None
-    if whole is None or not low <= whole <= high:
+    whole = number_of(value, operator.index)
+    if not low <= whole <= high:
         wanted = f"{low}..{high}" if high < math.inf else f"from {low} up"
         raise InputError(f"{name}: wanted a whole number {wanted}, got {quoted(value)}; change it")
     return whole
@@ -102,10 +109,7 @@ def insist_function(name: str, value) -> None:
 
 def insist_number(name: str, value, low: float, high: float = math.inf, above: bool = False) -> float:
     """The number that an argument is, of any library's type. above: `low` itself is too low."""
-    try:
-        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
-    except OverflowError:                                    # a whole number of more than 308 digits
-        number = math.nan
+    number = number_of(value, float)
     if not low <= number <= high or above and number == low:
         wanted = f"{'above ' * above}{low:g}" + (f"{' and up to ' if above else '..'}{high:g}" if high < math.inf else
                                                  " or more")
