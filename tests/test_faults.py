@@ -1,6 +1,7 @@
 """Faults: whatever breaks midway, the answer or the rows are those of a run in which nothing broke, or one line says
 why not; and the next request is answered as if nothing had happened. `tests/long_run.py` has the long forms."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -156,12 +157,21 @@ def test_a_panic_in_the_target_is_raised_and_never_an_empty_answer(pair, monkeyp
         assert result.output_ids == ids and "index out of bounds" in result.drafter_error
 
 
-def test_a_source_that_wants_to_leave_the_program_costs_its_drafts(pair):
+class Wordless(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+@pytest.mark.parametrize("thrown", [SystemExit(3), GeneratorExit(), asyncio.CancelledError(), Panic(), Wordless()],
+                         ids=lambda of: type(of).__name__)
+def test_whatever_a_source_raises_costs_its_drafts(pair, thrown):
     class Leaves(engine.DraftSource):
         def propose(self, committed, limit):
-            sys.exit(3)
+            raise thrown
+
+        begin = learn = lambda self, _: self.propose([], 0)
     result = pair.generate(mode="speculative", draft_source=Leaves(), **asked())
-    assert result.output_ids == truth(pair, 0) and "SystemExit" in result.drafter_error
+    assert result.output_ids == truth(pair, 0) and type(thrown).__name__ in result.drafter_error
 
 
 @pytest.mark.parametrize("options, words", [

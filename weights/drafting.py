@@ -685,8 +685,11 @@ def smoothed(old: float | None, new: float) -> float:
 
 @contextlib.contextmanager
 def noting(errors: list):
-    """Runs what a source or a drafter does; if it breaks, says so in `errors`: that must not cost the answer."""
+    """Runs what a source or a drafter does; if it breaks, says so in `errors`: that must not cost the answer. Only Ctrl-C
+    goes through; asyncio's CancelledError is no Exception."""
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         errors.append(describe(error))

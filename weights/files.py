@@ -220,25 +220,27 @@ def trusting(path, what: str, way_out: str):
         raise refusal(path, f"{what} ({describe(error)})", way_out) from None
 
 
+def spelt(value, spell=str) -> str:
+    """What a value says of itself, whatever its class does when it is asked; its class if that fails."""
+    try:
+        return spell(value)
+    except Exception:                            # also of a whole number of more than 4,300 digits
+        return f"a {type(value).__name__}"
+
+
 def describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {(spelt(error).splitlines() or [''])[0]}"
 
 
 def brief(value, limit: int = 80) -> str:
     """A value that came out of a file, short enough for a message."""
-    try:
-        text = str(value[:limit + 1] if isinstance(value, (str, bytes)) else value)
-    except ValueError:                           # a whole number of more than 4,300 digits
-        text = f"a huge {type(value).__name__}"
+    text = spelt(value[:limit + 1] if isinstance(value, (str, bytes)) else value)
     return text if len(text) <= limit else text[:limit] + "..."
 
 
 def quoted(value, limit: int = 80) -> str:
-    """A value as code spells it, short enough for a message, whatever its class does when it is asked."""
-    try:
-        return brief(repr(value), limit)
-    except Exception:                            # also a whole number of more than 4,300 digits
-        return f"a {type(value).__name__}"
+    """A value as code spells it, short enough for a message."""
+    return brief(spelt(value, repr), limit)
 
 
 def say(text: str) -> None:
@@ -248,7 +250,7 @@ def say(text: str) -> None:
 
 def reason_of(error: BaseException) -> str:
     """What an exception says, short enough for a message; its class where it says nothing."""
-    return brief(getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__)
+    return brief(getattr(error, "strerror", None) or spelt(error).partition("\n")[0] or type(error).__name__)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
