@@ -1634,6 +1634,9 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     for name, flag in (("gate", gate), ("graphs", graphs), ("self_draft", self_draft is not None and self_draft)):
         insist_flag(name, flag)
     insist_function("progress", progress)
+    eventgpt, videollava, tokenizer = (of if of is None else path_of(name, of, wanted) for name, of, wanted in (
+        ("eventgpt", eventgpt, "a checkpoint"), ("videollava", videollava, "a checkpoint"),
+        ("tokenizer", tokenizer, "a tokenizer.json")))
     if tokenizer is not None:
         insist_file(tokenizer, "a tokenizer.json")
     seed = insist_whole("seed", seed, 0, 2 ** 63 - 2)
@@ -1655,9 +1658,9 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
         if "no_copy" in budget["target"]:
             say_no_copy(videollava, budget["target"]["no_copy"])
     if eventgpt is not None:
-        own = os.path.join(str(eventgpt), "tokenizer.json")
+        own = os.path.join(eventgpt, "tokenizer.json")
         shared = target.text.path if target is not None and not os.path.exists(own) else None
-        drafter = load_model(Drafter, eventgpt, drafter_device or device, cache_rows=budget["drafter"]["rows"],
+        drafter = load_model(Drafter, eventgpt, budget["drafter"]["device"], cache_rows=budget["drafter"]["rows"],
                              tokenizer=tokenizer or shared, seed=seed + 1, packed=drafter_dtype == "int4", **options)
     if target and drafter and (apart := target.text.differing(drafter.text)):
         told = "%s: %d pieces have other ids than in %s, so drafts are seldom right; take the checkpoints' own files"
@@ -1697,7 +1700,7 @@ class PrefillOnlyInference(Closing):
             raise InputError(NO_ADAPTER)
         self.source = None
         if adapter_path is not None and use_adapter is not False:
-            self.source = Adapted(path_of("adapter_path", adapter_path, "draft_source", "an adapter's folder"))
+            self.source = Adapted(path_of("adapter_path", adapter_path, "an adapter's folder", "draft_source"))
         self.arguments = dict(eventgpt=eventgpt_path, videollava=videollava_model_id, device=device,
                               **{"drafter_dtype": "int4"} | options if use_4bit else options)
         self.mode, self.lock = mode, threading.Lock()

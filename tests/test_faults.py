@@ -174,9 +174,19 @@ def test_whatever_a_source_raises_costs_its_drafts(pair, thrown):
     assert result.output_ids == truth(pair, 0) and type(thrown).__name__ in result.drafter_error
 
 
+class Lost:
+    """A path that cannot be had."""
+
+    def __fspath__(self):
+        raise RuntimeError("no path")
+
+
 @pytest.mark.parametrize("options, words", [
-    ({"device": ["cpu"]}, "device"), ({"tokenizer": 5}, "5: is a int"), ({"eventgpt": 5}, "5: is a int, wanted"),
-    ({"videollava": b"x\xff"}, "no such folder"), ({"videollava": object}, "is a type")], ids=str)
+    ({"device": ["cpu"]}, "device"), ({"drafter_device": ""}, "drafter_device '': not a device"),
+    ({"tokenizer": 5}, "tokenizer: is a int"), ({"eventgpt": 5}, "eventgpt: is a int, wanted"),
+    ({"videollava": b"x\xff"}, "no such folder"), ({"videollava": object}, "videollava: is a type"),
+    ({"eventgpt": Lost()}, "eventgpt: is a Lost, wanted the path of a checkpoint; give it as text"),
+    ({"tokenizer": Lost()}, "tokenizer: is a Lost")], ids=str)
 def test_an_argument_of_another_type_is_one_line(options, words):
     models = {"eventgpt": TINY / "drafter", "videollava": TINY / "target", "device": "cpu"}
     with pytest.raises(InputError) as error:
@@ -216,7 +226,7 @@ def test_weights_that_cannot_be_packed_are_refused_in_one_line(monkeypatch):
 
 def on_a_card(monkeypatch, capability=(9, 0)):
     """Budgets as on a machine with a GPU."""
-    monkeypatch.setattr("weights.memory.pick_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr("weights.memory.pick_device", lambda name, *_: torch.device("cuda:0"))
     monkeypatch.setattr("weights.memory.free_bytes", lambda device: (10 ** 9, 10 ** 9))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 

@@ -29,6 +29,7 @@ import engine
 from weights import InputError, files, load
 from weights.asking import Told, takes
 from weights.convert import convert
+from weights.events import read_events
 from weights.given import events_given, video_given
 from weights.rows import merge
 from weights.sources import Lookup
@@ -204,6 +205,21 @@ def test_a_compressed_file_that_ends_early_is_one_line(tmp_path):
     (tmp_path / "v.gz").write_bytes(gzip.compress(bytes(range(256)) * 99)[:-40])
     with gzip.open(tmp_path / "v.gz") as file:
         refused(lambda: video_given(file), "video: a file object that cannot be read (Compressed file ended")
+
+
+class Lost:
+    """A path whose text is none."""
+
+    def __fspath__(self):
+        return 5
+
+
+def test_a_path_like_may_fail_to_say_its_path():
+    for call in (lambda: events_given(Lost()), lambda: video_given(Lost()), lambda: video_given([Lost()] * 8),
+                 lambda: video_given(image=Lost()), lambda: events_given(event_image_path=[Lost()])):
+        refused(call, "is a Lost")
+    for call in (load.open_checkpoint, files.read_text, engine.Adapted, read_events):
+        refused(lambda call=call: call(Lost(), *["a text"] * (call is files.read_text)), "is a Lost, wanted")
 
 
 @pytest.mark.parametrize("value", [dict, torch.Tensor, Closed(), Shapeless()],

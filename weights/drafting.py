@@ -685,8 +685,8 @@ def smoothed(old: float | None, new: float) -> float:
 
 @contextlib.contextmanager
 def noting(errors: list):
-    """Runs what a source or a drafter does; if it breaks, says so in `errors`: that must not cost the answer. Only Ctrl-C
-    goes through; asyncio's CancelledError is no Exception."""
+    """Runs what a source or a drafter does; if it breaks, says so in `errors`: that must not cost the answer. Ctrl-C
+    alone goes through: asyncio's CancelledError is no Exception."""
     try:
         yield
     except BaseException as error:

@@ -196,8 +196,18 @@ def command(main):
 
 def refusal(path, reason, way_out) -> InputError:
     """InputError "PATH: reason; way out"."""
-    name = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else quoted(path)
+    try:
+        name = path_text(path, "")
+    except Refused:
+        name = quoted(path)
     return InputError(f"{name or repr(name)}: {reason}; {way_out}")
+
+
+def path_text(path, wanted: str, way_out: str = "give it as text") -> str:
+    """The text of a path. Refused if it is none, or its class fails to say it."""
+    with contextlib.suppress(Exception):
+        return os.fsdecode(path)
+    raise Refused(f"is a {type(path).__name__}, wanted {wanted}", way_out)
 
 
 @contextlib.contextmanager
@@ -224,8 +234,8 @@ def spelt(value, spell=str) -> str:
     """What a value says of itself, whatever its class does when it is asked; its class if that fails."""
     try:
         return spell(value)
-    except Exception:                            # also of a whole number of more than 4,300 digits
-        return f"a {type(value).__name__}"
+    except Exception:
+        return f"a huge {type(value).__name__}" if type(value) is int else f"a {type(value).__name__}"
 
 
 def describe(error: BaseException) -> str:
@@ -262,9 +272,7 @@ def open_regular(path, wanted: str):
         if not path.content:
             raise Refused(f"0 bytes, wanted {wanted}", "is it read to its end already?")
         return io.BytesIO(path.content), len(path.content)
-    if not isinstance(path, (str, bytes, os.PathLike)):
-        raise Refused(f"is a {type(path).__name__}, wanted the path of {wanted}", "give it as text")
-    name = os.fsdecode(path)
+    name = path_text(path, f"the path of {wanted}")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
         raise Refused(f"is an address, only local files are read, wanted {wanted}", "download it and give its path")
     try:

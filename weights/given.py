@@ -19,7 +19,18 @@ from PIL import Image
 
 from kernels.frames import clip_pixels, draw_events, quiet_copy
 from weights.events import EVENT_FILE, MAX_CANVAS, TORCH_TYPES, Events, events_of, read_events, short_shape
-from weights.files import Held, InputError, Refused, brief, insist_file, insist_one_of, naming, quoted, reason_of
+from weights.files import (
+    Held,
+    InputError,
+    Refused,
+    brief,
+    insist_file,
+    insist_one_of,
+    naming,
+    path_text,
+    quoted,
+    reason_of,
+)
 from weights.video import (
     IMAGE_ERRORS,
     MAX_IMAGE_PIXELS,
@@ -244,14 +255,14 @@ def events_given(events=None, event_path=None, event_image_path=None, columns=No
         insist_one_of("time_unit", time_unit, UNITS)
     argument, value = "events", events
     if event_path is not None:
-        value = path_of("event_path", event_path, "events", "an .npy or .npz of events")
+        value = path_of("event_path", event_path, "an .npy or .npz of events", "events")
     elif event_image_path is not None:
         argument, value = "event_image_path", event_image_path
     with reading(argument, value):
         if event_image_path is not None or event_path is None and are_pictures(value):
             pictures = listed(value)
             if event_image_path is not None:
-                pictures = [path_of(argument, path, "events", "a PNG or JPEG") for path in pictures]
+                pictures = [path_of(argument, path, "a PNG or JPEG", "events") for path in pictures]
             kept = kept_pictures(argument, pictures)
             return Shown(name_of(kept[0], argument), lambda *_: read_kept(kept), pictures=len(kept))
     if is_file(value):
@@ -279,13 +290,13 @@ def video_given(video=None, video_path=None, image=None, image_path=None, num_fr
     insist_one_of("frame_rule", rule, VIDEO_RULES)
     insist_one("video, or one image", video=video, video_path=video_path, image=image, image_path=image_path)
     if image_path is not None:
-        image = path_of("image_path", image_path, "image", "an image")
+        image = path_of("image_path", image_path, "an image", "image")
     if image is not None:
         with reading("image", image):
             kept = kept_pictures("image", [image], for_gpu)
         return Shown(name_of(kept[0], "image"), lambda *decoding: read_kept(kept, *decoding), file_size(kept[0]), 1)
     if video_path is not None:
-        video = path_of("video_path", video_path, "video", "a video file")
+        video = path_of("video_path", video_path, "a video file", "video")
     if is_file(video):
         file = file_of("video", video, "a video file")
         return Shown(file, lambda *decoding: read_video(file, num_frames, rule, for_gpu, *decoding), file_size(file))
@@ -369,12 +380,11 @@ def insist_one(wanted: str, **given) -> None:
                          f"one")
 
 
-def path_of(argument: str, value, better: str, wanted: str):
-    """A path as such an argument takes it. InputError for what is in memory."""
-    if not isinstance(value, (*PATHS, bytes)):
-        raise InputError(f"{argument}: is a {type(value).__name__}, wanted the path of {wanted}; pass what is in "
-                         f"memory as {better}")
-    return os.fsdecode(value) if isinstance(value, bytes) else value
+def path_of(argument: str, value, wanted: str, better: str = "") -> str:
+    """The text of the path that an argument is. InputError for anything else, with the argument that takes it."""
+    with naming(argument):
+        return path_text(value, f"the path of {wanted}", f"pass what is in memory as {better}" if better else
+                         "give it as text")
 
 
 def is_file(value) -> bool:
@@ -384,8 +394,10 @@ def is_file(value) -> bool:
 
 def file_of(argument: str, value, wanted: str):
     """The path, or the content as a Held. A file object is read from where it stands, and put back there."""
-    if isinstance(value, PATHS):
+    if isinstance(value, Held):
         return value
+    if isinstance(value, PATHS):
+        return path_of(argument, value, wanted)
     if not isinstance(value, CONTENTS):
         try:
             at = value.tell() if getattr(value, "seekable", lambda: True)() else None        # an mmap has none

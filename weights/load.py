@@ -38,6 +38,7 @@ from weights.files import (
     look_alike,
     naming,
     open_regular,
+    path_text,
     read_json,
     reason_of,
     refusal,
@@ -93,9 +94,8 @@ def resolve(path_or_id) -> Path:
     path_or_id: a path, `ORG/NAME` or `ORG/NAME@REVISION`: a branch, or better the 40 digits of a commit, which pin the
     files; `main` as the cache last saw it unless told.
     """
-    if not isinstance(path_or_id, (str, bytes, os.PathLike)):
-        raise refusal(path_or_id, f"is a {type(path_or_id).__name__}, wanted a folder or ORG/NAME", "give it as text")
-    name = os.path.expanduser(os.fsdecode(path_or_id))
+    with naming(path_or_id):
+        name = os.path.expanduser(path_text(path_or_id, "a folder or ORG/NAME"))
     if os.path.isdir(name):
         return Path(name)
     if os.path.lexists(name):
