@@ -1242,7 +1242,7 @@ class Engine(Closing):
             gate = self.gate if mode in ("prefill_then_verify", "speculative") and not opens else None
             asks = drafting.asking_drafter(sources)
             if self.drafter in active and "drafter" not in sources and asks and gate and not self.apart:
-                active = active if any(gate.pays(drafting.name_of(of)) for of in asks) else [self.target]
+                active = active if any(gate.pays(of.name) for of in asks) else [self.target]
             line = None
             if self.apart and self.drafter in active and "drafter" in sources and mode == "speculative" and not opens:
                 line = Line(() if asked.ignore_eos else self.drafter.stops, asked.max_new_tokens)
@@ -1252,7 +1252,7 @@ class Engine(Closing):
             self.running = req
             req.earlier = next((of for of in sources if isinstance(of, Lookup)), None)
             req.tenant = drafting.tenant_of(req, sources, self.target, self.drafter)
-            self.learners = [of for of in sources if hasattr(of, "learn") and not opens]
+            self.learners = [of for of in sources if not isinstance(of, str) and not opens]
             searches = req.tenant is not PLAIN and bool(req.earlier or line)
             for model in active:                         # drafts stay greedy, whoever judges them
                 drawn = (asked.temperature, asked.top_p, asked.seed)
@@ -1267,9 +1267,9 @@ class Engine(Closing):
                 if searches:
                     self._fill_ring(req.earlier or Lookup())
                     self.target.ring.set_line([])
-            for source in () if opens else sources:
+            for source in self.learners:
                 with noting(req.errors):
-                    getattr(source, "begin", lambda question: None)(question)
+                    source.begin(question)
             req.timeline.start()
             yield from self._run(req, active, asked.remember)
             if opens:

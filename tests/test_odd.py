@@ -299,6 +299,18 @@ def test_a_source_whose_own_words_cannot_be_read_is_refused(pair, named):
     refused(lambda: pair.generate("e.npz", "v.mp4", "Q", draft_source=source), "draft_source: a Mine whose")
 
 
+@pytest.mark.parametrize("named", [
+    {"__eq__": lambda *_: 1 / 0}, {"__eq__": lambda *_: True}, {"__bool__": lambda _: 1 / 0}, {"__len__": lambda _: 0},
+    {"__class__": property(lambda _: 1 / 0)}, {"__class__": Lookup}], ids=lambda of: "".join(of))
+def test_a_source_is_looked_into_once_and_compared_with_nothing(pair, named):
+    clips = ROOT / "weights/tiny/clips"
+    asked = dict(events=clips / "event_npy/scenes/000000.npz", video=clips / "mp4/scenes/000000.mp4", query="What?",
+                 max_new_tokens=4)
+    source = type("Mine", (), {"propose": lambda self, committed, limit: [5], "__hash__": object.__hash__} | named)()
+    result = pair.generate(draft_source=["lookup", source, "drafter"], **asked)
+    assert result.output_ids == pair.generate(mode="target_only", **asked).output_ids and not result.drafter_error
+
+
 def test_a_question_may_be_any_kind_of_text(pair):
     """An Enum's text spells itself otherwise in an f-string."""
     class Asked(str, enum.Enum):  # noqa: UP042
