@@ -37,7 +37,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import difflib
 import functools
 import gc
 import inspect
@@ -86,7 +85,7 @@ from kernels.swiglu import swiglu
 from kernels.tower import add_layernorm, layernorm, quick_gelu
 from kernels.unpack import unpack
 from weights import InputError, asking, describe, drafting, memory
-from weights.asking import MODES, Asked, FilePath, takes
+from weights.asking import MODES, Asked, FilePath, fits, insist_known, takes
 from weights.drafting import ENOUGH, PLAIN, WIDTHS, Gate, Line, NonFinite, Proposal, Tenant, noting
 from weights.files import (
     Parser,
@@ -1610,6 +1609,7 @@ def say_no_copy(path, why: str) -> None:
     logging.getLogger(__name__).warning("%s: has no 4-bit copy that drafts (`self`): %s", path, why)
 
 
+@fits
 def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = None, device: str | None = None,
                 drafter_device: str | None = None, dtype: str | torch.dtype | None = None,
                 cache_rows: int | tuple[int, int] | None = None, draft_len: int = 5, overlap_len: int = 15,
@@ -1683,16 +1683,13 @@ class PrefillOnlyInference(Closing):
     MODES, or `prefill_with_alignment`: the adapter's drafts, verified once. adapter_path: a folder with
     its weights (weights/adapter.py); it drafts in the drafter's place unless use_adapter is False. use_4bit: the
     drafter's weights are packed in 4 bits, the target's never are. Other options: those of `load_engine`."""
-    OPTIONS = frozenset(inspect.signature(load_engine).parameters) - {"eventgpt", "videollava"}
+    OPTIONS = [*inspect.signature(load_engine).parameters][2:]
 
     def __init__(self, eventgpt_path: FilePath | None = None,
                  videollava_model_id: FilePath | None = "LanguageBind/Video-LLaVA-7B-hf", device: str | None = None,
                  mode: str = "prefill_then_verify", adapter_path: FilePath | None = None,
                  use_adapter: bool | None = None, use_4bit: bool = False, **options):
-        known = [*inspect.signature(type(self)).parameters][:-1] + sorted(self.OPTIONS)
-        for name in options.keys() - self.OPTIONS:
-            raise InputError(f"{name}: not an option of PrefillOnlyInference; did you mean "
-                             f"{difflib.get_close_matches(name, known, 1, 0.0)[0]}?")
+        insist_known("PrefillOnlyInference", options, [*inspect.signature(type(self)).parameters][:-1] + self.OPTIONS)
         insist_flag("use_4bit", use_4bit)
         insist_flag("use_adapter", use_adapter is not None and use_adapter)
         insist_one_of("mode", mode, (*MODES, ALIGNED))
