@@ -844,6 +844,9 @@ class Closing:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def __reduce__(self):
+        raise InputError(f"{type(self).__name__}: cannot be copied or sent to another process; make another one there")
+
 
 class Engine(Closing):
     """A target and its drafter, answering one request at a time. See `load_engine`.
@@ -1221,7 +1224,8 @@ class Engine(Closing):
         sources, active, broke = self._checked(asked, clip)
         shown = clip.shown if clip else asked.shown(active)
         turns = turns if turns is None else check_turns(turns, max(model.config.V for model in self.models))
-        question, mode = None if opens else check_question(asked.query), asked.mode
+        asked.query, mode = check_question(asked.query), asked.mode
+        question = None if opens else asked.query
         asked = dataclasses.replace(
             asked, draft_len=self.draft_len if asked.draft_len is None else asked.draft_len,
             overlap_len=self.overlap_len if asked.overlap_len is None else asked.overlap_len,
@@ -1229,6 +1233,8 @@ class Engine(Closing):
         with self._turn(asked.timeout):
             if clip and clip not in self.clips:
                 raise InputError("clip: is closed; open it again")
+            if not clip and self.clips:
+                gc.collect()                                 # nobody holds them, but they are in cycles with requests
             if not clip and len(self.clips) >= (self.several if opens else 1):
                 raise InputError(f"engine: {len(self.clips)} clips are open, as many as it was loaded for; close one, "
                                  f"or raise `several`" if opens and self.several > 1 else "engine: an open clip fills "
@@ -1403,7 +1409,7 @@ class Engine(Closing):
             result.free_tokens_count = sum(at <= req.prefill_end for _, at in req.preview)
             result.window_drafts = sum(at <= req.frames_at for _, at in req.preview)
         result.peak_memory = memory.peak_memory(decider.device)
-        return Event("final", result.output_text, delta, result.output_ids, result.wall_clock_time * 1e3,
+        return Event("final", result.output_text, delta, list(result.output_ids), result.wall_clock_time * 1e3,
                      result.finish_reason, result)
 
 
@@ -1455,6 +1461,7 @@ class Clip(Closing):
     what the same chat asked at once would give; on a GPU that holds for every bit of the target's. Where two ids are
     nearly as likely an answer may part from that of `Engine.generate`, whose prefill is one piece.
     turns: the chat so far, (question, answer ids); `del clip.turns[-1]` takes the last one back."""
+    turns: Any = None                                        # or deleted: a new chat
 
     def __init__(self, engine: Engine, asked: Asked):
         self.engine, self.asked, self.turns = engine, asked, []
