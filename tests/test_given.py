@@ -194,8 +194,6 @@ FEW = dict(x=[1, 2, 3], y=[1, 2, 3], t=[1, 2, 3], p=[0, 1, 1])
     (torch.ones(4, 5), {"columns": "xytp"}, "shape (4, 5), wanted [N, 4], so turned over"),
     (torch.ones(5), {}, "shape (5), wanted [N, 4]"), (5, {}, "is a int"), (object(), {}, "is a object"),
     (numpy.zeros(3, [("x", "S2"), ("y", "i4"), ("t", "i4"), ("p", "i4")]), {}, "x is a ndarray, which is no"),
-    (FEW, {"columns": "xyt"}, "columns: wanted"), (FEW, {"columns": 4}, "columns: wanted"),
-    (FEW, {"time_unit": "minutes"}, "time_unit: 'minutes' is not one of s, ms, us, ns"),
     (FEW, {"event_path": RECORDING}, "got events and event_path"), (None, {}, "events: wanted one recording"),
     (b"", {}, "0 bytes"), (b"hello", {}, "events: not an .npy or .npz of events but text"), ([], {}, "list of 0"),
     (FEW | {"x": numpy.ma.array([1, 2, 3], mask=[0, 1, 0])}, {}, "x is a MaskedArray with masked values"),
@@ -217,7 +215,7 @@ def test_bad_events_are_one_line(value, options, words):
     with pytest.raises(InputError) as error:
         events_given(value, **options).read()
     assert words.replace(", pass", "; pass") in str(error.value) and len(str(error.value)) < 300
-    assert str(error.value).startswith(("events: ", "columns: ", "time_unit: ", "event_"))
+    assert str(error.value).startswith(("events: ", "event_"))
 
 
 # ---- frames
@@ -300,7 +298,7 @@ GREY = numpy.zeros((9, 8, 8, 3), "u1")
     (None, {}, "video: wanted one video, or one image, got none"), (CLIP, {"image": GREY[0]}, "got video and image"),
     (None, {"video_path": GREY}, "video_path: is a ndarray, wanted the path of a video file; pass what is"),
     (None, {"image": GREY}, "image: is an array of uint8 and shape (9, 8, 8, 3)"),
-    (GREY, {"rule": "random"}, "frame_rule: 'random'"), (None, {"image_path": 3}, "image_path: is a int"),
+    (None, {"image_path": 3}, "image_path: is a int"),
 ], ids=lambda v: v if isinstance(v, str) else "")
 def test_bad_frames_are_one_line(value, options, words):
     with pytest.raises(InputError) as error:

@@ -19,7 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from weights.drafting import WIDTHS
 from weights.events import check_canvas
 from weights.files import InputError, insist_flag, insist_number, insist_one_of, insist_whole
-from weights.given import Shown, events_given, video_given
+from weights.given import Shown, check_forms, events_given, video_given
 from weights.result import Event
 from weights.text import check_sampling, check_stop
 
@@ -54,6 +54,7 @@ class Media:
         """{side: Shown} of the models that are used. InputError unless each has one clip, in memory or in a file."""
         self.event_frames = insist_whole("event_frames", self.event_frames, 1, 1000)
         self.canvas = check_canvas(self.canvas)
+        check_forms(self.columns, self.time_unit, self.frame_rule)
         return {model.side: video_given(self.video, self.video_path, self.image, self.image_path, model.num_frames,
                                         self.frame_rule, model.on_gpu) if model.side == "target" else
                 events_given(self.events, self.event_path, self.event_image_path, self.columns, self.time_unit)

@@ -243,16 +243,21 @@ def events_in_memory(value, columns: str | None = None, time_unit: str | None = 
         return events_of(found, max_canvas)
 
 
-def events_given(events=None, event_path=None, event_image_path=None, columns=None, time_unit=None) -> Shown:
-    """What the drafter is shown. events: a path, a file's content or a file object, x, y, t, p in memory, or pictures
-    of events; the two others are paths."""
-    insist_one("recording, or pictures of events", events=events, event_path=event_path,
-               event_image_path=event_image_path)
+def check_forms(columns, time_unit, rule) -> None:
+    """What says how media are read, used or not in this mode: columns, time_unit, frame_rule."""
     if columns is not None and (type(columns) is not str or sorted(columns) != sorted("xytp")):
         raise InputError(f"columns: wanted the letters x, y, t, p in their order, got {quoted(columns, 20)}; "
                          f"write \"txyp\" for time first")
     if time_unit is not None:
         insist_one_of("time_unit", time_unit, UNITS)
+    insist_one_of("frame_rule", rule, VIDEO_RULES)
+
+
+def events_given(events=None, event_path=None, event_image_path=None, columns=None, time_unit=None) -> Shown:
+    """What the drafter is shown. events: a path, a file's content or a file object, x, y, t, p in memory, or pictures
+    of events; the two others are paths."""
+    insist_one("recording, or pictures of events", events=events, event_path=event_path,
+               event_image_path=event_image_path)
     argument, value = "events", events
     if event_path is not None:
         value = path_of("event_path", event_path, "an .npy or .npz of events", "events")
@@ -287,7 +292,6 @@ def video_given(video=None, video_path=None, image=None, image_path=None, num_fr
                 for_gpu: bool = False) -> Shown:
     """What the target is shown. video: a path, a file's content, a file object, or frames, of which `rule` takes
     num_frames; image: one picture in its place; the two others are paths."""
-    insist_one_of("frame_rule", rule, VIDEO_RULES)
     insist_one("video, or one image", video=video, video_path=video_path, image=image, image_path=image_path)
     if image_path is not None:
         image = path_of("image_path", image_path, "an image", "image")
