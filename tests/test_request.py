@@ -392,7 +392,8 @@ def test_a_canvas_is_checked_before_any_model_runs(pair, monkeypatch, mode, canv
 @pytest.mark.parametrize("mode", ["speculative", "drafter_only", "target_only"])
 @pytest.mark.parametrize("options, words", [
     ({"columns": "xyt"}, "columns: wanted"), ({"columns": 4}, "columns: wanted"),
-    ({"frame_rule": "x"}, "frame_rule: 'x'"), ({"time_unit": "minutes"}, "time_unit: 'minutes' is not one of s, ms, us, ns")], ids=str)
+    ({"frame_rule": "x"}, "frame_rule: 'x'"),
+    ({"time_unit": "minutes"}, "time_unit: 'minutes' is not one of s, ms, us, ns")], ids=str)
 def test_how_media_are_read_is_checked_in_every_mode(pair, mode, options, words):
     with pytest.raises(InputError, match=f"^{words}"):
         pair.generate(mode=mode, **options, **asked(0))

@@ -100,7 +100,7 @@ def events_of(columns, max_canvas):
                           f"subtract the smallest {key}, or drop those events")
         if high >= limit:
             raise Refused(f"largest {key} is {high}, outside the {max_canvas[1]} x {max_canvas[0]} canvas allowed",
-                          "drop stray events, or pass a larger max_canvas")
+                          "drop stray events")
     return Events(as_type(x, torch.int32), as_type(y, torch.int32), as_type(t, torch.int64), polarity(p))
 
 
@@ -238,8 +238,8 @@ def columns_of_npy(blob):
     if shape[0] == 0:
         return {name: RawArray(kind, shape, b"", order) for name, (order, kind, _, _) in columns.items()}
     rows = torch.frombuffer(bytearray(data[:shape[0] * offset]), dtype=torch.uint8).view(shape[0], offset)
-    return {name: RawArray(kind, shape, column_bytes(rows, begin, size), order)
-            for name, (order, kind, begin, size) in columns.items() if name in ("x", "y", "t", "p") and size}
+    return {name: RawArray(kind, shape, column_bytes(rows, begin, size) if name in ("x", "y", "t", "p") else b"", order)
+            for name, (order, kind, begin, size) in columns.items() if name and size}
 
 
 def column_bytes(rows, begin, size):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from kernels.frames import clip_pixels, draw_events, quiet_copy
+from kernels.frames import clip_pixels, draw_events, extent, quiet_copy
 from weights.events import EVENT_FILE, MAX_CANVAS, TORCH_TYPES, Events, events_of, read_events, short_shape
 from weights.files import (
     Held,
@@ -193,6 +193,8 @@ class Column:
             whole = values.view(torch.int64) if values.dtype == torch.uint64 else values
             if values.dtype == torch.uint64 and whole.amin().item() < 0:
                 raise Refused(f"{key} holds values beyond 2^63", f"pass {key} as int64")
+            if scale > 1 and max(map(abs, extent(whole.long()))) > (2 ** 63 - 1) // int(scale):
+                raise Refused(f"{key} holds times beyond 2^63 microseconds", "mend time_unit")
             if scale != 1:
                 return whole.long() * int(scale) if scale > 1 else whole.long() // int(1 / scale)
             return own(whole) if whole.dtype in (torch.int32, torch.int64) else whole.long()
@@ -405,17 +407,18 @@ def file_of(argument: str, value, wanted: str):
     if not isinstance(value, CONTENTS):
         try:
             at = value.tell() if getattr(value, "seekable", lambda: True)() else None        # an mmap has none
-            content = value.read(MAX_CONTENT + 1)
+            parts, left = [b""], MAX_CONTENT + 1
+            while left > 0 and (part := value.read(left)):   # which may be less than there is
+                parts.append(part)
+                left -= len(part)
             if at is not None:
                 value.seek(at)
+            value = b"".join(parts)
         except Exception as error:                           # of a compressed file also its library's own
-            raise InputError(f"{argument}: a file object that cannot be read ({reason_of(error)}); open it again, or "
-                             f"pass its path") from None
-        if not isinstance(content, CONTENTS) or len(content) > MAX_CONTENT:
-            came = f"a {type(content).__name__}" if not isinstance(content, CONTENTS) else f"more than {MAX_CONTENT}"
-            raise InputError(f"{argument}: a file object that reads {came}, wanted bytes of {wanted}; open it with "
-                             f"\"rb\", or pass its path")
-        value = content
+            raise InputError(f"{argument}: a file object that cannot be read ({reason_of(error)}), wanted bytes of "
+                             f"{wanted}; open it again with \"rb\", or pass its path") from None
+        if left <= 0:
+            raise InputError(f"{argument}: a file object of more than {MAX_CONTENT} bytes; pass its path")
     return Held(argument, bytes(value))
 
 
