@@ -37,7 +37,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import difflib
 import functools
 import gc
 import inspect
@@ -86,7 +85,7 @@ from kernels.swiglu import swiglu
 from kernels.tower import add_layernorm, layernorm, quick_gelu
 from kernels.unpack import unpack
 from weights import InputError, asking, describe, drafting, memory
-from weights.asking import MODES, Asked, FilePath, takes
+from weights.asking import MODES, Asked, FilePath, fits, insist_known, takes
 from weights.drafting import ENOUGH, PLAIN, WIDTHS, Gate, Line, NonFinite, Proposal, Tenant, noting
 from weights.files import (
     Parser,
@@ -820,6 +819,9 @@ class Closing:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def __reduce__(self):
+        raise InputError(f"{type(self).__name__}: cannot be copied or sent to another process; make another one there")
+
 
 class Engine(Closing):
     """A target and its drafter, answering one request at a time. See `load_engine`.
@@ -1196,7 +1198,8 @@ class Engine(Closing):
         sources, active, broke = self._checked(asked, clip)
         shown = clip.shown if clip else asked.shown(active)
         turns = turns if turns is None else check_turns(turns, max(model.config.V for model in self.models))
-        question, mode = None if opens else check_question(asked.query), asked.mode
+        asked.query, mode = check_question(asked.query), asked.mode
+        question = None if opens else asked.query
         asked = dataclasses.replace(
             asked, draft_len=self.draft_len if asked.draft_len is None else asked.draft_len,
             overlap_len=self.overlap_len if asked.overlap_len is None else asked.overlap_len,
@@ -1204,6 +1207,8 @@ class Engine(Closing):
         with self._turn(asked.timeout):
             if clip and clip not in self.clips:
                 raise InputError("clip: is closed; open it again")
+            if not clip and self.clips:
+                gc.collect()                                 # nobody holds them, but they are in cycles with requests
             if not clip and len(self.clips) >= (self.several if opens else 1):
                 raise InputError(f"engine: {len(self.clips)} clips are open, as many as it was loaded for; close one, "
                                  f"or raise `several`" if opens and self.several > 1 else "engine: an open clip fills "
@@ -1216,7 +1221,7 @@ class Engine(Closing):
             gate = self.gate if mode in ("prefill_then_verify", "speculative") and not opens else None
             asks = drafting.asking_drafter(sources)
             if self.drafter in active and "drafter" not in sources and asks and gate and not self.apart:
-                active = active if any(gate.pays(drafting.name_of(of)) for of in asks) else [self.target]
+                active = active if any(gate.pays(of.name) for of in asks) else [self.target]
             line = None
             if self.apart and self.drafter in active and "drafter" in sources and mode == "speculative" and not opens:
                 line = Line(() if asked.ignore_eos else self.drafter.stops, asked.max_new_tokens)
@@ -1226,7 +1231,7 @@ class Engine(Closing):
             self.running = req
             req.earlier = next((of for of in sources if isinstance(of, Lookup)), None)
             req.tenant = drafting.tenant_of(req, sources, self.target, self.drafter)
-            self.learners = [of for of in sources if hasattr(of, "learn") and not opens]
+            self.learners = [of for of in sources if not isinstance(of, str) and not opens]
             searches = req.tenant is not PLAIN and bool(req.earlier or line)
             for model in active:                         # drafts stay greedy, whoever judges them
                 drawn = (asked.temperature, asked.top_p, asked.seed)
@@ -1241,9 +1246,9 @@ class Engine(Closing):
                 if searches:
                     self._fill_ring(req.earlier or Lookup())
                     self.target.ring.set_line([])
-            for source in () if opens else sources:
+            for source in self.learners:
                 with noting(req.errors):
-                    getattr(source, "begin", lambda question: None)(question)
+                    source.begin(question)
             req.timeline.start()
             yield from self._run(req, active, asked.remember)
             if opens:
@@ -1378,7 +1383,7 @@ class Engine(Closing):
             result.free_tokens_count = sum(at <= req.prefill_end for _, at in req.preview)
             result.window_drafts = sum(at <= req.frames_at for _, at in req.preview)
         result.peak_memory = memory.peak_memory(decider.device)
-        return Event("final", result.output_text, delta, result.output_ids, result.wall_clock_time * 1e3,
+        return Event("final", result.output_text, delta, list(result.output_ids), result.wall_clock_time * 1e3,
                      result.finish_reason, result)
 
 
@@ -1430,6 +1435,7 @@ class Clip(Closing):
     what the same chat asked at once would give; on a GPU that holds for every bit of the target's. Where two ids are
     nearly as likely an answer may part from that of `Engine.generate`, whose prefill is one piece.
     turns: the chat so far, (question, answer ids); `del clip.turns[-1]` takes the last one back."""
+    turns: Any = None                                        # or deleted: a new chat
 
     def __init__(self, engine: Engine, asked: Asked):
         self.engine, self.asked, self.turns = engine, asked, []
@@ -1579,6 +1585,7 @@ def say_no_copy(path, why: str) -> None:
     logging.getLogger(__name__).warning("%s: has no 4-bit copy that drafts (`self`): %s", path, why)
 
 
+@fits
 def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = None, device: str | None = None,
                 drafter_device: str | None = None, dtype: str | torch.dtype | None = None,
                 cache_rows: int | tuple[int, int] | None = None, draft_len: int = 5, overlap_len: int = 15,
@@ -1603,6 +1610,9 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
     for name, flag in (("gate", gate), ("graphs", graphs), ("self_draft", self_draft is not None and self_draft)):
         insist_flag(name, flag)
     insist_function("progress", progress)
+    eventgpt, videollava, tokenizer = (of if of is None else path_of(name, of, wanted) for name, of, wanted in (
+        ("eventgpt", eventgpt, "a checkpoint"), ("videollava", videollava, "a checkpoint"),
+        ("tokenizer", tokenizer, "a tokenizer.json")))
     if tokenizer is not None:
         insist_file(tokenizer, "a tokenizer.json")
     seed = insist_whole("seed", seed, 0, 2 ** 63 - 2)
@@ -1624,9 +1634,9 @@ def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = 
         if "no_copy" in budget["target"]:
             say_no_copy(videollava, budget["target"]["no_copy"])
     if eventgpt is not None:
-        own = os.path.join(str(eventgpt), "tokenizer.json")
+        own = os.path.join(eventgpt, "tokenizer.json")
         shared = target.text.path if target is not None and not os.path.exists(own) else None
-        drafter = load_model(Drafter, eventgpt, drafter_device or device, cache_rows=budget["drafter"]["rows"],
+        drafter = load_model(Drafter, eventgpt, budget["drafter"]["device"], cache_rows=budget["drafter"]["rows"],
                              tokenizer=tokenizer or shared, seed=seed + 1, packed=drafter_dtype == "int4", **options)
     if target and drafter and (apart := target.text.differing(drafter.text)):
         told = "%s: %d pieces have other ids than in %s, so drafts are seldom right; take the checkpoints' own files"
@@ -1649,16 +1659,13 @@ class PrefillOnlyInference(Closing):
     MODES, or `prefill_with_alignment`: the adapter's drafts, verified once. adapter_path: a folder with
     its weights (weights/adapter.py); it drafts in the drafter's place unless use_adapter is False. use_4bit: the
     drafter's weights are packed in 4 bits, the target's never are. Other options: those of `load_engine`."""
-    OPTIONS = frozenset(inspect.signature(load_engine).parameters) - {"eventgpt", "videollava"}
+    OPTIONS = [*inspect.signature(load_engine).parameters][2:]
 
     def __init__(self, eventgpt_path: FilePath | None = None,
                  videollava_model_id: FilePath | None = "LanguageBind/Video-LLaVA-7B-hf", device: str | None = None,
                  mode: str = "prefill_then_verify", adapter_path: FilePath | None = None,
                  use_adapter: bool | None = None, use_4bit: bool = False, **options):
-        known = [*inspect.signature(type(self)).parameters][:-1] + sorted(self.OPTIONS)
-        for name in options.keys() - self.OPTIONS:
-            raise InputError(f"{name}: not an option of PrefillOnlyInference; did you mean "
-                             f"{difflib.get_close_matches(name, known, 1, 0.0)[0]}?")
+        insist_known("PrefillOnlyInference", options, [*inspect.signature(type(self)).parameters][:-1] + self.OPTIONS)
         insist_flag("use_4bit", use_4bit)
         insist_flag("use_adapter", use_adapter is not None and use_adapter)
         insist_one_of("mode", mode, (*MODES, ALIGNED))
@@ -1666,7 +1673,7 @@ class PrefillOnlyInference(Closing):
             raise InputError(NO_ADAPTER)
         self.source = None
         if adapter_path is not None and use_adapter is not False:
-            self.source = Adapted(path_of("adapter_path", adapter_path, "draft_source", "an adapter's folder"))
+            self.source = Adapted(path_of("adapter_path", adapter_path, "an adapter's folder", "draft_source"))
         self.arguments = dict(eventgpt=eventgpt_path, videollava=videollava_model_id, device=device,
                               **{"drafter_dtype": "int4"} | options if use_4bit else options)
         self.mode, self.lock = mode, threading.Lock()

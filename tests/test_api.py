@@ -226,8 +226,12 @@ def test_every_call_has_the_same_arguments_in_the_same_order_with_the_same_defau
 
 
 def test_an_argument_that_there_is_not_is_refused_before_a_stream_is_read(pair):
-    with pytest.raises(TypeError, match="max_tokens"):
-        pair.stream(max_tokens=5, **asked(0))
+    one_line(lambda: pair.stream(max_tokens=5, **asked(0)), "max_tokens: not an argument of Engine.stream; ",
+             "did you mean max_new_tokens?")
+    one_line(lambda: pair.stream("e.npz", "v.mp4", "Q", 5, 6), "Engine.stream: too many positional arguments; help(")
+    one_line(lambda: pair.generate("e.npz", events="e.npz"), "Engine.generate: multiple values for argument 'events'")
+    one_line(lambda: engine.Clip.generate(None), "Clip.generate: missing a required argument: 'query'")
+    one_line(lambda: engine.load_engine(cache_row=5), "cache_row: not an argument of load_engine; did you")
 
 
 def test_help_begins_with_what_is_called_first():

@@ -1,8 +1,10 @@
 """One clip, many questions: an answer is what a fresh clip gives, whatever was asked before, in any mode."""
 
 import contextlib
+import copy
 import gc
 import itertools
+import pickle
 import random
 
 import pytest
@@ -391,10 +393,32 @@ def test_an_open_clip_keeps_the_caches_until_it_is_closed(e):
     with e.open(**files(1, **SHORT)) as other:
         refused(lambda: clip.generate(QUESTIONS[0]), "closed")
         assert other.generate(QUESTIONS[0]).output_ids == expected[1]
-    left = e.open(**files(0))                                # nobody holds it any more
-    del left
     gc.collect()
+    e.open(**files(0)).generate(QUESTIONS[0], 3)             # nobody holds it any more
     assert e.generate(mode="target_only", **asked(0)).output_ids == expected[0]
+
+
+class Words(str):
+    """A text that spells itself otherwise."""
+
+    def __len__(self):
+        raise RuntimeError("no length")
+
+    __str__ = __format__ = encode = __len__
+
+
+def test_a_chat_is_told_in_plain_words_and_may_be_dropped(e):
+    with e.open(**files(0, **SHORT)) as clip:
+        ids = clip.chat(Words(QUESTIONS[0])).output_ids
+        assert clip.turns == [(QUESTIONS[0], ids)] and type(clip.turns[0][0]) is str
+        del clip.turns
+        assert clip.chat(QUESTIONS[0]).output_ids == ids
+        last = [*clip.stream(QUESTIONS[0])][-1]
+        last.ids.clear()                                     # the caller's own
+        assert last.result.output_ids == ids
+        for copied in (copy.deepcopy, copy.copy, pickle.dumps):
+            refused(lambda copied=copied: copied(clip), "Clip: cannot be copied or sent to another process")
+            refused(lambda copied=copied: copied(e), "Engine: cannot be copied")
 
 
 def test_bad_questions_cost_nothing(e):

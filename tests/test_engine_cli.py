@@ -133,7 +133,7 @@ def api(pair):
                                          ("cache_row", "cache_rows"), ("videollava", "videollava_model_id"),
                                          ("eventgpt", "eventgpt_path")])
 def test_an_unknown_option_is_refused_at_once_with_the_nearest_word(option, near):
-    with pytest.raises(InputError, match=rf"^{option}: not an option .*; did you mean {near}\?$"):
+    with pytest.raises(InputError, match=rf"^{option}: not an argument .*; did you mean {near}\?$"):
         PrefillOnlyInference(**{option: 1})
 
 
@@ -202,5 +202,5 @@ def test_the_result_answers_to_the_old_words(api, pair, drafter_first):
     assert alone["overlap_window"] == alone["egpt_prefill_time"] == alone["num_draft_tokens"] == 0
     events = list(api.stream(**asked(0)))
     assert events[-1].result["output_tokens"] == result.output_ids and events[0].result is None
-    with pytest.raises(TypeError, match="gate"):
+    with pytest.raises(InputError, match="^gate: not an argument of PrefillOnlyInference.generate; "):
         api.generate(**asked(0), gate=False)

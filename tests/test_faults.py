@@ -1,6 +1,7 @@
 """Faults: whatever breaks midway, the answer or the rows are those of a run in which nothing broke, or one line says
 why not; and the next request is answered as if nothing had happened. `tests/long_run.py` has the long forms."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -156,17 +157,36 @@ def test_a_panic_in_the_target_is_raised_and_never_an_empty_answer(pair, monkeyp
         assert result.output_ids == ids and "index out of bounds" in result.drafter_error
 
 
-def test_a_source_that_wants_to_leave_the_program_costs_its_drafts(pair):
+class Wordless(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+@pytest.mark.parametrize("thrown", [SystemExit(3), GeneratorExit(), asyncio.CancelledError(), Panic(), Wordless()],
+                         ids=lambda of: type(of).__name__)
+def test_whatever_a_source_raises_costs_its_drafts(pair, thrown):
     class Leaves(engine.DraftSource):
         def propose(self, committed, limit):
-            sys.exit(3)
+            raise thrown
+
+        begin = learn = lambda self, _: self.propose([], 0)
     result = pair.generate(mode="speculative", draft_source=Leaves(), **asked())
-    assert result.output_ids == truth(pair, 0) and "SystemExit" in result.drafter_error
+    assert result.output_ids == truth(pair, 0) and type(thrown).__name__ in result.drafter_error
+
+
+class Lost:
+    """A path that cannot be had."""
+
+    def __fspath__(self):
+        raise RuntimeError("no path")
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"device": ["cpu"]}, "device"), ({"tokenizer": 5}, "5: is a int"), ({"eventgpt": 5}, "5: is a int, wanted"),
-    ({"videollava": b"x\xff"}, "no such folder"), ({"videollava": object}, "is a type")], ids=str)
+    ({"device": ["cpu"]}, "device"), ({"drafter_device": ""}, "drafter_device '': not a device"),
+    ({"tokenizer": 5}, "tokenizer: is a int"), ({"eventgpt": 5}, "eventgpt: is a int, wanted"),
+    ({"videollava": b"x\xff"}, "no such folder"), ({"videollava": object}, "videollava: is a type"),
+    ({"eventgpt": Lost()}, "eventgpt: is a Lost, wanted the path of a checkpoint; give it as text"),
+    ({"tokenizer": Lost()}, "tokenizer: is a Lost")], ids=str)
 def test_an_argument_of_another_type_is_one_line(options, words):
     models = {"eventgpt": TINY / "drafter", "videollava": TINY / "target", "device": "cpu"}
     with pytest.raises(InputError) as error:
@@ -206,7 +226,7 @@ def test_weights_that_cannot_be_packed_are_refused_in_one_line(monkeypatch):
 
 def on_a_card(monkeypatch, capability=(9, 0)):
     """Budgets as on a machine with a GPU."""
-    monkeypatch.setattr("weights.memory.pick_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr("weights.memory.pick_device", lambda name, *_: torch.device("cuda:0"))
     monkeypatch.setattr("weights.memory.free_bytes", lambda device: (10 ** 9, 10 ** 9))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 

@@ -383,6 +383,7 @@ BAD_EVENTS = {     # name: (file content, words of the message)
     "object array in npz": (npz_of(**small_events() | {"x": object_array(range(20))}), ["x has type 'O'"]),
     "plain array": (npy_of_array(numpy.zeros((9, 4), "i8")), ["one plain array", "(9, 4)"]),
     "object array of two": (npy_of_array(object_array([{}, {}])), ["no dict"]),
+    "structured in capitals": (npy_of_array(numpy.zeros(3, [(name, "i4") for name in "XYTP"])), ["found 'X', 'Y'"]),
     "structured without p": (npy_of_array(numpy.zeros(3, [("x", "u2"), ("y", "u2"), ("t", "i8")])), ["missing: p"]),
     "structured and cut": (npy_of_array(numpy.zeros(99, [("x", "u2"), ("y", "u2"), ("t", "i8"), ("p", "u1")]))[:700],
                            ["announces 99 events"]),

@@ -3,7 +3,9 @@
 import ast
 import concurrent.futures
 import contextlib
+import decimal
 import enum
+import fractions
 import gzip
 import io
 import itertools
@@ -16,6 +18,7 @@ import sys
 from pathlib import Path
 
 import measure
+import numpy
 import pytest
 import torch
 from test_bench import HEAD, three_samples
@@ -26,6 +29,7 @@ import engine
 from weights import InputError, files, load
 from weights.asking import Told, takes
 from weights.convert import convert
+from weights.events import read_events
 from weights.given import events_given, video_given
 from weights.rows import merge
 from weights.sources import Lookup
@@ -151,14 +155,26 @@ class Broken:
         raise RuntimeError("no words")
 
 
-@pytest.mark.parametrize("value", [10 ** 400, 10 ** 5000, Broken(), "1", None, [1], float("nan"), torch.ones(3)],
-                         ids=lambda of: type(of).__name__)
+class Numberless(float):
+    def __index__(self):
+        raise KeyError("no number")
+
+    __float__ = __index__
+
+
+@pytest.mark.parametrize("value", [
+    10 ** 400, 10 ** 5000, Broken(), "1", b"5", None, [1], float("nan"), torch.ones(3), torch.ones(1).long() * 5, 5j,
+    torch.tensor(True), torch.tensor(5j), numpy.array([5]), numpy.array("5"), numpy.timedelta64(5, "s"),
+    Numberless(5), memoryview(b"5")], ids=lambda of: type(of).__name__)
 def test_an_argument_of_any_value_is_refused_in_one_line(value):
     for check in (lambda: files.insist_whole("n", value, 2, 9), lambda: files.insist_number("n", value, 2, 9),
                   lambda: files.insist_one_of("n", value, ("a", "b")), lambda: files.insist_flag("n", value)):
         refused(check, "n: ")
     refused(lambda: files.insist_number("n", 10 ** 400, 0), "n: wanted a number 0 or more, got")
-    assert files.insist_number("n", 7, 0) == 7.0
+    for five in (5, torch.tensor(5), numpy.array(5, ">i4"), numpy.uint64(5)):
+        assert files.insist_whole("n", five, 2, 9) == files.insist_number("n", five, 2, 9) == 5
+    for half in (0.5, torch.tensor(0.5), numpy.array(0.5), decimal.Decimal("0.5"), fractions.Fraction(1, 2)):
+        assert files.insist_number("n", half, 0) == 0.5
 
 
 @pytest.mark.parametrize("options, words", [
@@ -189,6 +205,21 @@ def test_a_compressed_file_that_ends_early_is_one_line(tmp_path):
     (tmp_path / "v.gz").write_bytes(gzip.compress(bytes(range(256)) * 99)[:-40])
     with gzip.open(tmp_path / "v.gz") as file:
         refused(lambda: video_given(file), "video: a file object that cannot be read (Compressed file ended")
+
+
+class Lost:
+    """A path whose text is none."""
+
+    def __fspath__(self):
+        return 5
+
+
+def test_a_path_like_may_fail_to_say_its_path():
+    for call in (lambda: events_given(Lost()), lambda: video_given(Lost()), lambda: video_given([Lost()] * 8),
+                 lambda: video_given(image=Lost()), lambda: events_given(event_image_path=[Lost()])):
+        refused(call, "is a Lost")
+    for call in (load.open_checkpoint, files.read_text, engine.Adapted, read_events):
+        refused(lambda call=call: call(Lost(), *["a text"] * (call is files.read_text)), "is a Lost, wanted")
 
 
 @pytest.mark.parametrize("value", [dict, torch.Tensor, Closed(), Shapeless()],
@@ -266,6 +297,18 @@ def test_a_lookup_learns_ids_alone(ids):
 def test_a_source_whose_own_words_cannot_be_read_is_refused(pair, named):
     source = type("Mine", (), {"propose": lambda self, committed, limit: []} | named)()
     refused(lambda: pair.generate("e.npz", "v.mp4", "Q", draft_source=source), "draft_source: a Mine whose")
+
+
+@pytest.mark.parametrize("named", [
+    {"__eq__": lambda *_: 1 / 0}, {"__eq__": lambda *_: True}, {"__bool__": lambda _: 1 / 0}, {"__len__": lambda _: 0},
+    {"__class__": property(lambda _: 1 / 0)}, {"__class__": Lookup}], ids=lambda of: "".join(of))
+def test_a_source_is_looked_into_once_and_compared_with_nothing(pair, named):
+    clips = ROOT / "weights/tiny/clips"
+    asked = dict(events=clips / "event_npy/scenes/000000.npz", video=clips / "mp4/scenes/000000.mp4", query="What?",
+                 max_new_tokens=4)
+    source = type("Mine", (), {"propose": lambda self, committed, limit: [5], "__hash__": object.__hash__} | named)()
+    result = pair.generate(draft_source=["lookup", source, "drafter"], **asked)
+    assert result.output_ids == pair.generate(mode="target_only", **asked).output_ids and not result.drafter_error
 
 
 def test_a_question_may_be_any_kind_of_text(pair):

@@ -382,11 +382,21 @@ def test_bad_input_is_one_line_and_the_engine_goes_on(pair, change, words):
 
 @pytest.mark.parametrize("mode", ["speculative", "drafter_only", "target_only"])
 @pytest.mark.parametrize("canvas", [(260.0, 346.0), "260x346", (260,), 640, (-1, -1), (0, 5), (10 ** 6, 5), (5, 5, 2),
-                                    {1: 2}, [None, 5], (1, 4097)], ids=str)
+                                    {1: 2}, [None, 5], (1, 4097), {260, 346}, (True, 346)], ids=str)
 def test_a_canvas_is_checked_before_any_model_runs(pair, monkeypatch, mode, canvas):
     monkeypatch.setattr(pair, "_run", None)
     with pytest.raises(InputError, match="canvas: wanted .height, width.[^\n]*; "):
         pair.generate(mode=mode, canvas=canvas, **asked(0))
+
+
+@pytest.mark.parametrize("mode", ["speculative", "drafter_only", "target_only"])
+@pytest.mark.parametrize("options, words", [
+    ({"columns": "xyt"}, "columns: wanted"), ({"columns": 4}, "columns: wanted"),
+    ({"frame_rule": "x"}, "frame_rule: 'x'"),
+    ({"time_unit": "minutes"}, "time_unit: 'minutes' is not one of s, ms, us, ns")], ids=str)
+def test_how_media_are_read_is_checked_in_every_mode(pair, mode, options, words):
+    with pytest.raises(InputError, match=f"^{words}"):
+        pair.generate(mode=mode, **options, **asked(0))
 
 
 @pytest.mark.parametrize("content", [b"short", b"\x89HDF\r\n", b"\xff\xd8 a picture"])

@@ -17,7 +17,7 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from weights.files import InputError, brief, read_json, refusal
+from weights.files import InputError, brief, naming, path_text, read_json, refusal
 from weights.load import listed, read_header
 
 WEIGHTS = "adapter.safetensors"
@@ -83,9 +83,8 @@ def guess(network, config: AdapterConfig, drafter, committed, limit: int) -> lis
 def load(folder, device="cpu"):
     """(network in evaluation mode, AdapterConfig) of a folder. Without config.json the sizes are read off the shapes of
     a TokenAdapter, with eight heads and shift +1: what the research repository trained."""
-    if not isinstance(folder, (str, bytes, os.PathLike)):
-        raise refusal(folder, f"is a {type(folder).__name__}, wanted an adapter's folder", "give it as text")
-    folder = os.fsdecode(folder)
+    with naming(folder):
+        folder = path_text(folder, "an adapter's folder")
     path = Path(folder, WEIGHTS) if os.path.isdir(folder) else Path(folder)
     if not folder or not os.path.exists(path):
         raise refusal(folder and path, "no such file", "make it of the research code's best_model.pt: `python -m "

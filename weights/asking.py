@@ -8,6 +8,7 @@ and the method gets them as one object. Nothing here imports a model."""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import os
@@ -17,8 +18,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from weights.drafting import WIDTHS
 from weights.events import check_canvas
-from weights.files import insist_flag, insist_number, insist_one_of, insist_whole
-from weights.given import Shown, events_given, video_given
+from weights.files import InputError, insist_flag, insist_number, insist_one_of, insist_whole
+from weights.given import Shown, check_forms, events_given, video_given
 from weights.result import Event
 from weights.text import check_sampling, check_stop
 
@@ -53,6 +54,7 @@ class Media:
         """{side: Shown} of the models that are used. InputError unless each has one clip, in memory or in a file."""
         self.event_frames = insist_whole("event_frames", self.event_frames, 1, 1000)
         self.canvas = check_canvas(self.canvas)
+        check_forms(self.columns, self.time_unit, self.frame_rule)
         return {model.side: video_given(self.video, self.video_path, self.image, self.image_path, model.num_frames,
                                         self.frame_rule, model.on_gpu) if model.side == "target" else
                 events_given(self.events, self.event_path, self.event_image_path, self.columns, self.time_unit)
@@ -181,6 +183,29 @@ Object = TypeVar("Object")
 Returned = TypeVar("Returned")
 
 
+def insist_known(call: str, given, known) -> None:
+    """InputError where a call is given an argument that there is not."""
+    for name in given:
+        if name not in known:
+            raise InputError(f"{name}: not an argument of {call}; did you mean "
+                             f"{difflib.get_close_matches(name, known, 1, 0.0)[0]}?")
+
+
+def fits(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
+    """The function, which refuses arguments that it does not have, or lacks, in InputError."""
+    call, signature = function.__qualname__, inspect.signature(function)
+
+    @functools.wraps(function)
+    def fitting(*given: Given.args, **named: Given.kwargs) -> Returned:
+        insist_known(call, named, [*signature.parameters])
+        try:
+            signature.bind(*given, **named)
+        except TypeError as error:
+            raise InputError(f"{call}: {error}; help({call}) lists its arguments") from None
+        return function(*given, **named)
+    return fitting
+
+
 def takes(arguments: Callable[Given, Object]) -> Callable[
         [Callable[[Owner, Object], Returned]], Callable[Concatenate[Owner, Given], Returned]]:
     """A method of one argument, an object of this dataclass, becomes one of the dataclass's own arguments, whose
@@ -194,5 +219,5 @@ def takes(arguments: Callable[Given, Object]) -> Callable[
         call.__annotations__ = {of.name: of.annotation for of in named.values()} | {"return": own.return_annotation}
         told = [inspect.cleandoc(of.__doc__) for of in reversed(arguments.__mro__) if of.__doc__ and ": " in of.__doc__]
         call.__doc__ = "\n\n".join([inspect.cleandoc(method.__doc__ or ""), *told])      # none under python -OO
-        return call
+        return fits(call)
     return decorate

@@ -23,7 +23,7 @@ import threading
 from typing import NamedTuple
 
 from weights.files import InputError, describe
-from weights.sources import Lookup, agreeing
+from weights.sources import Lookup, Own, agreeing
 
 WIDTHS = (3, 7, 15, 31)                 # numbers of drafts that a captured verify has rows for
 
@@ -329,18 +329,18 @@ class SelfRounds(HostTenant):
 
 
 class HostSource(HostTenant):
-    """A DraftSource, or any object with `propose`."""
+    """A source of the caller's, see `Own`."""
 
-    def __init__(self, req, target, source, name: str):
-        super().__init__(req, target, name)
-        self.source, self.resting = source, req.gate is not None and req.gate.refuses(name)
+    def __init__(self, req, target, source: Own):
+        super().__init__(req, target, source.name)
+        self.source, self.resting = source, req.gate is not None and req.gate.refuses(source.name)
 
     def allowed(self):
         limit = self.req.asked.draft_len if self.req.asked.mode == "speculative" else self.req.asked.overlap_len
         return limit if not self.req.gate or self.req.gate.pays(self.name) else 0
 
     def drafted(self, state, limit):
-        if self.req.preview and hasattr(self.source, "read"):
+        if self.req.preview:
             self.source.read([i for i, _ in list(self.req.preview)])
         limit = min(limit, self.req.asked.max_new_tokens - state.n_out)
         drafts = [int(i) for i in itertools.islice(self.source.propose(list(state.ids), limit), limit)]
@@ -351,7 +351,7 @@ class HostSource(HostTenant):
 
     def judged(self, state):
         with noting(self.req.errors):
-            getattr(self.source, "verdict", lambda *_: None)(state.drafted, state.accept_len)
+            self.source.verdict(state.drafted, state.accept_len)
 
 
 class Cascade(Tenant):
@@ -397,19 +397,14 @@ def tenant_of(req, sources: list, target, drafter) -> Tenant:
             tenants.append(HeadStart(req, target))
             if req.asked.mode == "speculative":
                 tenants.append(DrafterRounds(req, target, drafter))
-        elif not isinstance(source, (str, Lookup)):
-            tenants.append(HostSource(req, target, source, name_of(source)))
+        elif isinstance(source, Own):
+            tenants.append(HostSource(req, target, source))
     return Cascade(tenants, once=req.asked.mode == "prefill_then_verify")
 
 
 def asking_drafter(sources: list) -> list:
     """The sources that read what the drafter writes."""
-    return [of for of in sources if getattr(of, "needs_drafter", False)]
-
-
-def name_of(source) -> str:
-    name = getattr(source, "name", None)
-    return name if isinstance(name, str) else type(source).__name__
+    return [of for of in sources if isinstance(of, Own) and of.needs_drafter]
 
 
 # ---- whether it pays -------------------------------------------------------------------------------------------
@@ -677,8 +672,11 @@ def smoothed(old: float | None, new: float) -> float:
 
 @contextlib.contextmanager
 def noting(errors: list):
-    """Runs what a source or a drafter does; if it breaks, says so in `errors`: that must not cost the answer."""
+    """Runs what a source or a drafter does; if it breaks, says so in `errors`: that must not cost the answer. Ctrl-C
+    alone goes through: asyncio's CancelledError is no Exception."""
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         errors.append(describe(error))

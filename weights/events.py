@@ -4,8 +4,8 @@ nothing is unpickled.
     events = read_events("sample1.npy")            # Events(x, y, t, p)"""
 
 import ast
+import contextlib
 import io
-import operator
 import pickletools
 import re
 import struct
@@ -17,7 +17,18 @@ from typing import NamedTuple
 import torch
 
 from kernels.frames import extent, quiet_copy
-from weights.files import InputError, Refused, brief, insist_whole_zip, naming, open_kind, quoted, reason_of, refusal
+from weights.files import (
+    InputError,
+    Refused,
+    brief,
+    insist_whole,
+    insist_whole_zip,
+    naming,
+    open_kind,
+    quoted,
+    reason_of,
+    refusal,
+)
 
 MAX_EVENT_BYTES = 1 << 30            # of a file, and of the arrays an .npz unpacks to
 MAX_PACKED = 100                     # bytes that a byte of an .npz may unpack to; recordings have some 3
@@ -61,12 +72,9 @@ def check_canvas(canvas) -> tuple | None:
     """(H, W) of the pictures that events are drawn in, or None: as large as they need. InputError for anything else."""
     if canvas is None:
         return None
-    try:
-        height, width = map(operator.index, canvas)
-        if 0 < height <= MAX_CANVAS[0] and 0 < width <= MAX_CANVAS[1]:
-            return height, width
-    except (TypeError, ValueError):
-        pass
+    with contextlib.suppress(Exception):                     # of any class; a set has no order, a mapping no first
+        height, width = (insist_whole("canvas", canvas[i], 1, MAX_CANVAS[i]) for i in range(len(canvas)))
+        return height, width
     raise InputError(f"canvas: wanted (height, width), whole numbers of pixels up to {MAX_CANVAS[0]} x "
                      f"{MAX_CANVAS[1]}, got {quoted(canvas)}; change it, or leave it out")
 
@@ -92,7 +100,7 @@ def events_of(columns, max_canvas):
                           f"subtract the smallest {key}, or drop those events")
         if high >= limit:
             raise Refused(f"largest {key} is {high}, outside the {max_canvas[1]} x {max_canvas[0]} canvas allowed",
-                          "drop stray events, or pass a larger max_canvas")
+                          "drop stray events")
     return Events(as_type(x, torch.int32), as_type(y, torch.int32), as_type(t, torch.int64), polarity(p))
 
 
@@ -230,8 +238,8 @@ def columns_of_npy(blob):
     if shape[0] == 0:
         return {name: RawArray(kind, shape, b"", order) for name, (order, kind, _, _) in columns.items()}
     rows = torch.frombuffer(bytearray(data[:shape[0] * offset]), dtype=torch.uint8).view(shape[0], offset)
-    return {name: RawArray(kind, shape, column_bytes(rows, begin, size), order)
-            for name, (order, kind, begin, size) in columns.items() if name in ("x", "y", "t", "p") and size}
+    return {name: RawArray(kind, shape, column_bytes(rows, begin, size) if name in ("x", "y", "t", "p") else b"", order)
+            for name, (order, kind, begin, size) in columns.items() if name and size}
 
 
 def column_bytes(rows, begin, size):

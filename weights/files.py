@@ -14,7 +14,6 @@ import functools
 import io
 import json
 import math
-import numbers
 import operator
 import os
 import re
@@ -23,6 +22,7 @@ import sys
 import threading
 import zipfile
 from dataclasses import dataclass
+from typing import Any, SupportsFloat, SupportsIndex
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
               RecursionError, MemoryError)       # what taking a damaged JSON file at its word may raise
@@ -68,13 +68,20 @@ def in_flags(error: InputError, parser, **others: str) -> str:
     return re.sub(r"^(\w+)(?=[:\s[])|`(\w+)`", lambda of: flags.get(of[1] or of[2], of[0]), str(error))
 
 
+def number_of(value, convert) -> Any:
+    """The number that a value of any library is, by `operator.index` or `float`; NaN where it is none, or several."""
+    dtype = getattr(value, "dtype", int)         # of a tensor, or a number of numpy
+    with contextlib.suppress(Exception):         # what a class of the caller's raises; OverflowError of 309 digits
+        if isinstance(value, (SupportsFloat, SupportsIndex)) and not isinstance(value, bool) and \
+                getattr(value, "shape", ()) == () and re.search("int|float", getattr(dtype, "name", str(dtype))):
+            return convert(value)
+    return math.nan
+
+
 def insist_whole(name: str, value, low: int, high: float = math.inf) -> int:
     """The whole number that an argument is, of any library's type."""
-    try:
-        whole = None if isinstance(value, bool) else operator.index(value)
-    except (TypeError, ValueError, RuntimeError):            # ValueError, RuntimeError: an array or a tensor of several
-        whole = None
-    if whole is None or not low <= whole <= high:
+    whole = number_of(value, operator.index)
+    if not low <= whole <= high:
         wanted = f"{low}..{high}" if high < math.inf else f"from {low} up"
         raise InputError(f"{name}: wanted a whole number {wanted}, got {quoted(value)}; change it")
     return whole
@@ -99,10 +106,7 @@ def insist_function(name: str, value) -> None:
 
 def insist_number(name: str, value, low: float, high: float = math.inf, above: bool = False) -> float:
     """The number that an argument is, of any library's type. above: `low` itself is too low."""
-    try:
-        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
-    except OverflowError:                                    # a whole number of more than 308 digits
-        number = math.nan
+    number = number_of(value, float)
     if not low <= number <= high or above and number == low:
         wanted = f"{'above ' * above}{low:g}" + (f"{' and up to ' if above else '..'}{high:g}" if high < math.inf else
                                                  " or more")
@@ -189,8 +193,18 @@ def command(main):
 
 def refusal(path, reason, way_out) -> InputError:
     """InputError "PATH: reason; way out"."""
-    name = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else quoted(path)
+    try:
+        name = path_text(path, "")
+    except Refused:
+        name = quoted(path)
     return InputError(f"{name or repr(name)}: {reason}; {way_out}")
+
+
+def path_text(path, wanted: str, way_out: str = "give it as text") -> str:
+    """The text of a path. Refused if it is none, or its class fails to say it."""
+    with contextlib.suppress(Exception):
+        return os.fsdecode(path)
+    raise Refused(f"is a {type(path).__name__}, wanted {wanted}", way_out)
 
 
 @contextlib.contextmanager
@@ -213,25 +227,27 @@ def trusting(path, what: str, way_out: str):
         raise refusal(path, f"{what} ({describe(error)})", way_out) from None
 
 
+def spelt(value, spell=str) -> str:
+    """What a value says of itself, whatever its class does when it is asked; its class if that fails."""
+    try:
+        return spell(value)
+    except Exception:
+        return f"a huge {type(value).__name__}" if type(value) is int else f"a {type(value).__name__}"
+
+
 def describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {(spelt(error).splitlines() or [''])[0]}"
 
 
 def brief(value, limit: int = 80) -> str:
     """A value that came out of a file, short enough for a message."""
-    try:
-        text = str(value[:limit + 1] if isinstance(value, (str, bytes)) else value)
-    except ValueError:                           # a whole number of more than 4,300 digits
-        text = f"a huge {type(value).__name__}"
+    text = spelt(value[:limit + 1] if isinstance(value, (str, bytes)) else value)
     return text if len(text) <= limit else text[:limit] + "..."
 
 
 def quoted(value, limit: int = 80) -> str:
-    """A value as code spells it, short enough for a message, whatever its class does when it is asked."""
-    try:
-        return brief(repr(value), limit)
-    except Exception:                            # also a whole number of more than 4,300 digits
-        return f"a {type(value).__name__}"
+    """A value as code spells it, short enough for a message."""
+    return brief(spelt(value, repr), limit)
 
 
 def say(text: str) -> None:
@@ -241,7 +257,7 @@ def say(text: str) -> None:
 
 def reason_of(error: BaseException) -> str:
     """What an exception says, short enough for a message; its class where it says nothing."""
-    return brief(getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__)
+    return brief(getattr(error, "strerror", None) or spelt(error).partition("\n")[0] or type(error).__name__)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -253,9 +269,7 @@ def open_regular(path, wanted: str):
         if not path.content:
             raise Refused(f"0 bytes, wanted {wanted}", "is it read to its end already?")
         return io.BytesIO(path.content), len(path.content)
-    if not isinstance(path, (str, bytes, os.PathLike)):
-        raise Refused(f"is a {type(path).__name__}, wanted the path of {wanted}", "give it as text")
-    name = os.fsdecode(path)
+    name = path_text(path, f"the path of {wanted}")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
         raise Refused(f"is an address, only local files are read, wanted {wanted}", "download it and give its path")
     try:

@@ -17,9 +17,20 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from kernels.frames import clip_pixels, draw_events, quiet_copy
+from kernels.frames import clip_pixels, draw_events, extent, quiet_copy
 from weights.events import EVENT_FILE, MAX_CANVAS, TORCH_TYPES, Events, events_of, read_events, short_shape
-from weights.files import Held, InputError, Refused, brief, insist_file, insist_one_of, naming, quoted, reason_of
+from weights.files import (
+    Held,
+    InputError,
+    Refused,
+    brief,
+    insist_file,
+    insist_one_of,
+    naming,
+    path_text,
+    quoted,
+    reason_of,
+)
 from weights.video import (
     IMAGE_ERRORS,
     MAX_IMAGE_PIXELS,
@@ -182,6 +193,8 @@ class Column:
             whole = values.view(torch.int64) if values.dtype == torch.uint64 else values
             if values.dtype == torch.uint64 and whole.amin().item() < 0:
                 raise Refused(f"{key} holds values beyond 2^63", f"pass {key} as int64")
+            if scale > 1 and max(map(abs, extent(whole.long()))) > (2 ** 63 - 1) // int(scale):
+                raise Refused(f"{key} holds times beyond 2^63 microseconds", "mend time_unit")
             if scale != 1:
                 return whole.long() * int(scale) if scale > 1 else whole.long() // int(1 / scale)
             return own(whole) if whole.dtype in (torch.int32, torch.int64) else whole.long()
@@ -232,26 +245,31 @@ def events_in_memory(value, columns: str | None = None, time_unit: str | None = 
         return events_of(found, max_canvas)
 
 
-def events_given(events=None, event_path=None, event_image_path=None, columns=None, time_unit=None) -> Shown:
-    """What the drafter is shown. events: a path, a file's content or a file object, x, y, t, p in memory, or pictures
-    of events; the two others are paths."""
-    insist_one("recording, or pictures of events", events=events, event_path=event_path,
-               event_image_path=event_image_path)
+def check_forms(columns, time_unit, rule) -> None:
+    """What says how media are read, used or not in this mode: columns, time_unit, frame_rule."""
     if columns is not None and (type(columns) is not str or sorted(columns) != sorted("xytp")):
         raise InputError(f"columns: wanted the letters x, y, t, p in their order, got {quoted(columns, 20)}; "
                          f"write \"txyp\" for time first")
     if time_unit is not None:
         insist_one_of("time_unit", time_unit, UNITS)
+    insist_one_of("frame_rule", rule, VIDEO_RULES)
+
+
+def events_given(events=None, event_path=None, event_image_path=None, columns=None, time_unit=None) -> Shown:
+    """What the drafter is shown. events: a path, a file's content or a file object, x, y, t, p in memory, or pictures
+    of events; the two others are paths."""
+    insist_one("recording, or pictures of events", events=events, event_path=event_path,
+               event_image_path=event_image_path)
     argument, value = "events", events
     if event_path is not None:
-        value = path_of("event_path", event_path, "events", "an .npy or .npz of events")
+        value = path_of("event_path", event_path, "an .npy or .npz of events", "events")
     elif event_image_path is not None:
         argument, value = "event_image_path", event_image_path
     with reading(argument, value):
         if event_image_path is not None or event_path is None and are_pictures(value):
             pictures = listed(value)
             if event_image_path is not None:
-                pictures = [path_of(argument, path, "events", "a PNG or JPEG") for path in pictures]
+                pictures = [path_of(argument, path, "a PNG or JPEG", "events") for path in pictures]
             kept = kept_pictures(argument, pictures)
             return Shown(name_of(kept[0], argument), lambda *_: read_kept(kept), pictures=len(kept))
     if is_file(value):
@@ -276,16 +294,15 @@ def video_given(video=None, video_path=None, image=None, image_path=None, num_fr
                 for_gpu: bool = False) -> Shown:
     """What the target is shown. video: a path, a file's content, a file object, or frames, of which `rule` takes
     num_frames; image: one picture in its place; the two others are paths."""
-    insist_one_of("frame_rule", rule, VIDEO_RULES)
     insist_one("video, or one image", video=video, video_path=video_path, image=image, image_path=image_path)
     if image_path is not None:
-        image = path_of("image_path", image_path, "image", "an image")
+        image = path_of("image_path", image_path, "an image", "image")
     if image is not None:
         with reading("image", image):
             kept = kept_pictures("image", [image], for_gpu)
         return Shown(name_of(kept[0], "image"), lambda *decoding: read_kept(kept, *decoding), file_size(kept[0]), 1)
     if video_path is not None:
-        video = path_of("video_path", video_path, "video", "a video file")
+        video = path_of("video_path", video_path, "a video file", "video")
     if is_file(video):
         file = file_of("video", video, "a video file")
         return Shown(file, lambda *decoding: read_video(file, num_frames, rule, for_gpu, *decoding), file_size(file))
@@ -369,12 +386,11 @@ def insist_one(wanted: str, **given) -> None:
                          f"one")
 
 
-def path_of(argument: str, value, better: str, wanted: str):
-    """A path as such an argument takes it. InputError for what is in memory."""
-    if not isinstance(value, (*PATHS, bytes)):
-        raise InputError(f"{argument}: is a {type(value).__name__}, wanted the path of {wanted}; pass what is in "
-                         f"memory as {better}")
-    return os.fsdecode(value) if isinstance(value, bytes) else value
+def path_of(argument: str, value, wanted: str, better: str = "") -> str:
+    """The text of the path that an argument is. InputError for anything else, with the argument that takes it."""
+    with naming(argument):
+        return path_text(value, f"the path of {wanted}", f"pass what is in memory as {better}" if better else
+                         "give it as text")
 
 
 def is_file(value) -> bool:
@@ -384,22 +400,25 @@ def is_file(value) -> bool:
 
 def file_of(argument: str, value, wanted: str):
     """The path, or the content as a Held. A file object is read from where it stands, and put back there."""
-    if isinstance(value, PATHS):
+    if isinstance(value, Held):
         return value
+    if isinstance(value, PATHS):
+        return path_of(argument, value, wanted)
     if not isinstance(value, CONTENTS):
         try:
             at = value.tell() if getattr(value, "seekable", lambda: True)() else None        # an mmap has none
-            content = value.read(MAX_CONTENT + 1)
+            parts, left = [b""], MAX_CONTENT + 1
+            while left > 0 and (part := value.read(left)):   # which may be less than there is
+                parts.append(part)
+                left -= len(part)
             if at is not None:
                 value.seek(at)
+            value = b"".join(parts)
         except Exception as error:                           # of a compressed file also its library's own
-            raise InputError(f"{argument}: a file object that cannot be read ({reason_of(error)}); open it again, or "
-                             f"pass its path") from None
-        if not isinstance(content, CONTENTS) or len(content) > MAX_CONTENT:
-            came = f"a {type(content).__name__}" if not isinstance(content, CONTENTS) else f"more than {MAX_CONTENT}"
-            raise InputError(f"{argument}: a file object that reads {came}, wanted bytes of {wanted}; open it with "
-                             f"\"rb\", or pass its path")
-        value = content
+            raise InputError(f"{argument}: a file object that cannot be read ({reason_of(error)}), wanted bytes of "
+                             f"{wanted}; open it again with \"rb\", or pass its path") from None
+        if left <= 0:
+            raise InputError(f"{argument}: a file object of more than {MAX_CONTENT} bytes; pass its path")
     return Held(argument, bytes(value))
 
 

@@ -38,6 +38,7 @@ from weights.files import (
     look_alike,
     naming,
     open_regular,
+    path_text,
     read_json,
     reason_of,
     refusal,
@@ -93,9 +94,8 @@ def resolve(path_or_id) -> Path:
     path_or_id: a path, `ORG/NAME` or `ORG/NAME@REVISION`: a branch, or better the 40 digits of a commit, which pin the
     files; `main` as the cache last saw it unless told.
     """
-    if not isinstance(path_or_id, (str, bytes, os.PathLike)):
-        raise refusal(path_or_id, f"is a {type(path_or_id).__name__}, wanted a folder or ORG/NAME", "give it as text")
-    name = os.path.expanduser(os.fsdecode(path_or_id))
+    with naming(path_or_id):
+        name = os.path.expanduser(path_text(path_or_id, "a folder or ORG/NAME"))
     if os.path.isdir(name):
         return Path(name)
     if os.path.lexists(name):
@@ -732,21 +732,22 @@ def report(checkpoint: Checkpoint):
           f"bytes; {len(checkpoint.unread)} not read, {sum(s.nbytes for s in checkpoint.unread):,} bytes")
 
 
-def pick_device(name) -> torch.device:
+def pick_device(name, argument: str = "device") -> torch.device:
     """A device that is really there, or an InputError that says which are."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
-        raise InputError(f"device {name!r}: not a device name; use cpu, cuda or cuda:N") from None
+        raise InputError(f"{argument} {name!r}: not a device name; use cpu, cuda or cuda:N") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise InputError(f"device {name}: {count} CUDA devices here; use cpu, a lower number, or check the driver")
+            raise InputError(f"{argument} {name}: {count} CUDA devices here; use cpu, a lower number, or check the "
+                             f"driver")
         device = torch.device("cuda", device.index or 0)
     elif device.type != "cpu":
-        raise InputError(f"device {name}: only cpu and cuda are supported; use one of these")
+        raise InputError(f"{argument} {name}: only cpu and cuda are supported; use one of these")
     return device
 
 

@@ -218,9 +218,10 @@ def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=No
     it can be. InputError if it cannot fit, with the settings that do: nothing is allocated then."""
     def budget_of(eventgpt, videollava, drafter_device, cache_rows, drafter_dtype, copied, several=1) -> dict:
         budget, rows = {}, rows_of_sides(cache_rows)
-        for side, path, name in (("target", videollava, device), ("drafter", eventgpt, drafter_device or device)):
+        for side, path, own in (("target", videollava, None), ("drafter", eventgpt, drafter_device)):
             if path is not None:
-                config, where = open_model(side, path)[0], pick_device(name)
+                config = open_model(side, path)[0]
+                where = pick_device(device) if own is None else pick_device(own, "drafter_device")
                 of = rows[side] or rows_for(side, config, text_rows)
                 packed = copied if side == "target" else drafter_dtype == "int4" or bool(config.get("packed"))
                 try:

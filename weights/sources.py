@@ -53,6 +53,26 @@ def listed(ids, most: int | None = None) -> list:
         raise InputError(f"answer: wanted a list of ids, got {quoted(ids)}; pass `output_ids`") from None
 
 
+class Own(DraftSource):
+    """A source of the caller's, any object with `propose`: looked into once, and compared with nothing, so that its
+    class may answer as it likes. InputError if it is none."""
+    PARTS = ("needs_drafter", "name", "begin", "read", "propose", "verdict", "learn")
+
+    def __init__(self, source):
+        kind = type(source).__name__
+        try:
+            parts = {name: getattr(source, name, None) for name in self.PARTS}
+            insist_flag("needs_drafter", parts["needs_drafter"] is not None and parts["needs_drafter"])
+        except Exception as error:                           # of its class
+            raise InputError(f"draft_source: a {kind} whose attributes cannot be read ({reason_of(error)}); mend it"
+                             ) from None
+        if issubclass(type(source), type) or not callable(parts["propose"]):
+            raise InputError(f"draft_source: wanted a name or an object with `propose`, got {kind}; make one by "
+                             f"source_named")
+        parts["name"] = parts["name"] if isinstance(parts["name"], str) else kind
+        vars(self).update({name: part for name, part in parts.items() if part is not None})
+
+
 class Fixed(DraftSource):
     """Drafts a known continuation by position, whatever the target said before: `ids[i]` guesses answer id i."""
     name = "fixed"
@@ -151,25 +171,15 @@ def sources_of(asked, own: Lookup, target, drafter, mode: str) -> list:
     if asked is None:
         drafts = ["drafter"] * (drafter is not None)
         return drafts if mode == "prefill_then_verify" else [own, *drafts, *["self"] * copy]
-    named = asked if isinstance(asked, (list, tuple)) else [asked]
+    named = asked if issubclass(type(asked), (list, tuple)) else [asked]
     found = []
     for source in named:
-        source = source_named(source) if isinstance(source, str) else source
-        if isinstance(source, Lookup) and not isinstance(asked, Lookup) and "lookup" in named:
-            source = own
-        if source == "self" and not copy:
-            raise InputError("draft_source self: the target's 4-bit copy was not made; load the engine with "
-                             "self_draft=True")
-        if not isinstance(source, str) and (isinstance(source, type) or not callable(getattr(source, "propose", None))):
-            raise InputError(f"draft_source: wanted a name or an object with `propose`, got {type(source).__name__}; "
-                             f"make one by source_named")
-        try:
-            insist_flag("needs_drafter", getattr(source, "needs_drafter", False))
-            getattr(source, "name", None)
-        except Exception as error:                           # of a class of the caller's
-            raise InputError(f"draft_source: a {type(source).__name__} whose needs_drafter or name cannot be read "
-                             f"({reason_of(error)}); mend it") from None
-        found.append(source)
+        if issubclass(type(source), str):                    # isinstance would ask a class of the caller's
+            source = own if source == "lookup" else source_named(source)
+            if source == "self" and not copy:
+                raise InputError("draft_source self: the target's 4-bit copy was not made; load the engine with "
+                                 "self_draft=True")
+        found.append(source if issubclass(type(source), (str, Lookup)) else Own(source))
     return found
 
 

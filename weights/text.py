@@ -142,13 +142,14 @@ def check_stop(stop) -> tuple[str, ...]:
 def check_question(question) -> str:
     if not isinstance(question, str):
         raise InputError(f"query: wanted the question as text, got {type(question).__name__}; pass a str")
+    question = str.__str__(question)                         # a class of the caller's may spell itself otherwise
     try:
         question.encode("utf-8")
     except UnicodeEncodeError:
         raise InputError("query: half a surrogate pair, not valid text; decode it as UTF-8 first") from None
     if len(question) > 100_000:
         raise InputError(f"query: the question has {len(question)} characters, at most 100000; shorten it")
-    return str.__str__(question)                             # an Enum's text may spell itself otherwise
+    return question
 
 
 def check_turns(turns, vocab: int) -> list[tuple[str, list[int]]]:
