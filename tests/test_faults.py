@@ -206,7 +206,7 @@ def test_weights_that_cannot_be_packed_are_refused_in_one_line(monkeypatch):
 
 def on_a_card(monkeypatch, capability=(9, 0)):
     """Budgets as on a machine with a GPU."""
-    monkeypatch.setattr("weights.memory.pick_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr("weights.memory.pick_device", lambda name, *_: torch.device("cuda:0"))
     monkeypatch.setattr("weights.memory.free_bytes", lambda device: (10 ** 9, 10 ** 9))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 

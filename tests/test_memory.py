@@ -189,7 +189,7 @@ def cards(monkeypatch):
     """cards(GB, ...): as many GPUs, all free."""
     def put_in(*gigabytes):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gigabytes))
-        monkeypatch.setattr(weights.memory, "pick_device", lambda name: torch.device(name or "cuda:0"))
+        monkeypatch.setattr(weights.memory, "pick_device", lambda name, *_: torch.device(name or "cuda:0"))
         monkeypatch.setattr(weights.memory, "free_bytes", lambda at: (int(gigabytes[at.index] * 1e9),) * 2)
         monkeypatch.setattr(weights.memory, "holders", lambda device: [])
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at: (8, 0))

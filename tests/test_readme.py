@@ -103,7 +103,7 @@ def gigabytes(cards: str, command: str) -> str:
     flags, needed = bench.parse(shlex.split(command.strip("`"))[2:]), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights.memory, "free_bytes", lambda device: (size * 10 ** 9, size * 10 ** 9))
-        patch.setattr(weights.memory, "pick_device", lambda name: torch.device(name or "cuda:0"))
+        patch.setattr(weights.memory, "pick_device", lambda name, *_: torch.device(name or "cuda:0"))
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
         budget = engine.memory_budget(
             flags.eventgpt and "random-7b", flags.videollava and "random-7b", flags.device, flags.drafter_device,

@@ -122,7 +122,7 @@ def test_a_source_that_was_not_loaded_is_refused_by_name():
 
 def test_a_copy_that_does_not_fit_is_left_out_unless_it_was_asked_for(monkeypatch):
     """By arithmetic alone: room for all but the copy."""
-    monkeypatch.setattr("weights.memory.pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("weights.memory.pick_device", lambda *_: torch.device("cuda"))
     monkeypatch.setattr("weights.memory.default_dtype", lambda _: torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr("weights.memory.no_room", lambda path, *_: engine.InputError("no room"))

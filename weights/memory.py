@@ -28,21 +28,22 @@ PARTS = ("weights", "cache", "parked", "packed", "scratch")  # of what one side 
 ENOUGH_ELSEWHERE = "lower `cache_rows`, free memory, or choose another `device`"
 
 
-def pick_device(name) -> torch.device:
+def pick_device(name, argument: str = "device") -> torch.device:
     """A device that is really there, or an InputError that says which are."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
-        raise InputError(f"device {name!r}: not a device name; use cpu, cuda or cuda:N") from None
+        raise InputError(f"{argument} {name!r}: not a device name; use cpu, cuda or cuda:N") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise InputError(f"device {name}: {count} CUDA devices here; use cpu, a lower number, or check the driver")
+            raise InputError(f"{argument} {name}: {count} CUDA devices here; use cpu, a lower number, or check the "
+                             f"driver")
         device = torch.device("cuda", device.index or 0)
     elif device.type != "cpu":
-        raise InputError(f"device {name}: only cpu and cuda are supported; use one of these")
+        raise InputError(f"{argument} {name}: only cpu and cuda are supported; use one of these")
     return device
 
 
@@ -238,7 +239,8 @@ def memory_budget(eventgpt=None, videollava=None, device=None, drafter_device=No
         budget, rows = {}, rows_of_sides(cache_rows)
         for side, path, name in (("target", videollava, device), ("drafter", eventgpt, drafter_device or device)):
             if path is not None:
-                config, where = open_model(side, path)[0], pick_device(name)
+                argument = "drafter_device" if side == "drafter" and drafter_device else "device"
+                config, where = open_model(side, path)[0], pick_device(name, argument)
                 of = rows[side] or rows_for(side, config, text_rows)
                 packed = copied if side == "target" else drafter_dtype == "int4" or bool(config.get("packed"))
                 try:
