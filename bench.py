@@ -12,6 +12,7 @@ of its answer (lookup_again). Ratios above 1 are faster. Exit codes: 0 all well,
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import json
 import math
@@ -39,15 +40,18 @@ from kernels.check import ceilings, quantiles
 from weights import InputError, controls, describe, replace_file, show
 from weights.dataset import LIST, Sample, read_dataset
 from weights.files import (
+    OUTPUTS,
     Parser,
     command,
     in_flags,
+    insist_apart,
     insist_whole,
+    insist_writable,
+    is_file,
     printable,
     quoted,
     rank,
     read_text,
-    reason_of,
     say,
     trusting,
 )
@@ -64,7 +68,9 @@ LABELS = {"tiny": "embedded trained toy pair", "random-7b": "RANDOM 7B WEIGHTS"}
 STAGES = {"drafter": ("load", "preprocess", "encode", "prefill", "draft"),
           "target": ("load", "preprocess", "encode", "prefill", "decode", "draft", "verify")}
 CLOCKS = "gpu=clocks.sm,clocks.mem,power.draw,power.limit"           # of nvidia-smi
-OUTPUTS = ("json", "out", "rows", "record", "timeline")     # flags that name what is written
+SAVED = {"json", "out", "record", "details", "debug"}        # flags that the report of saved runs knows
+INSTEAD = {"from_json": SAVED, "merge": SAVED, "compare": {"debug"}, "explain": None}        # of measuring
+UNEXPLAINED = {"rows", "resume", "record"}                   # flags that mean nothing where one answer is explained
 PER_FORWARD = {"draft", "decode", "verify"}                  # stages with an entry for each forward
 SHARED = {("target", "verify"), ("target", "draft")}         # those that a side's own mode does not have
 
@@ -179,8 +185,9 @@ def warm_up(e, samples, options) -> None:
     errors = []
     for sample in samples[:3]:
         try:
-            for mode in options.modes * options.warmup:
-                run_sample(e, sample, mode, options)
+            for _ in range(options.warmup):
+                for mode in options.modes:
+                    run_sample(e, sample, mode, options)
             return close_clip(options)
         except Exception as error:
             errors.append(failure(error, options))
@@ -398,9 +405,10 @@ def screen(report, colour: bool = False) -> list[str]:
                      + (f"; pays from {pays:.2f}" if pays is not None else ""))
     lines += block("4-bit", report["copy_stays"], 2) if report.get("copy_stays") else []
     lines += block("verdict", verdict(report), 2)
-    failed = [f"failed    {row['id']}: {row['error']}"[:WIDTH] for row in report["samples"] if "error" in row]
-    failed += [f"skipped   {problem}"[:WIDTH] for problem in report["skipped"]]
-    lines += failed[:3] + [f"          and {len(failed) - 3} more"] * (len(failed) > 3)
+    failed = [("failed", f"{row['id']}: {row['error']}") for row in report["samples"] if "error" in row]
+    failed += [("skipped", problem) for problem in report["skipped"]]
+    lines += [line for name, reason in failed[:2] for line in block(name, reason, 4)]
+    lines += [f"          and {len(failed) - 2} more: --details shows all"] * (len(failed) > 2)
     if config["gate"] == "off":
         lines.append("gate      off: drafts are made whatever they cost; --gate on makes those that should pay")
     last = ["more      --details: stages, ceilings, warnings; --json FILE: raw values; --explain ID: one answer"]
@@ -507,9 +515,11 @@ def read_report(path: Path, flag: str = "json", rows: list | None = None) -> dic
     """What --json wrote, or these rows under the header at the path; InputError if they are no report."""
     with trusting(path, "not a saved run", f"wants what --{flag} wrote"):
         text = read_text(path, f"what --{flag} wrote", 1 << 32)
-        report = json.loads(text.split("\n", 1)[0])
-        report = report if rows is None else assemble(report, rows)
-        insist_sound(report["samples"], report["config"])
+        report = json.loads(text if rows is None else text.split("\n", 1)[0])
+        if (report["schema"], type(report["skipped"])) != (SCHEMA, list):
+            raise ValueError(f"schema {quoted(report['schema'])}, wanted {SCHEMA} and a list of what was skipped")
+        insist_sound(rows := report["samples"] if rows is None else rows, report["config"])
+        report = assemble(report, rows, bool(report.get("interrupted")))         # figures follow from rows alone
         screen(report), details(report)
     return report
 
@@ -551,10 +561,9 @@ def compared(old: dict, new: dict, old_name: str, new_name: str) -> tuple[list[s
 # ---- one answer, id by id ----------------------------------------------------------------------------------------
 
 
-def explain_page(options) -> int:
+def explain_page(options, samples) -> int:
     """One answer id by id, in the last of --modes: what was drafted, what the target said there, by which margin over
     which runner-up. The sample is named by its id or by how that begins."""
-    samples, _ = read_dataset(options.dataset_dir, options.question, options.max_samples)
     found = [s for s in samples if s.id == options.explain] or [s for s in samples if s.id.startswith(options.explain)]
     if len(found) != 1:
         raise InputError(f"--explain: {options.explain!r} names {len(found)} of the {len(samples)} samples in "
@@ -657,30 +666,6 @@ def told(error: InputError) -> str:
     return in_flags(error, make_parser(), query="--question", mode="--modes")
 
 
-def is_file(path) -> bool:
-    """Whether an output is a file, or will be one, and no device or stdout."""
-    return bool(path) and str(path) != "-" and (not os.path.exists(path) or os.path.isfile(path))
-
-
-def insist_writable(path, flag: str) -> None:
-    """A long run must not end in a path that was wrong from the start. A device is written to, a file is replaced."""
-    if not path or str(path) == "-":
-        return
-    reason, place = "is a folder, or in none that one may write to", path
-    try:
-        if not os.path.exists(path) or os.path.isfile(path):
-            place = os.path.dirname(os.path.realpath(path))
-        if os.access(place, os.W_OK) and not os.path.isdir(path) and os.path.basename(path):
-            os.stat(path)
-            return
-    except FileNotFoundError:                                # a new file; or the current folder was removed
-        if place != path:
-            return
-    except (OSError, ValueError) as error:                   # too long, a link to itself; NUL
-        reason = reason_of(error)
-    raise InputError(f"{path}: cannot be written ({reason}); choose another --{flag}")
-
-
 def check(options) -> None:
     """Turns flags into values, or names the first that cannot be one."""
     def insist(holds, line: str) -> None:
@@ -692,14 +677,19 @@ def check(options) -> None:
                             ("overlap_len", 0, most), ("warmup", 0, math.inf), ("repeats", 1, math.inf)):
         insist_whole(name, getattr(options, name), low, high)
     insist(options.max_samples, "--max-samples: wanted 1 or more, or -1 for all, got 0; change it")
-    insist(options.question is None or engine.check_question(options.question).strip(),
+    insist(options.question is None or options.question.strip(),
            "--question: is empty; leave it out to ask what the data set asks")
     if options.questions:
         insist(options.question is None, "--questions: cannot stand beside --question; pass one of them")
         text = read_text(options.questions, "a question a line", 1 << 20)
         options.question = [line.strip() for line in text.split("\n") if line.strip()]
         insist(options.question, f"{options.questions}: holds no question; write one a line")
-    options.modes = [m for m in options.modes.split(",") if m]
+    for question in options.question if options.questions else [options.question or ""]:
+        try:
+            engine.check_question(question)
+        except InputError as error:
+            raise InputError(f"{options.questions or 'query'}: {str(error).partition(': ')[2]}") from None
+    options.modes = list(dict.fromkeys(m for m in options.modes.split(",") if m))
     insist(set(options.modes) <= {*MODES, AGAIN} and set(options.modes) & set(MODES),
            f"--modes: {','.join(options.modes)!r} is none of {', '.join(MODES)} (and {AGAIN}); pick from these")
     check_sampling(options.temperature, options.top_p, options.seed, ("--temperature", "--top-p", "--seed"))
@@ -726,13 +716,13 @@ def check(options) -> None:
     options.shard = read_shard(options.shard, os.environ)
     insist(not options.record or {"target_only", "drafter_only"} <= set(options.modes),
            "--record: needs target_only and drafter_only among --modes; add them")
-    insist(not options.timeline or options.timeline.lower().endswith(".png"),
-           f"--timeline: {options.timeline} is no PNG; name a file that ends in .png")
     insist(options.rows or not options.resume, "--resume: has nothing to go on with; pass --rows as well")
     named = (options.draft_source or sources_there(options)).split(",")
     options.self_draft = "self" in named and (True if options.draft_source else None)        # None: if it can be
     options.draft_source = ",".join(named)
-    options.kept = next((name.partition(":")[2] for name in named if name.startswith("lookup:")), "")
+    kept = [name.partition(":")[2] for name in named if name.startswith("lookup:")]
+    insist(len(kept) < 2, f"--draft-source: names {len(kept)} files of earlier answers, one is kept; take one")
+    options.kept = "".join(kept)
     insist(not options.kept or options.shard[1] == 1 and options.videollava,
            f"{options.kept}: belongs to one run of one target; leave :FILE out of --draft-source, or --shard, and pass "
            f"--videollava")
@@ -750,6 +740,17 @@ def sources_there(options) -> str:
     if options.kind == "tiny" or options.device.type == "cpu" or not options.videollava:
         return "drafter"
     return "lookup,drafter,self" if options.eventgpt else "lookup,self"
+
+
+def insist_used(options) -> str | None:
+    """What is done instead of measuring. InputError for another flag that would then do nothing."""
+    default = make_parser().get_default
+    given = [name for name, value in vars(options).items() if value != default(name)]
+    asked = next((name for name in INSTEAD if name in given), None)
+    for name in given if asked else ():
+        if name != asked and name not in (INSTEAD[asked] or vars(options).keys() - UNEXPLAINED):
+            raise InputError(f"`{name}`: does nothing beside `{asked}`; leave it out")
+    return asked
 
 
 def read_shard(text: str | None, environ) -> tuple[int, int]:
@@ -788,42 +789,28 @@ def main(argv=None) -> int:
                          ) from None
 
 
-def inputs(options) -> dict:
-    """{path: flag} of the files that a run reads, but for the clips: none may be written over."""
-    found = {name: [getattr(options, name)] for name in ("tokenizer", "questions", "from_json")}
-    found |= {"merge": options.merge or [], "compare": options.compare or []}
-    found["draft_source"] = [of.partition(":")[2] for of in (options.draft_source or "").split(",")]
-    for name, files in (("eventgpt", "*"), ("videollava", "*"), ("dataset_dir", LIST)):
-        if getattr(options, name) and os.path.isdir(getattr(options, name)):
-            found[name] = [*Path(getattr(options, name)).glob(files)]
-    return {os.path.realpath(path): name.replace("_", "-") for name, paths in found.items() for path in paths if path}
-
-
 def run(options, command: str) -> int:
-    taken, read = {}, inputs(options)
-    for flag in OUTPUTS:
-        insist_writable(path := getattr(options, flag), flag)
-        if is_file(path) and (other := read.get(os.path.realpath(path))):
-            raise InputError(f"{path}: is read by --{other}, and --{flag} would replace it; name another file")
-        if is_file(path) and (other := taken.setdefault(os.path.realpath(path), flag)) != flag:
-            raise InputError(f"{path}: would be written by --{other} and by --{flag}; name two files")
+    listed, skipped, instead = [], [], insist_used(options)
+    if instead in (None, "explain"):
+        check(options)
+        listed, skipped = read_dataset(options.dataset_dir, options.question, options.max_samples)
+        shard, shards = options.shard
+        if shards > len(listed):
+            raise InputError(f"--shard: {shards} shards of {len(listed)} samples; take at most as many")
+        for flag in OUTPUTS if shards > 1 else ():           # each shard its own files, whoever started it
+            if is_file(getattr(options, flag)):
+                path = Path(getattr(options, flag))
+                setattr(options, flag, path.with_suffix(f".{shard:05}-of-{shards:05}{path.suffix}"))
+    clips = [path for of in listed for path in (of.video, *(of.events if type(of.events) is list else [of.events]))]
+    insist_apart(options, dataset_dir=[options.dataset_dir / LIST, *clips] if listed else [])
     if options.from_json:
         return publish(read_report(options.from_json), options)
     if options.merge:
         return publish(merged(options.merge), options)
     if options.compare:
         return compare_runs(*options.compare)
-    check(options)
-    if options.explain is not None:
-        return explain_page(options)
-    listed, skipped = read_dataset(options.dataset_dir, options.question, options.max_samples)
-    shard, shards = options.shard
-    if shards > len(listed):
-        raise InputError(f"--shard: {shards} shards of {len(listed)} samples; take at most as many")
-    for flag in OUTPUTS if shards > 1 else ():               # each shard its own files, whoever started it
-        if is_file(getattr(options, flag)):
-            path = Path(getattr(options, flag))
-            setattr(options, flag, path.with_suffix(f".{shard:05}-of-{shards:05}{path.suffix}"))
+    if instead:
+        return explain_page(options, listed)
     if options.rows and os.path.exists(options.rows) and not options.resume:
         raise InputError(f"{options.rows}: is already there; pass --resume to go on with it, or choose another --rows")
     head, e = set_up(options, command, listed, skipped)
@@ -842,15 +829,20 @@ def run(options, command: str) -> int:
         except KeyboardInterrupt:
             interrupted = True
     head |= {"clocks_after": asked(options.device, CLOCKS), "copy_stays": e.copy_stays}
-    code = publish(assemble(head, rows, interrupted), options,
-                   f"resume    nothing was left to do: {options.rows} holds all {len(rows)} samples" * (not left))
-    if options.kept:                                         # last: a full disk must not cost the report
-        own, before = next(of for of in options.source if isinstance(of, engine.Lookup)), options.known
-        there = engine.source_named(f"lookup:{options.kept}", options.model)     # what another run put there meanwhile
-        for answer in own.newest(own.learnt - before):
+    with contextlib.ExitStack() as last:                     # a full disk must not cost the report, nor the other way
+        last.callback(save_answers, options)
+        return publish(assemble(head, rows, interrupted), options,
+                       f"resume    nothing was left to do: {options.rows} holds all {len(rows)} samples" * (not left))
+
+
+def save_answers(options) -> None:
+    """What the run has learnt, beside what another run put there meanwhile."""
+    if options.kept:
+        own = next(of for of in options.source if isinstance(of, engine.Lookup))
+        there = engine.source_named(f"lookup:{options.kept}", options.model)
+        for answer in own.newest(own.learnt - options.known):
             there.learn(answer)
         there.save(options.kept)
-    return code
 
 
 def set_up(options, command: str, listed, skipped) -> tuple[dict, engine.Engine]:
@@ -901,9 +893,9 @@ def publish(report, options, remark: str = "") -> int:
     lines += map(printable, details(report)) if options.details else []
     if interrupted:
         lines.append(f"interrupted after {len(rows)} of {report['config']['samples']} samples")
+    if options.timeline and not getattr(options, "shown", None):
+        lines.append(f"timeline  no request was finished here: {options.timeline} is not drawn")
     hand_over(lines, report, options)
-    if options.record:
-        write_pairs(options.record, report)
     failed = identical["equal"] < identical["compared"] or report["skipped"] or any("error" in row for row in rows)
     return 130 if interrupted else int(bool(failed))
 
@@ -923,17 +915,19 @@ def write_pairs(path: str, report: dict) -> None:
 
 
 def hand_over(lines, report, options) -> None:
-    """Prints the lines, or the JSON object alone, then writes what else was asked for."""
-    if options.json == "-":
-        print(json.dumps(report), flush=True)
-    elif speaks():
-        print("\n".join(lines), flush=True)
-    if options.json and options.json != "-":
-        replace_file(options.json, json.dumps(report).encode() + b"\n")
-    if options.out:
-        replace_file(options.out, ("\n".join(lines) + "\n").encode())
-    if options.timeline and getattr(options, "shown", None):
-        show.draw(options.shown, options.timeline)
+    """Prints the lines, or the JSON object alone, then writes what else was asked for. One that cannot be had, by a
+    full disk or a closed pipe, costs none of the others."""
+    with contextlib.ExitStack() as left:                     # the last one first, each whatever became of those before
+        if options.timeline and getattr(options, "shown", None):
+            left.callback(show.draw, options.shown, options.timeline)
+        if options.record:
+            left.callback(write_pairs, options.record, report)
+        if options.out:
+            left.callback(replace_file, options.out, ("\n".join(lines) + "\n").encode())
+        if options.json and options.json != "-":
+            left.callback(replace_file, options.json, json.dumps(report).encode() + b"\n")
+        if options.json == "-" or speaks():
+            left.callback(print, json.dumps(report) if options.json == "-" else "\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ The file of SmolLM2 holds 4-bit steps, which groups of 32 with a zero point woul
 random inside their step first (--as-stored: not). Both copies, with the stream as it is and turned (kernels/quant.py),
 are measured."""
 
-import argparse
 import struct
 import sys
 import zipfile
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine import DecoderConfig, load_engine
 from kernels.frames import clip_pixels
 from kernels.quant import dequantise, group_of, quantise, rounded, turned
+from weights.files import Parser, command
 from weights.tiny import make_clips, scenes
 
 TINY = Path(__file__).resolve().parents[1] / "weights/tiny"
@@ -233,8 +233,9 @@ def smollm2(path: Path, count: int, moved: bool, most: int = 128):
     return w, c, answers
 
 
+@command
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--smollm2", type=Path, metavar="WHEEL", help="SmolLM2-135M in place of the embedded target")
     parser.add_argument("--as-stored", action="store_true", help="with --smollm2: the file's own 4-bit steps")
     parser.add_argument("--count", type=int, help="scenes (default 100) or prompts (default 16)")

@@ -6,7 +6,6 @@
 Headers, edit lists, indexes and time stamps are claims. FORMS makes them: encoders and muxers of PyAV, packets left
 out and renumbered, and boxes of an mp4 and chunks of an avi rewritten by hand."""
 
-import argparse
 import struct
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import av
 import torch
 
 from weights import InputError, video
+from weights.files import Parser, command
 
 FRAMES, SIZE = 30, (64, 48)
 FOLDERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts")
@@ -370,14 +370,15 @@ def quick(path: Path) -> bool:
         return False
 
 
+@command
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the files there, a folder each")
     options, bad = parser.parse_args(argv), 0
     with tempfile.TemporaryDirectory() as temporary:
         for at, (name, make) in enumerate(FORMS.items()):
             folder = (options.keep or Path(temporary)) / f"{at:03}"
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             path = make(folder)
             (frames, verdict), planned = compared(path), quick(path)
             bad += verdict not in ("same", "refused")

@@ -9,7 +9,6 @@ signal, a mutation that takes longer than SECONDS, something executed, an accept
 differs between modes, or a child that grows by more than MEGABYTES over what it held after its imports.
 `--seed N --mutations 1` repeats one."""
 
-import argparse
 import copy
 import functools
 import importlib
@@ -32,6 +31,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from weights.files import Parser, command  # noqa: E402  after the path
 
 BATCH = 2500                         # mutations a child lives for
 SECONDS = 10                         # for one mutation; what is refused takes milliseconds
@@ -663,8 +664,9 @@ def violations(tally: dict) -> bool:
     return any(tally[column] for column in COLUMNS[2:]) or tally["peak"] > MEGABYTES
 
 
+@command
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--mutations", type=int, default=500, help="of each kind (default %(default)s)")
     parser.add_argument("--kind", default=",".join(KINDS), help="comma list of %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default %(default)s)")

@@ -7,7 +7,6 @@
 
 `python tests/hostile.py FOLDER` writes them all, a folder each, and prints the flags that try them."""
 
-import argparse
 import contextlib
 import fcntl
 import json
@@ -53,6 +52,7 @@ from engine import InputError
 from weights import convert
 from weights.dataset import read_dataset
 from weights.events import read_events
+from weights.files import Parser, command
 from weights.video import read_image, read_video
 
 TINY = bench.TINY
@@ -204,7 +204,8 @@ def first_problem(folder):
 def run(flags, *words):
     """A command line that is refused for an output, a shard or a saved file. flags: (folder) -> list."""
     def make(folder):
-        given = [*QUICK, "--modes", "target_only", "--max-samples", "1", *flags(folder)]
+        given = flags(folder)
+        given = given if "--merge" in given else [*QUICK, "--modes", "target_only", "--max-samples", "1", *given]
 
         def call(_):
             options = bench.parse(given)
@@ -622,8 +623,9 @@ def linked_out(folder):
     return Case(first_problem(folder), [*flags, "--modes", "target_only"], ["leads out"], 1)
 
 
+@command
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where to write them; made if it is not there")
     options = parser.parse_args(argv)
     for name, make in CASES.items():

@@ -8,7 +8,6 @@
 
 All on the embedded pair, on the CPU; small forms of the four run with the tests."""
 
-import argparse
 import contextlib
 import functools
 import io
@@ -28,6 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from common import QUESTIONS, TINY, save_adapter  # noqa: E402  after the paths
+
+from weights.files import Parser, command  # noqa: E402
 
 
 def make_dataset(folder: Path, rows: int) -> Path:
@@ -312,8 +313,9 @@ def generations(count: int, seed: int, adapter=None) -> dict:
 # ---- main ------------------------------------------------------------------------------------------------------
 
 
+@command
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("what", choices=("rows", "requests", "repeat", "generations"))
     parser.add_argument("--count", type=int, help="how many (default: 2000 rows, 10000 requests, 1000, 10000)")
     parser.add_argument("--shards", type=int, default=3, help="of rows (default %(default)s)")

@@ -2,7 +2,6 @@
 
 Times by a model's stream need a GPU; `host_time` works anywhere."""
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ import bench
 from kernels.lookup import lookup
 from kernels.round import STATE, SURE, State, new_state
 from weights import InputError, replace_file
-from weights.files import say
+from weights.files import command, insist_apart, say
 
 ROOT = Path(bench.__file__).resolve().parent
 
@@ -24,22 +23,29 @@ ROOT = Path(bench.__file__).resolve().parent
 # ---- a command -------------------------------------------------------------------------------------------------
 
 
-def flags(doc: str, **defaults) -> bench.Parser:
+class Flags(bench.Parser):
+    def parse_args(self, args=None, namespace=None):
+        options = super().parse_args(args, namespace)
+        insist_apart(options)                                # before it runs for an hour
+        return options
+
+
+def flags(doc: str, **defaults) -> Flags:
     """A parser whose --help is the command's docstring, with --device and --out."""
-    parser = bench.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(description=doc)
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the report there too, when all is done")
     parser.set_defaults(**defaults)
     return parser
 
 
+@command
 def run(main, argv=None) -> int:
-    """The exit code of `main`: bad input is one line on stderr and 2."""
+    """The exit code of `main`, whose bad input is a line in the words of its flags."""
     try:
         return main(argv)
     except InputError as error:
-        print(bench.told(error), file=sys.stderr)
-        return 2
+        raise InputError(bench.told(error)) from None
 
 
 def publish(lines: list[str], out: Path | None) -> None:

@@ -22,6 +22,7 @@ import bench
 import engine
 from engine import MODES
 from weights.dataset import read_dataset
+from weights.files import Parser, command
 from weights.memory import bytes_of
 
 
@@ -38,8 +39,9 @@ def waits(result) -> list[float]:
     return [1e6 * (after[0] - before[1]) for before, after in zip(stages[first:], stages[first + 1:], strict=False)]
 
 
+@command
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--requests", type=int, default=200, help="default %(default)s")
     parser.add_argument("--modes", default="target_only,prefill_then_verify,speculative", help="default %(default)s")
     parser.add_argument("--weights", choices=("random-7b",), help="in place of the embedded pair")

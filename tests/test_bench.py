@@ -719,12 +719,12 @@ def test_of_torchruns_processes_one_speaks(monkeypatch, capsys, quick_ceilings):
 
 
 @pytest.mark.parametrize("flags", [["--json", "a", "--out", "a"], ["--rows", "a", "--json", "./a"],
-                                   ["--record", "a", "--out", "b/../a"]])
+                                   ["--record", "a", "--out", "b/../a", "--modes", "target_only,drafter_only"]])
 def test_one_file_is_not_written_by_two_flags(tmp_path, monkeypatch, capsys, flags):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "b").mkdir()
     assert bench.main([*SMALL, *flags]) == 2
-    assert "name two files" in capsys.readouterr().err and [of.name for of in tmp_path.iterdir()] == ["b"]
+    assert "name another file" in capsys.readouterr().err and [of.name for of in tmp_path.iterdir()] == ["b"]
 
 
 def test_compare_pairs_by_sample_and_says_what_it_shows(tmp_path, capsys):
@@ -783,7 +783,7 @@ def test_wrong_outputs_and_flags_are_refused_before_anything_is_loaded(tmp_path,
     ("cuda:0", ["--videollava", "V", "--draft-source", "self"], "self", True),
     ("cpu", ["--draft-source", "lookup"], "lookup", False)])
 def test_all_there_is_drafts_on_a_gpu_unless_told(monkeypatch, device, flags, sources, self_draft):
-    monkeypatch.setattr(engine, "pick_device", lambda name: torch.device(device))
+    monkeypatch.setattr(engine, "pick_device", lambda name, *_: torch.device(device))
     options = bench.parse(flags)
     bench.check(options)
     assert (options.draft_source, options.self_draft, len(options.source)) == (
@@ -794,7 +794,7 @@ def test_without_room_for_a_copy_all_else_drafts(monkeypatch):
     """A CPU stands for a GPU whose engine comes without the copy."""
     options = bench.parse(["--videollava", str(TINY / "target"), "--device", "cpu"])
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "pick_device", lambda name: torch.device("cuda:0"))
+        patch.setattr(engine, "pick_device", lambda name, *_: torch.device("cuda:0"))
         bench.check(options)
     options.device = torch.device("cpu")
     _, e = bench.load_pair(options, [])

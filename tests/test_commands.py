@@ -6,7 +6,11 @@ import functools
 import json
 from pathlib import Path
 
+import breaks
+import containers
 import figures
+import fuzz
+import long_run
 import measure
 import peers
 import pytest
@@ -260,3 +264,22 @@ def test_flags_may_be_written_with_underscores():
     parser.add_argument("--some-number", type=int)
     assert vars(parser.parse_args(["--some_number=3", "--out", "a_b"])) == {
         "device": None, "out": Path("a_b"), "some_number": 3} and isinstance(parser, argparse.ArgumentParser)
+
+
+def test_every_command_beside_the_tests_ends_in_one_way():
+    """A line for bad input, a word for Ctrl-C, nothing for a pipe that nobody reads: weights.files.command."""
+    for path in Path(measure.__file__).parent.glob("[!t]*.py"):
+        text = path.read_text()
+        if '__name__ == "__main__"' in text:
+            assert "measure.run(main)" in text or "@command\ndef main(" in text, path.name
+            assert "ArgumentParser" not in text, path.name
+
+
+@pytest.mark.parametrize("main, words", [
+    (breaks.main, ["--only", "no such break"]), (fuzz.main, ["--kind", "none"]), (containers.main, ["--kept", "x"]),
+    (long_run.main, ["rows", "--count", "1"]),
+    (long_run.main, ["generations", "--adapter", "nowhere", "--count", "30"])])
+def test_a_command_beside_the_tests_says_what_it_cannot_take_in_one_line(main, words, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "; " in said

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from common import save_adapter
 from pairs import json_lines, read_pairs
 
 import bench
-from weights import InputError, adapter, convert, files, load, replace_file
+from weights import InputError, adapter, convert, dataset, files, load, replace_file
 from weights.adapter import AdapterConfig
 from weights.convert import read_pickled
 from weights.dataset import bare, read_dataset
@@ -180,6 +181,16 @@ def test_every_command_takes_its_words_alike(main, capsys, monkeypatch):
         full.close()
 
 
+def test_a_request_to_end_is_like_ctrl_c(monkeypatch, capsys):
+    """`timeout` and batch systems send SIGTERM: the report of what is done is still written. In a program of somebody
+    else's, which calls a command's main, signals stay as they are."""
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    main = files.command(lambda argv=None: handlers and handlers[signal.SIGTERM](signal.SIGTERM, None))
+    assert main([]) == 0 and not handlers
+    assert main() == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 @pytest.mark.parametrize("error, code, told", [
     (InputError("a; b"), 2, "a; b\n"), (KeyboardInterrupt(), 130, "interrupted\n"), (OSError("disk"), None, "")])
 def test_a_command_ends_as_its_error_says(error, code, told, capsys):
@@ -295,8 +306,12 @@ def test_what_cannot_be_written_is_one_line_and_leaves_the_old_file(tmp_path, mo
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    refused(lambda: replace_file(path, b"new"), path, "No space left on device", "free some room")
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
+    for old in (path, shm := Path(f"/dev/shm/{os.getpid()}.old")):       # a disk, for all its name
+        old.write_bytes(b"old")
+        refused(lambda old=old: replace_file(old, b"new"), old, "No space left on device", "free some room")
+        assert old.read_bytes() == b"old"
+    shm.unlink()
+    assert os.listdir(tmp_path) == ["a"]
 
 
 # ---- data sets -------------------------------------------------------------------------------------------------
@@ -343,6 +358,40 @@ def test_a_record_of_several_questions_is_a_sample_for_each(tmp_path):
 def test_a_list_that_cannot_be_run_is_one_line(tmp_path, records, words):
     (tmp_path / LIST).write_text(json.dumps(records))
     refused(lambda: read_dataset(tmp_path, None, -1), tmp_path / LIST, *words)
+
+
+@pytest.mark.parametrize("named, at", [(".", ""), ("./.", ""), ("mp4/..", ""), ("..", "mp4"), ("../data", "")])
+def test_a_data_set_may_be_named_from_within(tmp_path, monkeypatch, named, at):
+    shutil.copytree(CLIPS, tmp_path / "data")
+    monkeypatch.chdir(tmp_path / "data" / at)
+    assert len(read_dataset(Path(named), None, 2)[0]) == 2
+
+
+def test_no_two_samples_have_one_id(tmp_path):
+    """Also where an id is that of another record's second question: rows go by them."""
+    for kind in ("event_npy", "mp4"):
+        (tmp_path / kind).symlink_to(CLIPS / kind)
+    first, second = json.loads((CLIPS / LIST).read_text())[:2]
+    turn = {"from": "human", "value": "Q?"}
+    (tmp_path / LIST).write_text(json.dumps([first | {"id": "a#2"}, second | {"id": "a", "conversations": [turn] * 2}]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "home_of", lambda folder: str(CLIPS.parents[2]))
+        samples, problems = read_dataset(tmp_path, None, -1)
+    assert [of.id for of in samples] == ["a#2"] and "id a#2 is there twice" in problems[0]
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    """It was taken for a file that is not there: "did you mean" it, or left out in silence."""
+    for name, read in (("config.json", open_checkpoint), ("model.safetensors.index.json", weight_files),
+                       ("model.safetensors", lambda folder: read_header(weight_files(folder)[0][0]))):
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / name).symlink_to("../blobs/abc")
+        refused(lambda read=read, folder=folder: read(folder), folder / name, "it is a link to ../blobs/abc, which")
+    save_adapter(tmp_path / "ad", adapter.TokenAdapter(SMALL), SMALL)
+    (tmp_path / "ad" / "config.json").unlink()
+    (tmp_path / "ad" / "config.json").symlink_to("none")
+    refused(lambda: adapter.load(tmp_path / "ad"), tmp_path / "ad" / "config.json", "a link to none")
 
 
 def test_a_bad_record_is_named_and_the_others_run(tmp_path):

@@ -1,10 +1,12 @@
 """Values, names and places that nobody expects: each test stands for a kind that one mechanism answers everywhere."""
 
+import argparse
 import ast
 import concurrent.futures
 import contextlib
 import decimal
 import enum
+import errno
 import fractions
 import gzip
 import io
@@ -20,22 +22,26 @@ from pathlib import Path
 import measure
 import numpy
 import pytest
+import replay
+import sources
 import torch
+from common import save_adapter
 from test_bench import HEAD, three_samples
 from test_load import TEXT, tensors_of, write
 
 import bench
 import engine
-from weights import InputError, files, load
+from weights import InputError, adapter, files, load
 from weights.asking import Told, takes
 from weights.convert import convert
 from weights.events import read_events
 from weights.given import events_given, video_given
 from weights.rows import merge
 from weights.sources import Lookup
-from weights.text import check_question
+from weights.text import PROBE, Text, check_question
 
 ROOT = Path(files.__file__).resolve().parents[1]
+TINY = ROOT / "weights" / "tiny"
 
 
 def refused(call, *words):
@@ -260,6 +266,52 @@ def deep(levels: int) -> str:
     return '{"size": ' * levels + "1" + "}" * levels
 
 
+def test_a_setting_may_be_a_number_of_any_size():
+    for found in (10 ** 400, -10 ** 400, float("inf"), float("nan")):
+        assert not load.same_setting([found] * 3, [0.5] * 3) and not load.same_setting(found, 224)
+    assert load.same_setting(224.0, 224) and load.same_setting([0.5000001], [0.5])
+
+
+@pytest.mark.parametrize("device", ["hpu", "privateuseone", "mps", "cuda:99", "meta", "x"])
+def test_a_device_that_is_not_there_is_named(device):
+    """hpu and privateuseone end in an ImportError of torch's where they are used."""
+    refused(lambda: load.pick_device(device), "device ", device)
+    refused(lambda: engine.memory_budget(TINY / "drafter", device="cpu", drafter_device=device), "drafter_device ")
+
+
+def test_text_that_is_not_utf8_is_not_converted(tmp_path):
+    for content in ({"a\ud800": torch.ones(2)}, {"a": torch.ones(2), "note": "\ud800"}):
+        torch.save(content, tmp_path / "w.bin")
+        refused(lambda: convert(tmp_path / "w.bin"), "w.bin: ", "utf-8")
+        assert os.listdir(tmp_path) == ["w.bin"]
+
+
+def test_a_tokenizer_never_marks_where_words_go_on(tmp_path):
+    """LLaMA's does not; the library panics over marks that its pieces lack, and prints twenty lines."""
+    raw = json.loads((TINY / "target" / "tokenizer.json").read_text())
+    raw["model"] |= {"continuing_subword_prefix": "##", "end_of_word_suffix": "</w>"}
+    (tmp_path / "t.json").write_text(json.dumps(raw))
+    assert Text(tmp_path / "t.json").ids(PROBE) == Text(TINY / "target" / "tokenizer.json").ids(PROBE)
+
+
+def test_only_as_many_questions_and_rounds_as_a_run_can_take(tmp_path, monkeypatch):
+    (tmp_path / "q.txt").write_text("What?\n" + "x" * 100_001)
+    refused(lambda: bench.check(bench.parse(["--questions", str(tmp_path / "q.txt")])), "q.txt: the question has")
+    refused(lambda: bench.check(bench.parse(["--draft-source", "lookup:a,lookup:b"])), "names 2 files")
+    options = bench.parse(["--warmup", "9" * 30, "--modes", "target_only,target_only", "--device", "cpu"])
+    bench.check(options)
+    assert options.modes == ["target_only"]
+
+    class Enough(BaseException):
+        pass
+
+    def run(*_):
+        raise Enough
+    monkeypatch.setattr(bench, "run_sample", run)
+    with pytest.raises(Enough):
+        bench.warm_up(None, [1], options)
+
+
 def test_a_small_file_may_be_as_deep_as_json_reads(tmp_path):
     """What walks it goes no deeper than it needs, or names the file."""
     write(tmp_path, TEXT, tensors_of(TEXT))
@@ -387,7 +439,6 @@ def test_a_number_in_a_saved_run_takes_no_memory(tmp_path):
     assert len("\n".join(bench.details(run))) < 10_000
 
 
-TINY = ROOT / "weights" / "tiny"
 RUN = ["--videollava", str(TINY / "target"), "--dataset-dir", str(TINY / "clips"), "--device", "cpu", "--repeats", "1",
        "--warmup", "0", "--max-new-tokens", "3", "--max-samples", "2", "--modes", "target_only"]
 
@@ -424,20 +475,107 @@ def test_what_a_run_reads_is_never_written_over(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "load_pair", lambda *_: pytest.fail("it ran"))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(TINY / "target", "target")
-    shutil.copytree(TINY / "clips", "clips", ignore=lambda *_: ["event_npy", "mp4"])
-    for name in ("q", "r", "t", "m"):
+    shutil.copytree(TINY / "clips", "clips")
+    save_adapter("ad", adapter.TokenAdapter(small := adapter.AdapterConfig(40, 16, 8, 1, 2, 8)), small)
+    for name in ("q", "r", "t", "m", "q.00000-of-00002"):
         Path(name).write_text("kept")
     Lookup(engine.model_name(TINY / "target")).save("m")
     Path("link").symlink_to("q")
-    listed = "clips/EventGPT_Instruction_Subset.json"
+    listed, clip = "clips/EventGPT_Instruction_Subset.json", "scenes/000000"
     for words, written in ((["--questions", "q"], "q"), (["--questions", "q"], "link"), (["--tokenizer", "t"], "t"),
-                           (["--merge", "r"], "r"), (["--compare", "q", "r"], "r"), (["--from-json", "r"], "r"),
+                           (["--merge", "r"], "r"), (["--from-json", "r"], "r"),
                            (["--draft-source", "drafter,lookup:m"], "m"), (["--dataset-dir", "clips"], listed),
-                           (["--videollava", "target/"], "target/config.json")):
+                           (["--dataset-dir", "clips"], f"clips/mp4/{clip}.mp4"),
+                           (["--dataset-dir", "clips"], f"clips/event_npy/{clip}.npz"),
+                           (["--draft-source", "adapter:ad"], "ad/adapter.safetensors"),
+                           (["--videollava", "target/", "--dataset-dir", "clips"], "target/config.json")):
         for flag in ("--json", "--out"):
             assert bench.main([*words, flag, written]) == 2
             said = capsys.readouterr().err
             assert said == f"{written}: is read by {words[0]}, and {flag} would replace it; name another file\n"
+
+
+def test_a_shards_own_names_are_checked_like_others(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "load_pair", lambda *_: pytest.fail("it ran"))
+    (tmp_path / "q.00000-of-00002.txt").write_text("kept")
+    for name, words in (("q.txt", "is read by --questions"), ("n" * 250 + ".txt", "File name too long")):
+        assert bench.main(["--questions", str(tmp_path / "q.00000-of-00002.txt"), "--shard", "0/2", "--out",
+                           str(tmp_path / name)]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_recorded_pairs_are_not_written_over_by_what_replays_them(tmp_path, capsys):
+    """One check for the outputs of all commands, before anything runs."""
+    path = tmp_path / "p.jsonl"
+    path.write_text("kept")
+    for main, flag, name, words in (
+            (sources.main, "--out", path, "is read by `pairs`"), (replay.main, "--rows", path, "by `"),
+            (replay.main, "--out", tmp_path / "no" / "o", "choose another --out"),
+            (replay.main, "--timeline", tmp_path / "t.jpg", "--timeline: ")):
+        assert measure.run(main, [str(path), flag, str(name)]) == 2 and words in capsys.readouterr().err
+    assert measure.run(replay.main, ["--merge", str(path), "--out", str(path)]) == 2 and path.read_text() == "kept"
+
+
+def test_a_report_is_not_written_to_where_stdout_goes(tmp_path):
+    """The report that was printed there was lost."""
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        kept = os.dup(fd)
+        try:
+            os.dup2((file := os.open(tmp_path / "o", os.O_CREAT | os.O_WRONLY)), fd)
+            os.close(file)
+            for path in (tmp_path / "o", f"/dev/{name}", f"/proc/self/fd/{fd}"):
+                refused(lambda path=path: files.insist_apart(argparse.Namespace(json=str(path))), f"where {name} goes")
+        finally:
+            os.dup2(kept, fd)
+            os.close(kept)
+    for flag in bench.OUTPUTS[1:]:
+        refused(lambda flag=flag: files.insist_apart(argparse.Namespace(**{flag: "-"})), f"choose another --{flag}")
+    files.insist_apart(argparse.Namespace(json="-", out=tmp_path / "o", draft_source="drafter,lookup"))
+
+
+def test_an_output_that_cannot_be_had_costs_none_of_the_others(tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("builtins.print", full)
+    options = bench.parse(["--json", str(tmp_path / "gone" / "j"), "--out", str(tmp_path / "o"), "--record",
+                           str(tmp_path / "r")])
+    with pytest.raises(InputError, match="gone/j: cannot be written"):
+        bench.hand_over(["a line"], bench.assemble(HEAD, three_samples()), options)
+    assert (tmp_path / "o").read_text() == "a line\n" and (tmp_path / "r").exists()
+    monkeypatch.setattr(bench, "publish", full)
+    saved = []
+    monkeypatch.setattr(bench, "save_answers", saved.append)
+    monkeypatch.setattr(bench, "set_up", lambda *_: (dict(HEAD), argparse.Namespace(copy_stays=None)))
+    monkeypatch.setattr(bench, "measure", lambda *_: None)
+    with pytest.raises(OSError, match="No space"):
+        bench.run(bench.parse(["--device", "cpu"]), "")
+    assert len(saved) == 1
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--from-json", "r", "--timeline", "t.png"], "--timeline: does nothing beside --from-json"),
+    (["--merge", "r", "--max-samples", "3"], "--max-samples: does nothing beside --merge"),
+    (["--compare", "r", "r", "--json", "j"], "--json: does nothing beside --compare"),
+    (["--compare", "r", "r", "--merge", "r"], "--compare: does nothing beside --merge"),
+    (["--explain", "x", "--rows", "r"], "--rows: does nothing beside --explain")])
+def test_a_flag_that_would_do_nothing_is_refused(words, said, capsys):
+    assert bench.main(words) == 2 and capsys.readouterr().err == f"{said}; leave it out\n"
+
+
+def test_a_saved_report_says_what_its_samples_say(tmp_path, capsys):
+    """Its figures are computed anew; another schema is refused."""
+    report = bench.assemble(HEAD, three_samples())
+    (tmp_path / "r.json").write_text(json.dumps(report | {"modes": {}, "identical": {}}, indent=1))
+    read = bench.read_report(tmp_path / "r.json")
+    assert bench.screen(read) == bench.screen(report) and bench.details(read) == bench.details(report)
+    for change, words in (({"schema": 99}, "schema 99, wanted"), ({"skipped": "no"}, "a list of what was skipped")):
+        (tmp_path / "r.json").write_text(json.dumps(report | change))
+        refused(lambda: bench.read_report(tmp_path / "r.json"), words)
+
+
+def test_the_reason_of_a_failed_sample_is_shown_with_its_way_out():
+    row = {"id": "x", "at": 9, "modes": {}, "question": "q", "error": "a/" * 60 + "v.mp4: damaged; copy it again"}
+    assert "copy it again" in " ".join(bench.screen(bench.assemble(HEAD, [*three_samples(), row])))
 
 
 def test_a_row_that_no_report_can_be_made_of_is_refused_before_the_run(tmp_path, capsys, monkeypatch, ceilings_known):

@@ -38,6 +38,22 @@ def test_rows_come_back_without_a_cut_line_and_a_row_that_failed_is_tried_again(
         assert file.rows == []
 
 
+def test_what_is_no_header_cut_short_is_never_emptied(tmp_path):
+    """Whatever is named as --rows by mistake; and the whole header of a run, however long."""
+    path = tmp_path / "r.jsonl"
+    for text in (json.dumps(HEAD | {"samples": []}), json.dumps({"schema": "theirs", "a": 1}), '{"schema": 2, "a": "b'):
+        for end in ("", "\n"):
+            path.write_text(text + end)
+            with pytest.raises(InputError, match="a file of rows"):
+                RowFile(path, HEAD)
+            assert path.read_text() == text + end
+    path.unlink()
+    long = HEAD | {"skipped": ["x" * 1000] * 1100}
+    assert RowFile(written(path, row(0), head=long), long).rows == [row(0)] and path.stat().st_size > 1 << 20
+    path.write_text(json.dumps(HEAD))                        # as an editor may leave it
+    assert read_rows(written(path, row(0)))[:2] == (HEAD, [row(0)])
+
+
 def test_a_file_is_one_writers(tmp_path):
     with RowFile(tmp_path / "r.jsonl", HEAD), pytest.raises(InputError, match="another run is writing"):
         RowFile(tmp_path / "r.jsonl", HEAD)

@@ -24,6 +24,17 @@ def request(mode="speculative"):
             "draft_log": list(enumerate([4, 5, 6, 7, 8])), "wall_clock_time": 0.18, "drafted": 7, "accepted_tokens": 3}
 
 
+def test_colours_are_for_terminals_that_have_them(monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    assert show.colourful()
+    for name, value in (("TERM", "dumb"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+        assert not show.colourful()
+        monkeypatch.delenv(name)
+
+
 def test_a_bar_says_what_became_of_its_drafts():
     found = show.bars(request())
     assert [of[:5] for of in found] == request()["timeline"]

@@ -11,7 +11,6 @@ last answer to the same question; `lookup`, of the answers so far; `taught`, a l
 before. --packed: the drafter as loaded, then with packed weights.
 Exits 1 if a speculative answer differs from target_only's."""
 
-import argparse
 import functools
 import json
 import re
@@ -25,6 +24,7 @@ import torch
 from engine import Fixed, Lookup, agreeing, load_engine
 from weights import replace_file
 from weights.controls import interval
+from weights.files import Parser, command
 from weights.memory import DRAFTER_DTYPES
 from weights.tiny import make_clips, scenes
 
@@ -194,8 +194,9 @@ def packed_report(figures: dict) -> str:
     return "\n".join(lines)
 
 
+@command
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--count", type=int, default=40, help="held-out scenes (default %(default)s)")
     parser.add_argument("--eventgpt", default=TINY / "drafter", help="drafter folder (default: the embedded one)")
     parser.add_argument("--videollava", default=TINY / "target", help="target folder (default: the embedded one)")

@@ -94,7 +94,7 @@ def load(folder, device="cpu"):
     if whole := sorted(key for key, stored in header.items() if stored.dtype not in ("F16", "BF16", "F32", "F64")):
         raise refusal(path, f"holds no floating point numbers in {listed(whole, 4)}", "save it as float32")
     beside, raw = path.parent / "config.json", None
-    if os.path.exists(beside):
+    if os.path.lexists(beside):
         raw = read_json(beside, "an adapter's config")
         kind, _ = raw.pop("kind", "token"), raw.pop("sees", None)            # of files that were written before
         unknown = set(raw) - {f.name for f in fields(AdapterConfig)}

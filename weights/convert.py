@@ -11,7 +11,6 @@ Tensors are mapped and written from where they lie, so a 10 GB shard needs no 10
 name only when all of it is written, and nothing is overwritten.
 """
 
-import argparse
 import json
 import os
 import pickle
@@ -145,6 +144,8 @@ def write(source, target):
                           "convert a checkpoint in bf16, fp16 or fp32") from None
     try:
         serialize_file(specs, target, metadata=metadata)
+    except ValueError as error:                         # UnicodeEncodeError
+        raise refusal(source, f"holds text that is not UTF-8 ({brief(error)})", "save it with other names") from None
     except SafetensorError as error:
         raise refusal(target, f"cannot be written ({brief(error)})", "check the disk and its free space") from None
     shutil.copymode(source, target)                     # serialize_file's own choice shuts out everybody else
@@ -213,8 +214,7 @@ def unpack(path, content) -> tuple:
 
 @command
 def main(argv=None) -> int:
-    parser = Parser(prog="python -m weights.convert", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m weights.convert", description=__doc__)
     parser.add_argument("source", help="a folder with pytorch_model*.bin, or one .bin, .pt, .pth or .ckpt file; with "
                                        "--pack EventGPT's folder in safetensors")
     parser.add_argument("target", nargs="?", help="where to put the result; beside the source unless given")

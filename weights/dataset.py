@@ -42,11 +42,11 @@ def read_dataset(folder: Path, question: str | list[str] | None, limit: int):
     for i, record in enumerate(records if limit < 0 else records[:limit]):
         try:
             found = read_record(Path(folder), record, [question] if isinstance(question, str) else question)
-            if found[0].id in ids:                           # --resume and --merge go by id
-                raise InputError(f"id {found[0].id} is there twice; give each record its own")
             for sample in found:
-                ids.add(sample.id)
+                if sample.id in ids:                         # --resume and --merge go by id
+                    raise InputError(f"id {sample.id} is there twice; give each record its own")
                 sample.at = i
+            ids |= {sample.id for sample in found}
             samples += found
         except InputError as error:
             problems.append(f"record {i}: {error}")
@@ -87,7 +87,7 @@ def read_record(folder: Path, record: dict, questions: list[str] | None) -> list
         path = folder.joinpath(*parts)
         try:
             # Links are the user's own, as far as the folder beside the data set; what the list says stays inside.
-            named = os.path.normpath(path).startswith(os.path.join(os.path.normpath(folder), ""))
+            named = os.path.abspath(path).startswith(os.path.join(os.path.abspath(folder), ""))
             if not named or not os.path.realpath(path).startswith(os.path.join(home_of(os.path.abspath(folder)), "")):
                 raise InputError(f"{path}: leads out of the data set; use relative paths")
             os.stat(path)

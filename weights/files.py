@@ -17,15 +17,19 @@ import math
 import operator
 import os
 import re
+import signal
 import stat
 import sys
 import threading
 import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, SupportsFloat, SupportsIndex
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
               RecursionError, MemoryError)       # what taking a damaged JSON file at its word may raise
+OUTPUTS = ("json", "out", "rows", "record", "timeline")      # flags of all commands that name what is written
+READS = ("tokenizer", "questions", "from_json", "merge", "compare", "draft_source", "eventgpt", "videollava", "pairs")
 STDOUT_ERRORS = (errno.EPIPE, errno.EBADF, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)       # others have names
 ZIP_END = 22                         # bytes of the record at a zip's end, in front of its comment
 MAX_SMALL = 64 << 20                 # bytes of a config, an index, a tokenizer
@@ -126,6 +130,9 @@ class Parser(argparse.ArgumentParser):
 
     way_out = "--help lists all flags"                       # a command's: what is raised elsewhere names no flag
 
+    def __init__(self, *, formatter_class=argparse.RawDescriptionHelpFormatter, **options):
+        super().__init__(formatter_class=formatter_class, **options)
+
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
         insist_filled(words)
@@ -137,6 +144,56 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message, file=None):            # argparse's own hides that it could not be written
         print(message or "", end="", file=file or sys.stderr, flush=True)
+
+
+def is_file(path) -> bool:
+    """Whether an output is a file, or will be one, and no device or stdout."""
+    return bool(path) and str(path) != "-" and (not os.path.exists(path) or os.path.isfile(path))
+
+
+def insist_writable(path, flag: str) -> None:
+    """A long run must not end in a path that was wrong from the start. A device is written to, a file is replaced."""
+    if not path or (str(path), flag) == ("-", "json"):
+        return
+    reason, place = "is a folder, or in none that one may write to", path
+    try:
+        if not os.path.exists(path) or os.path.isfile(path):
+            place = os.path.dirname(os.path.realpath(path))
+        if os.access(place, os.W_OK) and not os.path.isdir(path) and os.path.basename(path) and str(path) != "-":
+            os.stat(path)
+            return
+    except FileNotFoundError:                                # a new file; or the current folder was removed
+        if place != path:
+            return
+    except (OSError, ValueError) as error:                   # too long, a link to itself; NUL
+        reason = reason_of(error)
+    raise InputError(f"{path}: cannot be written ({reason}); choose another --{flag.replace('_', '-')}")
+
+
+def insist_apart(options: argparse.Namespace, **read) -> None:
+    """InputError unless each of a command's OUTPUTS can be written, and is neither another of them, nor a file that the
+    command reads, nor where stdout goes. It reads what its READS name, the files of a folder too; `read`: more."""
+    def place(path):
+        with contextlib.suppress(OSError, ValueError):
+            found = os.fstat(path) if isinstance(path, int) else os.stat(path)
+            return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return os.path.realpath(path)
+
+    for name in READS:
+        value = getattr(options, name, None) or ""
+        value = re.findall(r"(?:^|,)\w+:([^,]+)", value) if name == "draft_source" else value
+        for path in map(Path, value if isinstance(value, list) else [value] * bool(value)):
+            read.setdefault(name, []).extend([path, *(path.glob("*") if os.path.isdir(path) else ())])
+    taken = {place(fd): f"where {of} goes" for fd, of in ((1, "stdout"), (2, "stderr"))}
+    taken |= {place(path): f"read by `{name}`" for name, paths in read.items() for path in paths}
+    for name in OUTPUTS:
+        insist_writable(path := getattr(options, name, None), name)
+        if name == "timeline" and path and not str(path).lower().endswith(".png"):
+            raise InputError(f"`{name}`: {path} is no PNG; name a file that ends in .png")
+        mine = f"written by `{name}`"
+        if is_file(path) and (other := taken.setdefault(place(path), mine)) != mine:
+            raise InputError(f"{path}: is {other}, and `{name}` would replace it; name another file")
 
 
 def rank(text: str) -> int | None:
@@ -163,11 +220,13 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def command(main):
-    """main(..) -> exit code, as the program's end wants it: bad input is a line and 2, Ctrl-C a word and 130. A pipe
-    that nobody reads any more ends it in silence, a full disk behind stdout in a line; closed ones are /dev/null. What
-    stdout's encoding cannot say is spelt out."""
+    """main(..) -> exit code, as the program's end wants it: bad input is a line and 2, Ctrl-C a word and 130, and so is
+    a request to end by SIGTERM. A pipe that nobody reads any more ends it in silence, a full disk behind stdout in a
+    line; closed ones are /dev/null. What stdout's encoding cannot say is spelt out."""
     @functools.wraps(main)
     def run(*argv) -> int:
+        if not argv:                             # the program itself, and nobody who calls its main
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         for name in ("stdout", "stderr"):        # closed: the next file that is opened would be written to
             if getattr(sys, name) is None:
                 setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
@@ -294,6 +353,8 @@ def open_regular(path, wanted: str):
 def nearest_name(name: str) -> str:
     """A way out for a missing file: the most similar name in its folder, or the folder that is missing."""
     folder, base = os.path.split(name)
+    if os.path.islink(name):
+        return f"it is a link to {brief(os.readlink(name))}, which is not there: mend it, or fetch the file again"
     try:
         folder = os.path.abspath(folder)         # OSError: the current one was removed
         near = difflib.get_close_matches(base, os.listdir(folder)[:2000], n=1)
@@ -410,7 +471,7 @@ def replace_file(path, content: bytes | memoryview) -> None:
             status = os.stat(path)
         except FileNotFoundError:
             status = None
-        if status and (not stat.S_ISREG(status.st_mode) or os.fspath(path).startswith("/dev/")):
+        if status and not stat.S_ISREG(status.st_mode):
             with open(path, "wb") as file:
                 file.write(content)
             return

@@ -9,7 +9,6 @@ for each of READERS threads and nothing else.
 fast.
 """
 
-import argparse
 import collections
 import concurrent.futures
 import contextlib
@@ -117,8 +116,9 @@ def resolve(path_or_id) -> Path:
         if found:
             raise refusal(repo, f"revision main is not in the hub cache, {listed(sorted(of.name for of in found))} are",
                           f"name one, as {repo}@{found[0].name}") from None
-        command = f"hf download {repo} --revision {revision or 'main'}"
-        raise refusal(repo, f"no such folder, and revision {revision or 'main'} is not in the hub cache",
+        revision = brief(revision or "main")
+        command = f"hf download {repo} --revision {revision}"
+        raise refusal(repo, f"no such folder, and revision {revision} is not in the hub cache",
                       f"check the path, or download it with `{command}`") from None
 
 
@@ -242,9 +242,9 @@ def no_duplicates(path, pairs) -> dict:
 def weight_files(folder) -> tuple:
     """(files, index): the safetensors files of a folder, all present, and {key: file} of the index or None."""
     folder = Path(folder)
-    if os.path.exists(folder / SINGLE):
+    if os.path.lexists(folder / SINGLE):
         return [folder / SINGLE], None
-    if not os.path.exists(folder / INDEX):
+    if not os.path.lexists(folder / INDEX):
         try:
             names = sorted(os.listdir(folder))
         except OSError as error:
@@ -548,7 +548,7 @@ def same_setting(found, wanted) -> bool:
         return isinstance(found, list) and len(found) == len(wanted) and all(map(same_setting, found, wanted))
     if isinstance(wanted, bool):
         return found is wanted
-    return type(found) in (int, float) and abs(found - wanted) <= 1e-6 * abs(wanted)
+    return type(found) in (int, float) and (1 - 1e-6) * wanted <= found <= (1 + 1e-6) * wanted   # of any size
 
 
 def index_complaints(index, headers, files) -> list:
@@ -764,8 +764,7 @@ def checked(checkpoint: Checkpoint, device: str) -> str:
 
 @command
 def main(argv=None) -> int:
-    parser = Parser(prog="python -m weights.load", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m weights.load", description=__doc__)
     parser.add_argument("checkpoint", metavar="DIR", help="a folder, or ORG/NAME[@REVISION] in the hub cache")
     parser.add_argument("--check", action="store_true", help="also read every value and look for NaN and infinity")
     parser.add_argument("--device", default="cpu", help="of --check: where to (default %(default)s)")

@@ -49,17 +49,22 @@ class RowFile:
             raise InputError(f"{path}: another run is writing to it; wait for it, or choose another --rows") from None
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --rows") from None
-        self.file.seek(0)
-        start = self.file.read(1 << 20)
-        if start.startswith(b'{"schema": ') and b"\n" not in start:
-            self.file.truncate(0)                            # it died over its first line
-        elif start:
-            found, rows, cut = read_rows(path)
-            insist_same(path, found, head, "choose another --rows")
-            self.rows = [row for row in rows if "error" not in row]
+        if path.stat().st_size:
+            try:
+                found, rows, cut = read_rows(path)
+                insist_same(path, found, head, "choose another --rows")
+                self.rows = [row for row in rows if "error" not in row]
+            except InputError:
+                self.file.seek(0)
+                start, line = self.file.read(), json.dumps(head).encode()
+                if b"\n" in start or start.endswith(b"}") or not line.startswith(start[:40]):
+                    raise
+                cut = len(start)                             # a run like this one died over its first line
             self.file.truncate(path.stat().st_size - cut)    # a line that was cut off is written again
         if not path.stat().st_size:
             self.append(head)
+        elif self.file.seek(-1, os.SEEK_END) >= 0 and self.file.read(1) != b"\n":
+            self.file.write(b"\n")
 
     def append(self, value: dict) -> None:
         line = json.dumps(value).encode() + b"\n" if self.file else b""
@@ -83,16 +88,19 @@ def read_rows(path: Path) -> tuple[dict, list, int]:
     try counts."""
     wanted = "a file of rows, as --rows writes it"
     with trusting(path, "not a file of rows", "wants what --rows wrote"):
-        whole, _, cut = read_text(path, wanted, 1 << 32).rpartition("\n")
+        text = read_text(path, wanted, 1 << 32)
+        whole, _, cut = text.rpartition("\n") if "\n" in text else (text, "", "")
         head, *rows = [parse_json(path, line, wanted, at) for at, line in enumerate(whole.split("\n"), 1)]
         insist_sound(rows, head["config"])
+        if "samples" in head:
+            raise ValueError("a report, as --json writes it")
     return head, list({row["id"]: row for row in rows}.values()), len(cut.encode())
 
 
 def insist_sound(rows: list, config: dict) -> None:
     """ValueError, or what `trusting` knows, unless each is a finished sample of a run with this config."""
     modes = set(config["modes"])
-    if type(config["samples"]) is not int or not all(
+    if type(config["samples"]) is not int or type(rows) is not list or not all(
             type(row["id"]) is str and type(row["at"]) is int and row["modes"].keys() <= modes for row in rows):
         raise ValueError("a line that is no finished sample")
     for row in rows:

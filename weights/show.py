@@ -49,7 +49,8 @@ def block(name: str, text: str, most: int) -> list[str]:
 
 
 def colourful() -> bool:
-    return "NO_COLOR" not in os.environ and ("FORCE_COLOR" in os.environ or sys.stdout.isatty())
+    dumb = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    return not dumb and ("FORCE_COLOR" in os.environ or sys.stdout.isatty())
 
 
 def painted(lines: list[str], paint) -> list[str]:

@@ -59,12 +59,13 @@ class Text:
     def _build(raw: dict, scheme: str) -> Tokenizer:
         """The pipeline upstream uses whatever the file stores: no normaliser, nothing random, and a leading-space mark
         put in front of the first segment only (`scheme` first) or of none (`never`, for what follows visual rows)."""
+        none = dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
         metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}
         added = [{**token, "special": token["special"] or bool(MARKER.fullmatch(token["content"]))}
                  for token in raw.get("added_tokens") or []]
         tokenizer = Tokenizer.from_str(json.dumps(
             {**raw, "normalizer": None, "pre_tokenizer": metaspace, "post_processor": None, "truncation": None,
-             "padding": None, "added_tokens": added, "model": {**raw["model"], "dropout": None}}))
+             "padding": None, "added_tokens": added, "model": {**raw["model"], **none}}))
         tokenizer.encode_special_tokens = True               # '</s>' or '<video>' in a question stay plain text
         return tokenizer
 
