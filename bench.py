@@ -190,16 +190,9 @@ def warm_up(e, samples, options) -> None:
                     run_sample(e, sample, mode, options)
             return close_clip(options)
         except Exception as error:
-            errors.append(failure(error, options))
+            errors.append(error)
     if errors:
         raise errors[0]
-
-
-def failure(error: Exception, options) -> Exception:
-    """The error, with its traceback shown under --debug."""
-    if options.debug:
-        traceback.print_exception(error)
-    return error
 
 
 def measure(e, samples, options, rows: list, keep) -> None:
@@ -227,7 +220,8 @@ def measure(e, samples, options, rows: list, keep) -> None:
                 row["open_ms"] = e.clip.opened.wall_clock_time * 1e3
             row["modes"] = {mode: summary(e, results[mode], results["target_only"]) for mode in options.modes}
         except Exception as error:                           # whatever it is, the other samples are worth having
-            failure(error, options)
+            if options.debug:
+                traceback.print_exception(error)
             row["error"] = told(error) if isinstance(error, InputError) else describe(error)
         rows.append(row)
         keep(row)
@@ -531,31 +525,25 @@ def merged(paths: list[Path]) -> dict:
 
 
 def compare_runs(old_path: Path, new_path: Path) -> int:
-    """Each mode's end-to-end time in two saved runs, paired by sample, with an interval and a verdict in words."""
+    """Each mode's end-to-end time in two saved runs, paired by sample, with an interval and a verdict in words. Exit
+    code 1: a sample is answered differently."""
     with trusting(f"{old_path}, {new_path}", "no two saved runs", "want what --json wrote"):
-        lines, changed = compared(read_report(old_path), read_report(new_path), old_path.name, new_path.name)
-    say("\n".join(lines))
-    return int(changed)
-
-
-def compared(old: dict, new: dict, old_name: str, new_name: str) -> tuple[list[str], bool]:
-    """(lines, whether a sample is answered differently)."""
-    before, after = ({row["id"]: row for row in run["samples"]} for run in (old, new))
-    shared = [i for i in before if i in after]
-    lines = [f"compare  {old_name} with {new_name}, commits {old['commit']} with {new['commit']}, "
-             f"{len(shared)} shared samples; above 1 the new run is faster",
-             f"weights  {LABELS.get(new['kind'], 'checkpoints')} | {new['machine']['gpu'] or 'CPU'}"]
-    if old["machine"]["gpu"] != new["machine"]["gpu"] or old["config"] != new["config"]:
-        lines.append("warning  the two runs differ in machine or flags: a ratio across them says little")
-    changed = set()
-    for mode in [m for m in old["modes"] if m in new["modes"]]:
-        both = {i: (before[i]["modes"][mode], after[i]["modes"][mode]) for i in shared
-                if mode in before[i]["modes"] and mode in after[i]["modes"]}
-        if ratio := estimate([one["e2e_ms"] / two["e2e_ms"] for one, two in both.values()]):
-            lines.append(f"{mode:20} {shown(ratio, '.3f')}  {judged(ratio)}")
-        changed |= {i for i, (one, two) in both.items() if mode != "drafter_only" and one["ids"] != two["ids"]}
-    lines.append(f"outputs  {f'{len(changed)} samples answer differently' if changed else 'the same'}")
-    return lines, bool(changed)
+        old, new = read_report(old_path), read_report(new_path)
+        before, after = ({row["id"]: row for row in run["samples"]} for run in (old, new))
+        shared, changed = [i for i in before if i in after], set()
+        lines = [f"compare  {old_path.name} with {new_path.name}, commits {old['commit']} with {new['commit']}, "
+                 f"{len(shared)} shared samples; above 1 the new run is faster",
+                 f"weights  {LABELS.get(new['kind'], 'checkpoints')} | {new['machine']['gpu'] or 'CPU'}"]
+        if old["machine"]["gpu"] != new["machine"]["gpu"] or old["config"] != new["config"]:
+            lines.append("warning  the two runs differ in machine or flags: a ratio across them says little")
+        for mode in [m for m in old["modes"] if m in new["modes"]]:
+            both = {i: (before[i]["modes"][mode], after[i]["modes"][mode]) for i in shared
+                    if mode in before[i]["modes"] and mode in after[i]["modes"]}
+            if ratio := estimate([one["e2e_ms"] / two["e2e_ms"] for one, two in both.values()]):
+                lines.append(f"{mode:20} {shown(ratio, '.3f')}  {judged(ratio)}")
+            changed |= {i for i, (one, two) in both.items() if mode != "drafter_only" and one["ids"] != two["ids"]}
+    say("\n".join([*lines, f"outputs  {f'{len(changed)} samples answer differently' if changed else 'the same'}"]))
+    return int(bool(changed))
 
 
 # ---- one answer, id by id ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""train: makes the embedded pair. `python -m weights.tiny.train --out DIR` on a GPU takes minutes; see --help.
+"""train: makes the embedded pair. `python -m weights.tiny.train --out DIR` on a GPU takes minutes.
 
 Trains the target on video frames and the drafter on event frames of the scenes in scenes.py, both on the same answers,
 with plain torch modules of the upstream architectures, and writes upstream checkpoint layouts in fp16. A model whose
@@ -23,6 +23,7 @@ from weights.text import DRAFTER_SYSTEM, Text
 from weights.tiny import scenes
 
 SIDE, PATCH, C, HEADS, TOWER_LAYERS, TOWER_FFN = 96, 16, 96, 3, 4, 256
+SCENES, STEPS, BATCH, RATE, SECONDS = 24_000, 20_000, 160, 1.5e-3, 120     # seconds at most, of each model
 TARGET = dict(hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=6,
               num_key_value_heads=3, head_dim=32)
 DRAFTER = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
@@ -259,16 +260,16 @@ class Examples:
         self.ids, self.mask = self.ids.to(device), self.mask.to(device)
 
 
-def fit(pair, frames, examples, steps, batch, rate, seconds):
-    """AdamW with warm-up and cosine decay over `steps` or `seconds`, whichever runs out first; loss on answers only.
+def fit(pair, frames, examples):
+    """AdamW with warm-up and cosine decay over STEPS or SECONDS, whichever runs out first; loss on answers only.
 
     On a GPU the step is one captured graph: launched kernel by kernel these sizes take 37 ms, all of it waiting."""
     device = frames.device
     on_gpu = device.type == "cuda"
     generator = torch.Generator(device).manual_seed(0)
-    lr = torch.tensor(rate / 200, device=device)
+    lr = torch.tensor(RATE / 200, device=device)
     optimizer = torch.optim.AdamW(pair.w.values(), lr=lr, weight_decay=0.02, betas=(0.9, 0.98), capturable=on_gpu)
-    chosen = torch.zeros(2, batch, dtype=torch.long, device=device)             # scene and question of each example
+    chosen = torch.zeros(2, BATCH, dtype=torch.long, device=device)             # scene and question of each example
 
     def step():
         ids, mask = examples.ids[chosen[0], chosen[1]].long(), examples.mask[chosen[0], chosen[1], 1:]
@@ -283,8 +284,8 @@ def fit(pair, frames, examples, steps, batch, rate, seconds):
         return loss.detach()
 
     def choose():
-        chosen[0].copy_(torch.randint(len(frames), (batch,), generator=generator, device=device))
-        chosen[1].copy_(torch.randint(10, (batch,), generator=generator, device=device))
+        chosen[0].copy_(torch.randint(len(frames), (BATCH,), generator=generator, device=device))
+        chosen[1].copy_(torch.randint(10, (BATCH,), generator=generator, device=device))
 
     run, graph = step, None
     if on_gpu:
@@ -300,11 +301,11 @@ def fit(pair, frames, examples, steps, batch, rate, seconds):
             loss = step()
         run = lambda: graph.replay() or loss                                    # noqa: E731  replay returns None
     began = time.time()
-    for i in range(steps):
-        done = max(i / steps, (time.time() - began) / seconds)
+    for i in range(STEPS):
+        done = max(i / STEPS, (time.time() - began) / SECONDS)
         if done >= 1:
             break
-        lr.fill_(rate * min(1, (i + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))))
+        lr.fill_(RATE * min(1, (i + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))))
         choose()
         value = run()
         if i % 500 == 0:
@@ -316,11 +317,6 @@ def fit(pair, frames, examples, steps, batch, rate, seconds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--scenes", type=int, default=24000)
-    parser.add_argument("--steps", type=int, default=20000)
-    parser.add_argument("--batch", type=int, default=160)
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
-    parser.add_argument("--seconds", type=float, default=120, help="at most, for each model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     device, out = torch.device(options.device), options.out
@@ -330,7 +326,7 @@ def main():
     pieces = train_tokenizer(out / "tokenizer.json")
     text = Text(out / "tokenizer.json")
     vocab = -(-(pieces + 3) // 64) * 64
-    worlds, video, events = make_data(0, options.scenes, device)
+    worlds, video, events = make_data(0, SCENES, device)
     truth = [[text.ids(scenes.answer(w, q)) + [2] for q in range(10)] for w in worlds]
     print(f"{len(worlds)} scenes, {pieces} pieces, longest answer {max(len(a) for w in truth for a in w)} ids, "
           f"{time.time() - began:.0f} s", flush=True)
@@ -338,8 +334,7 @@ def main():
     for side, frames in (("target", video), ("drafter", events)):
         if not (out / side / "model.safetensors").exists():
             pair = Pair(side, vocab, device)
-            fit(pair, frames, Examples(text, side, truth, device), options.steps, options.batch, options.rate,
-                options.seconds)
+            fit(pair, frames, Examples(text, side, truth, device))
             save(pair, out / side, out / "tokenizer.json", pieces)
 
 
