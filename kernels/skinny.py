@@ -29,7 +29,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import EARLY_ROWS, SplitWork, launch_dependents_if, prefetch
-from kernels.check import INTERPRETED, self_check, stages_that_fit
+from kernels.check import INTERPRETED, stages_that_fit
 from kernels.rmsnorm import SUM_COLS, rmsnorm_ref, row_sums
 from kernels.round import MAX_CHUNKS, RoundWork
 from kernels.swiglu import silu_times, swiglu_ref
@@ -173,7 +173,7 @@ def takes_product(x_SD, residual, work) -> bool:
 
 
 def launch_config(S, D, itemsize, residual, gated, device):
-    """Tile and pipeline. One H100, bf16, tuned inside a whole step (`kernels.chain.step_ms`). Neither
+    """Tile and pipeline. One H100, bf16, tuned inside a whole step (`step_ms` of tests/chain.py). Neither
     the tile of the narrow operand nor the depth of the pipeline touches the order of addition; SLICES and BLOCK_D do,
     so they follow the product and never the number of rows."""
     BLOCK_S, BLOCK_O, SLICES = 16 if S <= 16 else 32, SUM_COLS if residual else 64, 2 if residual else 1
@@ -229,14 +229,3 @@ def skinny(x_SD, w_OD, work=None, norm=None, residual=None, gated=False, **overr
         RESIDUAL=residual is not None, SUMS=sums, GATED=gated, PDL=pdl, launch_pdl=pdl, enable_fp_fusion=False,
         **config)
     return y_SO
-
-
-def main():
-    """A step of plain weights: each product, and the whole beside what the model predicts."""
-    from kernels.chain import report
-
-    report("plain")
-
-
-if __name__ == "__main__":
-    self_check(main, __file__)

@@ -158,7 +158,7 @@ BREAKS = [
     *of("kernels/skinny.py", "test_early.py",
         ("S <= EARLY_ROWS", "S <= 2 * EARLY_ROWS", "rows that no block holds are left out of a product"),
         ("D % (128 if residual is None else 256) == 0", "D % 128 == 0", "half a tile's columns are lost")),
-    *of("kernels/chain.py", "test_chain.py",
+    *of("tests/chain.py", "test_chain.py",
         ("bytes_us + kernels * edge, us))", "bytes_us + edge, us))", "a table predicts another time than its total"),
         ("without=name)) / chain.L", "without=name))", "what a kernel costs is printed of all layers"),
         ("qkv_SE[:, :self.D] if without == \"attention\" else step_attention(", "step_attention(",

@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measure
+from compare import differing
 
 import engine
 from bench import kv_bytes, weight_bytes
-from kernels.check import differing, gemm_tflops, quantiles, read_tbps
+from kernels.check import gemm_tflops, quantiles, read_tbps
 
 
 def main(argv=None) -> int:

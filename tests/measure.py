@@ -12,6 +12,7 @@ import triton
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench
+from kernels.check import time_ms
 from kernels.lookup import lookup
 from kernels.round import STATE, SURE, State, new_state
 from weights import InputError, replace_file
@@ -63,6 +64,14 @@ def versions() -> str:
 def devices(models) -> str:
     """"NVIDIA H200 and CPU", each name once."""
     return " and ".join(dict.fromkeys(torch.cuda.get_device_name(m.device) if m.on_gpu else "CPU" for m in models))
+
+
+def table(title, header, rows) -> list[str]:
+    """A fixed-width table: one line a row, floats with three figures after the point."""
+    cells = [[f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    return [title, *("  ".join(["  " + first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(
+        rest, widths[1:], strict=True))]) for first, *rest in cells)]
 
 
 # ---- a model's state -------------------------------------------------------------------------------------------
@@ -140,6 +149,27 @@ def replay(model, ids, drafts=(), sures=()) -> None:
 
 
 # ---- times, in milliseconds ------------------------------------------------------------------------------------
+
+
+def graph_of(fn, times=1):
+    """A CUDA graph of `times` calls of fn, captured after two eager calls that compile what has to be compiled."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        fn()
+        fn()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(times):
+            fn()
+    return graph
+
+
+def graph_ms(fn, calls=1):
+    """(p20, p50, p80) of one call of fn, `calls` of them as one graph replay in each timed run. fn must go round
+    several buffers if its inputs would fit the L2 cache, or the cache is what gets measured."""
+    return tuple(ms / calls for ms in time_ms(graph_of(fn, calls).replay))
 
 
 def device_times(model, fn, runs: int = 20, between=None) -> list[float]:

@@ -4,7 +4,7 @@
 
 Rows: norms, gates and attention of prefills, towers and steps, 4-bit weights unpacked, the ends of a forward, lookup,
 sampling; then events and frames to pixels, from the host, on the CPU and on the GPU. "off by" is the largest distance
-from the plain definition; bounds are tested. Steps stand in `python -m tests.figures` and `python -m kernels.chain`."""
+from the plain definition; bounds are tested. Steps stand in `python -m tests.figures` and `python -m tests.chain`."""
 
 import functools
 import sys
@@ -19,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measure
+from compare import max_err
 
 import engine
-from kernels import check
 from kernels.attention import attention, step_attention, step_attention_ref
+from kernels.check import quantiles, read_tbps
 from kernels.frames import clip_pixels, draw_events
 from kernels.lookup import Ring, lookup
 from kernels.quant import dequantise, quantise
@@ -98,7 +99,7 @@ def host_ms(fn, runs=20) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - begin))
-    return check.quantiles(times[3:])[1]
+    return quantiles(times[3:])[1]
 
 
 def pictures(devices, events=132_268, height=480, width=640):
@@ -119,11 +120,11 @@ def report(device, **sizes) -> list[str]:
     """The lines of all tables. sizes: of `streaming`."""
     lines = [f"{'bf16':34} {'p50 us':>9} {'TB/s':>7} {'torch us':>9} {'off by':>8}"]
     for name, inputs, nbytes, ours, plain in streaming(device, **sizes):
-        us, theirs = (1e3 * check.time_ms(lambda fn=fn, xs=inputs: [fn(x) for x in xs])[1] / len(inputs)
+        us, theirs = (1e3 * measure.graph_ms(lambda fn=fn, xs=inputs: [fn(x) for x in xs])[1] / len(inputs)
                       for fn in (ours, plain))
-        apart = check.max_err(ours(inputs[0]), plain(inputs[0]))
+        apart = max_err(ours(inputs[0]), plain(inputs[0]))
         lines.append(f"{name:34} {us:9.2f} {1e-6 * nbytes / us:7.3f} {theirs:9.2f} {apart:8.1e}")
-    lines += [f"{name:34} {1e3 * check.time_ms(fn, 8)[1]:9.2f}" for name, fn in launches(device)]
+    lines += [f"{name:34} {1e3 * measure.graph_ms(fn, 8)[1]:9.2f}" for name, fn in launches(device)]
     return [*lines, f"{'from the host':34} {'p50 ms':>9}",
             *(f"{name:34} {ms:9.2f}" for name, ms in pictures(dict.fromkeys(("cpu", str(device)))))]
 
@@ -134,7 +135,7 @@ def main(argv=None) -> int:
     if device.type != "cuda":
         raise engine.InputError("speeds: times kernels on a GPU; run it where torch sees one")
     with torch.cuda.device(device), torch.inference_mode():
-        head = f"speeds, {torch.cuda.get_device_name(device)}, {measure.versions()}, read {check.read_tbps():.3f} TB/s"
+        head = f"speeds, {torch.cuda.get_device_name(device)}, {measure.versions()}, read {read_tbps():.3f} TB/s"
         measure.publish([head, *report(device)], options.out)
     return 0
 

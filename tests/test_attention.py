@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from compare import assert_no_worse, differing
 
 from kernels import attention as module
 from kernels.attention import SplitWork, attention, attention_ref, step_attention, step_attention_ref
-from kernels.check import assert_no_worse, differing
 
 FLOATS = [torch.float32, torch.float16]
 LOUD = 1e4                                                   # what stands in cache rows that nobody may see

@@ -1,10 +1,10 @@
 """chain: what times the kernels runs the products that a step runs, and counts the bytes that it reads."""
 
+import chain as module
 import pytest
 import torch
+from chain import ROWS, Chain
 
-import kernels.chain as module
-from kernels.chain import ROWS, Chain
 from kernels.quant import packed_bytes
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import breaks
+import chain
 import containers
 import figures
 import fuzz
@@ -239,7 +240,7 @@ def test_a_peers_ratio_is_paired_by_run_and_above_1_ours_is_faster():
 def test_a_kernels_bandwidth_is_what_it_has_to_move_over_its_time(monkeypatch):
     """Of the plain definitions, which CPU tensors take; each call is said to take 2 us."""
     calls = []
-    monkeypatch.setattr(speeds.check, "time_ms", lambda fn, count=1: calls.append(fn()) or [0, 2e-3 * (
+    monkeypatch.setattr(measure, "graph_ms", lambda fn, count=1: calls.append(fn()) or [0, 2e-3 * (
         len(calls[-1]) if isinstance(calls[-1], list) else 1), 0])
     monkeypatch.setattr(speeds, "host_ms", lambda fn: 7.0)
     monkeypatch.setattr(speeds, "launches", functools.partial(speeds.launches, D=64, V=96, ids=1024))
@@ -251,7 +252,8 @@ def test_a_kernels_bandwidth_is_what_it_has_to_move_over_its_time(monkeypatch):
 
 
 @pytest.mark.parametrize("command,words", [(figures, "run it where torch sees one"), (peers, "peers: "),
-                                           (speeds, "run it where torch sees one")])
+                                           (speeds, "run it where torch sees one"),
+                                           (chain, "run it where torch sees one")])
 def test_without_a_gpu_a_command_says_so_in_one_line(command, words, capsys):
     assert measure.run(command.main, ["--device", "cpu"]) == 2
     out, err = capsys.readouterr()

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from compare import assert_no_worse, differing
 
 from kernels.attention import SplitWork, step_attention, takes_attention
-from kernels.check import assert_no_worse, differing
 from kernels.early import ROOM, product_config
 from kernels.rmsnorm import row_sums
 from kernels.skinny import Workspace, skinny, skinny_ref, takes_product

@@ -6,11 +6,11 @@ import time
 import pytest
 import torch
 from common import QUESTIONS, TINY, asked
+from compare import differing
 
 import bench
 import engine
 from engine import MODES, Fixed
-from kernels.check import differing
 from kernels.round import STATE, State
 from weights.events import read_events
 from weights.given import events_given, video_given

@@ -4,9 +4,9 @@ a GPU the kernel's PTX is run by tests/ptx.py."""
 import pytest
 import torch
 import triton.language as tl
+from compare import assert_no_worse, differing
 
 from kernels import quant as module
-from kernels.check import assert_no_worse, differing
 from kernels.products import product
 from kernels.quant import MAX_PACKED_ROWS, dequantise, places, quant, quant_ref, quantise, turned
 from kernels.skinny import Workspace, skinny

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from compare import assert_no_worse, differing
 
-from kernels.check import assert_no_worse, differing
 from kernels.rmsnorm import add_rmsnorm, add_rmsnorm_ref, rmsnorm, rmsnorm_ref
 
 FLOATS = [torch.float32, torch.float16]

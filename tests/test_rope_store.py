@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from compare import differing
 
-from kernels.check import differing
 from kernels.rope_store import rope_store, rope_store_ref
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from compare import differing
 
-from kernels.check import differing
 from kernels.sample import exponential, philox_ref, sample, sample_ref, sampling_words
 
 FLOATS = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]

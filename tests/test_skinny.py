@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from compare import assert_no_worse, differing
 
 from kernels.attention import step_attention
-from kernels.check import assert_no_worse, differing
 from kernels.rmsnorm import row_sums
 from kernels.skinny import MAX_ROWS, Workspace, skinny, skinny_ref
 

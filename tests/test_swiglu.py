@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from compare import assert_no_worse
 
-from kernels.check import assert_no_worse
 from kernels.swiglu import swiglu, swiglu_ref
 
 

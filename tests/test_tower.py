@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from compare import assert_no_worse, differing
 
-from kernels.check import assert_no_worse, differing
 from kernels.tower import add_layernorm, add_layernorm_ref, layernorm, layernorm_ref, quick_gelu, quick_gelu_ref
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from compare import differing
 
-from kernels.check import differing
 from kernels.quant import dequantise, quantise
 from kernels.unpack import unpack
 

@@ -1,13 +1,20 @@
 """chain: random LLaMA-7B layers and a step through them, for timing: what a kernel costs beside its neighbours shows
-only in a chain. `python -m kernels.chain [plain|int4]`: each product over all layers, then whole steps beside what
+only in a chain. `python -m tests.chain [plain|int4]`: each product over all layers, then whole steps beside what
 their bytes take at this card's read-only stream. Another launch choice: `step_ms(.., qkv=dict(LATE=4))`."""
 
 import sys
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import measure
+
+import engine
 from kernels.attention import step_attention
-from kernels.check import read_tbps, self_check, table, time_ms
+from kernels.check import read_tbps
 from kernels.products import product
 from kernels.quant import HEAD_BITS, LAYER_BITS, quantise
 from kernels.rmsnorm import row_sums
@@ -86,14 +93,14 @@ def case(chain, name, S):
 def product_us(chain, work, name, S):
     """(microseconds of one product in a row of them over all layers, TB/s of what it has to read)."""
     weights, (x_SD, keywords) = chain.w[name], case(chain, name, S)
-    us = 1e3 * time_ms(lambda: [product(x_SD, w, work, **keywords) for w in weights])[1] / len(weights)
+    us = 1e3 * measure.graph_ms(lambda: [product(x_SD, w, work, **keywords) for w in weights])[1] / len(weights)
     return us, 1e-6 * weights[0].nbytes / us
 
 
 def step_ms(chain, work, S, context, **override):
     """p50 milliseconds."""
     x_SD, pos_ids_S = torch.randn(S, chain.D, device="cuda").to(chain.dtype), context + torch.arange(S, device="cuda")
-    return time_ms(lambda: chain.step(x_SD, pos_ids_S, work, **override))[1]
+    return measure.graph_ms(lambda: chain.step(x_SD, pos_ids_S, work, **override))[1]
 
 
 def model_us(chain, context, stream):
@@ -113,21 +120,18 @@ def inside(chain, work, stream, context=2100):
     layer = sum(bytes_us + kernels * edge for name, (bytes_us, kernels) in model.items() if name != "head")
     head = model["head"][0] + edge
     rows.append(("whole step", 1e3 * chain.gigabytes(context) / stream, layer * chain.L + head, 1e3 * whole))
-    table(f"{chain.kind}: inside a step of 1 row, context {context}, us; {edge} us lost at each kernel",
-          ("", "bytes", "predicted", "seen"), rows)
     return rows
 
 
-def report(kind):
+def report(kind) -> list[str]:
     """Times of a kind's products, steps, and kernels inside a step."""
     chain, stream, counts = Chain(kind), read_tbps(), ROWS[kind]
-    work, patient = chain.work(), chain.work(pdl=False)
-    rows = []
+    work, patient, rows = chain.work(), chain.work(pdl=False), []
     for name in FOLDS:
         floor = 1e-6 * chain.w[name][0].nbytes / stream
         rows.append((name, floor, *(x for S in counts for x in product_us(chain, work, name, S))))
-    table(f"{kind}: one product after the other over all layers; read-only stream {stream:.3f} TB/s",
-          ("", "floor us", *(x for S in counts for x in (f"us, {S} rows", "TB/s"))), rows)
+    lines = measure.table(f"{kind}: one product after the other over all layers; read-only stream {stream:.3f} TB/s",
+                          ("", "floor us", *(x for S in counts for x in (f"us, {S} rows", "TB/s"))), rows)
     rows = []
     for context in CONTEXTS[kind]:
         floor = chain.gigabytes(context) / stream
@@ -135,17 +139,23 @@ def report(kind):
             ms = step_ms(chain, work, S, context)
             rows.append((f"{S} rows, context {context}", ms, step_ms(chain, patient, S, context), floor,
                          100 * floor / ms))
-    table(f"{kind}: a step of {chain.L} layers and the head",
-          ("", "p50 ms", "no early start", "floor ms", "% of stream"), rows)
-    inside(chain, work, stream)
+    lines += measure.table(f"{kind}: a step of {chain.L} layers and the head",
+                           ("", "p50 ms", "no early start", "floor ms", "% of stream"), rows)
+    return lines + measure.table(f"{kind}: inside a step of 1 row, context 2100, us; {EDGE_US[kind]} us lost at each "
+                                 f"kernel", ("", "bytes", "predicted", "seen"), inside(chain, work, stream))
 
 
-def main():
-    """Both kinds, or the one named."""
-    for kind in [kind for kind in ROWS if kind in sys.argv] or ROWS:
-        report(kind)
-        torch.cuda.empty_cache()
+def main(argv=None) -> int:
+    parser = measure.flags(__doc__)
+    parser.add_argument("kind", nargs="?", choices=ROWS, help="of the weights (default: both)")
+    options = parser.parse_args(argv)
+    if engine.pick_device(options.device).type != "cuda":
+        raise engine.InputError("chain: times kernels on a GPU; run it where torch sees one")
+    with torch.inference_mode():
+        kinds = [options.kind] if options.kind else ROWS
+        measure.publish([line for kind in kinds for line in report(kind)], options.out)
+    return 0
 
 
 if __name__ == "__main__":
-    self_check(main, __file__)
+    sys.exit(measure.run(main))
