@@ -66,19 +66,7 @@ from kernels.products import product
 from kernels.quant import MAX_PACKED_ROWS, NotPackable, Packed, turned
 from kernels.rmsnorm import add_rmsnorm, rmsnorm, row_sums
 from kernels.rope_store import rope_store
-from kernels.round import (
-    DONE,
-    FOUND,
-    LIMIT,
-    PROMPT_LEN,
-    SLOTS,
-    STATE,
-    State,
-    close_draft,
-    close_round,
-    new_state,
-    open_round,
-)
+from kernels.round import DONE, FOUND, LIMIT, PROMPT_LEN, STATE, State, close_draft, close_round, new_state, open_round
 from kernels.sample import sample, sampling_words
 from kernels.skinny import Workspace, skinny
 from kernels.swiglu import swiglu
@@ -522,7 +510,7 @@ class Model:
             self._send([len(drafts), *(i if -2 ** 62 < i < 2 ** 62 else -1 for i in drafts)],
                        self.state_W[FOUND.value:])
         else:
-            self.state_W[SLOTS.value:SLOTS.value + len(drafts)].copy_(drafts)
+            self.state_W[FOUND.value + 1:FOUND.value + 1 + len(drafts)].copy_(drafts)
             self.state_W[FOUND.value].fill_(len(drafts))
 
     def _send(self, words: list[int], to_W) -> None:

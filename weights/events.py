@@ -17,18 +17,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.frames import extent, quiet_copy
-from weights.files import (
-    InputError,
-    Refused,
-    brief,
-    insist_whole,
-    insist_whole_zip,
-    naming,
-    open_kind,
-    quoted,
-    reason_of,
-    refusal,
-)
+from weights.files import InputError, Refused, insist_whole, insist_whole_zip, naming, open_kind, quoted, reason_of
 
 MAX_EVENT_BYTES = 1 << 30            # of a file, and of the arrays an .npz unpacks to
 MAX_PACKED = 100                     # bytes that a byte of an .npz may unpack to; recordings have some 3
@@ -54,8 +43,8 @@ def read_events(path, max_canvas=MAX_CANVAS):
 
     Coordinates are integers from 0, inside `max_canvas` (H, W); other keys of the file are ignored. A pickle is
     walked, never unpickled: it may name numpy's array and dtype constructors, and its bytes become tensors."""
-    try:
-        with naming(path):
+    with naming(path):
+        try:
             file, size, head = open_kind(path, *EVENT_FILE)
             with file:
                 if size > MAX_EVENT_BYTES:
@@ -64,8 +53,8 @@ def read_events(path, max_canvas=MAX_CANVAS):
                 zipped = head.startswith(b"PK")
                 columns = columns_of_npz(file, size) if zipped else columns_of_npy(file.read(size))
             return events_of(columns, max_canvas)
-    except (OSError, MemoryError) as error:
-        raise refusal(path, f"reading failed ({reason_of(error)})", "check the disk and the free memory") from None
+        except (OSError, MemoryError) as error:
+            raise Refused(f"reading failed ({reason_of(error)})", "check the disk and the free memory") from None
 
 
 def check_canvas(canvas) -> tuple | None:
@@ -377,7 +366,7 @@ class Walker:
         if type(module) is not str or type(name) is not str:
             raise TypeError("a name that is no text")
         if Name(module, name) not in ALLOWED:
-            raise Refused(f"its pickle asks to import {brief(f'{module}.{name}', 60)!r}: refused, nothing was run",
+            raise Refused(f"its pickle asks to import {quoted(f'{module}.{name}', 60)}: refused, nothing was run",
                           "get the recording from a source you trust, as an .npz of x, y, t, p")
         return Name(module, name)
 
@@ -445,7 +434,7 @@ def columns_of_pickle(file, size):
         if announced:
             raise Refused(f"announces {announced[1]} bytes, the file has {announced[2]} left",
                           "an incomplete or damaged copy: fetch it again") from None
-        raise Refused(f"damaged pickle ({brief(str(error))})", "fetch or save it again") from None
+        raise Refused(f"damaged pickle ({reason_of(error)})", "fetch or save it again") from None
     if left := len(file.read()):
         raise Refused(f"holds {left} bytes behind its pickle", "damaged, or something was appended: fetch or save it "
                       "again")

@@ -19,18 +19,7 @@ from PIL import Image
 
 from kernels.frames import clip_pixels, draw_events, extent, quiet_copy
 from weights.events import EVENT_FILE, MAX_CANVAS, TORCH_TYPES, Events, events_of, read_events, short_shape
-from weights.files import (
-    Held,
-    InputError,
-    Refused,
-    brief,
-    insist_file,
-    insist_one_of,
-    naming,
-    path_text,
-    quoted,
-    reason_of,
-)
+from weights.files import Held, InputError, Refused, insist_file, insist_one_of, naming, path_text, quoted, reason_of
 from weights.video import (
     IMAGE_ERRORS,
     MAX_IMAGE_PIXELS,
@@ -144,7 +133,7 @@ def of_buffer(view: memoryview) -> torch.Tensor:
     letter = view.format.lstrip("@=<")                       # native on all machines that this runs on
     kind = f"{LETTERS.get(letter, letter)}{view.itemsize}"
     if kind not in TYPES:
-        raise TypeError(f"its items are of type {brief(view.format, 20)}")
+        raise TypeError(f"its items are of type {quoted(view.format, 20)}")
     raw = bytearray(view.tobytes() or bytes(view.itemsize))
     return torch.frombuffer(raw, dtype=TYPES[kind])[:view.nbytes // view.itemsize].view(view.shape)
 
