@@ -296,9 +296,6 @@ class Model:
     vision: VisionConfig
     origin: dict                                             # {"hash", "revision"} of its checkpoint, see `load_model`
     copy: Steps | None = None                                # its weights in 4 bits, where it drafts for itself
-    draft_W: torch.Tensor                                    # the copy's state, see `draft`
-    seen_W: torch.Tensor                                     # and its first words on the host, see `drafted`
-    seen: torch.cuda.Event | None                            # they are there
     prompt: Callable                                         # question -> Prompt; the two below say how
     encode: Callable                                         # pixels -> visual rows
     visual: Callable                                         # pictures -> how many rows that is
@@ -479,31 +476,6 @@ class Model:
         if searches:
             lookup(self.ring, self.state_W)
 
-    def draft(self, first: bool) -> None:
-        """One forward of the 4-bit copy on this model's own cache, and on a state of its own, which begins as this
-        model's and gets an id more each time; searched is what may follow there. The row that it writes is written
-        again, exactly, by the forward that verifies it."""
-        if first:
-            self.draft_W.copy_(self.state_W)
-        self.graph("draft", self.searches, self.sampling is not None)()
-
-    def _draft(self, searches: bool, sampled: bool) -> None:
-        work = self.copy.work.round
-        pos_ids_S, hidden_SD = open_round(self.draft_W, 0, self.decoder.embed_VD, work)
-        logits_SV = self.decoder.forward(hidden_SD, pos_ids_S, steps=self.copy)
-        close_draft(sample(logits_SV, self.draft_W, self.sampling_3) if sampled else logits_SV, self.draft_W, work)
-        if searches:
-            lookup(self.ring, self.draft_W)
-
-    def drafted(self, places: int) -> State:
-        """The copy's state with the draft that was queued last, up to so many ids; waits for it. The GPU waits for the
-        host meanwhile, so nothing is made anew."""
-        seen_W = self.seen_W[:STATE + places].copy_(self.draft_W[:STATE + places], non_blocking=True)
-        if self.seen:
-            self.seen.record(self.stream)
-            self.seen.synchronize()
-        return State(seen_W.tolist())
-
     def put(self, drafts) -> None:
         """Drafts for the next round, at most 31: a list of ids, or int64 [G] on this device."""
         if isinstance(drafts, list):
@@ -535,8 +507,8 @@ class Target(Model):
         decoder = Decoder(text_config(config), weights, cache_rows)
         super().__init__(decoder, text, path, stops, graphs)
         self.ring = Ring(self.device, memory.LOOKUP_ROWS[self.on_gpu], decoder.steps.work.pdl)
-        self.draft_W = self.state_W.clone()
-        self.seen_W = torch.zeros_like(self.host_W, pin_memory=self.on_gpu)
+        self.draft_W = self.state_W.clone()                  # the copy's state, see `draft`
+        self.seen_W = torch.zeros_like(self.host_W, pin_memory=self.on_gpu)     # its first words on the host, `drafted`
         self.seen = torch.cuda.Event() if self.on_gpu else None
         self.vision = vision_config(config)
         self.video_tower, self.image_tower = Tower(self.vision, weights, "video"), Tower(self.vision, weights, "image")
@@ -566,6 +538,31 @@ class Target(Model):
             rows_RSC = rows_RSC[:, 1:]
         w0, b0, w1, b1 = self.projector
         return F.linear(F.gelu(F.linear(rows_RSC.flatten(0, 1), w0, b0)), w1, b1)
+
+    def draft(self, first: bool) -> None:
+        """One forward of the 4-bit copy on this model's own cache, and on a state of its own, which begins as this
+        model's and gets an id more each time; searched is what may follow there. The row that it writes is written
+        again, exactly, by the forward that verifies it."""
+        if first:
+            self.draft_W.copy_(self.state_W)
+        self.graph("draft", self.searches, self.sampling is not None)()
+
+    def _draft(self, searches: bool, sampled: bool) -> None:
+        work = self.copy.work.round
+        pos_ids_S, hidden_SD = open_round(self.draft_W, 0, self.decoder.embed_VD, work)
+        logits_SV = self.decoder.forward(hidden_SD, pos_ids_S, steps=self.copy)
+        close_draft(sample(logits_SV, self.draft_W, self.sampling_3) if sampled else logits_SV, self.draft_W, work)
+        if searches:
+            lookup(self.ring, self.draft_W)
+
+    def drafted(self, places: int) -> State:
+        """The copy's state with the draft that was queued last, up to so many ids; waits for it. The GPU waits for the
+        host meanwhile, so nothing is made anew."""
+        seen_W = self.seen_W[:STATE + places].copy_(self.draft_W[:STATE + places], non_blocking=True)
+        if self.seen:
+            self.seen.record(self.stream)
+            self.seen.synchronize()
+        return State(seen_W.tolist())
 
 
 class Drafter(Model):
