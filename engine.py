@@ -794,6 +794,14 @@ class Request:
 # ---- the engine ------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def plain(inference: bool = True):
+    """torch as the engine's own threads have it, whatever default device, autocast or gradients the caller's has."""
+    with torch.inference_mode(inference), torch.device("cpu"), torch.autocast("cpu", enabled=False), \
+            torch.autocast("cuda", enabled=False):
+        yield
+
+
 class Closing:
     """`with` ends in `close`."""
     close: Callable[[], None]
@@ -1112,7 +1120,7 @@ class Engine(Closing):
         kept, self.gate = self.gate, None
         try:
             for done, step in enumerate(steps, 1):
-                with torch.inference_mode():
+                with plain():
                     step()
                 if progress:
                     progress("preparation", done, len(steps))
@@ -1181,7 +1189,8 @@ class Engine(Closing):
         """The one path of every request: checks, then runs it. clip: whose rows are in the caches; turns: the chat that
         the question goes on with; opens: a clip whose rows shall be there, and nothing is asked."""
         sources, active, broke = self._checked(asked, clip)
-        shown = clip.shown if clip else asked.shown(active)
+        with plain():
+            shown = clip.shown if clip else asked.shown(active)
         turns = turns if turns is None else check_turns(turns, max(model.config.V for model in self.models))
         asked.query, mode = check_question(asked.query), asked.mode
         question = None if opens else asked.query
@@ -1226,7 +1235,7 @@ class Engine(Closing):
                     torch.cuda.reset_peak_memory_stats(model.device)
             if clip or not (self.target in active and self.target_first):
                 req.host_free.set()
-            with torch.inference_mode():                 # not around the yields: it would leak to the caller
+            with plain():                                # not around the yields: it would leak to the caller
                 self._prepare(req, active)
                 if searches:
                     self._fill_ring(req.earlier or Lookup())
@@ -1250,7 +1259,7 @@ class Engine(Closing):
         """Puts a clip's rows into the caches, after those of another that are there were parked."""
         earlier = self.clip
         if earlier is not clip:
-            with torch.inference_mode():
+            with plain():
                 for model in self.models:
                     if earlier and model.side in earlier.sides:
                         earlier.parked[model.side].leave(model, earlier.sides[model.side])
@@ -1388,7 +1397,7 @@ class Parked:
     def __init__(self, model: Model, open_clips: int):
         caches = model.decoder.k_cache_LNMK, model.decoder.v_cache_LNMK
         try:
-            with torch.inference_mode(), model.on_stream():
+            with plain(), model.on_stream():
                 self.pairs = [(cache, torch.empty_like(cache)) for cache in caches]
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
@@ -1467,7 +1476,7 @@ class Clip(Closing):
                 self.parked.clear()
 
 
-@torch.inference_mode()
+@plain()
 def explain(model: Model, result: Result) -> list[Verdict]:
     """What the deciding model looked at and how clearly it decided, for the request that it answered last: one more
     pass over the answer, in forwards of up to 32 rows, on the cache that still holds the request. Of a sampled answer
@@ -1545,7 +1554,7 @@ def load_model(cls, path, device, dtype=None, cache_rows=None, tokenizer=None, g
     try:
         weights = (checkpoint.load(device, dtype, progress and functools.partial(progress, cls.side), made)
                    if checkpoint else dict(made(random_tensors(config, device, dtype, seed))))
-        with torch.inference_mode():
+        with plain():
             model = cls(config, weights, text, str(path), stops, cache_rows, graphs)
             model.origin = {"hash": checkpoint.fingerprint(), "revision": checkpoint.revision} if checkpoint else {
                 "hash": f"seed {seed}", "revision": None}
@@ -1571,6 +1580,7 @@ def say_no_copy(path, why: str) -> None:
 
 
 @fits
+@plain(inference=False)
 def load_engine(eventgpt: FilePath | None = None, videollava: FilePath | None = None, device: str | None = None,
                 drafter_device: str | None = None, dtype: str | torch.dtype | None = None,
                 cache_rows: int | tuple[int, int] | None = None, draft_len: int = 5, overlap_len: int = 15,

@@ -377,6 +377,26 @@ def test_an_embedded_interpreter_may_have_no_words(user_env):
     assert done.returncode == 0, done.stderr
 
 
+def test_what_the_callers_thread_has_set_in_torch_changes_nothing(pair, read_once):
+    """A default device, autocast, gradients: requests, loading and `explain` begin in that thread."""
+    clips = ROOT / "weights/tiny/clips"
+    files = dict(events=clips / "event_npy/scenes/000000.npz", video=clips / "mp4/scenes/000000.mp4")
+    asked, video = dict(query="What?", max_new_tokens=6), read_once(files["video"], 8)
+    events = events_given(files["events"]).read()._asdict()
+
+    def said(e, **given):
+        result = e.generate(**asked, **given)
+        return result.output_ids, engine.explain(e.target, result)
+    plain = [of.margins for of in said(pair, mode="target_only", **files)[1]]
+    ids = said(pair, **files)[0]
+    with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
+        assert [of.margins for of in said(pair, mode="target_only", **files)[1]] == plain
+        assert said(pair, **files)[0] == said(pair, events=events, video=video)[0] == ids
+        with engine.load_engine(None, ROOT / "weights/tiny/target", device="cpu", several=2) as own:
+            with own.open(video=video) as one, own.open(video=video) as two:
+                assert one.generate(**asked).output_ids == two.generate(**asked).output_ids == ids
+
+
 # ---- text from outside -----------------------------------------------------------------------------------------
 
 
