@@ -1238,7 +1238,8 @@ class Engine(Closing):
             with plain():                                # not around the yields: it would leak to the caller
                 self._prepare(req, active)
                 if searches:
-                    self._fill_ring(req.earlier or Lookup())
+                    with noting(req.errors):             # a Lookup of the caller's may hold anything
+                        self._fill_ring(req.earlier or Lookup())
                     self.target.ring.set_line([])
             for source in self.learners:
                 with noting(req.errors):

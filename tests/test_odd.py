@@ -38,7 +38,7 @@ from weights.events import read_events
 from weights.given import events_given, video_given
 from weights.rows import merge
 from weights.sources import Lookup
-from weights.text import PROBE, Text, check_question
+from weights.text import PROBE, Text, check_question, check_turns
 
 ROOT = Path(files.__file__).resolve().parents[1]
 TINY = ROOT / "weights" / "tiny"
@@ -328,6 +328,47 @@ def test_a_converted_file_may_have_a_long_name(name, tmp_path):
     else:
         refused(lambda: convert(tmp_path / "w.bin", tmp_path / name), "cannot be written or read (File name too long)")
     assert len(os.listdir(tmp_path)) == 1 + (len(name) < 256)
+
+
+class Endless(list):
+    """A list that has a length, and no end."""
+
+    def __iter__(self):
+        return itertools.repeat(("Q", [5]))
+
+
+class Failing(list):
+    def __iter__(self):
+        raise KeyError("no items")
+
+    __len__ = __iter__
+
+
+async def waits(event):
+    """Nobody awaits it."""
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"stop": Endless()}, "stop: wanted a string"), ({"stop": Failing(["a"])}, "stop: wanted a string"),
+    ({"draft_source": Endless()}, "draft_source: holds more than 1000"),
+    ({"draft_source": Failing()}, "draft_source: a Failing that cannot be read ('no items')"),
+    ({"on_event": waits}, "on_event: wanted a function that is not async")], ids=str)
+def test_a_list_or_function_of_a_callers_class_is_refused(pair, options, words):
+    refused(lambda: pair.generate("e.npz", "v.mp4", "Q", **options), words)
+    for turns in (Endless(), Failing(), [("Q", Endless())], [("Q", Failing())]):
+        refused(lambda turns=turns: check_turns(turns, 9), "turns: wanted pairs")
+    keys = type("Keys", (), {"keys": lambda _: itertools.repeat("x"), "__getitem__": lambda *_: [1]})()
+    refused(lambda: events_given(keys), "events: wanted the keys x, y, t, p, found 'x'")
+
+
+class Strange(numpy.ndarray):
+    def __eq__(self, other):
+        raise RuntimeError("not comparable")
+
+
+@pytest.mark.parametrize("value", [Strange(3), numpy.dtype("f4"), Failing()], ids=lambda of: type(of).__name__)
+def test_a_dtype_is_compared_with_nothing_that_is_none(value):
+    refused(lambda: engine.load_engine("nowhere", device="cpu", dtype=value), "dtype: ", "bf16, fp16, fp32; pick")
 
 
 @pytest.mark.parametrize("ids", [[2 ** 40], [-5], "hello", [1.5], [None], [2 ** 70], [True]], ids=str)

@@ -11,7 +11,9 @@ import contextlib
 import difflib
 import errno
 import functools
+import inspect
 import io
+import itertools
 import json
 import math
 import operator
@@ -103,9 +105,24 @@ def insist_flag(name: str, value) -> None:
         raise InputError(f"{name}: wanted True or False, got {quoted(value)}; change it")
 
 
+def items_of(argument: str, value, most: int) -> list:
+    """What a list of the caller's holds. InputError if it has no length, as what can be read once, if its class fails
+    to say its items, or if there are more than `most`."""
+    try:
+        len(value)
+        items = list(itertools.islice(value, most + 1))
+    except Exception as error:
+        raise InputError(f"{argument}: a {type(value).__name__} that cannot be read ({reason_of(error)}); pass a list"
+                         ) from None
+    if len(items) > most:
+        raise InputError(f"{argument}: holds more than {most} items; pass fewer")
+    return items
+
+
 def insist_function(name: str, value) -> None:
-    if value is not None and not callable(value):
-        raise InputError(f"{name}: wanted a function, got {quoted(value)}; pass one, or leave it out")
+    if value is not None and (not callable(value) or inspect.iscoroutinefunction(value)):
+        raise InputError(f"{name}: wanted a function that is not async, got {quoted(value)}; pass one, or leave "
+                         f"it out")
 
 
 def insist_number(name: str, value, low: float, high: float = math.inf, above: bool = False) -> float:

@@ -10,6 +10,7 @@ is checked, they are read later. Whatever is wrong ends in InputError: one line 
 wanted, what came, what to try."""
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -200,7 +201,8 @@ class Column:
 def columns_of(value, columns: str | None) -> dict:
     """{name: array or tensor} of a mapping, four arrays, a structured array, or one array [N, 4]."""
     if callable(getattr(value, "keys", None)):
-        return {str(name): value[name] for name in value.keys()}
+        return {str(name): value[name] if str(name) in ("x", "y", "t", "p") else None
+                for name in itertools.islice(value.keys(), 100_000)}         # they may have no end
     if isinstance(value, (list, tuple)):
         if len(value) != 4:
             raise Refused(f"is a {type(value).__name__} of {len(value)}, wanted the four arrays x, y, t, p",
@@ -420,7 +422,8 @@ def listed(value) -> list:
     several = is_list(value) or dimensions(value) == 4
     if several and (count := len(value)) > MAX_PICTURES:
         raise Refused(f"holds {count} pictures, at most {MAX_PICTURES} are shown", "pass fewer")
-    return list(value if is_list(value) else tensor_of(value)) if several else [value]
+    values = value if is_list(value) else tensor_of(value) if several else [value]
+    return [values[i] for i in range(len(values))]
 
 
 def name_of(kept, argument: str):

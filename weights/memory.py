@@ -30,7 +30,7 @@ ENOUGH_ELSEWHERE = "lower `cache_rows`, free memory, or choose another `device`"
 
 def as_dtype(dtype) -> torch.dtype | None:
     known = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if dtype is None or dtype in known.values():
+    if dtype is None or isinstance(dtype, torch.dtype) and dtype in known.values():
         return dtype
     insist_one_of("dtype", dtype, known)
     return known[dtype]

@@ -16,7 +16,7 @@ import json
 import os
 
 from weights import InputError, replace_file
-from weights.files import insist_flag, insist_whole, quoted, read_json, reason_of, trusting
+from weights.files import insist_flag, insist_whole, items_of, quoted, read_json, reason_of, trusting
 
 
 class DraftSource:
@@ -171,7 +171,7 @@ def sources_of(asked, own: Lookup, target, drafter, mode: str) -> list:
     if asked is None:
         drafts = ["drafter"] * (drafter is not None)
         return drafts if mode == "prefill_then_verify" else [own, *drafts, *["self"] * copy]
-    named = asked if issubclass(type(asked), (list, tuple)) else [asked]
+    named = items_of("draft_source", asked, 1000) if issubclass(type(asked), (list, tuple)) else [asked]
     found = []
     for source in named:
         if issubclass(type(source), str):                    # isinstance would ask a class of the caller's

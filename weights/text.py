@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from weights.files import InputError, insist_number, insist_whole, quoted, read_json, reason_of, refusal
+from weights.files import InputError, insist_number, insist_whole, items_of, quoted, read_json, reason_of, refusal
 
 # EventGPT's prompt begins with it.
 DRAFTER_SYSTEM = ("A chat between a curious human and an artificial intelligence assistant. "
@@ -133,11 +134,12 @@ class TextStream:
 
 def check_stop(stop) -> tuple[str, ...]:
     """The strings that end an answer; InputError unless it is one, or several."""
-    stops = (stop,) if isinstance(stop, str) else stop if stop is not None else ()
-    if not isinstance(stops, (list, tuple)) or not all(isinstance(of, str) and 0 < len(of) <= 1000 for of in stops):
-        raise InputError(f"stop: wanted a string of 1 to 1000 characters, or a list of some, got {quoted(stop)}; "
-                         f"change it")
-    return tuple(stops)
+    stops = [stop] if isinstance(stop, str) else stop if stop is not None else []
+    with contextlib.suppress(TypeError, InputError):         # TypeError: one is no text
+        found = tuple(map(str.__str__, items_of("stop", stops, 10_000)))
+        if isinstance(stops, (list, tuple)) and all(0 < len(of) <= 1000 for of in found):
+            return found
+    raise InputError(f"stop: wanted a string of 1 to 1000 characters, or a list of some, got {quoted(stop)}; change it")
 
 
 def check_question(question) -> str:
@@ -158,12 +160,11 @@ def check_turns(turns, vocab: int) -> list[tuple[str, list[int]]]:
     whole numbers below `vocab`."""
     found = []
     try:
-        len(turns)                                           # what has no length may have no end
-        for question, ids in turns:
-            len(ids)
+        for question, ids in items_of("turns", turns, 10_000):
+            ids = items_of("ids", ids, 1_000_000)
             found.append((check_question(question), [insist_whole("id", i, 0, vocab - 1) for i in ids]))
         return found
-    except (TypeError, ValueError, RuntimeError) as error:   # InputError is a ValueError
+    except (TypeError, ValueError) as error:                 # InputError is a ValueError
         raise InputError(f"turns: wanted pairs (question, ids of its answer) ({reason_of(error)}); put back what "
                          f"`turns` held, or begin a new chat") from None
 
