@@ -2,6 +2,7 @@
 them, on a GPU where there is one; `python -m tests.speeds` times them."""
 
 import os
+import signal
 import sys
 import warnings
 
@@ -14,13 +15,15 @@ except FileNotFoundError:                        # torch's MKL would end the pro
     raise SystemExit(2) from None
 
 
-def interrupted(kind, *of) -> None:
-    """Ctrl-C while torch is imported, a second or two, is a word; of later ones `weights.files.command` knows."""
-    if not issubclass(kind, KeyboardInterrupt):
-        return sys.__excepthook__(kind, *of)
-    print("interrupted", file=sys.stderr)
+def interrupted(*_) -> None:
+    """Ctrl-C while torch is imported, a second or two, is a word: raised there, some module swallows it."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
-here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-if os.path.abspath("".join(sys.argv[:1])).startswith(os.path.join(here, "")):     # embedded there may be none
-    sys.excepthook = interrupted                 # of a command of ours alone
+# Of our own commands alone: a package that -m runs begins with "-m", and embedded there may be no words.
+here, command = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.abspath("".join(sys.argv[:1]))
+ours = [os.path.join(here, name) for name in ("bench.py", "engine.py", "tests/", "weights/", "kernels/")]
+if (sys.argv[:1] == ["-m"] or command.startswith(tuple(ours))) and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+    signal.signal(signal.SIGINT, interrupted)    # until `weights.files.command`

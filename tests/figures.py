@@ -12,12 +12,13 @@ Exit 1 if an answer or a bit differs."""
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import measure
+import measure  # first: it settles Ctrl-C
+
+# isort: split
+import torch
 from compare import differing
 
 import engine

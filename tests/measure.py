@@ -6,12 +6,14 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import bench  # first: it settles Ctrl-C
+
+# isort: split
 import torch
 import triton
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import bench
 from kernels.check import time_ms
 from kernels.lookup import lookup
 from kernels.round import STATE, SURE, State, new_state

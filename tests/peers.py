@@ -10,12 +10,13 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import measure
+import measure  # first: it settles Ctrl-C
+
+# isort: split
+import torch
 
 import engine
 from kernels.check import quantiles

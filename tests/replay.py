@@ -30,12 +30,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import measure
+import measure  # first: it settles Ctrl-C
+
+# isort: split
+import torch
 from pairs import read_pairs
 
 import bench

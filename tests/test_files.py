@@ -182,13 +182,15 @@ def test_every_command_takes_its_words_alike(main, capsys, monkeypatch):
 
 
 def test_a_request_to_end_is_like_ctrl_c(monkeypatch, capsys):
-    """`timeout` and batch systems send SIGTERM: the report of what is done is still written. In a program of somebody
-    else's, which calls a command's main, signals stay as they are."""
+    """`timeout` and batch systems send SIGTERM, a closed terminal SIGHUP: the report of what is done is still written.
+    In a program of somebody else's, which calls a command's main, signals stay as they are."""
     handlers = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(signal, "getsignal", {signal.SIGHUP: signal.SIG_IGN}.get)        # under nohup
     main = files.command(lambda argv=None: handlers and handlers[signal.SIGTERM](signal.SIGTERM, None))
     assert main([]) == 0 and not handlers
     assert main() == 130 and capsys.readouterr().err == "interrupted\n"
+    assert [*handlers] == [signal.SIGINT, signal.SIGTERM]
 
 
 @pytest.mark.parametrize("error, code, told", [

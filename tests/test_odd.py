@@ -110,14 +110,15 @@ def test_torch_is_not_started_where_the_current_folder_was_removed(user_env, tmp
         "current folder: was removed, and torch cannot start there; change to another"), done
 
 
-@pytest.mark.parametrize("command, said", [(f"{ROOT}/bench.py", 1), ("/elsewhere/own.py", 6)])
-def test_ctrl_c_while_torch_is_imported_is_a_word(command, said, user_env):
-    script = f"import sys\nsys.argv[0] = {command!r}\nimport kernels\nraise "
-    for error, lines in (("KeyboardInterrupt", said), ("ValueError('x')", 6)):
-        done = subprocess.run([sys.executable, "-c", script + error], cwd=ROOT, capture_output=True, text=True,
-                              env=user_env)
-        text = done.stderr.splitlines()
-        assert text == ["interrupted"] if (error, lines) == ("KeyboardInterrupt", 1) else "Traceback" in text[0], done
+@pytest.mark.parametrize("command, ours", [(f"{ROOT}/bench.py", True), ("-m", True), (f"{ROOT}/own.py", False),
+                                           ("/elsewhere/engine.py", False)])
+def test_ctrl_c_while_torch_is_imported_is_a_word(command, ours, user_env):
+    """Whatever is imported just then: some modules take any exception for a part that is not there."""
+    script = (f"import os, signal, sys\nsys.argv[0] = {command!r}\nimport weights\n"
+              "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    print('swallowed')")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env=user_env)
+    told = (130, "", "interrupted\n") if ours else (0, "swallowed\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == told
 
 
 def test_an_empty_path_is_named():

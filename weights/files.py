@@ -33,6 +33,7 @@ UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, Arith
 OUTPUTS = ("json", "out", "rows", "record", "timeline")      # flags of all commands that name what is written
 READS = ("tokenizer", "questions", "from_json", "merge", "compare", "draft_source", "eventgpt", "videollava", "pairs")
 STDOUT_ERRORS = (errno.EPIPE, errno.EBADF, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)       # others have names
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ZIP_END = 22                         # bytes of the record at a zip's end, in front of its comment
 MAX_SMALL = 64 << 20                 # bytes of a config, an index, a tokenizer
 MAX_LIST = 256 << 20                 # bytes of a list of samples, or of recorded pairs
@@ -237,13 +238,14 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def command(main):
-    """main(..) -> exit code, as the program's end wants it: bad input is a line and 2, Ctrl-C a word and 130, and so is
-    a request to end by SIGTERM. A pipe that nobody reads any more ends it in silence, a full disk behind stdout in a
-    line; closed ones are /dev/null. What stdout's encoding cannot say is spelt out."""
+    """main(..) -> exit code, as the program's end wants it: bad input is a line and 2, Ctrl-C a word and 130, as are
+    other signals that ask it to end. A pipe that nobody reads any more ends it in silence, a full disk behind stdout
+    in a line; closed ones are /dev/null. What stdout's encoding cannot say is spelt out."""
     @functools.wraps(main)
     def run(*argv) -> int:
-        if not argv:                             # the program itself, and nobody who calls its main
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for of in () if argv else ENDING:        # the program itself, and nobody who calls its main
+            if signal.getsignal(of) is not signal.SIG_IGN:           # as nohup and shells without jobs leave it
+                signal.signal(of, signal.default_int_handler)
         for name in ("stdout", "stderr"):        # closed: the next file that is opened would be written to
             if getattr(sys, name) is None:
                 setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
