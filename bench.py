@@ -767,14 +767,10 @@ def main(argv=None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         return run(parse(argv), shlex.join(["python", "bench.py", *words]))
-    except (InputError, torch.OutOfMemoryError) as error:
-        if "--debug" in words:
-            raise
+    except InputError as error:
         if not speaks():
             return 2
-        raise InputError(told(error) if isinstance(error, InputError) else f"out of GPU memory ("
-                         f"{str(error).partition('. ')[0]}); lower --cache-rows, or use another --drafter-device"
-                         ) from None
+        raise InputError(told(error)) from None
 
 
 def run(options, command: str) -> int:

@@ -85,10 +85,11 @@ from weights.files import (
     insist_one_of,
     insist_whole,
     printable,
+    ran_out,
 )
 from weights.given import Shown, path_of
 from weights.load import random_tensors, stop_ids
-from weights.memory import TINY, as_dtype, memory_budget, model_name, pick_device, ran_out
+from weights.memory import TINY, as_dtype, memory_budget, model_name, pick_device
 from weights.packed import PRODUCTS, SOME, assembled, gains_by_turning, packing
 from weights.result import Event, Result, Round, Verdict
 from weights.shapes import PROMPT_ROWS, TEXT_ROWS, DecoderConfig, VisionConfig, frames_of, text_config, vision_config
@@ -1739,7 +1740,7 @@ def main(argv=None) -> None:
     asked = {name: getattr(of, name) for name in ("events", "video", "image", "query", "max_new_tokens")}
     try:
         engine = load_engine(of.eventgpt, of.videollava, of.device, self_draft="self" in source if source else None,
-                             text_rows=PROMPT_ROWS + len(of.query) + max(0, of.max_new_tokens))
+                             text_rows=PROMPT_ROWS + len(of.query.encode(errors="replace")) + max(0, of.max_new_tokens))
         kind = ""
         for event in engine.stream(mode=of.mode, draft_source=source, **asked):
             if event.delta and (event.kind, kind) != ("preview", "final"):     # a preview that goes on comes at the end

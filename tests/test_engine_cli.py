@@ -204,3 +204,18 @@ def test_the_result_answers_to_the_old_words(api, pair, drafter_first):
     assert events[-1].result["output_tokens"] == result.output_ids and events[0].result is None
     with pytest.raises(InputError, match="^gate: not an argument of PrefillOnlyInference.generate; "):
         api.generate(**asked(0), gate=False)
+
+
+def test_a_question_of_any_letters_fits_the_caches(line, monkeypatch):
+    """A letter may take as many ids as it has bytes."""
+    made = {}
+    monkeypatch.setattr(engine, "load_engine", lambda *_, **options: made.update(options) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        line(*CLIP[:-1], "\U0001f600" * 300, "--max-new-tokens", "3")
+    assert made["text_rows"] == engine.PROMPT_ROWS + 1200 + 3
+
+
+def test_a_file_of_answers_is_kept_by_bench_alone(line):
+    """It was taken, and never written."""
+    code, _, err = line(*CLIP, "--draft-source", "lookup:none.json")
+    assert code == 2 and err.startswith("--draft-source 'lookup:none.json': only bench.py keeps a file of answers; ")

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from common import save_adapter
 from pairs import json_lines, read_pairs
 
@@ -194,13 +195,16 @@ def test_a_request_to_end_is_like_ctrl_c(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("error, code, told", [
-    (InputError("a; b"), 2, "a; b\n"), (KeyboardInterrupt(), 130, "interrupted\n"), (OSError("disk"), None, "")])
+    (InputError("a; b"), 2, "a; b\n"), (KeyboardInterrupt(), 130, "interrupted\n"), (OSError("disk"), None, ""),
+    (MemoryError(), 2, "memory: ran out (MemoryError); free some, or ask for less\n"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "memory: ran out (DefaultCPUAllocator: can't "
+     "allocate memory); free some, or ask for less\n"), (RuntimeError("ours"), None, "")])
 def test_a_command_ends_as_its_error_says(error, code, told, capsys):
     @files.command
     def main(argv=None):
         raise error
     if code is None:                                         # no fault of stdout's
-        with pytest.raises(OSError):
+        with pytest.raises(type(error)):
             main()
     else:
         assert main() == code
@@ -367,6 +371,19 @@ def test_a_data_set_may_be_named_from_within(tmp_path, monkeypatch, named, at):
     shutil.copytree(CLIPS, tmp_path / "data")
     monkeypatch.chdir(tmp_path / "data" / at)
     assert len(read_dataset(Path(named), None, 2)[0]) == 2
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    """Root may list all: the error comes from the system's call."""
+    def closed(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "none").mkdir()
+    monkeypatch.setattr(os, "listdir", closed)
+    for call in (lambda: convert.convert(tmp_path, tmp_path / "to"), lambda: adapter.load(tmp_path),
+                 lambda: weight_files(tmp_path)):
+        refused(call, tmp_path, "cannot be read (Permission denied)")
+    refused(lambda: convert.convert(tmp_path / "none"), tmp_path / "none", "cannot be read (Permission denied)")
 
 
 def test_no_two_samples_have_one_id(tmp_path):

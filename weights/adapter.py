@@ -17,7 +17,7 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from weights.files import InputError, brief, naming, path_text, read_json, refusal
+from weights.files import InputError, brief, names_in, naming, path_text, read_json, refusal
 from weights.load import listed, read_header
 
 WEIGHTS = "adapter.safetensors"
@@ -86,7 +86,7 @@ def load(folder, device="cpu"):
     with naming(folder):
         folder = path_text(folder, "an adapter's folder")
     path = Path(folder, WEIGHTS) if os.path.isdir(folder) else Path(folder)
-    if not folder or not os.path.exists(path):
+    if not folder or not (os.path.lexists(path) or os.path.isdir(folder) and WEIGHTS in names_in(folder)):
         raise refusal(folder and path, "no such file", "make it of the research code's best_model.pt: `python -m "
                       "weights.convert best_model.pt DIR/adapter.safetensors`")
     header = read_header(path)

@@ -32,6 +32,7 @@ from weights.files import (
     brief,
     command,
     insist_whole_zip,
+    names_in,
     naming,
     open_regular,
     reason_of,
@@ -73,7 +74,7 @@ def convert_folder(source, target) -> list:
     if os.path.exists(source / "pytorch_model.bin"):
         return write_all({source / "pytorch_model.bin": target / SINGLE}, copies(source, target))
     if not os.path.exists(old_index):
-        found = sorted(name for name in os.listdir(source) if PICKLED.search(name))
+        found = [name for name in names_in(source) if PICKLED.search(name)]
         raise refusal(source, "no pytorch_model.bin and no pytorch_model.bin.index.json here"
                       + (f", only {listed(found)}" if found else ""), "give one file by its name")
     shards, weight_map = shards_of(old_index, r"pytorch_model[\w.-]*\.bin")
@@ -86,7 +87,7 @@ def copies(source, target) -> dict:
     """{from: to} of config and tokenizer files that the target folder lacks."""
     if os.path.exists(target) and os.path.samefile(target, source):
         return {}
-    return {source / name: target / name for name in sorted(os.listdir(source))
+    return {source / name: target / name for name in names_in(source)
             if SMALL_FILES.search(name) and not name.endswith(".index.json") and not os.path.exists(target / name)
             and os.path.isfile(source / name) and os.path.getsize(source / name) <= MAX_SMALL}
 

@@ -258,6 +258,11 @@ def command(main):
         except (InputError, KeyboardInterrupt) as error:
             print(error if isinstance(error, InputError) else "interrupted", file=sys.stderr)
             return 2 if isinstance(error, InputError) else 130
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            print(f"memory: ran out ({reason_of(error)}); free some, or ask for less", file=sys.stderr)
+            return 2
         except OSError as error:
             if error.filename is not None or error.errno not in STDOUT_ERRORS:
                 raise
@@ -311,6 +316,12 @@ def spelt(value, spell=str) -> str:
         return spell(value)
     except Exception:
         return f"a huge {type(value).__name__}" if type(value) is int else f"a {type(value).__name__}"
+
+
+def ran_out(error: BaseException | None) -> bool:
+    """Whether memory was short; the CPU's allocator has no class for it, and a capture that ends hides it."""
+    return error is not None and (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+                                  or "allocate memory" in str(error) or ran_out(error.__context__))
 
 
 def describe(error: BaseException) -> str:
@@ -380,6 +391,14 @@ def nearest_name(name: str) -> str:
     except OSError:
         return f"its folder {folder or '.'} does not exist or cannot be read"
     return f"did you mean {near[0]}?" if near else f"check the name; {folder} exists"
+
+
+def names_in(folder) -> list[str]:
+    """What a folder holds, in order of its names."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise refusal(folder, f"cannot be read ({error.strerror})", "check the path and its permissions") from None
 
 
 def open_kind(path, wanted: str, heads: tuple = (), way_out: str = ""):
@@ -502,9 +521,9 @@ def replace_file(path, content: bytes | memoryview) -> None:
             partial = file.name
             file.write(content)
             if status:
+                os.fchmod(file.fileno(), stat.S_IMODE(status.st_mode))
                 with contextlib.suppress(OSError):
                     os.fchown(file.fileno(), status.st_uid, status.st_gid)
-                os.fchmod(file.fileno(), stat.S_IMODE(status.st_mode))
             file.flush()
             os.fsync(file.fileno())              # else a power cut may leave the name without the bytes
         os.replace(partial, target)

@@ -35,6 +35,7 @@ from weights.files import (
     brief,
     command,
     look_alike,
+    names_in,
     naming,
     open_regular,
     path_text,
@@ -245,10 +246,7 @@ def weight_files(folder) -> tuple:
     if os.path.lexists(folder / SINGLE):
         return [folder / SINGLE], None
     if not os.path.lexists(folder / INDEX):
-        try:
-            names = sorted(os.listdir(folder))
-        except OSError as error:
-            raise refusal(folder, f"cannot be read ({error.strerror})", "check the path and its permissions") from None
+        names = names_in(folder)
         shards = [name for name in names if name.endswith(".safetensors")]
         pickled = [name for name in names if re.fullmatch(r"pytorch_model.*\.bin", name)]
         if shards:

@@ -147,12 +147,6 @@ def no_room(path, device: torch.device, parts: dict, way_out: str = ENOUGH_ELSEW
                    f"{whole:.3f} GB free{', most is held by ' * bool(held)}{', '.join(held)}", way_out)
 
 
-def ran_out(error: BaseException | None) -> bool:
-    """Whether memory was short; the CPU's allocator has no class for it, and a capture that ends hides it."""
-    return error is not None and (isinstance(error, (torch.OutOfMemoryError, MemoryError))
-                                  or "allocate memory" in str(error) or ran_out(error.__context__))
-
-
 def peak_memory(device) -> int:
     """Bytes: the most this process held on a GPU since the request began, or the process's peak on the CPU."""
     if device.type == "cuda":

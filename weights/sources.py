@@ -175,6 +175,9 @@ def sources_of(asked, own: Lookup, target, drafter, mode: str) -> list:
     found = []
     for source in named:
         if issubclass(type(source), str):                    # isinstance would ask a class of the caller's
+            if source.startswith("lookup:"):
+                raise InputError(f"draft_source {quoted(source)}: only bench.py keeps a file of answers; take lookup, "
+                                 f"or a Lookup that you load and save")
             source = own if source == "lookup" else source_named(source)
             if source == "self" and not copy:
                 raise InputError("draft_source self: the target's 4-bit copy was not made; load the engine with "

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from weights.drafting import NonFinite
-from weights.files import InputError, describe
-from weights.memory import ran_out
+from weights.files import InputError, describe, ran_out
 
 
 class Entry(NamedTuple):
