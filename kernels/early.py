@@ -9,7 +9,7 @@ little on an H200, whose L2 gives only a third more than its memory. Gluon, Trit
 its shared memory by hand: STAGES tiles before `griddepcontrol.wait`, the rows behind it. Two neighbouring kernels have
 to fit on a processor side by side, so each takes at most half of its shared memory.
 
-Measured on an H200, random LLaMA-7B in bf16, context 2,100, ms of a whole step of 1 row in `python -m kernels.chain`;
+Measured on an H200, random LLaMA-7B in bf16, context 2,100, ms of a whole step of 1 row in `python -m tests.chain`;
 skinny.py and attention.py 3.83 to 3.87, what its bytes take 3.20 to 3.25. In the engine 3.898 before, 3.520 now:
 - products alone 3.776, attention too 3.565; 2 rows 3.60, 8 rows 3.72; contexts 3,072 and 4,000 3.83 and 3.88 (4.20 and
   4.25 before). With 4-bit products this attention makes a step of 1, 2, 8 and 16 rows 1.460, 1.690, 1.854 and 2.257
@@ -168,9 +168,9 @@ def early_product_kernel(x_ptr, w_ptr, y_ptr, norm_ptr, residual_ptr, sums_ptr, 
 
 
 def product_config(S, O, D, residual, gated, device):
-    """Pipeline; one H200, tuned inside a whole step (`python -m kernels.chain --tune plain`). Programs of one processor
-    share its room, without the rows beyond 8: fewer stages would cost more than fewer programs of the next kernel. A
-    short product may let that start at once, since its bytes are asked for early too."""
+    """Pipeline; one H200, tuned inside a whole step (tests/chain.py). Programs of one processor share its room, without
+    the rows beyond 8: fewer stages would cost more than fewer programs of the next kernel. A short product may let that
+    start at once, since its bytes are asked for early too."""
     BLOCK_O, SLICES = (SUM_COLS, 2) if residual else (64, 1)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     beside = triton.cdiv(triton.cdiv(O, BLOCK_O), processors)

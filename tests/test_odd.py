@@ -353,7 +353,7 @@ async def waits(event):
     ({"stop": Endless()}, "stop: wanted a string"), ({"stop": Failing(["a"])}, "stop: wanted a string"),
     ({"draft_source": Endless()}, "draft_source: holds more than 1000"),
     ({"draft_source": Failing()}, "draft_source: a Failing that cannot be read ('no items')"),
-    ({"on_event": waits}, "on_event: wanted a function that is not async")], ids=str)
+    ({"on_event": waits}, "on_event: wanted a function that is not async")], ids=lambda of: "".join(of))
 def test_a_list_or_function_of_a_callers_class_is_refused(pair, options, words):
     refused(lambda: pair.generate("e.npz", "v.mp4", "Q", **options), words)
     for turns in (Endless(), Failing(), [("Q", Endless())], [("Q", Failing())]):
