@@ -186,7 +186,7 @@ class Lost:
     ({"tokenizer": 5}, "tokenizer: is a int"), ({"eventgpt": 5}, "eventgpt: is a int, wanted"),
     ({"videollava": b"x\xff"}, "no such folder"), ({"videollava": object}, "videollava: is a type"),
     ({"eventgpt": Lost()}, "eventgpt: is a Lost, wanted the path of a checkpoint; give it as text"),
-    ({"tokenizer": Lost()}, "tokenizer: is a Lost")], ids=str)
+    ({"tokenizer": Lost()}, "tokenizer: is a Lost")], ids=lambda of: "".join(of))
 def test_an_argument_of_another_type_is_one_line(options, words):
     models = {"eventgpt": TINY / "drafter", "videollava": TINY / "target", "device": "cpu"}
     with pytest.raises(InputError) as error:
