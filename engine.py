@@ -1285,9 +1285,11 @@ class Engine(Closing):
         texts = {"preview": TextStream(self.drafter.text, req.asked.stop)} if self.drafter in active else {}
         texts["final"] = TextStream((self.target if deciding == "target" else self.drafter).text, req.asked.stop)
         result, running, error = Result(mode=req.asked.mode), {m.side for m in active}, None
-        self._insist_usable()
-        working = [self.threads[model.side].submit(self._worker, req, model) for model in active]
+        working: list = []
         try:
+            self._insist_usable()
+            for model in active:
+                working.append(self._started(req, model))
             while running:
                 self._insist_usable()
                 kind, value, at = req.out.get()
@@ -1323,6 +1325,14 @@ class Engine(Closing):
                 concurrent.futures.wait(working)
         self._insist_usable()
         yield self._finish(req, result, deciding, texts, remember)
+
+    def _started(self, req: Request, model: Model) -> concurrent.futures.Future:
+        try:
+            return self.threads[model.side].submit(self._worker, req, model)
+        except RuntimeError:                                 # of threads that were ended meanwhile
+            self._insist_usable()
+            raise InputError("engine: the program is ending, and its threads have; ask before the main thread ends"
+                             ) from None
 
     def _worker(self, req: Request, model: Model) -> None:
         """Runs one side and reports its end. A drafter's failure is noted; only bad input or the target's is raised."""

@@ -141,6 +141,13 @@ def in_child(work):
     return json.loads(said)
 
 
+def test_a_request_is_refused_where_the_program_has_ended_its_threads(mine):
+    """As of a thread that goes on when the main one ends."""
+    mine.threads["target"].shutdown()
+    one_line(lambda: mine.generate(**asked(0)), "engine: the program is ending", "ask before the main thread ends")
+    assert mine.owner is None and not mine.lock.locked()
+
+
 def test_a_forked_child_is_told_in_one_line_and_never_hangs(pair):
     api = PrefillOnlyInference()
     api.engine = pair

@@ -116,7 +116,8 @@ def tensor_of(value) -> torch.Tensor:
                       "with the buffer protocol or DLPack") from None
     plain = found.layout == torch.strided and not (found.is_quantized or found.is_nested)
     if not plain or found.device.type not in ("cpu", "cuda"):
-        what = "a nested tensor" if found.is_nested else f"a tensor of layout {found.layout} on {found.device}"
+        what = "a nested" if found.is_nested else "a quantized" if found.is_quantized else ""
+        what = f"{what} tensor" if what else f"a tensor of layout {found.layout} on {found.device}"
         raise Refused(f"is {what}", "pass a dense one on cpu or cuda")
     return found
 
@@ -204,6 +205,8 @@ def columns_of(value, columns: str | None) -> dict:
         return {str(name): value[name] if str(name) in ("x", "y", "t", "p") else None
                 for name in itertools.islice(value.keys(), 100_000)}         # they may have no end
     if isinstance(value, (list, tuple)):
+        if names := getattr(value, "_fields", None):         # a named tuple may have them in another order
+            return dict(zip(names, value, strict=True))
         if len(value) != 4:
             raise Refused(f"is a {type(value).__name__} of {len(value)}, wanted the four arrays x, y, t, p",
                           "pass them in this order, or as a mapping")
@@ -351,6 +354,8 @@ def read_kept(kept: list, decoding=lambda: None) -> list:
 def picture_of(value, max_pixels: int) -> torch.Tensor:
     """[H, W, 3] uint8 of a PIL picture, converted as `read_image` does it, or of an array [H, W, 3] or [3, H, W]."""
     if isinstance(value, Image.Image):
+        if value.mode in ("F", "I"):                         # Pillow would cut what is beyond 0..255
+            raise Refused(f"is a picture of mode {value.mode}, wanted RGB", "convert it to RGB, 0 to 255")
         check_size(*value.size, max_pixels)
         try:
             rgb = value.convert("RGB")
