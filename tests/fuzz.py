@@ -32,7 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from weights.files import Parser, command  # noqa: E402  after the path
+from weights.files import Parser, command, insist_whole  # noqa: E402  after the path
 
 BATCH = 2500                         # mutations a child lives for
 SECONDS = 10                         # for one mutation; what is refused takes milliseconds
@@ -671,6 +671,7 @@ def main(argv=None) -> int:
     parser.add_argument("--kind", default=",".join(KINDS), help="comma list of %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default %(default)s)")
     options = parser.parse_args(argv)
+    insist_whole("--mutations", options.mutations, 1)
     unknown = set(options.kind.split(",")) - set(KINDS)
     if unknown:
         parser.error(f"--kind: {', '.join(sorted(unknown))} is none of {', '.join(KINDS)}")

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from common import QUESTIONS, TINY, save_adapter  # noqa: E402  after the paths
 
-from weights.files import Parser, command  # noqa: E402
+from weights.files import Parser, command, insist_whole  # noqa: E402
 
 
 def make_dataset(folder: Path, rows: int) -> Path:
@@ -324,7 +324,9 @@ def main(argv=None) -> int:
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="of generations (default: an untrained one)")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     options = parser.parse_args(argv)
-    count = options.count or {"rows": 2000, "repeat": 1000}.get(options.what, 10000)
+    insist_whole("--shards", options.shards, 1), insist_whole("--processes", options.processes, 1)
+    insist_whole("--kills", options.kills, 0)
+    count = options.count if options.count is not None else {"rows": 2000, "repeat": 1000}.get(options.what, 10000)
     if count < 30:
         parser.error(f"--count: wanted 30 or more, got {count}")
     if options.what == "rows":

@@ -157,6 +157,7 @@ def test_nothing_else_opens_a_file():
 
 @pytest.mark.parametrize("behind, code, words", [
     ("> /dev/full", 2, ["stdout: cannot be written (No space left on device)"]), (">&-", 0, []), (">&- 2>&-", 0, []),
+    ("> /dev/full 2> /dev/full", 2, []),
     ("| head -c 1 > /dev/null; exit ${PIPESTATUS[0]}", 1, [])])
 def test_a_stdout_that_is_full_closed_or_no_longer_read_ends_quietly(behind, code, words, user_env):
     script = ("from weights.files import command\n"
@@ -198,7 +199,8 @@ def test_a_request_to_end_is_like_ctrl_c(monkeypatch, capsys):
     (InputError("a; b"), 2, "a; b\n"), (KeyboardInterrupt(), 130, "interrupted\n"), (OSError("disk"), None, ""),
     (MemoryError(), 2, "memory: ran out (MemoryError); free some, or ask for less\n"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "memory: ran out (DefaultCPUAllocator: can't "
-     "allocate memory); free some, or ask for less\n"), (RuntimeError("ours"), None, "")])
+     "allocate memory); free some, or ask for less\n"), (RuntimeError("ours"), None, ""),
+    (NotADirectoryError(20, "No folder", "a\x1b"), 2, "a\\x1b: cannot be used (No folder); check the path\n")])
 def test_a_command_ends_as_its_error_says(error, code, told, capsys):
     @files.command
     def main(argv=None):

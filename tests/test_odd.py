@@ -280,6 +280,15 @@ def test_a_device_that_is_not_there_is_named(device):
     refused(lambda: engine.memory_budget(TINY / "drafter", device="cpu", drafter_device=device), "drafter_device ")
 
 
+def test_a_way_out_can_be_gone(tmp_path):
+    """A pickled file under another name was sent to the converter, which sent it back; a path that the library cannot
+    open was to be downloaded again."""
+    torch.save({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    refused(lambda: load.read_header(tmp_path / "model.safetensors"), "rename it to .bin, then turn it")
+    write(tmp_path / "\udcff", TEXT, tensors_of(TEXT))
+    refused(lambda: load.open_checkpoint(tmp_path / "\udcff"), "; rename it: the library opens no path that")
+
+
 def test_text_that_is_not_utf8_is_not_converted(tmp_path):
     for content in ({"a\ud800": torch.ones(2)}, {"a": torch.ones(2), "note": "\ud800"}):
         torch.save(content, tmp_path / "w.bin")

@@ -255,22 +255,28 @@ def command(main):
             code = main(*argv)
             sys.stdout.flush()
             return code or 0
-        except (InputError, KeyboardInterrupt) as error:
-            print(error if isinstance(error, InputError) else "interrupted", file=sys.stderr)
-            return 2 if isinstance(error, InputError) else 130
+        except KeyboardInterrupt:
+            line, code = "interrupted", 130
+        except InputError as error:
+            line, code = str(error), 2
         except (MemoryError, RuntimeError) as error:
             if not ran_out(error):
                 raise
-            print(f"memory: ran out ({reason_of(error)}); free some, or ask for less", file=sys.stderr)
-            return 2
+            line, code = f"memory: ran out ({reason_of(error)}); free some, or ask for less", 2
         except OSError as error:
-            if error.filename is not None or error.errno not in STDOUT_ERRORS:
+            if error.filename is None and error.errno not in STDOUT_ERRORS:
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # nothing more goes there
-            if isinstance(error, BrokenPipeError):
-                return 1
-            print(f"stdout: cannot be written ({reason_of(error)}); free some room", file=sys.stderr)
-            return 2
+            line, code = f"{error.filename}: cannot be used ({reason_of(error)}); check the path", 2
+            if error.filename is None:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # nothing more goes there
+                if isinstance(error, BrokenPipeError):
+                    return 1
+                line = f"stdout: cannot be written ({reason_of(error)}); free some room"
+        try:
+            print(printable(line), file=sys.stderr, flush=True)
+        except OSError:                          # full, too: the code is all that is left to say it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        return code
     return run
 
 

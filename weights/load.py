@@ -133,8 +133,8 @@ def cached_revisions(repo: str) -> list[Path]:
 def reject_impostor(path, first_bytes):
     """Refuses a file whose first bytes show that it holds no safetensors."""
     if first_bytes.startswith(b"PK\x03\x04"):
-        raise refusal(path, "is a pickled torch file",
-                      f"turn it into safetensors with `python -m weights.convert {path}`")
+        first = "rename it to .bin, then " * str(path).endswith(".safetensors")
+        raise refusal(path, "is a pickled torch file", first + "turn it into safetensors: `python -m weights.convert`")
     if (found := look_alike(first_bytes)) and found[1]:
         raise refusal(path, f"is {found[0]}", found[1])
 
@@ -195,7 +195,8 @@ class Stored:
 
 def read_header(path) -> dict:
     """{key: Stored} of one safetensors file, after checking that the file is whole. No tensor is read."""
-    path, again = Path(path), "copy or download it again"
+    path, named = Path(path), os.fsencode(path) == str(path).encode(errors="replace")
+    again = "copy or download it again" if named else "rename it: the library opens no path that is not UTF-8"
     with naming(path):
         file, real = open_regular(path, "a safetensors file")
         with file:
