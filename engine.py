@@ -82,6 +82,7 @@ from weights.files import (
     insist_file,
     insist_flag,
     insist_function,
+    insist_kind,
     insist_one_of,
     insist_whole,
     printable,
@@ -892,7 +893,6 @@ class Engine(Closing):
     @contextlib.contextmanager
     def _turn(self, timeout: float | None):
         """This thread's turn. InputError if another's request runs for longer than so many seconds."""
-        self._insist_usable()
         if not self.lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
             owner = next((of.name for of in threading.enumerate() if of.ident == self.owner), "another thread")
             raise InputError(f"engine: a request of {owner} has kept it busy for {timeout:g} s; finish or close that, "
@@ -1089,6 +1089,7 @@ class Engine(Closing):
         that later ones use. The gate learns what a step takes, and nothing else is learnt.
         progress: called with ("preparation", steps done, steps in all)."""
         self._insist_usable()
+        insist_function("progress", progress)
 
         def capture(model: Model) -> None:
             with naming_stage(model, "preparation"):
@@ -1271,8 +1272,7 @@ class Engine(Closing):
 
     def remember(self, result: Result) -> None:
         """Lets the sources of the last request learn its answer, where `remember=False` had kept it from them."""
-        if not isinstance(result, Result):
-            raise InputError(f"result: is a {type(result).__name__}, wanted a Result; pass what the request gave back")
+        insist_kind("result", result, Result)
         for source in self.learners:
             source.learn(list(result.output_ids))
         self.learners = []
@@ -1493,6 +1493,8 @@ def explain(model: Model, result: Result) -> list[Verdict]:
     """What the deciding model looked at and how clearly it decided, for the request that it answered last: one more
     pass over the answer, in forwards of up to 32 rows, on the cache that still holds the request. Of a sampled answer
     the margins are those of the logits before the draw."""
+    insist_kind("model", model, Model)
+    insist_kind("result", result, Result)
     ids, d, first, verdicts, at = result.output_ids, model.decoder, model.prompt_rows - 1, [], 0
     known = torch.cat([model.tail_id, torch.tensor(ids[:-1], dtype=torch.long).to(model.device)])
     rows_SD = d.embed_VD[known.clamp(0, model.config.V - 1)]

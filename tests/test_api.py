@@ -179,6 +179,7 @@ def test_a_forked_child_is_told_in_one_line_and_never_hangs(pair):
 def test_a_result_goes_through_json(pair):
     result = pair.generate(mode="speculative", **asked(0))
     back = json.loads(json.dumps(result.as_dict()))
+    assert all(result.get(key) is None for key in (0, None, "get", "nothing"))       # its methods are no items
     assert set(back) == set(result) and back["output_ids"] == result.output_ids and back["rounds"] == result.rounds
     assert [engine.Round(**of) for of in back["round_log"]] == result.round_log
     old = json.loads(json.dumps(result.in_old_words().as_dict()))

@@ -390,6 +390,8 @@ def test_a_lookup_learns_ids_alone(ids):
         refused(lambda wrong=wrong: engine.Fixed(wrong), "answer: wanted a list of ids")
         refused(lambda wrong=wrong: engine.source_named(wrong), "draft_source ")
         refused(lambda wrong=wrong: engine.Adapted(wrong), "wanted an adapter's folder")
+    for path in (None, 5, Lost()):
+        refused(lambda path=path: Lookup().save(path), "wanted the path of a file to write")
     own = Lookup()
     own.learn(torch.tensor([5, 6]))
     assert list(own.answers) == [[5, 6]] and type(own.answers[0][0]) is int
@@ -419,7 +421,10 @@ def test_a_question_may_be_any_kind_of_text(pair):
     class Asked(str, enum.Enum):  # noqa: UP042
         KEY = "What is there?"
     assert check_question(Asked.KEY) == f"{check_question(Asked.KEY)}" == "What is there?"
-    refused(lambda: pair.remember(5), "result: is a int, wanted a Result")
+    for call in (pair.remember, lambda of: engine.explain(pair.target, of)):
+        refused(lambda call=call: call(5), "result: is a int, wanted a Result")
+    refused(lambda: engine.explain(None, engine.Result()), "model: is a NoneType, wanted a Model")
+    refused(lambda: pair.prepare(progress=5), "progress: wanted a function")
 
 
 def test_an_embedded_interpreter_may_have_no_words(user_env):

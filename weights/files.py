@@ -120,6 +120,11 @@ def items_of(argument: str, value, most: int) -> list:
     return items
 
 
+def insist_kind(name: str, value, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise InputError(f"{name}: is a {type(value).__name__}, wanted a {kind.__name__}; pass the engine's own")
+
+
 def insist_function(name: str, value) -> None:
     if value is not None and (not callable(value) or inspect.iscoroutinefunction(value)):
         raise InputError(f"{name}: wanted a function that is not async, got {quoted(value)}; pass one, or leave "
@@ -510,6 +515,8 @@ def replace_file(path, content: bytes | memoryview) -> None:
     nobody ever sees half of it; its mode and owner stay. A device or a pipe is written to, never replaced. InputError
     if it cannot be done; a regular file is then untouched."""
     partial = None
+    with naming(path):
+        path = path_text(path, "the path of a file to write")
     try:
         try:
             status = os.stat(path)

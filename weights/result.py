@@ -75,10 +75,7 @@ class Result(Mapping):
     drafter_error: str | None = None        # why a drafter or source gave up, if one did; the answer is not affected
 
     def __getitem__(self, key):
-        try:
-            return getattr(self, key)
-        except AttributeError:
-            raise KeyError(key) from None
+        return vars(self)[key]
 
     def __iter__(self):
         return iter(f.name for f in dataclasses.fields(self))
