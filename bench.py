@@ -662,7 +662,7 @@ def check(options) -> None:
 
     most = engine.STEP_ROWS - 1
     for name, low, high in (("max_samples", -1, math.inf), ("max_new_tokens", 1, 1_000_000), ("draft_len", 0, most),
-                            ("overlap_len", 0, most), ("warmup", 0, math.inf), ("repeats", 1, math.inf)):
+                            ("overlap_len", 0, most), ("warmup", 0, 1_000_000), ("repeats", 1, 1_000_000)):
         insist_whole(name, getattr(options, name), low, high)
     insist(options.max_samples, "--max-samples: wanted 1 or more, or -1 for all, got 0; change it")
     insist(options.question is None or options.question.strip(),
@@ -785,8 +785,8 @@ def run(options, command: str) -> int:
             if is_file(getattr(options, flag)):
                 path = Path(getattr(options, flag))
                 setattr(options, flag, path.with_suffix(f".{shard:05}-of-{shards:05}{path.suffix}"))
-    clips = [path for of in listed for path in (of.video, *(of.events if type(of.events) is list else [of.events]))]
-    insist_apart(options, dataset_dir=[options.dataset_dir / LIST, *clips] if listed else [])
+    own = [options.dataset_dir / name for name in (LIST, "event_npy", "event_image", "mp4")] if listed else []
+    insist_apart(options, dataset_dir=own)
     if options.from_json:
         return publish(read_report(options.from_json), options)
     if options.merge:

@@ -308,7 +308,9 @@ def test_only_as_many_questions_and_rounds_as_a_run_can_take(tmp_path, monkeypat
     (tmp_path / "q.txt").write_text("What?\n" + "x" * 100_001)
     refused(lambda: bench.check(bench.parse(["--questions", str(tmp_path / "q.txt")])), "q.txt: the question has")
     refused(lambda: bench.check(bench.parse(["--draft-source", "lookup:a,lookup:b"])), "names 2 files")
-    options = bench.parse(["--warmup", "9" * 30, "--modes", "target_only,target_only", "--device", "cpu"])
+    for flag in ("--warmup", "--repeats"):                   # a list of so many was made first
+        refused(lambda flag=flag: bench.check(bench.parse([flag, "9" * 30, "--device", "cpu"])), flag[2:])
+    options = bench.parse(["--warmup", "1000000", "--modes", "target_only,target_only", "--device", "cpu"])
     bench.check(options)
     assert options.modes == ["target_only"]
 
@@ -563,10 +565,11 @@ def test_what_a_run_reads_is_never_written_over(tmp_path, capsys, monkeypatch):
                            (["--draft-source", "drafter,lookup:m"], "m"), (["--dataset-dir", "clips"], listed),
                            (["--dataset-dir", "clips"], f"clips/mp4/{clip}.mp4"),
                            (["--dataset-dir", "clips"], f"clips/event_npy/{clip}.npz"),
+                           (["--dataset-dir", "clips"], "clips/mp4/scenes/000003.mp4"),
                            (["--draft-source", "adapter:ad"], "ad/adapter.safetensors"),
                            (["--videollava", "target/", "--dataset-dir", "clips"], "target/config.json")):
         for flag in ("--json", "--out"):
-            assert bench.main([*words, flag, written]) == 2
+            assert bench.main([*words, flag, written, *["--max-samples", "1"] * (words[0] == "--dataset-dir")]) == 2
             said = capsys.readouterr().err
             assert said == f"{written}: is read by {words[0]}, and {flag} would replace it; name another file\n"
 

@@ -25,7 +25,6 @@ import sys
 import threading
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, SupportsFloat, SupportsIndex
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
@@ -195,7 +194,7 @@ def insist_writable(path, flag: str) -> None:
 
 def insist_apart(options: argparse.Namespace, **read) -> None:
     """InputError unless each of a command's OUTPUTS can be written, and is neither another of them, nor a file that the
-    command reads, nor where stdout goes. It reads what its READS name, the files of a folder too; `read`: more."""
+    command reads, nor where stdout goes. It reads what its READS name, all in a folder too; `read`: more."""
     def place(path):
         with contextlib.suppress(OSError, ValueError):
             found = os.fstat(path) if isinstance(path, int) else os.stat(path)
@@ -206,8 +205,9 @@ def insist_apart(options: argparse.Namespace, **read) -> None:
     for name in READS:
         value = getattr(options, name, None) or ""
         value = re.findall(r"(?:^|,)\w+:([^,]+)", value) if name == "draft_source" else value
-        for path in map(Path, value if isinstance(value, list) else [value] * bool(value)):
-            read.setdefault(name, []).extend([path, *(path.glob("*") if os.path.isdir(path) else ())])
+        read[name] = value if isinstance(value, list) else [value] * bool(value)
+    folders = [(os.path.join(form(path), ""), f"read by `{name}`") for name, paths in read.items() for path in paths
+               if os.path.isdir(path) for form in (os.path.abspath, os.path.realpath)]
     taken = {place(fd): f"where {of} goes" for fd, of in ((1, "stdout"), (2, "stderr"))}
     taken |= {place(path): f"read by `{name}`" for name, paths in read.items() for path in paths}
     for name in OUTPUTS:
@@ -215,7 +215,11 @@ def insist_apart(options: argparse.Namespace, **read) -> None:
         if name == "timeline" and path and not str(path).lower().endswith(".png"):
             raise InputError(f"`{name}`: {path} is no PNG; name a file that ends in .png")
         mine = f"written by `{name}`"
-        if is_file(path) and (other := taken.setdefault(place(path), mine)) != mine:
+        if not is_file(path):
+            continue
+        inside = [of for folder, of in folders if os.path.exists(path) and any(
+            form(path).startswith(folder) for form in (os.path.abspath, os.path.realpath))]
+        if (other := [*inside, taken.setdefault(place(path), mine)][0]) != mine:
             raise InputError(f"{path}: is {other}, and `{name}` would replace it; name another file")
 
 
