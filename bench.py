@@ -795,7 +795,7 @@ def run(options, command: str) -> int:
         return compare_runs(*options.compare)
     if instead:
         return explain_page(options, listed)
-    if options.rows and os.path.exists(options.rows) and not options.resume:
+    if options.rows and os.path.isfile(options.rows) and not options.resume:
         raise InputError(f"{options.rows}: is already there; pass --resume to go on with it, or choose another --rows")
     head, e = set_up(options, command, listed, skipped)
     interrupted = False

@@ -574,6 +574,13 @@ def test_what_a_run_reads_is_never_written_over(tmp_path, capsys, monkeypatch):
             assert said == f"{written}: is read by {words[0]}, and {flag} would replace it; name another file\n"
 
 
+def test_rows_on_a_device_are_not_to_be_resumed(capsys, monkeypatch):
+    """The way out led into the next refusal."""
+    monkeypatch.setattr(bench, "set_up", lambda *_: ({}, None))
+    assert bench.main(["--device", "cpu", "--rows", "/dev/null"]) == 2
+    assert capsys.readouterr().err == "/dev/null: is not a regular file, and rows are read back; choose another --rows\n"
+
+
 def test_a_shards_own_names_are_checked_like_others(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "load_pair", lambda *_: pytest.fail("it ran"))
     (tmp_path / "q.00000-of-00002.txt").write_text("kept")
