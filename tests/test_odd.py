@@ -578,7 +578,8 @@ def test_rows_on_a_device_are_not_to_be_resumed(capsys, monkeypatch):
     """The way out led into the next refusal."""
     monkeypatch.setattr(bench, "set_up", lambda *_: ({}, None))
     assert bench.main(["--device", "cpu", "--rows", "/dev/null"]) == 2
-    assert capsys.readouterr().err == "/dev/null: is not a regular file, and rows are read back; choose another --rows\n"
+    assert capsys.readouterr().err == ("/dev/null: is not a regular file, and rows are read back; choose another "
+                                       "--rows\n")
 
 
 def test_a_shards_own_names_are_checked_like_others(tmp_path, capsys, monkeypatch):
