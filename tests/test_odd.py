@@ -110,11 +110,13 @@ def test_torch_is_not_started_where_the_current_folder_was_removed(user_env, tmp
         "current folder: was removed, and torch cannot start there; change to another"), done
 
 
-@pytest.mark.parametrize("command, ours", [(f"{ROOT}/bench.py", True), ("-m", True), (f"{ROOT}/own.py", False),
-                                           ("/elsewhere/engine.py", False)])
+@pytest.mark.parametrize("command, ours", [
+    (f"{ROOT}/bench.py", True), ("-m weights.convert", True), ("-m own.convert", False), (f"{ROOT}/own.py", False),
+    ("/elsewhere/engine.py", False), ("", False)])
 def test_ctrl_c_while_torch_is_imported_is_a_word(command, ours, user_env):
     """Whatever is imported just then: some modules take any exception for a part that is not there."""
-    script = (f"import os, signal, sys\nsys.argv[0] = {command!r}\nimport weights\n"
+    script = (f"import os, signal, sys\nsys.orig_argv = {command.split()}\nsys.argv[:] = sys.orig_argv[:1]\n"
+              "signal.signal(signal.SIGINT, signal.default_int_handler)\nimport weights\n"      # a shell's & ignores it
               "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    print('swallowed')")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env=user_env)
     told = (130, "", "interrupted\n") if ours else (0, "swallowed\n", "")
