@@ -40,6 +40,7 @@ LOOK_ALIKES = [                      # what comes in place of a file, by its fir
     (rb"version https://git-lfs", "a Git LFS pointer", "fetch the file itself with `git lfs pull`"),
     (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page", "the download saved a page and not the file: fetch it again"),
     (rb"PK\x03\x04", "a zip archive", None),
+    (rb"(?s)..[\0-\x3f]\0{5}\{\"", "a safetensors file", "let its name end in .safetensors"),
     (rb"GGUF", "a GGUF file", "use the checkpoint in safetensors form"),
     (rb"\x89HDF", "an HDF5 file", None),
     (rb"#!AER-DAT", "an AEDAT recording", None),
