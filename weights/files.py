@@ -403,7 +403,7 @@ def nearest_name(name: str) -> str:
         return f"it is a link to {brief(os.readlink(name))}, which is not there: mend it, or fetch the file again"
     try:
         folder = os.path.abspath(folder)         # OSError: the current one was removed
-        near = difflib.get_close_matches(base, os.listdir(folder)[:2000], n=1)
+        near = difflib.get_close_matches(base, os.listdir(folder)[:2000], 1, 0.81)       # no tokenizer.model for .json
     except OSError:
         return f"its folder {folder or '.'} does not exist or cannot be read"
     return f"did you mean {near[0]}?" if near else f"check the name; {folder} exists"
