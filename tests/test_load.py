@@ -554,6 +554,16 @@ def test_nan_and_infinity_are_named_with_their_file(tmp_path, value, at):
     assert line.startswith(f"{file}: NaN or infinity in 1 tensor: model.layers.1.self_attn.k_proj.weight; ")
 
 
+def test_a_matrix_of_zeros_is_a_download_with_holes(tmp_path):
+    """As preallocated files have them; a vector may be zeros, as biases are."""
+    key = "model.layers.1.mlp.down_proj.weight"
+    tensors = tensors_of(TEXT) | {NORM: torch.zeros(16)}
+    open_checkpoint(write(tmp_path / "c", TEXT, tensors)).load(CPU, F32)
+    tensors[key] = torch.zeros_like(tensors[key])
+    with pytest.raises(InputError, match=f"{ONE}: nothing but zeros in 1 tensor: {key}; .*holes"):
+        open_checkpoint(write(tmp_path / "c", TEXT, tensors)).load(CPU, torch.float16)
+
+
 def test_values_too_large_for_the_dtype_are_not_called_damage(tmp_path):
     tensors = tensors_of(TEXT)
     tensors[NORM][3] = 1e5

@@ -396,7 +396,8 @@ class Checkpoint:
                     continue
                 tensor, missing = filling[wanted.name]
                 filling[wanted.name] = tensor, missing - 1
-                flags.append(torch.isfinite(torch.stack(seen or torch.aminmax(rows))).all())     # no sync
+                extremes = torch.stack(seen or torch.aminmax(rows))          # a matrix of zeros was never fetched
+                flags.append(torch.isfinite(extremes).all() & (extremes.any() | (len(wanted.shape) < 2)))   # no sync
                 seen = []
                 done += stored.nbytes
                 if progress:
@@ -404,12 +405,15 @@ class Checkpoint:
                 if missing == 1:
                     del tensor, rows                         # else it would stay while the next one is read
                     yield wanted.name, filling.pop(wanted.name)[0]
-        finite = torch.stack(flags).tolist()            # the one wait for the device
-        bad = [stored for (stored, _, _), fine in zip(jobs, finite, strict=True) if not fine]
+        sound = torch.stack(flags).tolist()             # the one wait for the device
+        bad = [stored for (stored, _, _), fine in zip(jobs, sound, strict=True) if not fine]
         if bad:
-            self._refuse_nonfinite(bad, dtype)
+            self._refuse_values(bad, dtype)
 
-    def _refuse_nonfinite(self, bad, dtype):
+    def _refuse_values(self, bad, dtype):
+        if empty := [s for s in bad if not bool(stored_values(s).any())]:
+            raise refusal(listed(sorted({str(s.file) for s in empty})), f"nothing but zeros in {counted(empty)}: "
+                          f"{listed(s.key for s in empty)}", "a download that left holes? fetch the file again")
         damaged = [s for s in bad if not bool(torch.isfinite(stored_values(s)).all())]
         names, files = listed(s.key for s in damaged or bad), listed(sorted({str(s.file) for s in damaged or bad}))
         if damaged:
