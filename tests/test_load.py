@@ -161,7 +161,7 @@ def test_constants_of_older_libraries_are_not_read(tmp_path):
     assert len(checkpoint.unread) == 2 and len(checkpoint.load(CPU, F32)) == len(checkpoint.plan.wanted)
 
 
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("nested", [{}, {"vision_config": CLIP}, {"vision_config": None, "vision_config_dict": CLIP}])
 def test_eventgpt_takes_a_missing_tower_from_the_clip_folder(tmp_path, nested):
     config = {key: value for key, value in CONFIGS["EventChat_llama"].items() if key != "vision_config"}
     whole = tensors_of(CONFIGS["EventChat_llama"])
@@ -169,7 +169,7 @@ def test_eventgpt_takes_a_missing_tower_from_the_clip_folder(tmp_path, nested):
     clip = {name.removeprefix(prefix): tensor for name, tensor in whole.items() if name.startswith(prefix)}
     clip |= {"text_model.final_layer_norm.bias": torch.ones(4), "logit_scale": torch.ones(())} if nested else {}
     write(tmp_path / "egpt", config, {name: t for name, t in whole.items() if not name.startswith(prefix)})
-    write(tmp_path / "egpt/clip", {"model_type": "clip", "vision_config": CLIP} if nested else CLIP, clip)
+    write(tmp_path / "egpt/clip", {"model_type": "clip", **nested} if nested else CLIP, clip)
     own = write(tmp_path / "whole", CONFIGS["EventChat_llama"], whole)
     assert same(open_checkpoint(tmp_path / "egpt").load(CPU, F32), open_checkpoint(own).load(CPU, F32))
 
@@ -180,7 +180,7 @@ def test_eventgpt_prefers_its_own_tower_to_the_clip_folder(tmp_path):
     assert open_checkpoint(folder).load(CPU, F32)["events.cls"].abs().max() > 0
 
 
-@pytest.mark.parametrize("tower", ["clip", "/nowhere/of/the/author/clip", "./clip/"])
+@pytest.mark.parametrize("tower", ["clip", "/nowhere/of/the/author/clip", "./clip/", r"C:\me\clip"])
 def test_eventgpt_finds_its_clip_config(tmp_path, tower):
     config = {**CONFIGS["EventChat_llama"], "mm_visual_tower": tower}
     del config["vision_config"]
@@ -427,6 +427,11 @@ BAD = {     # name: (kind, shards, what goes wrong with the folder, what the lin
     "lora": ("llama", 0, lambda d: save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight":
              torch.ones(1)}, d / ONE), ["look like a LoRA adapter"]),
     "adapter folder": ("llama", 0, lambda d: (d / "config.json").rename(d / "adapter_config.json"), ["an adapter"]),
+    "adapter beside its model": ("llama", 0, lambda d: write_json(d, "adapter_config.json", {"peft_type": "LORA"}),
+                                 ["an adapter"]),
+    "folder above": ("llama", 0, lambda d: [(d / "snapshots/12").mkdir(parents=True), (d / ONE).unlink(),
+                                            (d / "config.json").rename(d / "snapshots/12/config.json")],
+                     ["no config.json, a folder below it has; give", "snapshots/12"]),
     "config of another": ("video_llava", 0, lambda d: (d / "config.json").write_text(json.dumps(TEXT)),
                           ["config.json says llama, the keys look like Video-LLaVA"]),
     "target as drafter": ("EventChat_llama", 0, lambda d: (d / "config.json").write_text(json.dumps(
@@ -531,14 +536,14 @@ def test_clips_own_processor_is_accepted_in_every_spelling(tmp_path, content):
     open_checkpoint(folder)
 
 
-def test_at_most_ten_names_are_listed(tmp_path):
+def test_ten_names_are_listed_and_one_of_each_fault(tmp_path):
     config = {**TEXT, "num_hidden_layers": 4}
     write(tmp_path / "c", config, {**tensors_of(TEXT), **{f"extra.{i}": torch.ones(1) for i in range(30)}})
     with pytest.raises(InputError) as error:
         open_checkpoint(tmp_path / "c")
     line = str(error.value)
     assert "18 tensors missing" in line and "30 tensors surplus" in line
-    assert len(re.findall(r"model\.layers\.[23]|extra\.", line)) == 10 and len(line) < 1500
+    assert len(re.findall(r"model\.layers\.[23]|extra\.", line)) == 11 and len(line) < 1500
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -695,10 +700,16 @@ for digit in "12":
         print(resolve("org/name"))
     except InputError as error:
         print(error)
+print(resolve("org/name@2222222"))                           # as git shortens it
+try:
+    resolve("org/name@222")
+except InputError as error:
+    print(error)
 """
     done = python(code, snapshots, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
-    assert done.returncode == 0 and done.stderr.count("\n") == 1 and "1" * 40 in done.stderr
-    one, two = done.stdout.splitlines()
+    assert done.returncode == 0 and done.stderr.count("\n") == 2 and "1" * 40 in done.stderr
+    one, two, short, shorter = done.stdout.splitlines()
+    assert short == str(snapshots / ("2" * 40)) and "revision 222 is not in the hub cache; " in shorter
     assert one == str(snapshots / ("1" * 40))
     assert two.startswith("org/name: revision main is not in the") and "org/name@" + "1" * 40 in two
 

@@ -70,8 +70,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CLIP_336, ASSUMED_CLIP = "openai/clip-vit-large-patch14-336", {"image_size": 336}
 LOOKS_LIKE = [                       # the keys of other checkpoints that people have
     (r"^base_model\.model\.|\.lora_[AB]\.", "a LoRA adapter: merge it into its model first"),
-    (r"\.(qweight|qzeros|absmax|quant_map|SCB|weight_format|weight_scale)\b", "a quantised checkpoint: use the "
-     "original in bf16 or fp16"),
+    (r"\.(q_?weight|qzeros|absmax|quant_map|SCB|weight_format|weight_scale(_inv)?|weight_packed|W_q|biases)\b",
+     "a quantised checkpoint: use the original in bf16 or fp16"),
+    (r"^(module|_orig_mod|_fsdp_wrapped_module)\.", "a wrapper of its trainer: save the module inside of it"),
     (r"^text\..*\.words$", "a drafter packed by weights.convert: it belongs to the config.json written beside it"),
     (r"^model\.(mm_projector|image_tower\.image_tower|video_tower\.video_tower)\.", "the original Video-LLaVA or LLaVA "
      "layout: use LanguageBind/Video-LLaVA-7B-hf"),
@@ -109,15 +110,15 @@ def resolve(path_or_id) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError):       # ValueError: a NUL inside
-        found = [] if revision else cached_revisions(repo)
-        if len(found) == 1:                                  # `hf download --revision` leaves no word of `main`
-            logging.getLogger(__name__).warning("%s: revision main is not in the hub cache; the one that is there is "
-                                                "taken, %s", repo, found[0].name)
+        found = [of for of in cached_revisions(repo) if not revision or of.name.startswith(f"{revision:_<7}")]
+        revision = brief(revision or "main")
+        if len(found) == 1:                  # `hf download --revision` leaves no word of `main`, nor of fewer digits
+            logging.getLogger(__name__).warning("%s: revision %s is not in the hub cache; the one that is there is "
+                                                "taken, %s", repo, revision, found[0].name)
             return found[0]
         if found:
-            raise refusal(repo, f"revision main is not in the hub cache, {listed(sorted(of.name for of in found))} are",
+            raise refusal(repo, f"revision {revision} is not in the hub cache, {listed(of.name for of in found)} are",
                           f"name one, as {repo}@{found[0].name}") from None
-        revision = brief(revision or "main")
         command = f"hf download {repo} --revision {revision}"
         raise refusal(repo, f"no such folder, and revision {revision} is not in the hub cache",
                       f"check the path, or download it with `{command}`") from None
@@ -142,8 +143,12 @@ def reject_impostor(path, first_bytes):
 def read_config(folder) -> dict:
     """config.json of a checkpoint folder. EventGPT's comes with `vision_config`, read from the CLIP folder it names."""
     folder = Path(folder)
-    if not os.path.exists(folder / "config.json") and os.path.exists(folder / "adapter_config.json"):
-        raise refusal(folder, "holds an adapter without its model", "merge it first, and give the merged folder")
+    if os.path.lexists(folder / "adapter_config.json"):      # upstream puts it on top of a model that lies beside it
+        raise refusal(folder, "holds an adapter, adapter_config.json", "merge it first, and give the merged folder "
+                      "without that file")
+    if not any(re.search(r"config\.json|\.safetensors|\.bin$", name) for name in names_in(folder)):
+        for below in sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]):   # as in a cache
+            raise refusal(folder, "has no config.json, a folder below it has", f"give {below.parent}")
     config = read_json(folder / "config.json", "a model's config")
     if config.get("model_type") not in KINDS:
         raise refusal(folder / "config.json",
@@ -155,7 +160,7 @@ def read_config(folder) -> dict:
             config["vision_config"] = dict(ASSUMED_CLIP)
         else:
             vision = read_json(clip / "config.json", "the config of a CLIP tower")   # or of a whole CLIP, in a section
-            config["vision_config"] = vision.get("vision_config") or vision
+            config["vision_config"] = vision.get("vision_config") or vision.get("vision_config_dict") or vision
     layer = config.get("vision_feature_layer")
     if isinstance(layer, list) and len(layer) == 1:          # upstream joins the layers of a list
         config["vision_feature_layer"] = layer[0]
@@ -169,7 +174,7 @@ def clip_folder(folder, config) -> Path | None:
     if not isinstance(tower, str) or not tower:
         raise refusal(folder / "config.json", "mm_visual_tower is absent, wanted the CLIP folder",
                       f"set it to the path of {CLIP_336}")
-    last = os.path.basename(tower.rstrip("/\\"))
+    last = re.split(r"[/\\]", tower.rstrip("/\\"))[-1]
     for place in (folder / tower, Path(tower), folder / last, folder.resolve().parent / last):
         if last and os.path.isfile(place / "config.json"):
             return place
@@ -581,7 +586,7 @@ def gather(headers, kind, stored, unread, complaints):
 
 
 def mismatches(wanted: Plan, stored: dict) -> list:
-    """What is missing, misshapen, not floating point or left over, at most ten names in all."""
+    """What is missing, misshapen, not floating point or left over, ten names, and one of each."""
     parts = {part.name: part for tensor in wanted.wanted for part in tensor.parts}
     kept = {part.name: tensor.dtype and (tensor.dtype,) for tensor in wanted.wanted for part in tensor.parts}
     shapes, dtypes = [], []
@@ -597,9 +602,8 @@ def mismatches(wanted: Plan, stored: dict) -> list:
     for names, what in ((missing, "missing"), (shapes, "misshapen"), (dtypes, "not plain floating point"),
                         (surplus, "surplus")):
         if names:
-            names_text = listed(names, room) if room else "not listed"
-            found.append(f"{counted(names)} {what}: {names_text}")
-            room = max(0, room - len(names))
+            found.append(f"{counted(names)} {what}: {listed(names, room)}")
+            room = max(1, room - len(names))
     return found
 
 
