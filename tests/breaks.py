@@ -246,6 +246,13 @@ BREAKS = [
     *of("weights/load.py", "test_load.py -k 'tied'",
         ('is True and "lm_head.weight" in stored', 'is None and "lm_head.weight" in stored',
          "a head of its own is taken for the embeddings")),
+    *of("weights/load.py", "test_load.py -k 'zeros or something_else'",
+        (" & (extremes.any() | (len(wanted.shape) < 2))", "", "the holes of a download are weights"),
+        ("(dict.fromkeys(wanted) | edges).items()", "edges.items()", "half of a size is as good as all of it"),
+        ("same_setting(of, wanted.get(name))", "same_setting(of, [*wanted.values()][0])",
+         "a squeezed square passes for a cut one")),
+    *of("weights/convert.py", "test_convert.py -k 'no_tensors'",
+        ("if any(of.compress_type for", "if not any(True for", "compressed bytes are mapped and pass for values")),
     # whether drafts pay
     *of("weights/drafting.py", "test_gate.py",
         ("for k in range(min(drafted, agreed + 1)):", "for k in range(drafted):",

@@ -424,6 +424,12 @@ BAD = {     # name: (kind, shards, what goes wrong with the folder, what the lin
                  [f"not plain floating point: {NORM} is I8"]),
     "quantised": ("llama", 0, lambda d: edit_tensors(d, lambda t: t.update({"model.layers.0.mlp.up_proj.weight.absmax":
                   torch.ones(1)})), ["look like a quantised checkpoint"]),
+    "fp8": ("llama", 0, lambda d: edit_tensors(d, lambda t: t.update({NORM + "_scale_inv": torch.ones(1)})),
+            ["look like a quantised checkpoint"]),
+    "quantised on the way": ("video_llava", 0, lambda d: edit_config(d, quantization_config={"load_in_4bit": True}),
+                             ["config.json: quantization_config is"]),
+    "wrapped": ("llama", 0, lambda d: save_file({f"module.{key}": t for key, t in load_file(d / ONE).items()}, d / ONE),
+                ["surplus: module.", "a wrapper of its trainer"]),
     "lora": ("llama", 0, lambda d: save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight":
              torch.ones(1)}, d / ONE), ["look like a LoRA adapter"]),
     "adapter folder": ("llama", 0, lambda d: (d / "config.json").rename(d / "adapter_config.json"), ["an adapter"]),
@@ -492,12 +498,19 @@ def test_an_answer_ends_where_transformers_ends_it(tmp_path, generation, config,
     ("generation_config.json", {"num_beams": 4}, "num_beams is 4"),
     ("generation_config.json", {"suppress_tokens": [3]}, "suppress_tokens is [3]"),
     ("generation_config.json", {"forced_eos_token_id": 2}, "forced_eos_token_id is 2"),
+    ("generation_config.json", {"cache_implementation": "quantized"}, "cache_implementation is quantized"),
     ("generation_config.json", [], "JSON list"),
+    ("tokenizer_config.json", {"add_bos_token": False}, "add_bos_token is False"),
+    ("tokenizer_config.json", {"add_eos_token": True, "add_bos_token": True}, "add_eos_token is True"),
     ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}, "image_mean is [0.5, 0.5, 0.5], and this engine"),
     ("preprocessor_config.json", {"image_std": 0.5}, "image_std is 0.5"),
     ("preprocessor_config.json", {"do_normalize": False}, "do_normalize is False"),
     ("preprocessor_config.json", {"resample": 2}, "resample is 2"),
     ("preprocessor_config.json", {"size": {"height": 8, "width": 12}}, "size is {"),
+    ("preprocessor_config.json", {"size": {"height": 28, "width": 28}}, "size is {"),         # a squeezed square
+    ("preprocessor_config.json", {"size": {"shortest_edge": 28, "longest_edge": 28}}, "size is {"),
+    ("preprocessor_config.json", {"crop_size": {"height": 28}}, "crop_size is {"),
+    ("video_preprocessor_config.json", {"do_sample_frames": True, "num_frames": 4}, "do_sample_frames is True"),
     ("preprocessor_config.json", {"crop_size": 336}, "crop_size is 336"),
     ("video_preprocessor_config.json", {"rescale_factor": 1}, "rescale_factor is 1"),
     ("processor_config.json", {"image_processor": {"do_resize": False}}, "do_resize is False"),
@@ -527,12 +540,13 @@ def test_a_small_file_that_asks_for_something_else_is_refused_by_name(tmp_path, 
      "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255, "image_mean": [0.48145466, 0.4578275, 0.40821073],
      "image_std": [0.26862954, 0.26130258, 0.27577711], "do_rescale": True, "do_convert_rgb": True,
      "image_processor_type": "VideoLlavaImageProcessor", "feature_extractor_type": "CLIPFeatureExtractor"},
-    {"size": 28, "crop_size": 28}, {"size": {"height": 28, "width": 28, "longest_edge": None}}, {},
+    {"size": 28, "crop_size": 28}, {"size": {"shortest_edge": 28, "longest_edge": None}}, {},
     {"crop_size": None}])
 def test_clips_own_processor_is_accepted_in_every_spelling(tmp_path, content):
     folder = make(tmp_path / "checkpoint", "video_llava")
     write_json(folder, "preprocessor_config.json", content)
     write_json(folder, "processor_config.json", {"image_processor": content, "patch_size": 4})
+    write_json(folder, "tokenizer_config.json", {"add_bos_token": True, "add_eos_token": False, "legacy": False})
     open_checkpoint(folder)
 
 

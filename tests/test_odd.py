@@ -329,7 +329,7 @@ def test_only_as_many_questions_and_rounds_as_a_run_can_take(tmp_path, monkeypat
 def test_a_small_file_may_be_as_deep_as_json_reads(tmp_path):
     """What walks it goes no deeper than it needs, or names the file."""
     write(tmp_path, TEXT, tensors_of(TEXT))
-    assert load.same_setting(json.loads(deep(2)), 224) is False and load.same_setting({"height": 224}, 224)
+    assert load.same_setting(json.loads(deep(2)), 224) is False and load.same_setting(224, {"height": 224})
     (tmp_path / "r.jsonl").write_text('{"config": {"samples": 1, "modes": []}, "weights": ' + deep(900) + "}\n")
     refused(lambda: merge([tmp_path / "r.jsonl"]), "r.jsonl: not a file of rows (RecursionError")
 

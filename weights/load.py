@@ -487,10 +487,13 @@ NEUTRAL = {"repetition_penalty": (1,), "encoder_repetition_penalty": (1,), "no_r
            "min_new_tokens": (0,), "diversity_penalty": (0,), "bad_words_ids": ([],), "suppress_tokens": ([],),
            "begin_suppress_tokens": ([],), "sequence_bias": ([], {}), "forced_bos_token_id": (),
            "forced_eos_token_id": (), "forced_decoder_ids": ([],), "penalty_alpha": (0,), "guidance_scale": (1,),
-           "exponential_decay_length_penalty": (), "stop_strings": ([],), "watermarking_config": (), "dola_layers": ()}
+           "exponential_decay_length_penalty": (), "stop_strings": ([],), "watermarking_config": (), "dola_layers": (),
+           "cache_implementation": ("dynamic", "static", "offloaded", "offloaded_static", "hybrid", "sliding_window")}
 # What CLIP's image processor does, which is what kernels/frames.py computes.
 PROCESSOR = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "resample": 3,
-             "rescale_factor": RESCALE, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
+             "rescale_factor": RESCALE, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD), "do_pad": False,
+             "do_sample_frames": False}
+TOKENIZER = {"add_bos_token": True, "add_eos_token": False, "add_prefix_space": True}       # what weights/text.py does
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
 
@@ -529,6 +532,7 @@ def insist_ids(folder, config: dict) -> None:
         raise refusal(Path(folder) / "config.json", f"bos_token_id is {bos}, the embedding table has "
                       f"{rows_of_table(config)} rows", "copy config.json from the checkpoint again")
     stop_ids(folder, config)
+    insist_settings(Path(folder) / "tokenizer_config.json", TOKENIZER)
 
 
 def insist_processor(folder, config: dict) -> None:
@@ -537,24 +541,29 @@ def insist_processor(folder, config: dict) -> None:
     if folder is None or config["model_type"] == "llama":
         return
     side = with_defaults(config.get("vision_config") or {}, VISION_DEFAULTS)["image_size"]
-    wanted = PROCESSOR | {"size": side, "crop_size": side}
-    for path in (Path(folder) / name for name in PROCESSOR_FILES):
-        raw = read_json(path, "the config of an image processor") if os.path.lexists(path) else {}
-        for settings in (raw, raw.get("image_processor"), raw.get("video_processor")):
-            for key, found in settings.items() if isinstance(settings, dict) else ():
-                if key in wanted and found is not None and not same_setting(found, wanted[key]):
-                    raise refusal(path, f"{key} is {brief(found, 60)}, and this engine computes only {wanted[key]}",
-                                  "use a checkpoint of the published architecture")
+    for name in PROCESSOR_FILES:                             # of a height and a width upstream makes a squeezed square
+        insist_settings(Path(folder) / name, PROCESSOR | {"size": {"shortest_edge": side},
+                                                          "crop_size": {"height": side, "width": side}})
+
+
+def insist_settings(path, wanted: dict) -> None:
+    """Refuses a small file that says other than what is wanted; where it says nothing, that is meant."""
+    raw = read_json(path, "the settings of a processor or a tokenizer") if os.path.lexists(path) else {}
+    for settings in (raw, raw.get("image_processor"), raw.get("video_processor")):
+        for key, found in settings.items() if isinstance(settings, dict) else ():
+            if key in wanted and found is not None and not same_setting(found, wanted[key]):
+                raise refusal(path, f"{key} is {brief(found, 60)}, and this engine computes only {wanted[key]}",
+                              "use a checkpoint of the published architecture")
 
 
 def same_setting(found, wanted) -> bool:
     """Whether a processor's value is the wanted one: numbers to 6 digits, a size by its side or by its edges."""
-    if isinstance(found, dict):
-        edges = [value for value in found.values() if value is not None]
-        return bool(found) and not any(isinstance(edge, dict) or not same_setting(edge, wanted) for edge in edges)
+    if isinstance(wanted, dict):
+        edges = found if isinstance(found, dict) else dict.fromkeys(wanted, found)
+        return all(same_setting(of, wanted.get(name)) for name, of in (dict.fromkeys(wanted) | edges).items())
     if isinstance(wanted, list):
         return isinstance(found, list) and len(found) == len(wanted) and all(map(same_setting, found, wanted))
-    if isinstance(wanted, bool):
+    if wanted is None or isinstance(wanted, bool):
         return found is wanted
     return type(found) in (int, float) and (1 - 1e-6) * wanted <= found <= (1 + 1e-6) * wanted   # of any size
 
