@@ -166,7 +166,7 @@ def read_pickled(path):
             if zipped := zipfile.is_zipfile(path):
                 with naming(path), zipfile.ZipFile(path) as archive:
                     insist_whole_zip(archive)
-                    if any(of.compress_type for of in archive.infolist()):   # mapped, its bytes pass for values
+                    if any(of.compress_type and "/data/" in of.filename for of in archive.infolist()):   # is mapped
                         raise Refused("is zipped with compression, as torch.save never does", "unzip it, and zip it "
                                       "again with `zip -0 -r`")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
