@@ -177,6 +177,8 @@ FEW = dict(x=[1, 2, 3], y=[1, 2, 3], t=[1, 2, 3], p=[0, 1, 1])
 @pytest.mark.parametrize("value,options,words", [
     (FEW | {"t": [1.0, float("nan"), 2.0]}, {}, "t is nan at event 1, wanted finite"),
     (FEW | {"t": [1.0, 2.0, float("inf")]}, {}, "t is inf at event 2"),
+    (FEW | {"t": [1.7e15] * 3}, {}, "wanted finite numbers below 9e+09 s; drop such events, or give their time_unit"),
+    (FEW | {"x": [1.7e19] * 3}, {}, "wanted finite numbers below 9e+15; drop such events"),
     (FEW | {"t": [1, 2, 2 ** 62]}, {"time_unit": "ms"}, "t holds times beyond 2^63 microseconds"),
     (FEW | {"x": [1.0, 2.5, 3.0]}, {}, "x is 2.5 at event 1, wanted whole numbers"),
     (FEW | {"p": [0, 1, 2]}, {}, "p holds codes from 0 to 2"), (FEW | {"p": [-1, 0, 1]}, {}, "codes -1, 0 and 1"),
@@ -289,6 +291,10 @@ def test_a_file_object_is_put_back_where_it_stood():
     file = io.BytesIO(b"junk" + CLIP.read_bytes())
     file.seek(4)
     assert [pixels_hash(video_given(file)) for _ in range(2)][1] and file.tell() == 4
+    text = io.TextIOWrapper(io.BytesIO(b"\xff" * 9), "ascii")
+    for _ in range(2):
+        with pytest.raises(InputError, match="'ascii' codec can't decode byte 0xff in position 0"):
+            video_given(text)
 
 
 GREY = numpy.zeros((9, 8, 8, 3), "u1")
@@ -301,6 +307,8 @@ GREY = numpy.zeros((9, 8, 8, 3), "u1")
     (GREY[:0], {}, "shape (0, 8, 8, 3)"), ([], {}, "is an empty list"),
     (Image.new("RGB", (8, 8)), {}, "is one picture"),
     ([Image.new("F", (8, 8))] * 8, {}, "video[0]: is a picture of mode F, wanted RGB"),
+    ([Image.new("I;16", (8, 8))] * 8, {}, "video[0]: is a picture of mode I;16, wanted RGB"),
+    ([GREY], {}, "shape (9, 8, 8, 3), wanted uint8 [H, W, 3] or [3, H, W]; pass one clip, and no list of clips"),
     (GREY[:, :3, :3], {}, "shape (3, 3, 3)"), (GREY[:, :0], {}, "8 x 0 pixels"),
     ([numpy.zeros((1, 600, 3), "u1")], {}, "sides within 256 : 1"), (numpy.zeros((9, 8, 8, 4), "u1"), {}, "(8, 8, 4)"),
     (["no/such.png"], {}, "no/such.png: no such file"), ([None], {}, "video: is a NoneType"),

@@ -31,6 +31,7 @@ from weights.video import (
     one_size,
     read_image,
     read_video,
+    rgb_of,
     sample_indices,
 )
 
@@ -190,12 +191,13 @@ class Column:
                 return whole.long() * int(scale) if scale > 1 else whole.long() // int(1 / scale)
             return own(whole) if whole.dtype in (torch.int32, torch.int64) else whole.long()
         exact = values.double() * scale
-        for wrong, wanted in ((~(exact.abs() < 2.0 ** 53), "finite numbers"),
-                              (exact != exact.round() if key != "t" else None, "whole numbers")):
+        most = f"finite numbers below {2.0 ** 53 / scale:.0e}" + f" {self.unit}" * (key == "t")
+        for wrong, wanted, way_out in (
+                (~(exact.abs() < 2.0 ** 53), most, "drop such events" + ", or give their time_unit" * (key == "t")),
+                (exact != exact.round() if key != "t" else None, "whole numbers", f"round {key}, or mend columns")):
             if wrong is not None and wrong.any():
                 at = int(wrong.int().argmax())
-                raise Refused(f"{key} is {values[at].item()} at event {at}, wanted {wanted}",
-                              "drop such events" if wanted == "finite numbers" else f"round {key}, or mend columns")
+                raise Refused(f"{key} is {values[at].item()} at event {at}, wanted {wanted}", way_out)
         return exact.round().long()
 
 
@@ -354,19 +356,17 @@ def read_kept(kept: list, decoding=lambda: None) -> list:
 def picture_of(value, max_pixels: int) -> torch.Tensor:
     """[H, W, 3] uint8 of a PIL picture, converted as `read_image` does it, or of an array [H, W, 3] or [3, H, W]."""
     if isinstance(value, Image.Image):
-        if value.mode in ("F", "I"):                         # Pillow would cut what is beyond 0..255
-            raise Refused(f"is a picture of mode {value.mode}, wanted RGB", "convert it to RGB, 0 to 255")
         check_size(*value.size, max_pixels)
         try:
-            rgb = value.convert("RGB")
+            return rgb_of(value)
         except IMAGE_ERRORS as error:
             raise Refused(f"truncated or damaged image ({reason_of(error)})", "open it in a viewer") from None
-        return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
     picture = tensor_of(value)
     channels = [axis for axis in (0, 2) if picture.ndim == 3 and picture.shape[axis] == 3]
     if picture.dtype != torch.uint8 or len(channels) != 1:
         raise Refused(f"is an array of {str(picture.dtype).removeprefix('torch.')} and shape {shape_of(picture)}, "
-                      f"wanted uint8 [H, W, 3] or [3, H, W]", "convert it to RGB, 0 to 255")
+                      f"wanted uint8 [H, W, 3] or [3, H, W]", "convert it to RGB, 0 to 255" if picture.ndim < 4 else
+                      "pass one clip, and no list of clips")
     picture = picture if channels == [2] else picture.permute(1, 2, 0)
     check_size(picture.shape[1], picture.shape[0], max_pixels)
     return picture
@@ -403,12 +403,14 @@ def file_of(argument: str, value, wanted: str):
     if not isinstance(value, CONTENTS):
         try:
             at = value.tell() if getattr(value, "seekable", lambda: True)() else None        # an mmap has none
-            parts, left = [b""], MAX_CONTENT + 1
-            while left > 0 and (part := value.read(left)):   # which may be less than there is
-                parts.append(part)
-                left -= len(part)
-            if at is not None:
-                value.seek(at)
+            parts, left = [], MAX_CONTENT + 1
+            try:
+                while left > 0 and (part := value.read(left)):       # which may be less than there is
+                    parts.append(part)
+                    left -= len(part)
+            finally:
+                if at is not None:
+                    value.seek(at)
             value = b"".join(parts)
         except Exception as error:                           # of a compressed file also its library's own
             raise InputError(f"{argument}: a file object that cannot be read ({reason_of(error)}), wanted bytes of "

@@ -65,8 +65,7 @@ def read_image(path):
                     image.load()
                     if image.format == "PNG" and short_of_rows(image, file):
                         raise OSError("it ends before its last row")
-                    image = image.convert("RGB")
-        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
+                    return rgb_of(image)
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -76,6 +75,14 @@ def read_image(path):
         raise refusal(path, "truncated or damaged image ("
                       f"{'no picture behind its first bytes' if unknown else reason_of(error)})",
                       "open it in a viewer, or fetch it again") from None
+
+
+def rgb_of(image) -> torch.Tensor:
+    """[H, W, 3] uint8 of a PIL picture. Refused where Pillow would cut what is beyond 0..255, as of 16 bits."""
+    if image.mode[0] in "FI":
+        raise Refused(f"is a picture of mode {image.mode}, wanted RGB", "convert it to RGB, 0 to 255")
+    rgb = image.convert("RGB")
+    return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
 
 
 def short_of_rows(image, file) -> bool:
