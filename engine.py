@@ -302,6 +302,7 @@ class Model:
     encode: Callable                                         # pixels -> visual rows
     visual: Callable                                         # pictures -> how many rows that is
     num_frames = 5                                           # pictures it is trained to see
+    answered: Result | None = None                           # what its cache holds, if it decided that and is done
 
     def __init__(self, decoder: Decoder, text: Text, path: str, stops: tuple[int, ...], graphs: bool = True):
         self.decoder, self.text, self.path, self.stops = decoder, text, path, stops
@@ -1231,6 +1232,7 @@ class Engine(Closing):
             self.learners = [of for of in sources if not isinstance(of, str) and not opens]
             searches = req.tenant is not PLAIN and bool(req.earlier or line)
             for model in active:                         # drafts stay greedy, whoever judges them
+                model.answered = None
                 drawn = (asked.temperature, asked.top_p, asked.seed)
                 model.begin(drawn if asked.temperature and model is active[0] else None,
                             searches and model is self.target)
@@ -1390,6 +1392,7 @@ class Engine(Closing):
             result.free_tokens_count = sum(at <= req.prefill_end for _, at in req.preview)
             result.window_drafts = sum(at <= req.frames_at for _, at in req.preview)
         result.peak_memory = memory.peak_memory(decider.device)
+        decider.answered = result
         return Event("final", result.output_text, delta, list(result.output_ids), result.wall_clock_time * 1e3,
                      result.finish_reason, result)
 
@@ -1496,6 +1499,9 @@ def explain(model: Model, result: Result) -> list[Verdict]:
     the margins are those of the logits before the draw."""
     insist_kind("model", model, Model)
     insist_kind("result", result, Result)
+    if result is not model.answered:
+        raise InputError(f"result: the cache of {model.path} no longer holds it; explain it before the next request, "
+                         f"by the model that answered")
     ids, d, first, verdicts, at = result.output_ids, model.decoder, model.prompt_rows - 1, [], 0
     known = torch.cat([model.tail_id, torch.tensor(ids[:-1], dtype=torch.long).to(model.device)])
     rows_SD = d.embed_VD[known.clamp(0, model.config.V - 1)]

@@ -355,6 +355,8 @@ BREAKS = [
         ("if right >= self.ENOUGH or not", "if not", "the copy drafts what earlier answers hold"),
         ("ahead.ids[state.n_out:] + ahead.slots[:behind]", "ahead.ids[state.n_out:]",
          "what earlier answers hold behind a draft is not drafted")),
+    *of("engine.py", "test_explain.py -k still_holds", ("if result is not model.answered:", "if False:",
+                                                        "an answer is explained by the margins of another")),
     *of("engine.py", "test_result.py",
         ("sum(at <= req.frames_at for", "sum(at <= req.prefill_end for",
          "window drafts are counted to the end of prefill"),

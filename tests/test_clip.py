@@ -501,7 +501,8 @@ def test_an_answer_of_a_clip_can_be_explained(e):
     guess = truth(e, 0)[:6]
     with e.open(**files(0, **SHORT)) as clip:
         result = clip.generate(QUESTIONS[0], draft_source=Fixed(guess))
-        for of in (result, clip.generate(QUESTIONS[0], mode="target_only")):
+        for ask in (lambda: result, lambda: clip.generate(QUESTIONS[0], mode="target_only")):
+            of = ask()
             verdicts = engine.explain(e.target, of)
             assert [i for v in verdicts for i in v.ids] == of.output_ids
             assert min(m for v in verdicts for m in v.margins) > 0

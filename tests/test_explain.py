@@ -7,7 +7,7 @@ import torch
 
 import bench
 import engine
-from weights import show
+from weights import InputError, show
 from weights.given import Shown
 from weights.video import read_video
 
@@ -49,6 +49,18 @@ def test_margins_and_runners_up_equal_those_of_one_plain_forward(pair, two_best,
     margins = torch.tensor([margin for of in verdicts for margin in of.margins])
     torch.testing.assert_close(margins, logits_N2[:, 0] - logits_N2[:, 1], atol=1e-3, rtol=0)
     assert [of.first for of in verdicts] == [sum(len(b.ids) for b in verdicts[:i]) for i in range(len(verdicts))]
+
+
+def test_only_what_the_cache_still_holds_is_explained(pair):
+    """Of anything else the margins would be those of two texts mixed."""
+    first, other = (pair.generate(mode=mode, **ASKED) for mode in ("target_only", "drafter_only"))
+    assert engine.explain(pair.target, first) and engine.explain(pair.drafter, other)
+    for model, result in ((pair.target, other), (pair.drafter, first), (pair.target, engine.Result(**vars(first)))):
+        with pytest.raises(InputError, match="^result: the cache of .* no longer holds it; explain it before"):
+            engine.explain(model, result)
+    next(pair.stream(mode="target_only", **ASKED))
+    with pytest.raises(InputError, match="no longer holds it"):
+        engine.explain(pair.target, first)
 
 
 def test_a_verdict_holds_its_drafts_and_a_wrong_one_is_told_from_those_behind_it(pair, two_best):
