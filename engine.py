@@ -754,6 +754,7 @@ class Request:
     tell_now: Callable = lambda: None                   # sends the caller what the host has seen since the last time
     prompt_rows: dict = field(default_factory=dict)
     errors: list = field(default_factory=list)          # why drafters and sources gave up
+    workers: set = field(default_factory=set)           # the threads that answer it
 
     @property
     def image(self) -> bool:
@@ -894,7 +895,10 @@ class Engine(Closing):
     @contextlib.contextmanager
     def _turn(self, timeout: float | None):
         """This thread's turn. InputError if another's request runs for longer than so many seconds."""
-        if not self.lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
+        if self.running and threading.get_ident() in self.running.workers:
+            raise InputError("engine: waits for the source that asks it; load a second one")
+        if not self.lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)) and (
+                gc.collect() < 0 or not self.lock.acquire(blocking=False)):     # of a stream that nobody holds
             owner = next((of.name for of in threading.enumerate() if of.ident == self.owner), "another thread")
             raise InputError(f"engine: a request of {owner} has kept it busy for {timeout:g} s; finish or close that, "
                              f"raise `timeout`, or load a second engine")
@@ -1185,6 +1189,8 @@ class Engine(Closing):
             raise InputError(f"clip: the {side} does not see it; open it with the {side}'s file and in a mode that "
                              f"uses both, or ask in another mode")
         if self.owner == threading.get_ident():
+            gc.collect()                                     # a stream that nobody holds may be in a cycle
+        if self.owner == threading.get_ident():
             raise InputError("engine: a stream of this thread is still open; finish or close it first")
         return sources, active, broke
 
@@ -1339,6 +1345,7 @@ class Engine(Closing):
 
     def _worker(self, req: Request, model: Model) -> None:
         """Runs one side and reports its end. A drafter's failure is noted; only bad input or the target's is raised."""
+        req.workers.add(threading.get_ident())
         try:
             here = torch.cuda.device(model.device) if model.on_gpu else contextlib.nullcontext()
             with torch.inference_mode(), here:

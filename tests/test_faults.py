@@ -174,6 +174,20 @@ def test_whatever_a_source_raises_costs_its_drafts(pair, thrown):
     assert result.output_ids == truth(pair, 0) and type(thrown).__name__ in result.drafter_error
 
 
+def test_a_source_neither_waits_for_the_engine_that_asks_it_nor_ends_the_program(pair):
+    """Waiting for the request that waits for it would have no end."""
+    with pair.open(**{name: path for name, path in asked().items() if name.endswith("path")}) as clip:
+        calls = [lambda: pair.generate(timeout=None, **asked()), lambda: clip.generate("Q", timeout=None), clip.close]
+        for call, words in [*((call, "waits for the source that asks it") for call in calls), (interrupt, "Interrupt")]:
+            source = type("Mine", (), {"propose": lambda _, committed, limit, call=call: call()})()
+            result = clip.generate(asked()["query"], 4, draft_source=source)
+            assert words in result.drafter_error and len(result.output_ids) == 4
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
 class Lost:
     """A path that cannot be had."""
 

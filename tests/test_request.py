@@ -1,6 +1,9 @@
 """Lossless: whatever is drafted, in every mode, the answer is the target's own, id for id. On the embedded pair."""
 
+import contextlib
+import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -324,6 +327,32 @@ def test_the_callers_thread_is_left_as_it_was_between_events(pair):
         pair.generate(mode="target_only", **asked(0))        # it would wait for itself for ever
     stream.close()
     assert pair.generate(mode="target_only", **asked(0)).output_ids == truth(pair, 0)
+
+
+def test_a_stream_that_nobody_holds_gives_its_turn_back(pair):
+    """It may be in a cycle, as of an error that was kept."""
+    def begin():
+        stream = pair.stream(mode="target_only", **asked(0))
+        next(stream)
+        cycle = [stream]
+        cycle.append(cycle)
+
+    with paused_collector():
+        begin()
+        assert pair.generate(mode="target_only", **asked(0)).output_ids == truth(pair, 0)
+        begin()
+        with ThreadPoolExecutor(1) as other:
+            answer = other.submit(lambda: pair.generate(mode="target_only", timeout=0.01, **asked(0)))
+            assert answer.result().output_ids == truth(pair, 0)
+
+
+@contextlib.contextmanager
+def paused_collector():
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def test_two_threads_on_one_engine_are_served_in_turn(pair):

@@ -673,10 +673,10 @@ def smoothed(old: float | None, new: float) -> float:
 @contextlib.contextmanager
 def noting(errors: list):
     """Runs what a source or a drafter does; if it breaks, says so in `errors`: that must not cost the answer. Ctrl-C
-    alone goes through: asyncio's CancelledError is no Exception."""
+    alone goes through, which the main thread gets: asyncio's CancelledError is no Exception."""
     try:
         yield
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise
         errors.append(describe(error))
