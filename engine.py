@@ -1409,8 +1409,9 @@ def finished(events, on_event=None) -> Result:
     insist_function("on_event", on_event)
     with contextlib.closing(events):                         # also if that fails
         for event in events:
-            if on_event:
-                on_event(event)
+            if on_event and inspect.isawaitable(on_event(event)):
+                raise InputError("on_event: gave something to await, which nobody does; pass a function that is not "
+                                 "async")
     return event.result
 
 

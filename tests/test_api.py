@@ -1,6 +1,7 @@
 """The engine as a program holds it: it waits, closes and survives a fork in one line, and its results go anywhere."""
 
 import dataclasses
+import enum
 import inspect
 import json
 import os
@@ -236,6 +237,7 @@ def test_every_call_has_the_same_arguments_in_the_same_order_with_the_same_defau
 def test_an_argument_that_there_is_not_is_refused_before_a_stream_is_read(pair):
     one_line(lambda: pair.stream(max_tokens=5, **asked(0)), "max_tokens: not an argument of Engine.stream; ",
              "did you mean max_new_tokens?")
+    one_line(lambda: pair.generate(do_sample=False, **asked(0)), "do_sample: not an argument of Engine.generate; help(")
     one_line(lambda: pair.stream("e.npz", "v.mp4", "Q", 5, 6), "Engine.stream: too many positional arguments; help(")
     one_line(lambda: pair.generate("e.npz", events="e.npz"), "Engine.generate: multiple values for argument 'events'")
     one_line(lambda: engine.Clip.generate(None), "Clip.generate: missing a required argument: 'query'")
@@ -248,6 +250,19 @@ def test_help_begins_with_what_is_called_first():
     assert places == sorted(places) and places[-1] < 700
 
 
+class Later:
+    """As what an async function gives, but nobody is warned that it was not awaited."""
+
+    def __await__(self):
+        return iter([])
+
+
+def test_a_mode_may_be_an_enum_and_stays_with_the_caller(pair):
+    kind = enum.Enum("Mode", {"PLAIN": "target_only"}, type=str)
+    result = pair.generate(mode=kind.PLAIN, **asked(0))
+    assert type(result.mode) is str and result.mode == "target_only" and result.output_ids == truth(pair, 0)
+
+
 def test_every_event_is_told_and_what_the_callback_raises_ends_the_request(pair):
     told = []
     result = pair.generate(mode="speculative", on_event=told.append, **asked(0))
@@ -256,6 +271,9 @@ def test_every_event_is_told_and_what_the_callback_raises_ends_the_request(pair)
     with pytest.raises(ZeroDivisionError) as held:           # its traceback would hold the stream
         pair.generate(mode="target_only", on_event=lambda event: 1 / 0, **asked(0))
     assert pair.owner is None and held
+    for told_later in (lambda event: Later(), type("Told", (), {"__call__": lambda self, event: Later()})()):
+        one_line(lambda told=told_later: pair.generate(mode="target_only", on_event=told, **asked(0)),
+                 "on_event: gave something to await")
     with pair.open(video=asked(0)["video_path"], mode="target_only") as clip:
         assert clip.generate(asked(0)["query"], on_event=told.append) is told[-1].result
         assert clip.chat(asked(0)["query"], 3, on_event=told.append) is told[-1].result

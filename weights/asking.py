@@ -96,6 +96,7 @@ class Asking:
     def check(self) -> None:
         """Brings the values into their plain forms; InputError for one that has none."""
         insist_one_of("mode", self.mode, MODES)
+        self.mode = str.__str__(self.mode)                   # an Enum's word spells itself otherwise
         insist_flag("ignore_eos", self.ignore_eos)
         insist_flag("remember", self.remember)
         self.max_new_tokens = insist_whole("max_new_tokens", self.max_new_tokens, 1, 1_000_000)
@@ -187,8 +188,9 @@ def insist_known(call: str, given, known) -> None:
     """InputError where a call is given an argument that there is not."""
     for name in given:
         if name not in known:
-            raise InputError(f"{name}: not an argument of {call}; did you mean "
-                             f"{difflib.get_close_matches(name, known, 1, 0.0)[0]}?")
+            near = difflib.get_close_matches(name, known, 1)
+            raise InputError(f"{name}: not an argument of {call}; " + (f"did you mean {near[0]}?" if near else
+                                                                       f"help({call}) lists all"))
 
 
 def fits(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
