@@ -1287,6 +1287,7 @@ class Engine(Closing):
         self.learners = []
 
     def _run(self, req: Request, active, remember: bool):
+        self._insist_usable()                                # a source may have closed it as it began
         deciding = "target" if self.target in active else "drafter"
         if self.drafter not in active:
             req.drafter_done.set()
@@ -1296,7 +1297,6 @@ class Engine(Closing):
         result, running, error = Result(mode=req.asked.mode), {m.side for m in active}, None
         working: list = []
         try:
-            self._insist_usable()
             for model in active:
                 working.append(self._started(req, model))
             while running:

@@ -69,6 +69,11 @@ def test_with_closes_also_behind_a_stream_that_is_left_open(mine):
     one_line(lambda: list(stream), "closed")
 
 
+def test_a_source_that_closes_its_engine_as_it_begins_is_answered_in_one_line(mine):
+    source = type("Mine", (), {"propose": lambda *_: [], "begin": lambda *_: mine.close()})()
+    one_line(lambda: mine.generate(draft_source=source, **asked(0)), "engine: is closed; ")
+
+
 def test_closing_ends_a_request_of_another_thread(mine, monkeypatch):
     said, started = [], threading.Event()
 
