@@ -1410,8 +1410,7 @@ def finished(events, on_event=None) -> Result:
     with contextlib.closing(events):                         # also if that fails
         for event in events:
             if on_event and inspect.isawaitable(on_event(event)):
-                raise InputError("on_event: gave something to await, which nobody does; pass a function that is not "
-                                 "async")
+                raise InputError("on_event: gave what nobody awaits; pass a function that is not async")
     return event.result
 
 

@@ -278,7 +278,7 @@ def test_every_event_is_told_and_what_the_callback_raises_ends_the_request(pair)
     assert pair.owner is None and held
     for told_later in (lambda event: Later(), type("Told", (), {"__call__": lambda self, event: Later()})()):
         one_line(lambda told=told_later: pair.generate(mode="target_only", on_event=told, **asked(0)),
-                 "on_event: gave something to await")
+                 "on_event: gave what nobody awaits")
     with pair.open(video=asked(0)["video_path"], mode="target_only") as clip:
         assert clip.generate(asked(0)["query"], on_event=told.append) is told[-1].result
         assert clip.chat(asked(0)["query"], 3, on_event=told.append) is told[-1].result

@@ -402,15 +402,13 @@ def file_of(argument: str, value, wanted: str):
         return path_of(argument, value, wanted)
     if not isinstance(value, CONTENTS):
         try:
-            at = value.tell() if getattr(value, "seekable", lambda: True)() else None        # an mmap has none
-            parts, left = [], MAX_CONTENT + 1
-            try:
+            with contextlib.ExitStack() as back:             # to where it stands
+                if getattr(value, "seekable", lambda: True)():               # an mmap has none
+                    back.callback(value.seek, value.tell())
+                parts, left = [], MAX_CONTENT + 1
                 while left > 0 and (part := value.read(left)):       # which may be less than there is
                     parts.append(part)
                     left -= len(part)
-            finally:
-                if at is not None:
-                    value.seek(at)
             value = b"".join(parts)
         except Exception as error:                           # of a compressed file also its library's own
             raise InputError(f"{argument}: a file object that cannot be read ({reason_of(error)}), wanted bytes of "
