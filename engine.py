@@ -897,8 +897,11 @@ class Engine(Closing):
         """This thread's turn. InputError if another's request runs for longer than so many seconds."""
         if self.running and threading.get_ident() in self.running.workers:
             raise InputError("engine: waits for the source that asks it; load a second one")
-        if not self.lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)) and (
-                gc.collect() < 0 or not self.lock.acquire(blocking=False)):     # of a stream that nobody holds
+        mine = self.lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        if not mine:
+            gc.collect()                                     # its owner may be a stream that nobody holds
+            mine = self.lock.acquire(blocking=False)
+        if not mine:
             owner = next((of.name for of in threading.enumerate() if of.ident == self.owner), "another thread")
             raise InputError(f"engine: a request of {owner} has kept it busy for {timeout:g} s; finish or close that, "
                              f"raise `timeout`, or load a second engine")
