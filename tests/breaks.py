@@ -60,7 +60,7 @@ BREAKS = [
         ("getattr(value, \"_fields\", None)", "None", "a named tuple is read in our order"),
         ("(part := value.read(left)):", "len(parts) < 2 and (part := value.read(left)):",
          "of a file object that gives its content in parts the first is read"),
-        ("value.seek(at)", "pass", "a file object can be asked about once")),
+        ("back.callback(value.seek, value.tell())", "pass", "a file object can be asked about once")),
     *of("weights/text.py", "test_clip.py -k 'kept_elsewhere'",
         ("insist_whole(\"id\", i, 0, vocab - 1)", "int(i)", "a chat that is put back holds ids that no model knows")),
     *of("weights/files.py", "test_odd.py -k 'written_over or stdout_goes'",
