@@ -519,7 +519,8 @@ CASES = {
     "42 bomb": image(*[BAD_IMAGES["bomb 20000 x 20000"][0], *BAD_IMAGES["bomb 20000 x 20000"][1]]),
     "43 one pixel": image(image_bytes(Image.new("RGB", (1, 1))), exit=0),
     "43 sliver": image(*[BAD_IMAGES["sliver"][0], *BAD_IMAGES["sliver"][1]]),
-    **{f"44 {mode}": image(image_bytes(some_image(mode)), exit=0) for mode in ("P", "I;16", "RGBA")},
+    **{f"44 {mode}": image(image_bytes(some_image(mode)), exit=0) for mode in ("P", "RGBA")},
+    "44 I;16": image(*[BAD_IMAGES["grey of 16 bits"][0], *BAD_IMAGES["grey of 16 bits"][1]]),
     "44 CMYK": image(image_bytes(some_image("CMYK"), "JPEG"), exit=0),
     "45 rotated": image(image_bytes(some_image("RGB"), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0"
                                     b"\x01\0\x06\0\0\0\0\0\0"), exit=0),

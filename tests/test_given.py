@@ -301,6 +301,7 @@ GREY = numpy.zeros((9, 8, 8, 3), "u1")
     (GREY[:0], {}, "shape (0, 8, 8, 3)"), ([], {}, "is an empty list"),
     (Image.new("RGB", (8, 8)), {}, "is one picture"),
     ([Image.new("F", (8, 8))] * 8, {}, "video[0]: is a picture of mode F, wanted RGB"),
+    ([Image.new("I;16", (8, 8))] * 8, {}, "video[0]: is a picture of mode I;16, wanted RGB"),
     (GREY[:, :3, :3], {}, "shape (3, 3, 3)"), (GREY[:, :0], {}, "8 x 0 pixels"),
     ([numpy.zeros((1, 600, 3), "u1")], {}, "sides within 256 : 1"), (numpy.zeros((9, 8, 8, 4), "u1"), {}, "(8, 8, 4)"),
     (["no/such.png"], {}, "no/such.png: no such file"), ([None], {}, "video: is a NoneType"),

@@ -27,6 +27,7 @@ from weights.video import (
     MAX_VIDEO_PIXELS,
     PICTURE_FILE,
     VIDEO_RULES,
+    as_rgb,
     check_size,
     one_size,
     read_image,
@@ -354,11 +355,9 @@ def read_kept(kept: list, decoding=lambda: None) -> list:
 def picture_of(value, max_pixels: int) -> torch.Tensor:
     """[H, W, 3] uint8 of a PIL picture, converted as `read_image` does it, or of an array [H, W, 3] or [3, H, W]."""
     if isinstance(value, Image.Image):
-        if value.mode in ("F", "I"):                         # Pillow would cut what is beyond 0..255
-            raise Refused(f"is a picture of mode {value.mode}, wanted RGB", "convert it to RGB, 0 to 255")
         check_size(*value.size, max_pixels)
         try:
-            rgb = value.convert("RGB")
+            rgb = as_rgb(value)
         except IMAGE_ERRORS as error:
             raise Refused(f"truncated or damaged image ({reason_of(error)})", "open it in a viewer") from None
         return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)

@@ -52,7 +52,8 @@ IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, MemoryError, Arithme
 def read_image(path):
     """[H, W, 3] uint8 of one PNG or JPEG, converted to RGB as upstream does: `Image.convert("RGB")`.
 
-    That means: alpha is dropped, palettes are looked up, EXIF rotation is not applied. Raises InputError."""
+    That means: alpha is dropped, palettes are looked up, EXIF rotation is not applied. Raises InputError, also for grey
+    of more than 8 bits."""
     try:
         with naming(path):
             with open_kind(path, *PICTURE_FILE)[0] as file:
@@ -65,7 +66,7 @@ def read_image(path):
                     image.load()
                     if image.format == "PNG" and short_of_rows(image, file):
                         raise OSError("it ends before its last row")
-                    image = image.convert("RGB")
+                    image = as_rgb(image)
         return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
     except InputError:
         raise
@@ -76,6 +77,13 @@ def read_image(path):
         raise refusal(path, "truncated or damaged image ("
                       f"{'no picture behind its first bytes' if unknown else reason_of(error)})",
                       "open it in a viewer, or fetch it again") from None
+
+
+def as_rgb(image):
+    """The picture in RGB. Refused where Pillow cuts what is beyond 0..255: grey of 16 bits came out white."""
+    if image.mode[0] in "FI":
+        raise Refused(f"is a picture of mode {image.mode}, wanted RGB", "convert it to RGB, 0 to 255")
+    return image.convert("RGB")
 
 
 def short_of_rows(image, file) -> bool:
