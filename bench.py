@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import random
+import re
 import shlex
 import statistics
 import subprocess
@@ -507,7 +508,7 @@ def modes_p50(report, mode: str, name: str) -> float | None:
 
 def read_report(path: Path, flag: str = "json", rows: list | None = None) -> dict:
     """What --json wrote, or these rows under the header at the path; InputError if they are no report."""
-    with trusting(path, "not a saved run", f"wants what --{flag} wrote"):
+    with trusting(path, "not a saved run", f"wants what --{flag} wrote; --merge shows what --rows wrote"):
         text = read_text(path, f"what --{flag} wrote", 1 << 32)
         report = json.loads(text if rows is None else text.split("\n", 1)[0])
         if (report["schema"], type(report["skipped"])) != (SCHEMA, list):
@@ -670,6 +671,7 @@ def check(options) -> None:
     if options.questions:
         insist(options.question is None, "--questions: cannot stand beside --question; pass one of them")
         text = read_text(options.questions, "a question a line", 1 << 20)
+        insist(not re.match(r'\s*[\[{]\s*["{]', text), f"{options.questions}: is JSON; write a bare question a line")
         options.question = [line.strip() for line in text.split("\n") if line.strip()]
         insist(options.question, f"{options.questions}: holds no question; write one a line")
     for question in options.question if options.questions else [options.question or ""]:
@@ -677,7 +679,7 @@ def check(options) -> None:
             engine.check_question(question)
         except InputError as error:
             raise InputError(f"{options.questions or 'query'}: {str(error).partition(': ')[2]}") from None
-    options.modes = list(dict.fromkeys(m for m in options.modes.split(",") if m))
+    options.modes = list(dict.fromkeys(m.strip() for m in options.modes.split(",") if m.strip()))
     insist(set(options.modes) <= {*MODES, AGAIN} and set(options.modes) & set(MODES),
            f"--modes: {','.join(options.modes)!r} is none of {', '.join(MODES)} (and {AGAIN}); pick from these")
     check_sampling(options.temperature, options.top_p, options.seed, ("--temperature", "--top-p", "--seed"))
@@ -705,7 +707,7 @@ def check(options) -> None:
     insist(not options.record or {"target_only", "drafter_only"} <= set(options.modes),
            "--record: needs target_only and drafter_only among --modes; add them")
     insist(options.rows or not options.resume, "--resume: has nothing to go on with; pass --rows as well")
-    named = (options.draft_source or sources_there(options)).split(",")
+    named = [name.strip() for name in (options.draft_source or sources_there(options)).split(",")]
     options.self_draft = "self" in named and (True if options.draft_source else None)        # None: if it can be
     options.draft_source = ",".join(named)
     kept = [name.partition(":")[2] for name in named if name.startswith("lookup:")]

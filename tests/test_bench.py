@@ -170,9 +170,10 @@ def test_several_questions_of_a_clip_read_it_once_and_are_held_to_the_target(tmp
     first = rows[0]["open_ms"] + rows[0]["modes"]["target_only"]["ttft_ms"]
     assert "of a further one after" in " ".join(capsys.readouterr().out.split())
     assert first > rows[1]["modes"]["target_only"]["ttft_ms"]
-    for text, words in (("\n \n", "holds no question"), ("Why?", "cannot stand beside")):
+    for text, words in (("\n \n", "holds no question"), ("Why?", "cannot stand beside"),
+                        ('["Why?", "How?"]', "is JSON"), ('[\n  "Why?"]', "is JSON"), ('{"q": "Why?"}\n', "is JSON")):
         (tmp_path / "q.txt").write_text(text)
-        flags = ["--questions", str(tmp_path / "q.txt")] + ["--question", "Why?"] * (words[0] == "c")
+        flags = ["--questions", str(tmp_path / "q.txt")] + ["--question", "Why?"] * (words[:2] == "ca")
         assert bench.main(flags) == 2 and words in capsys.readouterr().err
 
 
