@@ -508,7 +508,8 @@ def modes_p50(report, mode: str, name: str) -> float | None:
 
 def read_report(path: Path, flag: str = "json", rows: list | None = None) -> dict:
     """What --json wrote, or these rows under the header at the path; InputError if they are no report."""
-    with trusting(path, "not a saved run", f"wants what --{flag} wrote; --merge shows what --rows wrote"):
+    other = "; --merge shows what --rows wrote" * (flag == "json")
+    with trusting(path, "not a saved run", f"wants what --{flag} wrote{other}"):
         text = read_text(path, f"what --{flag} wrote", 1 << 32)
         report = json.loads(text if rows is None else text.split("\n", 1)[0])
         if (report["schema"], type(report["skipped"])) != (SCHEMA, list):
@@ -744,9 +745,9 @@ def insist_used(options) -> str | None:
 
 
 def read_shard(text: str | None, environ) -> tuple[int, int]:
-    """(I, N) from a flag, or from torchrun's or SLURM's variables; (0, 1) without either. Shards never talk. A plain
-    process of a batch script is no task of SLURM's, however many the script asked for. An array counts from 0 without
-    gaps, or all its tasks are refused: one that runs alone would leave samples out."""
+    """(I, N) from a flag, or from a launcher's variables; (0, 1) without either. Shards never talk. A plain process of
+    a batch script is no task of SLURM's, however many the script asked for. An array counts from 0 without gaps, or
+    all its tasks are refused: some that run would leave out samples."""
     where, ranks = "--shard", [
         ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("PMI_RANK", "PMI_SIZE"),
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")]

@@ -713,7 +713,8 @@ def test_the_shard_comes_from_the_flag_or_the_launchers_variables(environ, want)
             bench.read_shard(text, environ)
 
 
-@pytest.mark.parametrize("task, count, last", [("1", "3", "3"), ("0", "5", "8"), ("2", "5", "8"), ("0", "2", "7"), ("3", "1", "3")])
+@pytest.mark.parametrize("task, count, last", [
+    ("1", "3", "3"), ("0", "5", "8"), ("2", "5", "8"), ("0", "2", "7"), ("3", "1", "3")])
 def test_every_task_of_an_array_with_gaps_is_refused(task, count, last):
     """Of --array=1-3 two tasks ran alone, and the first sample was in none."""
     with pytest.raises(InputError, match=f"got '{last}/{count}'; number the shards from 0"):

@@ -87,7 +87,7 @@ def main(argv=None) -> None:
     parser.add_argument("--count", type=int, default=6, help="default %(default)s")
     options = parser.parse_args(argv)
     insist_whole("--count", options.count, 1)
-    if (options.out / LIST).exists():
+    if (options.out / LIST).exists():                        # it may be the user's own
         raise InputError(f"{options.out / LIST}: is already there, a data set's list; name another folder")
     records = make_scenes(options.out, options.count)
     replace_file(options.out / LIST, (json.dumps(records, indent=1) + "\n").encode())
