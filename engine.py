@@ -1203,9 +1203,10 @@ class Engine(Closing):
         with self._turn(asked.timeout):
             if clip and clip not in self.clips:
                 raise InputError("clip: is closed; open it again")
-            if not clip and self.clips:
-                gc.collect()                                 # nobody holds them, but they are in cycles with requests
-            if not clip and len(self.clips) >= (self.several if opens else 1):
+            room = self.several if opens else 1
+            if not clip and len(self.clips) >= room:
+                gc.collect()                                 # those that nobody holds are in cycles with requests
+            if not clip and len(self.clips) >= room:
                 raise InputError(f"engine: {len(self.clips)} clips are open, as many as it was loaded for; close one, "
                                  f"or raise `several`" if opens and self.several > 1 else "engine: an open clip fills "
                                  "the caches; close it first (`with engine.open(..) as clip` does)")

@@ -21,9 +21,10 @@ def interrupted(*_) -> None:
     os._exit(130)
 
 
-# Of our own commands alone: a package that -m runs begins with "-m", and embedded there may be no words.
-here, command = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.abspath("".join(sys.argv[:1]))
-ours = [os.path.join(here, name) for name in ("bench.py", "engine.py", "tests/", "weights/", "kernels/")]
-if (sys.argv[:1] == ["-m"] or command.startswith(tuple(ours))) and (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+# Of our own commands alone. Under -m packages are imported before the command's name stands in sys.argv.
+here, (command, *_) = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), [*sys.argv, ""]
+if command == "-m":
+    command = sys.orig_argv[sys.orig_argv.index("-m") + 1].replace(".", "/") if "-m" in sys.orig_argv else ""
+ours = tuple(os.path.join(here, name) for name in ("bench.py", "engine.py", "tests/", "weights/", "kernels/"))
+if os.path.abspath(command).startswith(ours) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, interrupted)    # until `weights.files.command`

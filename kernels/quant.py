@@ -19,7 +19,7 @@ count, and on nothing else.
 Bytes: O*D*bits/8 + O*D/64 of scales. LLaMA-7B, a layer at 4 bits: qkv 26.0 MB, o 8.7, gate-up 46.5, down 23.2; with an
 8-bit head of 133 MB 3.47 GB a step, 0.79 ms at the 4.4 TB/s that an H200 reads.
 
-One H200, bf16 x, target shapes, context 2,100, ms a step of 1 / 2 / 8 / 16 rows: 1.46 / 1.75 / 1.83 / 2.22
+One H200, bf16 x, target shapes, context 2,100, ms a step of 1 / 2 / 8 / 16 rows: 1.46 / 1.70 / 1.81 / 2.13
 (`python -m tests.figures`); 1.57 / 1.87 / 2.01 / 2.33 before the attention of kernels/early.py.
 What brought what, in one run each:
 - all row counts by one kernel of tensor cores, in place of multiply-add and Triton's dot: 1.92 / 3.04 / 3.39 / 3.43 to

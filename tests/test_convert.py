@@ -7,12 +7,13 @@ import pickle
 import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from weights import InputError
 from weights.convert import convert, main
@@ -84,6 +85,13 @@ def test_tied_tensors_and_views_keep_name_and_value(tmp_path):
     convert(tmp_path / "w.bin")
     loaded = load_file(tmp_path / "w.safetensors")
     assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+def test_a_file_zipped_again_without_compression_and_deepspeeds_dict_keep_every_value(tmp_path):
+    zipped_again(tmp_path / "w.bin", zipfile.ZIP_STORED)
+    torch.save({"module": {"a": torch.ones(2000)}, "optimizer": None}, tmp_path / "mp_rank_00_model_states.pt")
+    for path in ("w.bin", "mp_rank_00_model_states.pt"):
+        assert same(load_file(convert(tmp_path / path)[0]), {"a": torch.ones(2000)})
 
 
 def test_an_adapter_keeps_its_settings_as_metadata(tmp_path):
@@ -179,6 +187,17 @@ def saved(content):
     return lambda path: torch.save(content, path)
 
 
+def zipped_again(path, how=zipfile.ZIP_DEFLATED):
+    """What torch saved, unzipped and zipped by somebody else."""
+    torch.save({"a": torch.ones(2000)}, path)
+    with zipfile.ZipFile(path) as old:
+        entries = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w", how) as new:
+        for name, content in entries.items():
+            new.writestr(name, content)
+        new.writestr("w/code/remark.py", "#" * 999, zipfile.ZIP_DEFLATED)        # as TorchScript has them, not mapped
+
+
 @pytest.mark.parametrize("spoil,said", [
     (lambda path: path.write_bytes(b""), "0 bytes, wanted a file of torch.save"),
     (lambda path: path.write_text("<!doctype html>"), "is a web page"),
@@ -190,6 +209,8 @@ def saved(content):
      "not a file of torch.save"),
     (lambda path: [saved({"a": torch.ones(9)})(path), path.write_bytes(2 * path.read_bytes())],
      "holds bytes that are no part of its zip"),
+    (zipped_again, "is zipped with compression, .* `zip -0 -r`"),            # its mapped bytes passed for values
+    (lambda path: save_file({"a": torch.ones(2000)}, path), "is a safetensors file; let its name end in .safetensors"),
     (saved([torch.ones(1)]), "holds a list, wanted a dict"),
     (saved({"epoch": 3}), "holds no tensors, its keys are epoch"),
     (saved({}), "holds no tensors, its keys are none"),

@@ -161,7 +161,7 @@ def test_constants_of_older_libraries_are_not_read(tmp_path):
     assert len(checkpoint.unread) == 2 and len(checkpoint.load(CPU, F32)) == len(checkpoint.plan.wanted)
 
 
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("nested", [{}, {"vision_config": CLIP}, {"vision_config": None, "vision_config_dict": CLIP}])
 def test_eventgpt_takes_a_missing_tower_from_the_clip_folder(tmp_path, nested):
     config = {key: value for key, value in CONFIGS["EventChat_llama"].items() if key != "vision_config"}
     whole = tensors_of(CONFIGS["EventChat_llama"])
@@ -169,7 +169,7 @@ def test_eventgpt_takes_a_missing_tower_from_the_clip_folder(tmp_path, nested):
     clip = {name.removeprefix(prefix): tensor for name, tensor in whole.items() if name.startswith(prefix)}
     clip |= {"text_model.final_layer_norm.bias": torch.ones(4), "logit_scale": torch.ones(())} if nested else {}
     write(tmp_path / "egpt", config, {name: t for name, t in whole.items() if not name.startswith(prefix)})
-    write(tmp_path / "egpt/clip", {"model_type": "clip", "vision_config": CLIP} if nested else CLIP, clip)
+    write(tmp_path / "egpt/clip", {"model_type": "clip", **nested} if nested else CLIP, clip)
     own = write(tmp_path / "whole", CONFIGS["EventChat_llama"], whole)
     assert same(open_checkpoint(tmp_path / "egpt").load(CPU, F32), open_checkpoint(own).load(CPU, F32))
 
@@ -180,7 +180,7 @@ def test_eventgpt_prefers_its_own_tower_to_the_clip_folder(tmp_path):
     assert open_checkpoint(folder).load(CPU, F32)["events.cls"].abs().max() > 0
 
 
-@pytest.mark.parametrize("tower", ["clip", "/nowhere/of/the/author/clip", "./clip/"])
+@pytest.mark.parametrize("tower", ["clip", "/nowhere/of/the/author/clip", "./clip/", r"C:\me\clip"])
 def test_eventgpt_finds_its_clip_config(tmp_path, tower):
     config = {**CONFIGS["EventChat_llama"], "mm_visual_tower": tower}
     del config["vision_config"]
@@ -424,9 +424,20 @@ BAD = {     # name: (kind, shards, what goes wrong with the folder, what the lin
                  [f"not plain floating point: {NORM} is I8"]),
     "quantised": ("llama", 0, lambda d: edit_tensors(d, lambda t: t.update({"model.layers.0.mlp.up_proj.weight.absmax":
                   torch.ones(1)})), ["look like a quantised checkpoint"]),
+    "fp8": ("llama", 0, lambda d: edit_tensors(d, lambda t: t.update({NORM + "_scale_inv": torch.ones(1)})),
+            ["look like a quantised checkpoint"]),
+    "quantised on the way": ("video_llava", 0, lambda d: edit_config(d, quantization_config={"load_in_4bit": True}),
+                             ["config.json: quantization_config is"]),
+    "wrapped": ("llama", 0, lambda d: save_file({f"module.{key}": t for key, t in load_file(d / ONE).items()}, d / ONE),
+                ["surplus: module.", "a wrapper of its trainer"]),
     "lora": ("llama", 0, lambda d: save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight":
              torch.ones(1)}, d / ONE), ["look like a LoRA adapter"]),
     "adapter folder": ("llama", 0, lambda d: (d / "config.json").rename(d / "adapter_config.json"), ["an adapter"]),
+    "adapter beside its model": ("llama", 0, lambda d: write_json(d, "adapter_config.json", {"peft_type": "LORA"}),
+                                 ["an adapter"]),
+    "folder above": ("llama", 0, lambda d: [(d / "snapshots/12").mkdir(parents=True), (d / ONE).unlink(),
+                                            (d / "config.json").rename(d / "snapshots/12/config.json")],
+                     ["no config.json, a folder below it has; give", "snapshots/12"]),
     "config of another": ("video_llava", 0, lambda d: (d / "config.json").write_text(json.dumps(TEXT)),
                           ["config.json says llama, the keys look like Video-LLaVA"]),
     "target as drafter": ("EventChat_llama", 0, lambda d: (d / "config.json").write_text(json.dumps(
@@ -487,12 +498,19 @@ def test_an_answer_ends_where_transformers_ends_it(tmp_path, generation, config,
     ("generation_config.json", {"num_beams": 4}, "num_beams is 4"),
     ("generation_config.json", {"suppress_tokens": [3]}, "suppress_tokens is [3]"),
     ("generation_config.json", {"forced_eos_token_id": 2}, "forced_eos_token_id is 2"),
+    ("generation_config.json", {"cache_implementation": "quantized"}, "cache_implementation is quantized"),
     ("generation_config.json", [], "JSON list"),
+    ("tokenizer_config.json", {"add_bos_token": False}, "add_bos_token is False"),
+    ("tokenizer_config.json", {"add_eos_token": True, "add_bos_token": True}, "add_eos_token is True"),
     ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}, "image_mean is [0.5, 0.5, 0.5], and this engine"),
     ("preprocessor_config.json", {"image_std": 0.5}, "image_std is 0.5"),
     ("preprocessor_config.json", {"do_normalize": False}, "do_normalize is False"),
     ("preprocessor_config.json", {"resample": 2}, "resample is 2"),
     ("preprocessor_config.json", {"size": {"height": 8, "width": 12}}, "size is {"),
+    ("preprocessor_config.json", {"size": {"height": 28, "width": 28}}, "size is {"),         # a squeezed square
+    ("preprocessor_config.json", {"size": {"shortest_edge": 28, "longest_edge": 28}}, "size is {"),
+    ("preprocessor_config.json", {"crop_size": {"height": 28}}, "crop_size is {"),
+    ("video_preprocessor_config.json", {"do_sample_frames": True, "num_frames": 4}, "do_sample_frames is True"),
     ("preprocessor_config.json", {"crop_size": 336}, "crop_size is 336"),
     ("video_preprocessor_config.json", {"rescale_factor": 1}, "rescale_factor is 1"),
     ("processor_config.json", {"image_processor": {"do_resize": False}}, "do_resize is False"),
@@ -522,23 +540,24 @@ def test_a_small_file_that_asks_for_something_else_is_refused_by_name(tmp_path, 
      "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255, "image_mean": [0.48145466, 0.4578275, 0.40821073],
      "image_std": [0.26862954, 0.26130258, 0.27577711], "do_rescale": True, "do_convert_rgb": True,
      "image_processor_type": "VideoLlavaImageProcessor", "feature_extractor_type": "CLIPFeatureExtractor"},
-    {"size": 28, "crop_size": 28}, {"size": {"height": 28, "width": 28, "longest_edge": None}}, {},
+    {"size": 28, "crop_size": 28}, {"size": {"shortest_edge": 28, "longest_edge": None}}, {},
     {"crop_size": None}])
 def test_clips_own_processor_is_accepted_in_every_spelling(tmp_path, content):
     folder = make(tmp_path / "checkpoint", "video_llava")
     write_json(folder, "preprocessor_config.json", content)
     write_json(folder, "processor_config.json", {"image_processor": content, "patch_size": 4})
+    write_json(folder, "tokenizer_config.json", {"add_bos_token": True, "add_eos_token": False, "legacy": False})
     open_checkpoint(folder)
 
 
-def test_at_most_ten_names_are_listed(tmp_path):
+def test_ten_names_are_listed_and_one_of_each_fault(tmp_path):
     config = {**TEXT, "num_hidden_layers": 4}
     write(tmp_path / "c", config, {**tensors_of(TEXT), **{f"extra.{i}": torch.ones(1) for i in range(30)}})
     with pytest.raises(InputError) as error:
         open_checkpoint(tmp_path / "c")
     line = str(error.value)
     assert "18 tensors missing" in line and "30 tensors surplus" in line
-    assert len(re.findall(r"model\.layers\.[23]|extra\.", line)) == 10 and len(line) < 1500
+    assert len(re.findall(r"model\.layers\.[23]|extra\.", line)) == 11 and len(line) < 1500
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -552,6 +571,16 @@ def test_nan_and_infinity_are_named_with_their_file(tmp_path, value, at):
     file = next(file for file in checkpoint.files if "model.layers.1.self_attn.k_proj.weight" in load_file(file))
     line = str(error.value)
     assert line.startswith(f"{file}: NaN or infinity in 1 tensor: model.layers.1.self_attn.k_proj.weight; ")
+
+
+def test_a_matrix_of_zeros_is_a_download_with_holes(tmp_path):
+    """As preallocated files have them; a vector may be zeros, as biases are."""
+    key = "model.layers.1.mlp.down_proj.weight"
+    tensors = tensors_of(TEXT) | {NORM: torch.zeros(16)}
+    open_checkpoint(write(tmp_path / "c", TEXT, tensors)).load(CPU, F32)
+    tensors[key] = torch.zeros_like(tensors[key])
+    with pytest.raises(InputError, match=f"{ONE}: nothing but zeros in 1 tensor: {key}; .*holes"):
+        open_checkpoint(write(tmp_path / "c", TEXT, tensors)).load(CPU, torch.float16)
 
 
 def test_values_too_large_for_the_dtype_are_not_called_damage(tmp_path):
@@ -685,10 +714,16 @@ for digit in "12":
         print(resolve("org/name"))
     except InputError as error:
         print(error)
+print(resolve("org/name@2222222"))                           # as git shortens it
+try:
+    resolve("org/name@222")
+except InputError as error:
+    print(error)
 """
     done = python(code, snapshots, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
-    assert done.returncode == 0 and done.stderr.count("\n") == 1 and "1" * 40 in done.stderr
-    one, two = done.stdout.splitlines()
+    assert done.returncode == 0 and done.stderr.count("\n") == 2 and "1" * 40 in done.stderr
+    one, two, short, shorter = done.stdout.splitlines()
+    assert short == str(snapshots / ("2" * 40)) and "revision 222 is not in the hub cache; " in shorter
     assert one == str(snapshots / ("1" * 40))
     assert two.startswith("org/name: revision main is not in the") and "org/name@" + "1" * 40 in two
 

@@ -110,11 +110,13 @@ def test_torch_is_not_started_where_the_current_folder_was_removed(user_env, tmp
         "current folder: was removed, and torch cannot start there; change to another"), done
 
 
-@pytest.mark.parametrize("command, ours", [(f"{ROOT}/bench.py", True), ("-m", True), (f"{ROOT}/own.py", False),
-                                           ("/elsewhere/engine.py", False)])
+@pytest.mark.parametrize("command, ours", [
+    (f"{ROOT}/bench.py", True), ("-m weights.convert", True), ("-m own.convert", False), (f"{ROOT}/own.py", False),
+    ("/elsewhere/engine.py", False), ("", False)])
 def test_ctrl_c_while_torch_is_imported_is_a_word(command, ours, user_env):
     """Whatever is imported just then: some modules take any exception for a part that is not there."""
-    script = (f"import os, signal, sys\nsys.argv[0] = {command!r}\nimport weights\n"
+    script = (f"import os, signal, sys\nsys.orig_argv = {command.split()}\nsys.argv[:] = sys.orig_argv[:1]\n"
+              "signal.signal(signal.SIGINT, signal.default_int_handler)\nimport weights\n"      # a shell's & ignores it
               "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    print('swallowed')")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env=user_env)
     told = (130, "", "interrupted\n") if ours else (0, "swallowed\n", "")
@@ -327,7 +329,7 @@ def test_only_as_many_questions_and_rounds_as_a_run_can_take(tmp_path, monkeypat
 def test_a_small_file_may_be_as_deep_as_json_reads(tmp_path):
     """What walks it goes no deeper than it needs, or names the file."""
     write(tmp_path, TEXT, tensors_of(TEXT))
-    assert load.same_setting(json.loads(deep(2)), 224) is False and load.same_setting({"height": 224}, 224)
+    assert load.same_setting(json.loads(deep(2)), 224) is False and load.same_setting(224, {"height": 224})
     (tmp_path / "r.jsonl").write_text('{"config": {"samples": 1, "modes": []}, "weights": ' + deep(900) + "}\n")
     refused(lambda: merge([tmp_path / "r.jsonl"]), "r.jsonl: not a file of rows (RecursionError")
 

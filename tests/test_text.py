@@ -193,7 +193,9 @@ def test_damaged_tokenizers_raise_nothing_else(tmp_path):
 
 
 def test_a_missing_tokenizer_says_where_to_get_one(tmp_path):
-    with pytest.raises(InputError, match="as the Video-LLaVA checkpoint has"):
+    for name in ("tokenizer.model", "tokenizer_config.json", "config.json"):         # as with Vicuna; none is meant
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match="copy the Video-LLaVA checkpoint's, no tokenizer.model; check"):
         Text(tmp_path / "tokenizer.json")
 
 

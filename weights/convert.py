@@ -29,6 +29,7 @@ from weights.files import (
     MAX_SMALL,
     InputError,
     Parser,
+    Refused,
     brief,
     command,
     insist_whole_zip,
@@ -42,7 +43,7 @@ from weights.files import (
 from weights.load import INDEX, SINGLE, listed, open_checkpoint, pick_device, read_header, reject_impostor, shards_of
 
 PICKLED = re.compile(r"(?i)\.(bin|pt|pth|ckpt)$")
-WRAPPERS = ("model_state_dict", "state_dict", "model")   # where training scripts put the tensors, beside other things
+WRAPPERS = ("model_state_dict", "state_dict", "model", "module")      # where training scripts put the tensors
 SMALL_FILES = re.compile(r"(?i)\.(json|model|txt)$")     # config and tokenizer, which a converted folder needs too
 
 
@@ -165,6 +166,9 @@ def read_pickled(path):
             if zipped := zipfile.is_zipfile(path):
                 with naming(path), zipfile.ZipFile(path) as archive:
                     insist_whole_zip(archive)
+                    if any(of.compress_type and "/data/" in of.filename for of in archive.infolist()):   # is mapped
+                        raise Refused("is zipped with compression, as torch.save never does", "unzip it, and zip it "
+                                      "again with `zip -0 -r`")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except InputError:
         raise

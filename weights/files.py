@@ -41,6 +41,7 @@ LOOK_ALIKES = [                      # what comes in place of a file, by its fir
     (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page", "the download saved a page and not the file: fetch it again"),
     (rb"PK\x03\x04", "a zip archive", None),
     (rb"\x1f\x8b", "a gzip file", "unpack it with `gunzip`"),
+    (rb"(?s)..[\0-\x3f]\0{5}\{\"", "a safetensors file", "let its name end in .safetensors"),
     (rb"GGUF", "a GGUF file", "use the checkpoint in safetensors form"),
     (rb"\x89HDF", "an HDF5 file", None),
     (rb"#!AER-DAT", "an AEDAT recording", None),
@@ -403,7 +404,7 @@ def nearest_name(name: str) -> str:
         return f"it is a link to {brief(os.readlink(name))}, which is not there: mend it, or fetch the file again"
     try:
         folder = os.path.abspath(folder)         # OSError: the current one was removed
-        near = difflib.get_close_matches(base, os.listdir(folder)[:2000], n=1)
+        near = difflib.get_close_matches(base, os.listdir(folder)[:2000], 1, 0.81)       # no tokenizer.model for .json
     except OSError:
         return f"its folder {folder or '.'} does not exist or cannot be read"
     return f"did you mean {near[0]}?" if near else f"check the name; {folder} exists"

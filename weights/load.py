@@ -70,8 +70,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CLIP_336, ASSUMED_CLIP = "openai/clip-vit-large-patch14-336", {"image_size": 336}
 LOOKS_LIKE = [                       # the keys of other checkpoints that people have
     (r"^base_model\.model\.|\.lora_[AB]\.", "a LoRA adapter: merge it into its model first"),
-    (r"\.(qweight|qzeros|absmax|quant_map|SCB|weight_format|weight_scale)\b", "a quantised checkpoint: use the "
-     "original in bf16 or fp16"),
+    (r"\.(q_?weight|qzeros|absmax|quant_map|SCB|weight_format|weight_scale(_inv)?|weight_packed|W_q|biases)\b",
+     "a quantised checkpoint: use the original in bf16 or fp16"),
+    (r"^(module|_orig_mod|_fsdp_wrapped_module)\.", "a wrapper of its trainer: save the module inside of it"),
     (r"^text\..*\.words$", "a drafter packed by weights.convert: it belongs to the config.json written beside it"),
     (r"^model\.(mm_projector|image_tower\.image_tower|video_tower\.video_tower)\.", "the original Video-LLaVA or LLaVA "
      "layout: use LanguageBind/Video-LLaVA-7B-hf"),
@@ -109,15 +110,15 @@ def resolve(path_or_id) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError):       # ValueError: a NUL inside
-        found = [] if revision else cached_revisions(repo)
-        if len(found) == 1:                                  # `hf download --revision` leaves no word of `main`
-            logging.getLogger(__name__).warning("%s: revision main is not in the hub cache; the one that is there is "
-                                                "taken, %s", repo, found[0].name)
+        found = [of for of in cached_revisions(repo) if not revision or of.name.startswith(f"{revision:_<7}")]
+        revision = brief(revision or "main")
+        if len(found) == 1:                  # `hf download --revision` leaves no word of `main`, nor of fewer digits
+            logging.getLogger(__name__).warning("%s: revision %s is not in the hub cache; the one that is there is "
+                                                "taken, %s", repo, revision, found[0].name)
             return found[0]
         if found:
-            raise refusal(repo, f"revision main is not in the hub cache, {listed(sorted(of.name for of in found))} are",
+            raise refusal(repo, f"revision {revision} is not in the hub cache, {listed(of.name for of in found)} are",
                           f"name one, as {repo}@{found[0].name}") from None
-        revision = brief(revision or "main")
         command = f"hf download {repo} --revision {revision}"
         raise refusal(repo, f"no such folder, and revision {revision} is not in the hub cache",
                       f"check the path, or download it with `{command}`") from None
@@ -142,8 +143,12 @@ def reject_impostor(path, first_bytes):
 def read_config(folder) -> dict:
     """config.json of a checkpoint folder. EventGPT's comes with `vision_config`, read from the CLIP folder it names."""
     folder = Path(folder)
-    if not os.path.exists(folder / "config.json") and os.path.exists(folder / "adapter_config.json"):
-        raise refusal(folder, "holds an adapter without its model", "merge it first, and give the merged folder")
+    if os.path.lexists(folder / "adapter_config.json"):      # upstream puts it on top of a model that lies beside it
+        raise refusal(folder, "holds an adapter, adapter_config.json", "merge it first, and give the merged folder "
+                      "without that file")
+    if not any(re.search(r"config\.json|\.safetensors|\.bin$", name) for name in names_in(folder)):
+        for below in sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]):   # as in a cache
+            raise refusal(folder, "has no config.json, a folder below it has", f"give {below.parent}")
     config = read_json(folder / "config.json", "a model's config")
     if config.get("model_type") not in KINDS:
         raise refusal(folder / "config.json",
@@ -155,7 +160,7 @@ def read_config(folder) -> dict:
             config["vision_config"] = dict(ASSUMED_CLIP)
         else:
             vision = read_json(clip / "config.json", "the config of a CLIP tower")   # or of a whole CLIP, in a section
-            config["vision_config"] = vision.get("vision_config") or vision
+            config["vision_config"] = vision.get("vision_config") or vision.get("vision_config_dict") or vision
     layer = config.get("vision_feature_layer")
     if isinstance(layer, list) and len(layer) == 1:          # upstream joins the layers of a list
         config["vision_feature_layer"] = layer[0]
@@ -169,7 +174,7 @@ def clip_folder(folder, config) -> Path | None:
     if not isinstance(tower, str) or not tower:
         raise refusal(folder / "config.json", "mm_visual_tower is absent, wanted the CLIP folder",
                       f"set it to the path of {CLIP_336}")
-    last = os.path.basename(tower.rstrip("/\\"))
+    last = re.split(r"[/\\]", tower.rstrip("/\\"))[-1]
     for place in (folder / tower, Path(tower), folder / last, folder.resolve().parent / last):
         if last and os.path.isfile(place / "config.json"):
             return place
@@ -396,7 +401,8 @@ class Checkpoint:
                     continue
                 tensor, missing = filling[wanted.name]
                 filling[wanted.name] = tensor, missing - 1
-                flags.append(torch.isfinite(torch.stack(seen or torch.aminmax(rows))).all())     # no sync
+                extremes = torch.stack(seen or torch.aminmax(rows))          # a matrix of zeros was never fetched
+                flags.append(torch.isfinite(extremes).all() & (extremes.any() | (len(wanted.shape) < 2)))   # no sync
                 seen = []
                 done += stored.nbytes
                 if progress:
@@ -404,12 +410,15 @@ class Checkpoint:
                 if missing == 1:
                     del tensor, rows                         # else it would stay while the next one is read
                     yield wanted.name, filling.pop(wanted.name)[0]
-        finite = torch.stack(flags).tolist()            # the one wait for the device
-        bad = [stored for (stored, _, _), fine in zip(jobs, finite, strict=True) if not fine]
+        sound = torch.stack(flags).tolist()             # the one wait for the device
+        bad = [stored for (stored, _, _), fine in zip(jobs, sound, strict=True) if not fine]
         if bad:
-            self._refuse_nonfinite(bad, dtype)
+            self._refuse_values(bad, dtype)
 
-    def _refuse_nonfinite(self, bad, dtype):
+    def _refuse_values(self, bad, dtype):
+        if empty := [s for s in bad if not bool(stored_values(s).any())]:
+            raise refusal(listed(sorted({str(s.file) for s in empty})), f"nothing but zeros in {counted(empty)}: "
+                          f"{listed(s.key for s in empty)}", "a download that left holes? fetch the file again")
         damaged = [s for s in bad if not bool(torch.isfinite(stored_values(s)).all())]
         names, files = listed(s.key for s in damaged or bad), listed(sorted({str(s.file) for s in damaged or bad}))
         if damaged:
@@ -478,10 +487,13 @@ NEUTRAL = {"repetition_penalty": (1,), "encoder_repetition_penalty": (1,), "no_r
            "min_new_tokens": (0,), "diversity_penalty": (0,), "bad_words_ids": ([],), "suppress_tokens": ([],),
            "begin_suppress_tokens": ([],), "sequence_bias": ([], {}), "forced_bos_token_id": (),
            "forced_eos_token_id": (), "forced_decoder_ids": ([],), "penalty_alpha": (0,), "guidance_scale": (1,),
-           "exponential_decay_length_penalty": (), "stop_strings": ([],), "watermarking_config": (), "dola_layers": ()}
+           "exponential_decay_length_penalty": (), "stop_strings": ([],), "watermarking_config": (), "dola_layers": (),
+           "cache_implementation": ("dynamic", "static", "offloaded", "offloaded_static", "hybrid", "sliding_window")}
 # What CLIP's image processor does, which is what kernels/frames.py computes.
 PROCESSOR = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "resample": 3,
-             "rescale_factor": RESCALE, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
+             "rescale_factor": RESCALE, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD), "do_pad": False,
+             "do_sample_frames": False}
+TOKENIZER = {"add_bos_token": True, "add_eos_token": False, "add_prefix_space": True}       # what weights/text.py does
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
 
@@ -520,6 +532,7 @@ def insist_ids(folder, config: dict) -> None:
         raise refusal(Path(folder) / "config.json", f"bos_token_id is {bos}, the embedding table has "
                       f"{rows_of_table(config)} rows", "copy config.json from the checkpoint again")
     stop_ids(folder, config)
+    insist_settings(Path(folder) / "tokenizer_config.json", TOKENIZER)
 
 
 def insist_processor(folder, config: dict) -> None:
@@ -528,24 +541,29 @@ def insist_processor(folder, config: dict) -> None:
     if folder is None or config["model_type"] == "llama":
         return
     side = with_defaults(config.get("vision_config") or {}, VISION_DEFAULTS)["image_size"]
-    wanted = PROCESSOR | {"size": side, "crop_size": side}
-    for path in (Path(folder) / name for name in PROCESSOR_FILES):
-        raw = read_json(path, "the config of an image processor") if os.path.lexists(path) else {}
-        for settings in (raw, raw.get("image_processor"), raw.get("video_processor")):
-            for key, found in settings.items() if isinstance(settings, dict) else ():
-                if key in wanted and found is not None and not same_setting(found, wanted[key]):
-                    raise refusal(path, f"{key} is {brief(found, 60)}, and this engine computes only {wanted[key]}",
-                                  "use a checkpoint of the published architecture")
+    for name in PROCESSOR_FILES:                             # of a height and a width upstream makes a squeezed square
+        insist_settings(Path(folder) / name, PROCESSOR | {"size": {"shortest_edge": side},
+                                                          "crop_size": {"height": side, "width": side}})
+
+
+def insist_settings(path, wanted: dict) -> None:
+    """Refuses a small file that says other than what is wanted; where it says nothing, that is meant."""
+    raw = read_json(path, "the settings of a processor or a tokenizer") if os.path.lexists(path) else {}
+    for settings in (raw, raw.get("image_processor"), raw.get("video_processor")):
+        for key, found in settings.items() if isinstance(settings, dict) else ():
+            if key in wanted and found is not None and not same_setting(found, wanted[key]):
+                raise refusal(path, f"{key} is {brief(found, 60)}, and this engine computes only {wanted[key]}",
+                              "use a checkpoint of the published architecture")
 
 
 def same_setting(found, wanted) -> bool:
     """Whether a processor's value is the wanted one: numbers to 6 digits, a size by its side or by its edges."""
-    if isinstance(found, dict):
-        edges = [value for value in found.values() if value is not None]
-        return bool(found) and not any(isinstance(edge, dict) or not same_setting(edge, wanted) for edge in edges)
+    if isinstance(wanted, dict):
+        edges = found if isinstance(found, dict) else dict.fromkeys(wanted, found)
+        return all(same_setting(of, wanted.get(name)) for name, of in (dict.fromkeys(wanted) | edges).items())
     if isinstance(wanted, list):
         return isinstance(found, list) and len(found) == len(wanted) and all(map(same_setting, found, wanted))
-    if isinstance(wanted, bool):
+    if wanted is None or isinstance(wanted, bool):
         return found is wanted
     return type(found) in (int, float) and (1 - 1e-6) * wanted <= found <= (1 + 1e-6) * wanted   # of any size
 
@@ -577,7 +595,7 @@ def gather(headers, kind, stored, unread, complaints):
 
 
 def mismatches(wanted: Plan, stored: dict) -> list:
-    """What is missing, misshapen, not floating point or left over, at most ten names in all."""
+    """What is missing, misshapen, not floating point or left over, ten names, and one of each."""
     parts = {part.name: part for tensor in wanted.wanted for part in tensor.parts}
     kept = {part.name: tensor.dtype and (tensor.dtype,) for tensor in wanted.wanted for part in tensor.parts}
     shapes, dtypes = [], []
@@ -593,9 +611,8 @@ def mismatches(wanted: Plan, stored: dict) -> list:
     for names, what in ((missing, "missing"), (shapes, "misshapen"), (dtypes, "not plain floating point"),
                         (surplus, "surplus")):
         if names:
-            names_text = listed(names, room) if room else "not listed"
-            found.append(f"{counted(names)} {what}: {names_text}")
-            room = max(0, room - len(names))
+            found.append(f"{counted(names)} {what}: {listed(names, room)}")
+            room = max(1, room - len(names))
     return found
 
 

@@ -84,7 +84,7 @@ TEXT_RULES = {
     "max_position_embeddings": _size(4096), "rms_norm_eps": _number(1e-5), "rope_theta": _number(None),
     "bos_token_id": (1, "an id of the vocabulary", lambda v: type(v) is int and 0 <= v < 2 ** 31),
     "hidden_act": _only("silu", "swish"), "attention_bias": _only(False), "mlp_bias": _only(False),
-    "sliding_window": _only(), "tie_word_embeddings": _flag(None)}
+    "quantization_config": _only(), "sliding_window": _only(), "tie_word_embeddings": _flag(None)}
 ROPE_RULES = {"rope_theta": _number(None), "rope_type": _only("default"), "type": _only("default"),
               "partial_rotary_factor": _only(1), "full_attention": _only(), "sliding_attention": _only()}
 VISION_RULES = {
@@ -95,7 +95,7 @@ VISION_RULES = {
 RULES = {                                               # of the top level, by `model_type`
     "video_llava": {
         "projector_hidden_act": _only("gelu"), "multimodal_projector_bias": _only(True),
-        "video_seq_length": _size(None), "tie_word_embeddings": _flag(None),
+        "video_seq_length": _size(None), "tie_word_embeddings": _flag(None), "quantization_config": _only(),
         "vision_feature_select_strategy": (None, "default or full", lambda v: v in ("default", "full"))},
     "EventChat_llama": {
         "use_event_qformer": _only(False),              # its weights were never published

@@ -35,7 +35,7 @@ class Text:
     """Text to ids and back, over one `tokenizer.json`. InputError unless it is a LLaMA-style tokenizer that works."""
 
     def __init__(self, path):
-        raw = read_json(path, "a tokenizer.json as the Video-LLaVA checkpoint has")
+        raw = read_json(path, "a tokenizer.json: copy the Video-LLaVA checkpoint's, no tokenizer.model")
         self.path = Path(os.fsdecode(path))
         try:
             self.head, self.rest = (self._build(raw, scheme) for scheme in ("first", "never"))
