@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import random
+import re
 import shlex
 import statistics
 import subprocess
@@ -507,7 +508,8 @@ def modes_p50(report, mode: str, name: str) -> float | None:
 
 def read_report(path: Path, flag: str = "json", rows: list | None = None) -> dict:
     """What --json wrote, or these rows under the header at the path; InputError if they are no report."""
-    with trusting(path, "not a saved run", f"wants what --{flag} wrote"):
+    other = "; --merge shows what --rows wrote" * (flag == "json")
+    with trusting(path, "not a saved run", f"wants what --{flag} wrote{other}"):
         text = read_text(path, f"what --{flag} wrote", 1 << 32)
         report = json.loads(text if rows is None else text.split("\n", 1)[0])
         if (report["schema"], type(report["skipped"])) != (SCHEMA, list):
@@ -583,9 +585,9 @@ def explain_page(options, samples) -> int:
 
 def cache_rows(text: str):
     """A type of argparse: rows of both caches, or of the target's and the drafter's."""
-    found = tuple(map(int, text.split(",")))
-    if len(found) > 2:
-        raise argparse.ArgumentTypeError(f"wanted one number or two, got {text!r}; change it")
+    found = tuple(rank(of.strip()) for of in text.split(","))
+    if len(found) > 2 or None in found:
+        raise argparse.ArgumentTypeError(f"wanted one number or two, as 2304 or 2304,832, got {text!r}; change it")
     return found[0] if len(found) == 1 else found
 
 
@@ -611,8 +613,8 @@ def make_parser() -> Parser:
     add("--questions", type=Path, metavar="FILE", help="ask each line of this file, of each clip, read once")
     add("--max-samples", type=int, default=-1, metavar="N", help="the first N, -1 all (default)")
     add("--frame-rule", default="uniform", choices=("uniform", "first"), help="which 8 video frames")
-    add("--shard", metavar="I/N", help="every N-th sample from the I-th (default: torchrun's or SLURM's rank); its "
-        "number goes into the names of all files that it writes")
+    add("--shard", metavar="I/N", help="every N-th sample from the I-th (default: torchrun's, SLURM's or MPI's rank); "
+        "its number goes into the names of all files that it writes")
     add = parser.add_argument_group("run").add_argument
     add("--modes", default=",".join((*MODES, AGAIN)), metavar="A,B", help="default: %(default)s")
     add("--max-new-tokens", type=int, default=50, metavar="N", help="default %(default)s")
@@ -670,6 +672,7 @@ def check(options) -> None:
     if options.questions:
         insist(options.question is None, "--questions: cannot stand beside --question; pass one of them")
         text = read_text(options.questions, "a question a line", 1 << 20)
+        insist(not re.match(r'\s*[\[{]\s*["{]', text), f"{options.questions}: is JSON; write a bare question a line")
         options.question = [line.strip() for line in text.split("\n") if line.strip()]
         insist(options.question, f"{options.questions}: holds no question; write one a line")
     for question in options.question if options.questions else [options.question or ""]:
@@ -677,7 +680,7 @@ def check(options) -> None:
             engine.check_question(question)
         except InputError as error:
             raise InputError(f"{options.questions or 'query'}: {str(error).partition(': ')[2]}") from None
-    options.modes = list(dict.fromkeys(m for m in options.modes.split(",") if m))
+    options.modes = list(dict.fromkeys(m.strip() for m in options.modes.split(",") if m.strip()))
     insist(set(options.modes) <= {*MODES, AGAIN} and set(options.modes) & set(MODES),
            f"--modes: {','.join(options.modes)!r} is none of {', '.join(MODES)} (and {AGAIN}); pick from these")
     check_sampling(options.temperature, options.top_p, options.seed, ("--temperature", "--top-p", "--seed"))
@@ -705,7 +708,7 @@ def check(options) -> None:
     insist(not options.record or {"target_only", "drafter_only"} <= set(options.modes),
            "--record: needs target_only and drafter_only among --modes; add them")
     insist(options.rows or not options.resume, "--resume: has nothing to go on with; pass --rows as well")
-    named = (options.draft_source or sources_there(options)).split(",")
+    named = [name.strip() for name in (options.draft_source or sources_there(options)).split(",")]
     options.self_draft = "self" in named and (True if options.draft_source else None)        # None: if it can be
     options.draft_source = ",".join(named)
     kept = [name.partition(":")[2] for name in named if name.startswith("lookup:")]
@@ -742,17 +745,21 @@ def insist_used(options) -> str | None:
 
 
 def read_shard(text: str | None, environ) -> tuple[int, int]:
-    """(I, N) from a flag, or from torchrun's or SLURM's variables; (0, 1) without either. Shards never talk. A plain
-    process of a batch script is no task of SLURM's, however many the script asked for."""
-    where, ranks = "--shard", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-                               ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")]
+    """(I, N) from a flag, or from a launcher's variables; (0, 1) without either. Shards never talk. A plain process of
+    a batch script is no task of SLURM's, however many the script asked for. An array counts from 0 without gaps, or
+    all its tasks are refused: some that run would leave out samples."""
+    where, ranks = "--shard", [
+        ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("PMI_RANK", "PMI_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")]
     if text is None:
-        where, text = next(((f"{i}, {n}", f"{environ[i]}/{environ[n]}") for i, n in ranks if i in environ
-                            and n in environ), ("", "0/1"))
+        found = [("", "0/1"), *((f"{i}, {n}", f"{environ[i]}/{environ[n]}") for i, n in ranks if i in environ
+                                and n in environ)]
+        where, text = next((of for of in found if not of[1].endswith("/1")), found[-1])      # srun in an array's task
     index, _, count = text.partition("/")
-    if rank(index) is None or rank(count) is None or rank(index) >= rank(count):
-        raise InputError(f"{where}: wanted I/N with I from 0 to N - 1, got {quoted(text)}; number the shards from 0"
-                         + ", or unset these variables" * (where != "--shard"))
+    for of in (index, environ.get("SLURM_ARRAY_TASK_MAX", index) if "ARRAY" in where else index):
+        if rank(of) is None or rank(count) is None or rank(of) >= rank(count):
+            raise InputError(f"{where}: wanted I/N with I from 0 to N - 1, got {quoted(text.replace(index, of, 1))}; "
+                             "number the shards from 0" + ", or unset these variables" * (where != "--shard"))
     return rank(index), rank(count)
 
 

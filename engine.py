@@ -1765,7 +1765,7 @@ def main(argv=None) -> None:
     of.query or parser.error("--query: the question is missing")
     if not of.eventgpt and not of.videollava:
         of.eventgpt, of.videollava = TINY / "drafter", TINY / "target"
-    source = of.draft_source and of.draft_source.split(",")
+    source = of.draft_source and [name.strip() for name in of.draft_source.split(",")]
     asked = {name: getattr(of, name) for name in ("events", "video", "image", "query", "max_new_tokens")}
     try:
         engine = load_engine(of.eventgpt, of.videollava, of.device, self_draft="self" in source if source else None,

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine import DecoderConfig, load_engine
 from kernels.frames import clip_pixels
 from kernels.quant import dequantise, group_of, quantise, rounded, turned
-from weights.files import Parser, command
+from weights.files import Parser, command, insist_whole
 from weights.tiny import make_clips, scenes
 
 TINY = Path(__file__).resolve().parents[1] / "weights/tiny"
@@ -241,6 +241,8 @@ def main(argv=None) -> int:
     parser.add_argument("--count", type=int, help="scenes (default 100) or prompts (default 16)")
     parser.add_argument("--head-bits", type=int, choices=(4, 8), default=8, help="default %(default)s")
     options = parser.parse_args(argv)
+    if options.count is not None:
+        insist_whole("--count", options.count, 1)
     with torch.inference_mode():
         if options.smollm2:
             w, c, answers = smollm2(options.smollm2, options.count or len(PROMPTS), not options.as_stored)

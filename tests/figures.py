@@ -24,6 +24,7 @@ from compare import differing
 import engine
 from bench import kv_bytes, weight_bytes
 from kernels.check import gemm_tflops, quantiles, read_tbps
+from weights.files import insist_whole
 
 
 def main(argv=None) -> int:
@@ -31,6 +32,7 @@ def main(argv=None) -> int:
     parser.add_argument("--generations", type=int, default=208, metavar="N",
                         help="answers from forced drafts (default %(default)s)")
     options = parser.parse_args(argv)
+    insist_whole("--generations", options.generations, 1)
     device = engine.pick_device(options.device)
     if device.type != "cuda":
         raise engine.InputError("figures: measures 7B models on a GPU; run it where torch sees one")

@@ -260,7 +260,7 @@ def png(folder):
     from test_media import check_image, image_bytes, some_image
 
     from weights.video import read_image
-    blobs = [image_bytes(some_image(mode, (40, 30))) for mode in ("RGB", "RGBA", "P", "L", "I;16")]
+    blobs = [image_bytes(some_image(mode, (40, 30))) for mode in ("RGB", "RGBA", "P", "L", "LA")]
     blobs += [image_bytes(some_image("RGB", (40, 30)), "JPEG"), image_bytes(some_image("CMYK", (40, 30)), "JPEG")]
     return "i.png", blobs, lambda path: check_image(read_image(path))
 

@@ -170,9 +170,10 @@ def test_several_questions_of_a_clip_read_it_once_and_are_held_to_the_target(tmp
     first = rows[0]["open_ms"] + rows[0]["modes"]["target_only"]["ttft_ms"]
     assert "of a further one after" in " ".join(capsys.readouterr().out.split())
     assert first > rows[1]["modes"]["target_only"]["ttft_ms"]
-    for text, words in (("\n \n", "holds no question"), ("Why?", "cannot stand beside")):
+    for text, words in (("\n \n", "holds no question"), ("Why?", "cannot stand beside"),
+                        ('["Why?", "How?"]', "is JSON"), ('[\n  "Why?"]', "is JSON"), ('{"q": "Why?"}\n', "is JSON")):
         (tmp_path / "q.txt").write_text(text)
-        flags = ["--questions", str(tmp_path / "q.txt")] + ["--question", "Why?"] * (words[0] == "c")
+        flags = ["--questions", str(tmp_path / "q.txt")] + ["--question", "Why?"] * (words[:2] == "ca")
         assert bench.main(flags) == 2 and words in capsys.readouterr().err
 
 
@@ -700,12 +701,35 @@ def test_a_sample_that_failed_is_tried_again_when_its_file_was_mended(tmp_path, 
     ({}, (0, 1)), ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),
     ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3"}, (1, 3)),
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1)),
-    ({"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "8"}, (0, 8))], ids=str)
+    ({"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "8"}, (0, 8)),
+    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8",
+      "SLURM_ARRAY_TASK_MAX": "7"}, (3, 8)),                         # srun in a task of an array
+    ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}, (1, 4)),
+    ({"PMI_RANK": "1", "PMI_SIZE": "2"}, (1, 2))], ids=str)
 def test_the_shard_comes_from_the_flag_or_the_launchers_variables(environ, want):
     assert bench.read_shard(None, environ) == want and bench.read_shard("1/2", environ) == (1, 2)
     for text in ("2/2", "a/b", "1", "-1/2", ""):
         with pytest.raises(InputError, match="--shard"):
             bench.read_shard(text, environ)
+
+
+@pytest.mark.parametrize("task, count, last", [
+    ("1", "3", "3"), ("0", "5", "8"), ("2", "5", "8"), ("0", "2", "7"), ("3", "1", "3")])
+def test_every_task_of_an_array_with_gaps_is_refused(task, count, last):
+    """Of --array=1-3 two tasks ran alone, and the first sample was in none."""
+    with pytest.raises(InputError, match=f"got '{last}/{count}'; number the shards from 0"):
+        bench.read_shard(None, {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": count,
+                                "SLURM_ARRAY_TASK_MAX": last})
+
+
+def test_blanks_beside_commas_say_nothing_and_a_pair_of_rows_its_form(capsys):
+    options = bench.parse(["--modes", "target_only, speculative", "--draft-source", "lookup, drafter", "--cache-rows",
+                           "2304, 832", "--device", "cpu"])
+    bench.check(options)
+    assert (options.modes, options.draft_source) == (["target_only", "speculative"], "lookup,drafter")
+    assert options.cache_rows == (2304, 832)
+    for text in ("2304,", "2304x832", "1,2,3"):
+        assert bench.main(["--cache-rows", text]) == 2 and "as 2304 or 2304,832, got" in capsys.readouterr().err
 
 
 def test_of_torchruns_processes_one_speaks(monkeypatch, capsys, quick_ceilings):

@@ -4,8 +4,10 @@ import argparse
 import collections
 import functools
 import json
+import re
 from pathlib import Path
 
+import agreement
 import breaks
 import chain
 import containers
@@ -18,12 +20,14 @@ import pytest
 import replay
 import sources
 import speeds
+import tiny_pair
 import torch
 from pairs import read_pairs
 
 import bench
 import engine
 from engine import InputError
+from weights.tiny import make_clips
 
 PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "seed_pairs.jsonl"
 ANSWERS = {"a": [[1, 5, 3, 4], [1, 5, 3, 4], [1, 5, 8, 4]], "b": [[1, 5, 3, 9]], "c": [[7, 5, 3, 9]]}
@@ -270,17 +274,20 @@ def test_flags_may_be_written_with_underscores():
 
 def test_every_command_beside_the_tests_ends_in_one_way():
     """A line for bad input, a word for Ctrl-C, nothing for a pipe that nobody reads: weights.files.command."""
-    for path in Path(measure.__file__).parent.glob("[!t]*.py"):
+    beside = Path(measure.__file__).parent
+    for path in {*beside.glob("*.py"), *beside.parent.joinpath("weights").rglob("*.py")} - {*beside.glob("test_*.py")}:
         text = path.read_text()
         if '__name__ == "__main__"' in text:
-            assert "measure.run(main)" in text or "@command\ndef main(" in text, path.name
+            assert "measure.run(main)" in text or re.search(r"@command\ndef \w+\(", text), path.name
             assert "ArgumentParser" not in text, path.name
 
 
 @pytest.mark.parametrize("main, words", [
     (breaks.main, ["--only", "no such break"]), (fuzz.main, ["--kind", "none"]), (containers.main, ["--kept", "x"]),
     (long_run.main, ["rows", "--count", "1"]),
-    (long_run.main, ["generations", "--adapter", "nowhere", "--count", "30"])])
+    (long_run.main, ["generations", "--adapter", "nowhere", "--count", "30"]), (agreement.main, ["--count", "0"]),
+    (tiny_pair.main, ["--count", "0"]), (functools.partial(measure.run, figures.main), ["--generations", "0"]),
+    (make_clips.main, ["no/such", "--count", "0"]), (make_clips.main, [str(bench.TINY / "clips")])])
 def test_a_command_beside_the_tests_says_what_it_cannot_take_in_one_line(main, words, capsys):
     assert main(words) == 2
     said = capsys.readouterr().err

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import errno
+import gzip
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -87,7 +89,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, what):
 @pytest.mark.parametrize("content, words", [
     (b"<!DOCTYPE html><html>", ["web page", "fetch"]), (b"version https://git-lfs.github.com/spec/v1\n", ["Git LFS"]),
     (b"\xff\xfe{\0}\0", ["not UTF-8", "byte 0"]), (b'{\n  "a": 1,\n  oops}', ["not JSON", "line 3 column 3"]),
-    (b"[" * 100_000, ["not JSON"]), (b"9" * 5000, ["not JSON"])])
+    (gzip.compress(b"{}"), ["a gzip file", "gunzip"]), (b"[" * 100_000, ["not JSON"]), (b"9" * 5000, ["not JSON"])])
 def test_what_is_no_json_is_refused_by_its_place(tmp_path, what, content, words):
     if what in ("pairs", "rows") and b"oops" in content:
         content = b'{"src": "b"}\n\n  oops\n' if what == "pairs" else b'{"src": "b"}\n{}\n  oops\n'
@@ -361,11 +363,40 @@ def test_a_record_of_several_questions_is_a_sample_for_each(tmp_path):
 
 @pytest.mark.parametrize("records, words", [
     ({"a": 1}, ["JSON object", "list of records"]), ([], ["the list is empty"]), ([3], ["record 0", "is a int"]),
-    ([{"id": "a"}], ["no question"]), ([{"id": "a", "event_data": "../../x.npy", "video_data": "b", "conversations": [
+    ([{"id": "a"}], ["no question"]), ([{"id": "a", "conversations": [{"role": "user", "content": "q"}]}], ["human"]),
+    ([{"id": "a", "event_data": "../../x.npy", "video_data": "b", "conversations": [
         {"from": "human", "value": "q"}]}], ["leads out of the data set"])])
 def test_a_list_that_cannot_be_run_is_one_line(tmp_path, records, words):
     (tmp_path / LIST).write_text(json.dumps(records))
     refused(lambda: read_dataset(tmp_path, None, -1), tmp_path / LIST, *words)
+
+
+def test_a_list_with_a_record_a_line_is_told_as_such(tmp_path):
+    (tmp_path / LIST).write_text('{"id": "a"}\n{"id": "b"}\n')
+    refused(lambda: read_dataset(tmp_path, None, -1), tmp_path / LIST, "as in JSONL, a value a line")
+
+
+@pytest.mark.parametrize("listed, stored", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_an_accent_may_be_spelt_either_way_in_a_list_and_on_disk(tmp_path, listed, stored):
+    shutil.copytree(CLIPS, tmp_path, dirs_exist_ok=True)
+    record, name = json.loads((CLIPS / LIST).read_text())[0], "caf\u00e9.npz"
+    kept = tmp_path / "event_npy" / unicodedata.normalize(stored, name)
+    (tmp_path / "event_npy" / record["event_data"]).rename(kept)
+    record["event_data"] = unicodedata.normalize(listed, name)
+    (tmp_path / LIST).write_text(json.dumps([record]))
+    assert read_dataset(tmp_path, None, -1)[0][0].events == kept
+    kept.unlink()
+    refused(lambda: read_dataset(tmp_path, None, -1), tmp_path / LIST, record["event_data"], "no such file")
+
+
+def test_a_link_that_leads_out_of_a_data_set_is_told_with_where_it_may_lead(tmp_path):
+    (tmp_path / "a" / "set").mkdir(parents=True)
+    (tmp_path / "a" / "set" / "event_npy").symlink_to(CLIPS / "event_npy")
+    (tmp_path / "a" / "set" / LIST).write_text((CLIPS / LIST).read_text())
+    with pytest.raises(InputError) as caught:
+        read_dataset(tmp_path / "a" / "set", None, 1)
+    for words in (f"to {CLIPS / 'event_npy'}/", f"or link inside {tmp_path / 'a'} only"):
+        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("named, at", [(".", ""), ("./.", ""), ("mp4/..", ""), ("..", "mp4"), ("../data", "")])

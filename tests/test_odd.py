@@ -669,6 +669,7 @@ def test_the_reason_of_a_failed_sample_is_shown_with_its_way_out():
 
 def test_a_row_that_no_report_can_be_made_of_is_refused_before_the_run(tmp_path, capsys, monkeypatch, ceilings_known):
     assert bench.main([*RUN, "--rows", str(tmp_path / "r.jsonl")]) == 0
+    assert bench.main(["--from-json", str(tmp_path / "r.jsonl")]) == 2 and "--merge shows" in capsys.readouterr().err
     head, row, _ = (tmp_path / "r.jsonl").read_text().splitlines()
     (tmp_path / "r.jsonl").write_text("\n".join([head, json.dumps(json.loads(row) | {"question": {}}), ""]))
     monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("it ran"))

@@ -62,7 +62,8 @@ def test_a_file_is_one_writers(tmp_path):
 @pytest.mark.parametrize("change,name", [
     ({"commit": "d"}, 'commit ("c", here "d")'), ({"weights": {"target": {"hash": "x"}}}, "weights target hash"),
     ({"config": {**HEAD["config"], "question": "other"}}, 'question ("q", here "other")'),
-    ({"config": {**HEAD["config"], "fresh": 1}}, "fresh (None, here 1)"), ({"schema": 3}, "schema (2, here 3)")])
+    ({"config": {**HEAD["config"], "fresh": 1}}, "fresh (None, here 1)"),
+    ({"config": {**HEAD["config"], "samples": 7}}, "--max-samples ("), ({"schema": 3}, "schema (2, here 3)")])
 def test_rows_of_another_run_are_refused_by_the_name_of_what_differs(tmp_path, change, name):
     path = written(tmp_path / "r.jsonl", row(0))
     with pytest.raises(InputError) as error:

@@ -24,7 +24,7 @@ import torch
 from engine import Fixed, Lookup, agreeing, load_engine
 from weights import replace_file
 from weights.controls import interval
-from weights.files import Parser, command
+from weights.files import Parser, command, insist_whole
 from weights.memory import DRAFTER_DTYPES
 from weights.tiny import make_clips, scenes
 
@@ -195,7 +195,7 @@ def packed_report(figures: dict) -> str:
 
 
 @command
-def main() -> int:
+def main(argv=None) -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--count", type=int, default=40, help="held-out scenes (default %(default)s)")
     parser.add_argument("--eventgpt", default=TINY / "drafter", help="drafter folder (default: the embedded one)")
@@ -203,7 +203,8 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for bf16 there (default %(default)s)")
     parser.add_argument("--packed", action="store_true", help="the drafter as loaded, then with packed weights")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    insist_whole("--count", options.count, 1)
     torch.set_num_threads(min(4, torch.get_num_threads()))
 
     def progress(done):

@@ -10,6 +10,7 @@
 import functools
 import json
 import os
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,11 +86,17 @@ def read_record(folder: Path, record: dict, questions: list[str] | None) -> list
 
     def inside(*parts):
         path = folder.joinpath(*parts)
+        if not os.path.lexists(path):                        # a Mac spells an accent as a letter of its own
+            spelt = (Path(folder, *(unicodedata.normalize(form, str(of)) for of in parts)) for form in ("NFC", "NFD"))
+            path = next(filter(os.path.lexists, spelt), path)
         try:
             # Links are the user's own, as far as the folder beside the data set; what the list says stays inside.
             named = os.path.abspath(path).startswith(os.path.join(os.path.abspath(folder), ""))
-            if not named or not os.path.realpath(path).startswith(os.path.join(home_of(os.path.abspath(folder)), "")):
+            if not named:
                 raise InputError(f"{path}: leads out of the data set; use relative paths")
+            home = home_of(os.path.abspath(folder))
+            if not (real := os.path.realpath(path)).startswith(os.path.join(home, "")):
+                raise InputError(f"{path}: leads out of the data set, to {real}; copy it, or link inside {home} only")
             os.stat(path)
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; complete the data set") from None
@@ -110,7 +117,7 @@ def read_record(folder: Path, record: dict, questions: list[str] | None) -> list
             asked.append((bare(wanted(turn, "value")), answer))
     asked = [of for of in asked if of[0]]
     if not asked:
-        raise InputError("conversations hold no question; pass `question`")
+        raise InputError("conversations hold no question, a value from human; mend them, or pass `question`")
     try:
         events = inside("event_npy", wanted(record, "event_data"))
     except InputError:                                       # pictures may stand in for a recording that is not there

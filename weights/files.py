@@ -40,6 +40,7 @@ LOOK_ALIKES = [                      # what comes in place of a file, by its fir
     (rb"version https://git-lfs", "a Git LFS pointer", "fetch the file itself with `git lfs pull`"),
     (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page", "the download saved a page and not the file: fetch it again"),
     (rb"PK\x03\x04", "a zip archive", None),
+    (rb"\x1f\x8b", "a gzip file", "unpack it with `gunzip`"),
     (rb"(?s)..[\0-\x3f]\0{5}\{\"", "a safetensors file", "let its name end in .safetensors"),
     (rb"GGUF", "a GGUF file", "use the checkpoint in safetensors form"),
     (rb"\x89HDF", "an HDF5 file", None),
@@ -484,7 +485,8 @@ def parse_json(path, text: str, wanted: str, line: int = 1):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        reason = f"line {error.lineno + line - 1} column {error.colno}: {error.msg}"
+        reason = f"line {error.lineno + line - 1} column {error.colno}: {error.msg}" + (
+            ", as in JSONL, a value a line" if error.msg == "Extra data" and error.colno == 1 else "")
     except (ValueError, RecursionError, MemoryError) as error:
         reason = f"line {line}: {reason_of(error)}"
     raise refusal(path, f"not JSON ({reason}), wanted {wanted}", "mend it, or fetch it again")

@@ -52,7 +52,8 @@ IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, MemoryError, Arithme
 def read_image(path):
     """[H, W, 3] uint8 of one PNG or JPEG, converted to RGB as upstream does: `Image.convert("RGB")`.
 
-    That means: alpha is dropped, palettes are looked up, EXIF rotation is not applied. Raises InputError."""
+    That means: alpha is dropped, palettes are looked up, EXIF rotation is not applied. Raises InputError, also for grey
+    of more than 8 bits."""
     try:
         with naming(path):
             with open_kind(path, *PICTURE_FILE)[0] as file:

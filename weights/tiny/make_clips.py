@@ -4,10 +4,10 @@
 
 OUT/EventGPT_Instruction_Subset.json lists them; events are .npz (x, y, t, p; no pickles), video is H.264."""
 
-import argparse
 import ctypes
 import json
 import struct
+import sys
 import uuid
 import zipfile
 from fractions import Fraction
@@ -17,8 +17,9 @@ import av
 import torch
 from PIL import Image
 
-from weights import replace_file
+from weights import InputError, replace_file
 from weights.dataset import LIST
+from weights.files import Parser, command, insist_whole
 from weights.tiny import scenes
 
 HELD_OUT = 10_000_000                               # first seed that training never sees
@@ -79,15 +80,19 @@ def make_scenes(out: Path, count: int) -> list[dict]:
     return records
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--count", type=int, default=6)
-    options = parser.parse_args()
+@command
+def main(argv=None) -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--count", type=int, default=6, help="default %(default)s")
+    options = parser.parse_args(argv)
+    insist_whole("--count", options.count, 1)
+    if (options.out / LIST).exists():                        # it may be the user's own
+        raise InputError(f"{options.out / LIST}: is already there, a data set's list; name another folder")
     records = make_scenes(options.out, options.count)
     replace_file(options.out / LIST, (json.dumps(records, indent=1) + "\n").encode())
     print(f"{len(records)} clips in {options.out}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

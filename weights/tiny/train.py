@@ -4,9 +4,9 @@ Trains the target on video frames and the drafter on event frames of the scenes 
 with plain torch modules of the upstream architectures, and writes upstream checkpoint layouts in fp16. A model whose
 folder is already in DIR is left as it is. `python -m tests.tiny_pair` tells what the embedded pair gets right."""
 
-import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from kernels.frames import draw_events
 from weights import replace_file
 from weights.events import Events
+from weights.files import Parser, command
 from weights.names import CLIP_MEAN, CLIP_STD, on_disk, plan
 from weights.text import DRAFTER_SYSTEM, Text
 from weights.tiny import scenes
@@ -314,8 +315,9 @@ def fit(pair, frames, examples):
             torch.cuda.synchronize()                                            # keep the clock honest
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+@command
+def main() -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -339,4 +341,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
