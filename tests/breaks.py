@@ -341,8 +341,6 @@ BREAKS = [
         ("environ.get(\"SLURM_ARRAY_TASK_MAX\", index) if", "index if", "some tasks of an array run"),
         ("if not of[1].endswith(\"/1\")), found[-1])", "if of[0]), found[-1])",
          "under srun each task of an array runs the whole data set")),
-    *of("weights/video.py", "test_media.py -k bad_images",
-        ("if image.mode[0] in \"FI\":", "if image.mode in \"FI\":", "grey of 16 bits is read as white")),
     *of("bench.py", "test_bench.py -k 'who_drafted or all_there'",
         ("own['right'] / own['judged']", "own['accepted'] / own['drafts']", "drafts behind a wrong one count as wrong"),
         ('of["ms"] - of["rounds"] * step) / step', 'of["ms"]) / step', "a draft is priced with its round's step"),
