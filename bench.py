@@ -585,9 +585,9 @@ def explain_page(options, samples) -> int:
 
 def cache_rows(text: str):
     """A type of argparse: rows of both caches, or of the target's and the drafter's."""
-    found = tuple(rank(of.strip()) for of in text.split(","))
-    if len(found) > 2 or None in found:
+    if not re.fullmatch(" *[0-9]{1,18} *(, *[0-9]{1,18} *)?", text):
         raise argparse.ArgumentTypeError(f"wanted one number or two, as 2304 or 2304,832, got {text!r}; change it")
+    found = tuple(map(int, text.split(",")))
     return found[0] if len(found) == 1 else found
 
 
