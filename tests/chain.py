@@ -152,8 +152,9 @@ def main(argv=None) -> int:
     if engine.pick_device(options.device).type != "cuda":
         raise engine.InputError("chain: times kernels on a GPU; run it where torch sees one")
     with torch.inference_mode():
+        head = f"chain, RANDOM 7B WEIGHTS bf16, {torch.cuda.get_device_name()}, {measure.versions()}"
         kinds = [options.kind] if options.kind else ROWS
-        measure.publish([line for kind in kinds for line in report(kind)], options.out)
+        measure.publish([head, *(line for kind in kinds for line in report(kind))], options.out)
     return 0
 
 

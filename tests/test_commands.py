@@ -242,15 +242,18 @@ def test_a_peers_ratio_is_paired_by_run_and_above_1_ours_is_faster():
 
 
 def test_a_kernels_bandwidth_is_what_it_has_to_move_over_its_time(monkeypatch):
-    """Of the plain definitions, which CPU tensors take; each call is said to take 2 us."""
-    calls = []
-    monkeypatch.setattr(measure, "graph_ms", lambda fn, count=1: calls.append(fn()) or [0, 2e-3 * (
-        len(calls[-1]) if isinstance(calls[-1], list) else 1), 0])
+    """Of the plain definitions, which CPU tensors take; a call is said to take 2 us, and 5 as the definition's."""
+    def timed(fn, count=1, of=2e-3):
+        found = fn()
+        return [0, of * (len(found) if isinstance(found, list) else 1), 0]
+
+    monkeypatch.setattr(measure, "graph_ms", timed)
+    monkeypatch.setattr(speeds, "time_ms", functools.partial(timed, of=5e-3))
     monkeypatch.setattr(speeds, "host_ms", lambda fn: 7.0)
     monkeypatch.setattr(speeds, "launches", functools.partial(speeds.launches, D=64, V=96, ids=1024))
     rows = {line[:34].strip(): line[34:].split() for line in speeds.report(
         torch.device("cpu"), S=32, D=128, F=128, K=64, copies=3)}
-    assert rows["rmsnorm"] == ["2.00", f"{4 * 32 * 128 / 2e6:.3f}", "2.00", "0.0e+00"]
+    assert rows["rmsnorm"] == ["2.00", f"{4 * 32 * 128 / 2e6:.3f}", "5.00", "0.0e+00"]
     assert rows["step attention, 16 rows"][:2] == ["2.00", f"{4 * 32 * 128 / 2e6:.3f}"]
     assert rows["close_draft"] == ["2.00"] and rows["the same, to pixels of 336"] == ["7.00"]
 
