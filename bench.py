@@ -43,12 +43,12 @@ from weights.dataset import LIST, Sample, read_dataset
 from weights.files import (
     OUTPUTS,
     Parser,
+    becomes_file,
     command,
     in_flags,
     insist_apart,
     insist_whole,
     insist_writable,
-    is_file,
     printable,
     quoted,
     rank,
@@ -789,7 +789,7 @@ def run(options, command: str) -> int:
         if shards > len(listed):
             raise InputError(f"--shard: {shards} shards of {len(listed)} samples; take at most as many")
         for flag in OUTPUTS if shards > 1 else ():           # each shard its own files, whoever started it
-            if is_file(getattr(options, flag)):
+            if becomes_file(getattr(options, flag)):
                 path = Path(getattr(options, flag))
                 setattr(options, flag, path.with_suffix(f".{shard:05}-of-{shards:05}{path.suffix}"))
     own = [options.dataset_dir / name for name in (LIST, "event_npy", "event_image", "mp4")] if listed else []

@@ -170,7 +170,7 @@ class Parser(argparse.ArgumentParser):
         print(message or "", end="", file=file or sys.stderr, flush=True)
 
 
-def is_file(path) -> bool:
+def becomes_file(path) -> bool:
     """Whether an output is a file, or will be one, and no device or stdout."""
     return bool(path) and str(path) != "-" and (not os.path.exists(path) or os.path.isfile(path))
 
@@ -217,7 +217,7 @@ def insist_apart(options: argparse.Namespace, **read) -> None:
         if name == "timeline" and path and not str(path).lower().endswith(".png"):
             raise InputError(f"`{name}`: {path} is no PNG; name a file that ends in .png")
         mine = f"written by `{name}`"
-        if not is_file(path):
+        if not becomes_file(path):
             continue
         inside = [of for folder, of in folders if os.path.exists(path) and any(
             form(path).startswith(folder) for form in (os.path.abspath, os.path.realpath))]

@@ -26,7 +26,7 @@ def insist_same(path: Path, theirs: dict, ours: dict, way_out: str) -> None:
 
     with trusting(path, "not a file of rows", "wants what --rows wrote"):
         theirs, ours = (flat({name: of.get(name) for name in SAME}) for of in (theirs, ours))
-    found = [f"{name.replace('samples', '--max-samples')} ({theirs.get(name)}, here {ours.get(name)})"
+    found = [f"{dict(samples='--max-samples').get(name, name)} ({theirs.get(name)}, here {ours.get(name)})"
              for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
     if found:
         raise InputError(f"{path}: was written with another {', '.join(found[:4])}; {way_out}")
