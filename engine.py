@@ -481,12 +481,12 @@ class Model:
 
     def put(self, drafts) -> None:
         """Drafts for the next round, at most 31: a list of ids, or int64 [G] on this device."""
+        found_W = self.state_W[FOUND.value:]                 # how many, and behind it they themselves
         if isinstance(drafts, list):
-            self._send([len(drafts), *(i if -2 ** 62 < i < 2 ** 62 else -1 for i in drafts)],
-                       self.state_W[FOUND.value:])
+            self._send([len(drafts), *(i if -2 ** 62 < i < 2 ** 62 else -1 for i in drafts)], found_W)
         else:
-            self.state_W[FOUND.value + 1:FOUND.value + 1 + len(drafts)].copy_(drafts)
-            self.state_W[FOUND.value].fill_(len(drafts))
+            found_W[1:1 + len(drafts)].copy_(drafts)
+            found_W[0].fill_(len(drafts))
 
     def _send(self, words: list[int], to_W) -> None:
         """Copies words to the device through page-locked memory, which is made once: afresh it takes 0.09 ms."""
